@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Installs what the tests need into .venv and runs them: bash launch/test.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/environment.sh
+make_environment 'test'
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+exec .venv/bin/python -m pytest "$@"

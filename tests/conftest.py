@@ -1,0 +1,15 @@
+"""Set up before jax is imported: eight CPU devices and full float32 precision for every test."""
+
+import pathlib
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture
+def golden() -> pathlib.Path:
+    """The folder of reference numbers (see tests/golden/README.md)."""
+    return pathlib.Path(__file__).parent / "golden"

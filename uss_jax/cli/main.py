@@ -1,0 +1,84 @@
+"""`uss-jax COMMAND`: finds the command's module and turns user errors into one sentence."""
+
+import argparse
+import importlib
+import os
+import sys
+
+import uss_jax
+from uss_jax.errors import UserError
+
+# command -> what it does; its module is uss_jax.cli.<command with "_" for "-">.
+COMMANDS = {
+    "prepare": "audio files and labels to TFRecord shards and an index",
+    "index": "index and verify a directory of TFRecords",
+    "train-tagger": "train a tagging and sound event detection net on weak labels",
+    "train": "train a separator; the same command resumes",
+    "make-pairs": "build evaluation pairs (mixture, source) from records",
+    "evaluate": "figures of a model on a data set",
+    "separate": "separate recordings",
+    "convert": "PANNs and bytedance/uss checkpoints to bundles",
+}
+
+
+def build_parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser of one command, or the overview when there is none.
+
+    Only the command asked for is imported, so that `--help` answers at once.
+    """
+    if command not in COMMANDS:
+        parser = argparse.ArgumentParser(
+            prog="uss-jax",
+            description=uss_jax.__doc__,
+            epilog="commands:\n"
+            + "\n".join(f"  {name:<14}{text}" for name, text in COMMANDS.items())
+            + "\n\n`uss-jax COMMAND --help` tells more, with an example.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.add_argument("--version", action="version", version=f"uss-jax {uss_jax.__version__}")
+        parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below")
+        return parser
+    module = importlib.import_module(f"uss_jax.cli.{command.replace('-', '_')}")
+    parser = argparse.ArgumentParser(
+        prog=f"uss-jax {command}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    parser.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; the exit status is 0 only on success.
+
+    Args:
+      argv: the words after `uss-jax`; the process's own when None.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    command = argv[0] if argv and argv[0] in COMMANDS else None
+    try:
+        parser = build_parser(command)
+        if command is None:
+            parser.parse_args(argv)
+        # Overrides of config leaves go to the config's own parser, which knows their types.
+        overrides = [word for word in argv[1:] if word.startswith("--config.")]
+        args = parser.parse_args([word for word in argv[1:] if word not in overrides])
+        args.config_overrides = overrides
+        args.run(args)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"uss-jax: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("uss-jax: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `uss-jax ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

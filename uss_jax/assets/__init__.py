@@ -1,0 +1,1 @@
+"""Data that travels with the package: the AudioSet ontology and the demo sounds."""

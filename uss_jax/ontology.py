@@ -1,0 +1,218 @@
+"""The AudioSet ontology: 632 kinds of sound, of which 527 are classes, numbered 0..526.
+
+The ontology is a graph: 38 sounds have two or more parents ("Children shouting" is a shout and a
+human group action). `Ontology` keeps all of them. `reference_tree` is the tree that bytedance/uss
+builds from the same table, where every sound hangs under one parent only.
+"""
+
+import csv
+import dataclasses
+import difflib
+import functools
+import importlib.resources
+
+from uss_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """A kind of sound.
+
+    Attributes:
+      mid: its id in the ontology, such as "/m/09x0r".
+      name: its display name, such as "Speech".
+      class_index: its number among the 527 classes, None for the others.
+      children, parents: mids, in the order of the table.
+      level: 1 for the seven top nodes, else one more than its highest parent's.
+      restrictions: "abstract" and "blacklist" as in the ontology; mostly empty.
+    """
+
+    mid: str
+    name: str
+    class_index: int | None
+    children: tuple[str, ...]
+    parents: tuple[str, ...]
+    level: int
+    restrictions: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ontology:
+    """All nodes with all their parents; mids, names and class indexes lead to each other."""
+
+    nodes: dict[str, Node]
+
+    @functools.cached_property
+    def class_mids(self) -> tuple[str, ...]:
+        """The mid of each class index."""
+        classes = [node for node in self.nodes.values() if node.class_index is not None]
+        return tuple(node.mid for node in sorted(classes, key=lambda node: node.class_index))
+
+    @functools.cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """The display name of each class index."""
+        return tuple(self.nodes[mid].name for mid in self.class_mids)
+
+    @functools.cached_property
+    def levels(self) -> dict[int, tuple[str, ...]]:
+        """The mids of every level, top level 1 first, each in the order of the table."""
+        levels: dict[int, list[str]] = {}
+        for node in self.nodes.values():
+            levels.setdefault(node.level, []).append(node.mid)
+        return {level: tuple(levels[level]) for level in sorted(levels)}
+
+    def descendants(self, mid: str) -> frozenset[str]:
+        """The node itself and everything below it, through all parents."""
+        return self._reach(mid, "children")
+
+    def ancestors(self, mid: str) -> frozenset[str]:
+        """The node itself and everything above it, through all parents."""
+        return self._reach(mid, "parents")
+
+    def class_indexes(self, mid: str) -> tuple[int, ...]:
+        """The class indexes of a node and everything below it, ascending."""
+        return tuple(sorted(self._classes(self.descendants(mid))))
+
+    def relatives(self, class_index: int) -> frozenset[int]:
+        """The class indexes of a class, its ancestors and its descendants."""
+        return self._relatives[class_index]
+
+    def resolve(self, label: str) -> int:
+        """The class index of a label: a name or mid in any case, or an index written as text."""
+        text = label.strip()
+        if text.isascii() and text.isdigit() and int(text) < len(self.class_mids):
+            return int(text)
+        node = self._by_label.get(text.casefold())
+        if node is None:
+            raise UserError(f'no sound class is called "{text}"; {self._advice(text)}')
+        if node.class_index is None:
+            below = [self.class_names[index] for index in self.class_indexes(node.mid)]
+            advice = (
+                f"name classes below it, such as {', '.join(below[:3])}" if below else "drop it"
+            )
+            raise UserError(
+                f'"{text}" is in the ontology but not one of the {len(self.class_mids)} classes; '
+                f"{advice}"
+            )
+        return node.class_index
+
+    def _advice(self, text: str) -> str:
+        if text.lstrip("-").isdigit():
+            return f"class indexes go from 0 to {len(self.class_mids) - 1}"
+        names = {name.casefold(): name for name in self.class_names}
+        close = difflib.get_close_matches(text.casefold(), names, n=3, cutoff=0.6)
+        close += [name for name in names if text.casefold() in name and name not in close]
+        if text and close:
+            return "did you mean " + " or ".join(f'"{names[name]}"' for name in close[:3]) + "?"
+        return (
+            "use one of AudioSet's class names, a mid such as /m/09x0r, or an index from 0 to 526"
+        )
+
+    @functools.cached_property
+    def _by_label(self) -> dict[str, Node]:
+        by_name = {node.name.casefold(): node for node in self.nodes.values()}
+        return by_name | {mid.casefold(): node for mid, node in self.nodes.items()}
+
+    @functools.cached_property
+    def _relatives(self) -> tuple[frozenset[int], ...]:
+        return tuple(
+            frozenset(self._classes(self.ancestors(mid) | self.descendants(mid)))
+            for mid in self.class_mids
+        )
+
+    def _classes(self, mids: frozenset[str]) -> list[int]:
+        indexes = (self.nodes[mid].class_index for mid in mids)
+        return [index for index in indexes if index is not None]
+
+    def _reach(self, mid: str, direction: str) -> frozenset[str]:
+        reached, frontier = {mid}, [mid]
+        while frontier:
+            new = set(getattr(self.nodes[frontier.pop()], direction)) - reached
+            reached |= new
+            frontier.extend(new)
+        return frozenset(reached)
+
+
+def _read_table() -> list[dict[str, str]]:
+    path = importlib.resources.files("uss_jax") / "assets" / "ontology.csv"
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(text.split(";")) if text else ()
+
+
+@functools.cache
+def load_ontology() -> Ontology:
+    """The bundled ontology; read once."""
+    rows = _read_table()
+    children = {row["mid"]: _split(row["children"]) for row in rows}
+    parents: dict[str, list[str]] = {mid: [] for mid in children}
+    for mid, below in children.items():
+        for child in below:
+            parents[child].append(mid)
+
+    levels: dict[str, int] = {}
+    frontier, level = [mid for mid in parents if not parents[mid]], 1
+    while frontier:  # breadth first, so that a node gets the level of its highest parent
+        levels.update(dict.fromkeys(frontier, level))
+        below = dict.fromkeys(child for mid in frontier for child in children[mid])
+        frontier, level = [mid for mid in below if mid not in levels], level + 1
+
+    return Ontology(
+        {
+            row["mid"]: Node(
+                mid=row["mid"],
+                name=row["name"],
+                class_index=int(row["class_index"]) if row["class_index"] else None,
+                children=children[row["mid"]],
+                parents=tuple(parents[row["mid"]]),
+                level=levels[row["mid"]],
+                restrictions=_split(row["restrictions"]),
+            )
+            for row in rows
+        }
+    )
+
+
+@dataclasses.dataclass
+class TreeNode:
+    """A node of the reference's tree.
+
+    Attributes:
+      mid, name: as in the ontology; the artificial top is called "root" twice.
+      level: 0 for the artificial top.
+      children: the nodes attached here, in the order of the table.
+      class_index: its number among the 527 classes, None for the others.
+    """
+
+    mid: str
+    name: str
+    level: int
+    class_index: int | None
+    children: list["TreeNode"] = dataclasses.field(default_factory=list)
+
+    def walk(self) -> list["TreeNode"]:
+        """This node and all below it, depth first, a parent before its children."""
+        return [self] + [node for child in self.children for node in child.walk()]
+
+    def class_indexes(self) -> list[int]:
+        """The class indexes of this node and all below it, in the order of `walk`."""
+        return [node.class_index for node in self.walk() if node.class_index is not None]
+
+
+def reference_tree() -> TreeNode:
+    """The tree that bytedance/uss builds, for results that must equal its own.
+
+    Nodes join in the order of the table; each hangs under the first node of the tree so far (depth
+    first) that names it as a child, other parents are forgotten. A node that comes before all of
+    its parents hangs under the artificial top.
+    """
+    root = TreeNode("root", "root", level=0, class_index=None)
+    ontology = load_ontology()
+    for node in ontology.nodes.values():
+        parents = (above for above in root.walk() if above.mid in node.parents)
+        parent = next(parents, root)
+        parent.children.append(TreeNode(node.mid, node.name, parent.level + 1, node.class_index))
+    return root

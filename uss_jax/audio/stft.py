@@ -1,0 +1,122 @@
+"""Short-time Fourier transform and its inverse, by FFT, on any backend and any sharding.
+
+Conventions of the reference (torchlibrosa): periodic Hann window, centred frames, reflect padding.
+
+Letters: `t` samples, `n` frames, `f` bins = n_fft / 2 + 1, `h` hop.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array, Complex, Float
+
+BATCH_AXIS = "data"
+
+
+def hann_window(n_fft: int) -> np.ndarray:
+    """Periodic Hann window, float64 [n_fft]."""
+    return 0.5 - 0.5 * np.cos(2.0 * np.pi * np.arange(n_fft) / n_fft)
+
+
+def frame_count(samples: int, hop_samples: int) -> int:
+    """Frames of a centred transform of `samples` samples."""
+    return samples // hop_samples + 1
+
+
+def stft(
+    waveform: Float[Array, "*batch t"], n_fft: int, hop_samples: int
+) -> Complex[Array, "*batch n f"]:
+    """Spectrum of every frame; frame `i` is centred on sample `i * hop_samples`.
+
+    Args:
+      waveform: any length from one sample on, any leading axes; computed in float32 (float64 for
+        float64 input), whatever the dtype. The first leading axis is the batch that may be sharded.
+      n_fft: window and transform length, even.
+      hop_samples: samples between frames.
+
+    Returns:
+      complex [..., t // hop_samples + 1, n_fft // 2 + 1].
+    """
+    waveform = _at_least_float32(waveform)
+    frames = frame_count(waveform.shape[-1], hop_samples)
+    pieces = -(-n_fft // hop_samples)
+    lead = [(0, 0)] * (waveform.ndim - 1)
+    padded = jnp.pad(waveform, [*lead, (n_fft // 2, n_fft // 2)], mode="reflect")
+
+    # A frame is `pieces` consecutive blocks of one hop: slices instead of a gather, whose gradient
+    # would be a scatter.
+    block_samples = (frames - 1 + pieces) * hop_samples
+    excess = block_samples - padded.shape[-1]
+    padded = jnp.pad(padded, [*lead, (0, excess)]) if excess > 0 else padded[..., :block_samples]
+    blocks = padded.reshape(*padded.shape[:-1], frames - 1 + pieces, hop_samples)
+    framed = jnp.concatenate([blocks[..., i : i + frames, :] for i in range(pieces)], axis=-1)
+    windowed = framed[..., :n_fft] * hann_window(n_fft).astype(framed.dtype)
+    return _without_gathering(jnp.fft.rfft, windowed)
+
+
+def istft(
+    spectrum: Complex[Array, "*batch n f"],
+    n_fft: int,
+    hop_samples: int,
+    length: int | None = None,
+) -> Float[Array, "*batch t"]:
+    """Inverse of `stft`: windowed overlap-add, divided by the sum of squared windows.
+
+    Args:
+      spectrum: complex [..., frames, n_fft // 2 + 1].
+      n_fft: as given to `stft`.
+      hop_samples: as given to `stft`.
+      length: samples wanted; all that the frames centre on, (frames - 1) * hop_samples, when None.
+    """
+    frames = spectrum.shape[-2]
+    pieces = -(-n_fft // hop_samples)
+    framed = _without_gathering(lambda x: jnp.fft.irfft(x, n=n_fft), spectrum)
+    window = hann_window(n_fft)
+
+    tail = pieces * hop_samples - n_fft
+    lead = [(0, 0)] * (framed.ndim - 1)
+    framed = jnp.pad(framed * window.astype(framed.dtype), [*lead, (0, tail)])
+    framed = framed.reshape(*framed.shape[:-1], pieces, hop_samples)
+    lead = lead[:-1]
+    summed = sum(
+        jnp.pad(framed[..., i, :], [*lead, (i, pieces - 1 - i), (0, 0)]) for i in range(pieces)
+    )
+
+    # Which frames reach a block depends on the block alone: an iota, not a table of all samples.
+    squares = np.pad(window**2, (0, tail)).reshape(pieces, hop_samples).astype(framed.dtype)
+    block = jnp.arange(frames + pieces - 1)[:, None]
+    overlap = sum(
+        jnp.where((block >= i) & (block < frames + i), squares[i], 0) for i in range(pieces)
+    )
+
+    summed = summed / jnp.maximum(overlap, 1e-11)
+    flat = summed.reshape(*summed.shape[:-2], -1)
+    length = (frames - 1) * hop_samples if length is None else length
+    flat = flat[..., n_fft // 2 :][..., :length]
+    missing = length - flat.shape[-1]
+    return jnp.pad(flat, [*lead, (0, missing)]) if missing > 0 else flat
+
+
+def _at_least_float32(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _without_gathering(transform: Callable[[Array], Array], x: Array) -> Array:
+    """Applies a transform of the last axis where each device holds its rows of the batch.
+
+    XLA's partitioner gathers the whole batch on every device for an FFT; inside `shard_map` it
+    cannot. Without a mesh (`jax.set_mesh`), inside a `shard_map` of the caller's, or where the
+    batch does not divide over the devices, the transform runs plainly.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or BATCH_AXIS not in mesh.axis_names or x.ndim < 2:
+        return transform(x)
+    if dict(zip(mesh.axis_names, mesh.axis_types, strict=True))[BATCH_AXIS] == AxisType.Manual:
+        return transform(x)
+    if x.shape[0] % mesh.shape[BATCH_AXIS]:
+        return transform(x)
+    spec = PartitionSpec(BATCH_AXIS)
+    return jax.shard_map(transform, in_specs=spec, out_specs=spec)(x)

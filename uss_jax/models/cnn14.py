@@ -1,0 +1,183 @@
+"""The tagging net and the sound event detector of PANNs (Kong et al. 2020, arXiv:1912.10211).
+
+Both have the same parameters; they differ in how time is pooled. Letters: `b` batch, `t` samples,
+`n` frames, `m` mel bands, `s` segments (frames after pooling), `k` classes, `e` embedding.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from uss_jax.audio.mel import log_mel
+from uss_jax.models.norm import BatchNorm
+
+Augment = Callable[[Array], Array]
+
+_INIT = nn.initializers.xavier_uniform()
+
+
+class ConvBlock(nn.Module):
+    """Two 3x3 convolutions with batch norm and ReLU."""
+
+    features: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n m c"], train: bool) -> Float[Array, "b n m _"]:
+        for i in (1, 2):
+            x = nn.Conv(
+                self.features,
+                (3, 3),
+                use_bias=False,
+                kernel_init=_INIT,
+                dtype=self.dtype,
+                name=f"conv{i}",
+            )(x)
+            x = nn.relu(BatchNorm(name=f"bn{i}")(x, train))
+        return x
+
+
+class Cnn14(nn.Module):
+    """Audio tagging: class probabilities and an embedding of a waveform.
+
+    Attributes:
+      sample_rate: Hz.
+      n_fft: window in samples.
+      hop_samples: hop; sample_rate / hop_samples frames a second, 100 in every config of ours.
+      mel_bins: mel bands.
+      f_min: lowest frequency in Hz.
+      f_max: highest frequency in Hz.
+      channels: widths of the blocks, each but the last followed by 2x2 average pooling; the
+        embedding has the last width.
+      classes: k.
+      dtype: compute dtype of the convolutions; log-mel, statistics and outputs are float32.
+    """
+
+    sample_rate: int = 32000
+    n_fft: int = 1024
+    hop_samples: int = 320
+    mel_bins: int = 64
+    f_min: float = 50.0
+    f_max: float = 14000.0
+    channels: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
+    classes: int = 527
+    dtype: str = "float32"
+
+    def setup(self) -> None:
+        self.bn0 = BatchNorm()
+        self.conv_block = [
+            ConvBlock(width, self.dtype, name=f"conv_block{i}")
+            for i, width in enumerate(self.channels, start=1)
+        ]
+        self.fc1 = nn.Dense(self.channels[-1], kernel_init=_INIT)
+        self.fc_audioset = nn.Dense(self.classes, kernel_init=_INIT)
+        self.dropout = nn.Dropout(0.5, rng_collection="augment")
+        self.block_dropout = nn.Dropout(0.2, rng_collection="augment")
+
+    def __call__(
+        self,
+        waveform: Float[Array, "b t"],
+        train: bool = False,
+        augment: Augment | None = None,
+    ) -> dict[str, Array]:
+        """Tags.
+
+        Args:
+          waveform: samples in [-1, 1].
+          train: batch statistics and dropout (random keys "augment").
+          augment: applied to the normalised log-mel, [b, n, m] to [b', n, m].
+
+        Returns:
+          `clipwise` [b, k] in [0, 1] and `embedding` [b, e].
+        """
+        features = self.features(self.log_mel(waveform), train, augment)
+        embedding = self.embed(features, train)
+        return {"clipwise": self.classify(embedding, train), "embedding": embedding}
+
+    def log_mel(self, waveform: Float[Array, "b t"]) -> Float[Array, "b n m"]:
+        """The front end: mel power in dB; n = t // hop_samples + 1."""
+        return log_mel(
+            waveform,
+            sample_rate=self.sample_rate,
+            n_fft=self.n_fft,
+            hop_samples=self.hop_samples,
+            mel_bins=self.mel_bins,
+            f_min=self.f_min,
+            f_max=self.f_max,
+        )
+
+    def features(
+        self, mel: Float[Array, "b n m"], train: bool, augment: Augment | None
+    ) -> Float[Array, "_ s e"]:
+        """The convolutions, averaged over frequency."""
+        x = self.bn0(mel, train)
+        x = (augment(x) if augment else x)[..., None]
+        for i, block in enumerate(self.conv_block):
+            x = block(x, train)
+            if i < len(self.channels) - 1:
+                x = nn.avg_pool(x, (2, 2), (2, 2))
+            x = self.block_dropout(x, deterministic=not train)
+        return jnp.mean(x, axis=2).astype(mel.dtype)
+
+    def embed(self, features: Float[Array, "b s e"], train: bool) -> Float[Array, "b e"]:
+        """The embedding of a clip: maximum plus mean over time, then a hidden layer."""
+        pooled = jnp.max(features, axis=1) + jnp.mean(features, axis=1)
+        return nn.relu(self.fc1(self.dropout(pooled, deterministic=not train)))
+
+    def classify(self, embedding: Float[Array, "*b e"], train: bool) -> Float[Array, "*b k"]:
+        """Probabilities of the classes."""
+        return nn.sigmoid(self.fc_audioset(self.dropout(embedding, deterministic=not train)))
+
+    @property
+    def frame_stride(self) -> int:
+        """STFT frames to one segment of the convolutions."""
+        return 2 ** (len(self.channels) - 1)
+
+
+class Cnn14DecisionLevelMax(Cnn14):
+    """Sound event detection: probabilities of every frame; a clip's are their maximum over time.
+
+    The embedding is that of `Cnn14` with the same parameters, so that one net can serve as detector
+    and as query net.
+    """
+
+    def __call__(
+        self,
+        waveform: Float[Array, "b t"],
+        train: bool = False,
+        augment: Augment | None = None,
+    ) -> dict[str, Array]:
+        """Detects; arguments as for `Cnn14`.
+
+        Returns:
+          `clipwise` [b, k], `framewise` [b, n, k] for the n frames of the log-mel, `embedding`
+          [b, e], and `tagging` [b, k], the probabilities that `Cnn14` reads from that embedding.
+        """
+        mel = self.log_mel(waveform)
+        features = self.features(mel, train, augment)
+        segmentwise = self.detect(features, train)
+        embedding = self.embed(features, train)
+        return {
+            "clipwise": jnp.max(segmentwise, axis=1),
+            "framewise": repeat_to_frames(segmentwise, self.frame_stride, mel.shape[1]),
+            "embedding": embedding,
+            "tagging": self.classify(embedding, train),
+        }
+
+    def detect(self, features: Float[Array, "b s e"], train: bool) -> Float[Array, "b s k"]:
+        """Probabilities of every segment of `frame_stride` frames."""
+        window = dict(window_shape=(3,), strides=(1,), padding=((1, 1),))
+        x = nn.max_pool(features, **window) + nn.avg_pool(features, **window)
+        x = nn.relu(self.fc1(self.dropout(x, deterministic=not train)))
+        return self.classify(x, train)
+
+
+def repeat_to_frames(
+    segmentwise: Float[Array, "b s k"], stride: int, frames: int
+) -> Float[Array, "b n k"]:
+    """Each segment `stride` times, the last one up to `frames`."""
+    repeated = jnp.repeat(segmentwise, stride, axis=1)
+    missing = max(frames - repeated.shape[1], 0)
+    return jnp.pad(repeated, ((0, 0), (0, missing), (0, 0)), mode="edge")[:, :frames]

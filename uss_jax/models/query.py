@@ -1,0 +1,79 @@
+"""The query net: what a separator is told about its target.
+
+Kinds of condition: `one_hot` (the class), `soft` (tagging probabilities), `embedding` (the tagging
+net's hidden layer), the last two of the clean target. Letters: `b` batch, `s` samples, `d` width.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from uss_jax.models.cnn14 import Cnn14
+
+KINDS = ("one_hot", "soft", "embedding")
+_READ = {"soft": "clipwise", "embedding": "embedding"}
+
+
+class Adaptor(nn.Module):
+    """Two hidden layers between the tagging net and the separator (reference's adaptive query).
+
+    Its parameters train; in the reference they never reach the optimiser.
+    """
+
+    width: int
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b d"], train: bool) -> Float[Array, "b _"]:
+        for name, features in (("fc1", self.hidden), ("fc2", self.width)):
+            x = nn.Dense(features, kernel_init=nn.initializers.xavier_uniform(), name=name)(x)
+            x = nn.leaky_relu(x, 0.01)
+            x = nn.Dropout(0.5, rng_collection="augment")(x, deterministic=not train)
+        return x
+
+
+class QueryNet(nn.Module):
+    """Condition of a target waveform (or of a class, for `one_hot`).
+
+    Attributes:
+      tagger: the tagging net; its parameters are under `tagger`. None for `one_hot`.
+      kind: one of KINDS.
+      classes: width of `one_hot`.
+      adaptor_width: width of the condition behind an adaptor; 0 for no adaptor.
+      adaptor_hidden: width of the adaptor's hidden layer.
+      shortcut: add the adaptor's input to its output (needs equal widths).
+      finetune: whether the tagging net trains; frozen, it always runs in evaluation mode and gives
+        no gradient.
+    """
+
+    tagger: Cnn14 | None
+    kind: str
+    classes: int = 527
+    adaptor_width: int = 0
+    adaptor_hidden: int = 2048
+    shortcut: bool = False
+    finetune: bool = False
+
+    @nn.compact
+    def __call__(
+        self, waveform: Float[Array, "b s"], class_index: Int[Array, "b"], train: bool = False
+    ) -> Float[Array, "b d"]:
+        if self.kind not in KINDS:
+            raise ValueError(f"condition kind {self.kind!r} is none of {', '.join(KINDS)}")
+        if self.kind == "one_hot":
+            x = jax.nn.one_hot(class_index, self.classes, dtype=waveform.dtype)
+        else:
+            x = self.tagger(waveform, train=train and self.finetune)[_READ[self.kind]]
+            x = x if self.finetune else jax.lax.stop_gradient(x)
+        if not self.adaptor_width:
+            return x
+        adapted = Adaptor(self.adaptor_width, self.adaptor_hidden, name="adaptor")(x, train)
+        if not self.shortcut:
+            return adapted
+        if x.shape[-1] != self.adaptor_width:
+            raise ValueError(
+                f"a shortcut around the adaptor needs adaptor_width {x.shape[-1]}, "
+                f"not {self.adaptor_width}"
+            )
+        return jnp.add(adapted, x)

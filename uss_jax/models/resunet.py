@@ -1,0 +1,234 @@
+"""The separator: a U-Net of residual blocks on the magnitude, conditioned by FiLM.
+
+Letters: `b` batch, `a` audio channels, `t` samples, `n` frames, `f` bins, `c` channels, `d` width
+of the condition. Feature maps are [b, n, f, c].
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from uss_jax.audio.stft import istft, stft
+from uss_jax.models.film import modulated_activation
+from uss_jax.models.norm import BatchNorm
+
+_INIT = nn.initializers.xavier_uniform()
+
+
+class ConvBlock(nn.Module):
+    """Two 3x3 convolutions, each behind batch norm, FiLM and leaky ReLU, around a shortcut."""
+
+    features: int
+    film_gain: bool
+    dtype: str
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n f c"], condition: Float[Array, "#b d"], train: bool
+    ) -> Float[Array, "b n f _"]:
+        inner, shortcut = x, x
+        for i in (1, 2):
+            inner = modulated_activation(
+                self,
+                inner,
+                condition,
+                train,
+                norm=f"bn{i}",
+                film=f"film{i}",
+                with_gain=self.film_gain,
+            )
+            inner = nn.Conv(
+                self.features,
+                (3, 3),
+                use_bias=False,
+                kernel_init=_INIT,
+                dtype=self.dtype,
+                name=f"conv{i}",
+            )(inner)
+        if x.shape[-1] != self.features:
+            shortcut = nn.Conv(
+                self.features, (1, 1), kernel_init=_INIT, dtype=self.dtype, name="shortcut"
+            )(x)
+        return shortcut + inner
+
+
+class Level(nn.Module):
+    """The residual blocks of one level of the encoder or of the centre."""
+
+    features: int
+    blocks: int
+    film_gain: bool
+    dtype: str
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n f c"], condition: Float[Array, "#b d"], train: bool
+    ) -> Float[Array, "b n f _"]:
+        for j in range(1, self.blocks + 1):
+            block = ConvBlock(self.features, self.film_gain, self.dtype, name=f"conv_block{j}")
+            x = block(x, condition, train)
+        return x
+
+
+class DecoderLevel(nn.Module):
+    """Transposed convolution up to the skip connection's size, then residual blocks."""
+
+    features: int
+    blocks: int
+    stride: tuple[int, int]
+    film_gain: bool
+    dtype: str
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b n f c"],
+        skip: Float[Array, "b N F C"],
+        condition: Float[Array, "#b d"],
+        train: bool,
+    ) -> Float[Array, "b N F _"]:
+        x = modulated_activation(
+            self, x, condition, train, norm="bn", film="film", with_gain=self.film_gain
+        )
+        x = nn.ConvTranspose(
+            self.features,
+            self.stride,
+            self.stride,
+            use_bias=False,
+            transpose_kernel=True,
+            kernel_init=_INIT,
+            dtype=self.dtype,
+            name="up",
+        )(x)
+        x = jnp.concatenate([x, skip], axis=-1)
+        for j in range(1, self.blocks + 1):
+            block = ConvBlock(self.features, self.film_gain, self.dtype, name=f"conv_block{j}")
+            x = block(x, condition, train)
+        return x
+
+
+class ResUNet(nn.Module):
+    """Estimates, from a mixture and a condition, the waveform of what the condition describes.
+
+    The magnitude is normalised per frequency bin, the U-Net gives a magnitude mask (sigmoid) and a
+    phase rotation (the direction of two tanh maps) for every bin but the Nyquist one, which the
+    reference leaves zero too. STFT, masks and batch statistics stay float32 (float64 for float64
+    input); only the U-Net computes in `dtype`.
+
+    Attributes:
+      n_fft: STFT window in samples; half of it must divide by 2 ** levels.
+      hop_samples: STFT hop.
+      channels: width of every level; each level halves time and frequency, the last one frequency
+        only. The centre has the last level's width.
+      blocks_per_level: residual blocks in each level, the centre and each decoder level.
+      audio_channels: channels of mixture and estimate.
+      condition_width: d.
+      film_gain: whether FiLM also scales (the reference only shifts).
+      dtype: compute dtype of the U-Net, "float32" or "bfloat16"; parameters stay float32.
+    """
+
+    n_fft: int = 2048
+    hop_samples: int = 320
+    channels: tuple[int, ...] = (32, 64, 128, 256, 384, 384)
+    blocks_per_level: int = 1
+    audio_channels: int = 1
+    condition_width: int = 527
+    film_gain: bool = False
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self,
+        mixture: Float[Array, "b a t"],
+        condition: Float[Array, "#b d"],
+        train: bool = False,
+    ) -> Float[Array, "b a t"]:
+        """Separates.
+
+        Args:
+          mixture: samples, any length.
+          condition: one vector for each item, or one for all.
+          train: use and update batch statistics ("batch_stats" must be mutable).
+
+        Raises:
+          ValueError: a mixture or condition of another width than the net was made for.
+        """
+        self._check(mixture, condition)
+        samples = mixture.shape[-1]
+        spectrum = stft(mixture, self.n_fft, self.hop_samples)
+        power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
+        x = BatchNorm(name="bn0")(jnp.sqrt(jnp.maximum(power, 1e-10)), train)
+        x = jnp.moveaxis(x, 1, -1)  # [b, n, f, a]
+
+        frames, time_stride = x.shape[1], 2 ** (len(self.channels) - 1)
+        x = jnp.pad(x, [(0, 0), (0, -frames % time_stride), (0, 0), (0, 0)])
+        x = self._unet(x[:, :, :-1], condition, train)
+        x = x[:, :frames].astype(power.dtype)
+        estimate = spectrum * _mask(x, self.audio_channels)
+        return istft(estimate, self.n_fft, self.hop_samples, samples)
+
+    def _check(self, mixture: Array, condition: Array) -> None:
+        if mixture.shape[1] != self.audio_channels:
+            raise ValueError(
+                f"the separator takes {self.audio_channels} audio channels, "
+                f"the mixture has {mixture.shape[1]}"
+            )
+        if condition.shape[-1] != self.condition_width:
+            raise ValueError(
+                f"the separator takes a condition of width {self.condition_width}, "
+                f"this one has {condition.shape[-1]}"
+            )
+        if (self.n_fft // 2) % 2 ** len(self.channels):
+            raise ValueError(
+                f"n_fft / 2 = {self.n_fft // 2} is not divisible by 2 ** {len(self.channels)} "
+                "(levels); choose another n_fft or fewer levels"
+            )
+
+    def _unet(
+        self, x: Float[Array, "b n f a"], condition: Float[Array, "#b d"], train: bool
+    ) -> Float[Array, "b n f c"]:
+        common = dict(blocks=self.blocks_per_level, film_gain=self.film_gain, dtype=self.dtype)
+        levels = len(self.channels)
+        strides = [(2, 2)] * (levels - 1) + [(1, 2)]
+        x = nn.Conv(self.channels[0], (1, 1), kernel_init=_INIT, dtype=self.dtype, name="pre_conv")(
+            x
+        )
+        skips = []
+        for i, (features, stride) in enumerate(zip(self.channels, strides, strict=True), start=1):
+            x = Level(features, name=f"encoder_block{i}", **common)(x, condition, train)
+            skips.append(x)
+            x = nn.avg_pool(x, stride, stride)
+        x = Level(self.channels[-1], name="centre_block", **common)(x, condition, train)
+        for i in range(1, levels + 1):
+            level = DecoderLevel(
+                self.channels[-i], stride=strides[-i], name=f"decoder_block{i}", **common
+            )
+            x = level(x, skips.pop(), condition, train)
+        return nn.Conv(
+            3 * self.audio_channels,
+            (1, 1),
+            kernel_init=_INIT,
+            dtype=self.dtype,
+            name="after_conv",
+        )(x)
+
+
+def _mask(x: Float[Array, "b n f c"], audio_channels: int) -> Array:
+    """Complex mask [b, a, n, f + 1] of the net's maps, ordered (audio channel, kind).
+
+    The reference splits the mixture into magnitude and phase, scales one and rotates the other;
+    multiplying the spectrum by one complex number is the same.
+    """
+    x = jnp.moveaxis(x.reshape(*x.shape[:-1], audio_channels, 3), 3, 1)
+    magnitude = nn.sigmoid(x[..., 0])
+    real, imag = jnp.tanh(x[..., 1]), jnp.tanh(x[..., 2])
+    # The floor of the reference, max(norm, 1e-10), put inside the root: no infinite derivative.
+    scale = magnitude / jnp.sqrt(jnp.maximum(real**2 + imag**2, 1e-20))
+    mask = jnp.stack([real * scale, imag * scale], axis=-1)
+    mask = jnp.pad(mask, [(0, 0)] * 3 + [(0, 1), (0, 0)])
+    return mask[..., 0] + 1j * mask[..., 1]
+
+
+def resunet30(**overrides) -> ResUNet:
+    """The published separator: 26.6 M parameters with a condition of 527, 41.6 M with 2048."""
+    return ResUNet(**overrides)

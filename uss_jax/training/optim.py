@@ -1,0 +1,91 @@
+"""The reference's optimiser and learning-rate schedules, as optax transformations."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class AmsgradState(NamedTuple):
+    """Moments of `scale_by_torch_amsgrad`; `nu_max` is the running maximum of `nu`."""
+
+    count: jax.Array
+    mu: optax.Updates
+    nu: optax.Updates
+    nu_max: optax.Updates
+
+
+def scale_by_torch_amsgrad(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+) -> optax.GradientTransformation:
+    """AMSGrad in torch's order: the maximum is taken before the bias correction.
+
+    optax.amsgrad takes it after, which lets the large early corrections stay for ever.
+    """
+
+    def init(params: optax.Params) -> AmsgradState:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return AmsgradState(jnp.zeros((), jnp.int32), zeros, zeros, zeros)
+
+    def update(updates, state, params=None):
+        del params
+        count = state.count + 1
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, updates)
+        nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu)
+
+        def step(m, v):
+            steps = count.astype(m.dtype)
+            return m / (1 - b1**steps) / (jnp.sqrt(v / (1 - b2**steps)) + eps)
+
+        return jax.tree.map(step, mu, nu_max), AmsgradState(count, mu, nu, nu_max)
+
+    return optax.GradientTransformation(init, update)
+
+
+def adamw_amsgrad(
+    learning_rate: optax.ScalarOrSchedule, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+    """torch.optim.AdamW(amsgrad=True), betas 0.9 and 0.999, eps 1e-8."""
+    return optax.chain(
+        scale_by_torch_amsgrad(),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def constant_warm_up(learning_rate: float, warm_up_steps: int) -> optax.Schedule:
+    """x 0.001, x 0.01, x 0.1 for `warm_up_steps` each, then constant."""
+
+    def schedule(step):
+        stage = jnp.clip(step // max(warm_up_steps, 1), 0, 3)
+        return learning_rate * jnp.asarray([1e-3, 1e-2, 1e-1, 1.0])[stage]
+
+    return schedule
+
+
+def linear_warm_up(
+    learning_rate: float, warm_up_steps: int, reduce_lr_steps: int
+) -> optax.Schedule:
+    """Linear from 0 over `warm_up_steps`, x 0.9 every `reduce_lr_steps` afterwards."""
+
+    def schedule(step):
+        rising = step / max(warm_up_steps, 1)
+        reduced = 0.9 ** (step // reduce_lr_steps)
+        return learning_rate * jnp.where(step < warm_up_steps, rising, reduced)
+
+    return schedule
+
+
+def cosine(learning_rate: float, warm_up_steps: int, total_steps: int) -> optax.Schedule:
+    """Linear warm-up, then half a cosine down to a hundredth: for runs of known length."""
+    return optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, warm_up_steps, total_steps, learning_rate / 100
+    )
+
+
+def make_schedule(name: str, learning_rate: float, **arguments: int) -> optax.Schedule:
+    """The schedule a config names: `constant_warm_up`, `linear_warm_up` or `cosine`."""
+    schedules = {f.__name__: f for f in (constant_warm_up, linear_warm_up, cosine)}
+    return schedules[name](learning_rate, **arguments)

@@ -1,0 +1,415 @@
+"""TFRecord shards: framing with checksums, the index beside them, and random access through it.
+
+A shard is a row of frames: length (8 bytes), checksum of the length (4), payload, checksum of the
+payload (4), all little-endian; the checksum is a masked crc32c. The index says where in which shard
+each clip's samples are, so that a clip, or two seconds of it, is one `pread`.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import pathlib
+import re
+import struct
+import threading
+import zipfile
+from collections.abc import Iterator
+
+import google_crc32c
+import numpy as np
+from jaxtyping import Int16
+from tqdm import tqdm
+
+from uss_jax.atomic import replacing
+from uss_jax.errors import UserError
+from uss_jax.ontology import load_ontology
+
+FORMAT_VERSION = 1
+_HEADER = struct.Struct("<QI")  # length, its checksum
+_CHECKSUM = struct.Struct("<I")
+_BYTES_PER_SAMPLE = 2
+_OPEN_SHARDS = 512  # an ordinary process may open 1024 files
+
+
+def masked_crc(data: bytes) -> int:
+    """TFRecord's checksum: crc32c, rotated and shifted so that data may hold checksums itself."""
+    crc = google_crc32c.value(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+class RecordWriter:
+    """Writes payloads to a shard, one frame each. A context manager."""
+
+    def __init__(self, path: str | os.PathLike):
+        self._file = open(path, "wb", buffering=1 << 20)  # noqa: SIM115, closed in __exit__
+
+    def __enter__(self) -> "RecordWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._file.close()
+
+    def write(self, payload: bytes) -> None:
+        length = struct.pack("<Q", len(payload))
+        self._file.write(length + _CHECKSUM.pack(masked_crc(length)))
+        self._file.write(payload)
+        self._file.write(_CHECKSUM.pack(masked_crc(payload)))
+
+
+def scan_records(path: str | os.PathLike) -> Iterator[tuple[int, int, bytes]]:
+    """Yields (byte offset of the payload, its length, payload), every checksum verified.
+
+    Damage is a UserError that names the shard and the byte where the bad frame begins.
+    """
+    try:
+        size = os.path.getsize(path)
+        file = open(path, "rb", buffering=1 << 20)  # noqa: SIM115, closed below
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give a TFRecord file") from None
+    with file:
+        if size == 0:
+            raise UserError(f"{path} is empty (0 bytes); copy or prepare it again")
+        begin = 0
+        while begin < size:
+            header = file.read(_HEADER.size)
+            if len(header) < _HEADER.size:
+                raise _damage(path, begin, "is cut off inside its header")
+            length, crc = _HEADER.unpack(header)
+            if masked_crc(header[:8]) != crc:
+                what = "has a wrong length checksum" if begin else "is not a TFRecord frame"
+                raise _damage(path, begin, what)
+            offset = begin + _HEADER.size
+            end = offset + length + _CHECKSUM.size
+            if end > size:
+                raise _damage(path, begin, f"is cut off (it should end at byte {end} of {size})")
+            payload = file.read(length)
+            if masked_crc(payload) != _CHECKSUM.unpack(file.read(_CHECKSUM.size))[0]:
+                raise _damage(path, begin, "has a wrong checksum")
+            yield offset, length, payload
+            begin = end
+
+
+def _damage(path: str | os.PathLike, begin: int, what: str) -> UserError:
+    return UserError(f"{path}: the record at byte {begin} {what}; copy or prepare the shard again")
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordIndex:
+    """Where every clip of a split is. Letters: s shards, r records, l labels.
+
+    Attributes:
+      shards: [s] file names, in order.
+      shard_bytes: [s] file sizes.
+      shard_digest: [s] SHA-256 over every frame's offset, length and checksum.
+      record_shard: [r] which shard a record is in.
+      record_offset, record_bytes: [r] where in the shard its payload (a tf.train.Example) is.
+      audio_offset, audio_bytes: [r] where in the shard its PCM samples are.
+      samples: [r] how many they are.
+      ids: [r] names of the clips, fixed-width bytes.
+      label_row: [r + 1] record i has the labels label_class[label_row[i]:label_row[i + 1]].
+      label_class: [l] class indexes, ascending within a record.
+    """
+
+    shards: np.ndarray
+    shard_bytes: np.ndarray
+    shard_digest: np.ndarray
+    record_shard: np.ndarray
+    record_offset: np.ndarray
+    record_bytes: np.ndarray
+    audio_offset: np.ndarray
+    audio_bytes: np.ndarray
+    samples: np.ndarray
+    ids: np.ndarray
+    label_row: np.ndarray
+    label_class: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.record_shard)
+
+    def labels(self, record: int) -> np.ndarray:
+        """The class indexes of a record."""
+        return self.label_class[self.label_row[record] : self.label_row[record + 1]]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Identifies the content: the same for the same clips in the same shards."""
+        parts = zip(self.shards.tolist(), self.shard_digest.tolist(), strict=True)
+        return hashlib.sha256(repr(list(parts)).encode()).hexdigest()
+
+
+_DTYPES = {
+    "shards": np.str_,
+    "shard_bytes": np.uint64,
+    "shard_digest": np.str_,
+    "record_shard": np.uint32,
+    "record_offset": np.uint64,
+    "record_bytes": np.uint32,
+    "audio_offset": np.uint64,
+    "audio_bytes": np.uint32,
+    "samples": np.uint32,
+    "ids": np.bytes_,
+    "label_row": np.uint64,
+    "label_class": np.uint16,
+}
+_PER_RECORD = ("record_offset", "record_bytes", "audio_offset", "audio_bytes", "samples", "ids")
+_SHARD_NAME = re.compile(r"(?P<name>.+)-(?P<split>[^-]+)\.tfrecord-(?P<at>\d{5})-of-(?P<of>\d{5})")
+
+
+def splits(directory: str | os.PathLike) -> list[str]:
+    """The splits that have shards in a directory."""
+    return sorted({match["split"] for match in _shard_names(directory)})
+
+
+def _shard_names(directory: str | os.PathLike) -> list[re.Match]:
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError as error:
+        raise UserError(
+            f"{directory} cannot be read ({error.strerror}); give a directory of TFRecord shards"
+        ) from None
+    return [match for match in map(_SHARD_NAME.fullmatch, names) if match]
+
+
+def _shards_of_split(directory: str | os.PathLike, split: str) -> list[str]:
+    """The names of a split's shards, in order; a UserError when the set has holes."""
+    matches = [match for match in _shard_names(directory) if match["split"] == split]
+    if not matches:
+        others = splits(directory)
+        found = f'it has "{", ".join(others)}"' if others else "it has none at all"
+        raise UserError(
+            f'{directory} has no shards of split "{split}" ({found}); expected names such as '
+            f"mine-{split}.tfrecord-00000-of-00004"
+        )
+    sets = sorted({(match["name"], match["of"]) for match in matches})
+    if len(sets) > 1:
+        raise UserError(
+            f'{directory} holds two sets of shards for split "{split}" (such as '
+            f"{' and '.join(f'{name} of {of}' for name, of in sets[:2])}); keep one of them there"
+        )
+    missing = set(range(int(sets[0][1]))) - {int(match["at"]) for match in matches}
+    if missing:
+        raise UserError(
+            f'{directory}: of the {int(sets[0][1])} shards of split "{split}", number '
+            f"{min(missing)} is missing; copy or prepare them again"
+        )
+    return [match[0] for match in matches]
+
+
+def build_index(directory: str | os.PathLike, split: str) -> RecordIndex:
+    """Reads every shard of a split, verifies every checksum and writes `index-<split>.npz`."""
+    directory = pathlib.Path(directory)
+    shards = _shards_of_split(directory, split)
+    columns: dict[str, list] = {name: [] for name in (*_PER_RECORD, "record_shard", "labels")}
+    digests, where = [], {}
+    for number, shard in enumerate(tqdm(shards, desc="index", unit="shard", disable=None)):
+        digest = hashlib.sha256()
+        for offset, length, payload in scan_records(directory / shard):
+            row = _index_record(directory / shard, offset, payload)
+            first = where.setdefault(row["ids"], (shard, offset))
+            if first != (shard, offset):
+                raise UserError(
+                    f"{directory / shard}: the record at byte {offset - _HEADER.size} has the same "
+                    f"id {row['ids'].decode(errors='replace')!r} as one in {first[0]}; ids must "
+                    "differ, prepare the records again"
+                )
+            for name, value in row.items():
+                columns[name].append(value)
+            columns["record_shard"].append(number)
+            digest.update(struct.pack("<QQI", offset, length, masked_crc(payload)))
+        digests.append(digest.hexdigest())
+
+    labels = columns.pop("labels")
+    index = RecordIndex(
+        **_as_arrays(
+            columns
+            | {
+                "shards": shards,
+                "shard_bytes": [(directory / shard).stat().st_size for shard in shards],
+                "shard_digest": digests,
+                "label_row": np.cumsum([0, *map(len, labels)]),
+                "label_class": [label for of_record in labels for label in of_record],
+            }
+        )
+    )
+    with replacing(_index_path(directory, split)) as temporary:
+        np.savez(temporary, format_version=FORMAT_VERSION, **dataclasses.asdict(index))
+    return index
+
+
+def _as_arrays(columns: dict[str, list]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(columns[name], dtype) for name, dtype in _DTYPES.items()}
+
+
+def _index_record(path: pathlib.Path, offset: int, payload: bytes) -> dict:
+    # Reading records through an index needs no protobuf; making one does.
+    from uss_jax.data.examples import parse
+
+    try:
+        clip = parse(payload)
+        if not clip.audio or len(clip.audio) % _BYTES_PER_SAMPLE:
+            raise ValueError(f"has {len(clip.audio)} bytes of audio, no whole int16 samples")
+        classes = len(load_ontology().class_mids)
+        wrong = [label for label in clip.labels if not 0 <= label < classes]
+        if wrong:
+            raise ValueError(f"has the label {wrong[0]}, classes go from 0 to {classes - 1}")
+    except ValueError as error:
+        raise UserError(
+            f"{path}: the record at byte {offset - _HEADER.size} {error}; expected features id "
+            "(bytes), audio (bytes of int16 PCM) and labels (int64), as `uss-jax prepare` writes "
+            "them"
+        ) from error
+    return {
+        "record_offset": offset,
+        "record_bytes": len(payload),
+        "audio_offset": offset + _find(payload, clip.audio),
+        "audio_bytes": len(clip.audio),
+        "samples": len(clip.audio) // _BYTES_PER_SAMPLE,
+        "ids": clip.id,
+        "labels": sorted(set(clip.labels)),
+    }
+
+
+def _find(payload: bytes, value: bytes) -> int:
+    """Where `value` is in `payload`. A search for its beginning is far faster than for it all."""
+    view, beginning = memoryview(payload), value[:64]
+    at = payload.find(beginning)
+    while view[at : at + len(value)] != value:
+        at = payload.find(beginning, at + 1)
+    return at
+
+
+def _index_path(directory: pathlib.Path, split: str) -> pathlib.Path:
+    return directory / f"index-{split}.npz"
+
+
+def load_index(directory: str | os.PathLike, split: str, verify: bool = False) -> RecordIndex:
+    """Loads a split's index and checks that the shards still have the size they were indexed with.
+
+    Args:
+      directory: where the shards are.
+      split: such as "train".
+      verify: read every shard and compare its digest and checksums too.
+    """
+    directory = pathlib.Path(directory)
+    path = _index_path(directory, split)
+    again = f"run `uss-jax index {directory}`"
+    try:
+        with open(path, "rb") as file, np.load(file) as stored:
+            version = int(stored["format_version"])
+            if version == FORMAT_VERSION:
+                index = RecordIndex(**{name: stored[name] for name in _DTYPES})
+    except FileNotFoundError:
+        _shards_of_split(directory, split)  # says so when there is nothing to index either
+        raise UserError(f"{path} does not exist; {again}") from None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged ({error}); {again}") from error
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format {version}, this program {FORMAT_VERSION}; {again}")
+    for shard, size in zip(index.shards, index.shard_bytes, strict=True):
+        _check_size(directory / shard, int(size))
+    if verify:
+        for shard, expected in zip(index.shards, index.shard_digest, strict=True):
+            digest = hashlib.sha256()
+            for offset, length, payload in scan_records(directory / shard):
+                digest.update(struct.pack("<QQI", offset, length, masked_crc(payload)))
+            if digest.hexdigest() != expected:
+                raise UserError(f"{directory / shard} changed since it was indexed; {again}")
+    return index
+
+
+def _check_size(path: pathlib.Path, expected: int) -> None:
+    try:
+        size = os.stat(path).st_size
+    except OSError as error:
+        raise UserError(
+            f"{path} is in the index but cannot be read ({error.strerror}); copy the shard there "
+            f"or run `uss-jax index {path.parent}`"
+        ) from None
+    if size != expected:
+        raise UserError(
+            f"{path} has {size} bytes, it had {expected} when it was indexed; copy the shard again "
+            f"or run `uss-jax index {path.parent}`"
+        )
+
+
+class ClipReader:
+    """Random access to the samples of indexed clips; many threads may read at once.
+
+    Attributes:
+      index: the index it reads through.
+    """
+
+    def __init__(self, directory: str | os.PathLike, index: RecordIndex):
+        self.index = index
+        self._directory = pathlib.Path(directory)
+        self._descriptors: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def read(
+        self, record: int, begin: int = 0, length: int | None = None
+    ) -> Int16[np.ndarray, " t"]:
+        """The samples of a clip, or `length` of them from `begin`.
+
+        Whole clips are checked against their checksum; parts cannot be, they are checked against
+        the size of the file. Damage is a UserError that names shard and byte.
+        """
+        samples = int(self.index.samples[record])
+        length = samples - begin if length is None else length
+        if not 0 <= begin <= begin + length <= samples:
+            raise ValueError(f"samples {begin} to {begin + length} of a clip of {samples}")
+        if length == samples:
+            data = self._read_whole(record)
+        else:
+            offset = int(self.index.audio_offset[record]) + begin * _BYTES_PER_SAMPLE
+            data = self._pread(record, offset, length * _BYTES_PER_SAMPLE)
+        return np.frombuffer(data, "<i2")
+
+    def _read_whole(self, record: int) -> memoryview:
+        index = self.index
+        offset, size = int(index.record_offset[record]), int(index.record_bytes[record])
+        payload = self._pread(record, offset, size)
+        if masked_crc(payload) != _CHECKSUM.unpack(self._pread(record, offset + size, 4))[0]:
+            path = self._directory / index.shards[index.record_shard[record]]
+            raise _damage(path, offset - _HEADER.size, "has a wrong checksum")
+        begin = int(index.audio_offset[record]) - offset
+        return memoryview(payload)[begin : begin + int(index.audio_bytes[record])]
+
+    def _pread(self, record: int, offset: int, size: int) -> bytes:
+        shard = int(self.index.record_shard[record])
+        path = self._directory / self.index.shards[shard]
+        try:
+            descriptor, keep = self._open(shard, path)
+            try:
+                data = os.pread(descriptor, size, offset)
+            finally:
+                if not keep:
+                    os.close(descriptor)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); copy it again") from error
+        if len(data) < size:
+            raise _damage(path, int(self.index.record_offset[record]) - _HEADER.size, "is cut off")
+        return data
+
+    def _open(self, shard: int, path: pathlib.Path) -> tuple[int, bool]:
+        """A file descriptor, and whether it stays open for the next read of the shard."""
+        with self._lock:
+            if shard in self._descriptors:
+                return self._descriptors[shard], True
+            descriptor = os.open(path, os.O_RDONLY)
+            keep = len(self._descriptors) < _OPEN_SHARDS
+            if keep:
+                self._descriptors[shard] = descriptor
+        if os.fstat(descriptor).st_size != int(self.index.shard_bytes[shard]):
+            _check_size(path, int(self.index.shard_bytes[shard]))
+        return descriptor, keep
+
+    def close(self) -> None:
+        """Closes the shards; reading opens them again."""
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+
+    def __del__(self) -> None:
+        self.close()

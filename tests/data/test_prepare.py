@@ -1,0 +1,198 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import tensorflow_datasets as tfds
+
+from uss_jax.data import prepare as prepare_module
+from uss_jax.data.examples import parse
+from uss_jax.data.labels import LabelledFile
+from uss_jax.data.metadata import read_sample_rate
+from uss_jax.data.prepare import ClipSettings, Skipped, prepare, prepare_clip, to_int16
+from uss_jax.data.tfrecord import ClipReader, load_index
+from uss_jax.errors import UserError
+
+SETTINGS = ClipSettings(sample_rate=8000, clip_seconds=1.0)
+
+
+def _noise(n, channels=1):
+    return np.random.default_rng(n).uniform(-0.9, 0.9, (n, channels)).astype(np.float32)
+
+
+@pytest.fixture
+def audio(tmp_path):
+    folder = tmp_path / "audio folder"
+    folder.mkdir()
+    for at in range(10):
+        soundfile.write(folder / f"{at}.wav", _noise(800 + at), 8000, subtype="PCM_16")
+    soundfile.write(folder / "long.flac", _noise(20000), 8000)
+    soundfile.write(folder / "stereo.wav", _noise(1600, 2), 16000)
+    soundfile.write(folder / "silent.wav", np.full((8000, 1), 5e-4), 8000)
+    (folder / "text.wav").write_text("no sound")
+    return folder
+
+
+def _labelled(names):
+    return [LabelledFile(name, (at, at + 1), at + 2) for at, name in enumerate(names)]
+
+
+GOOD = [f"{at}.wav" for at in range(10)] + ["long.flac", "stereo.wav"]
+
+
+def _prepare(audio, out, names=GOOD, **settings):
+    arguments = {"name": "toy", "version": "1.0.0", "split": "train", "settings": SETTINGS}
+    return prepare(_labelled(names), audio, out, **(arguments | settings))
+
+
+def _files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_16_bit_samples_at_the_same_rate_come_through_unchanged(audio):
+    clip = parse(prepare_clip(audio / "3.wav", "3.wav", (7, 5), SETTINGS))
+    samples, _ = soundfile.read(audio / "3.wav", dtype="int16")
+    assert clip == (b"3.wav", samples.tobytes(), (5, 7))
+
+
+def test_full_scale_is_cut_to_16_bits():
+    waveform = np.array([-2, -1, -0.5, 0, 0.5, 1, 2], np.float32)
+    assert to_int16(waveform).tolist() == [-32768, -32768, -16384, 0, 16384, 32767, 32767]
+
+
+def test_long_clips_keep_their_beginning_and_short_ones_their_length(audio):
+    long = parse(prepare_clip(audio / "long.flac", "a", (0,), SETTINGS))
+    whole, _ = soundfile.read(audio / "long.flac", dtype="int16")
+    assert long.audio == whole[:8000].tobytes()
+    short = parse(prepare_clip(audio / "stereo.wav", "a", (0,), SETTINGS))
+    assert len(short.audio) == 2 * 800
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("none.wav", "does not exist"),
+        ("text.wav", "cannot be read"),
+        ("silent.wav", "is silent"),
+        (".", "is a folder"),
+    ],
+)
+def test_unusable_clips_give_a_reason(audio, name, reason):
+    made = prepare_clip(audio / name, name, (0,), SETTINGS)
+    assert isinstance(made, Skipped)
+    assert reason in made.reason
+
+
+def test_records_hold_every_clip_in_order_with_its_labels(audio, tmp_path):
+    made = _prepare(audio, tmp_path / "out", shards=3)
+    index = load_index(made.directory, "train", verify=True)
+    assert [id.decode() for id in index.ids] == GOOD
+    assert len(index.shards) == 3
+    assert index.labels(4).tolist() == [4, 5]
+    samples, _ = soundfile.read(audio / "4.wav", dtype="int16")
+    np.testing.assert_array_equal(ClipReader(made.directory, index).read(4), samples)
+    assert read_sample_rate(made.directory) == 8000
+
+
+def test_any_number_of_workers_gives_the_same_files(audio, tmp_path, monkeypatch):
+    one = _prepare(audio, tmp_path / "one", shards=2)
+    monkeypatch.setattr(prepare_module, "_CLIPS_IN_FLIGHT", 3)
+    many = _prepare(audio, tmp_path / "many", shards=2, workers=5)
+    ours, theirs = _files(one.directory), _files(many.directory)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        if not name.endswith(".npz"):  # a zip file holds the time
+            assert ours[name] == theirs[name], name
+    assert one.index.digest == many.index.digest
+
+
+def test_unusable_clips_are_listed_and_the_rest_goes_on(audio, tmp_path):
+    names = ["none.wav", "text.wav", *GOOD, "silent.wav"]
+    made = _prepare(audio, tmp_path / "out", names, shards=8)
+    # The block of the first two clips kept none, so it has no shard.
+    assert len(made.index.shards) == 7
+    assert len(made.index) == len(GOOD)
+    with open(made.report, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == ["none.wav", "text.wav", "silent.wav"]
+    assert [row["line"] for row in rows] == ["2", "3", "16"]
+    assert "is silent" in rows[2]["reason"]
+
+
+def test_nothing_usable_is_an_error_and_leaves_nothing(audio, tmp_path):
+    with pytest.raises(UserError, match=r"none of the 2 clips could be used; the first: .*exist"):
+        _prepare(audio, tmp_path / "out", ["none.wav", "silent.wav"])
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_failure_in_the_middle_keeps_what_was_there(audio, tmp_path, monkeypatch):
+    made = _prepare(audio, tmp_path / "out")
+    before = _files(made.directory)
+
+    def full(path, *arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare_module, "RecordWriter", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        _prepare(audio, tmp_path / "out", GOOD[:3])
+    assert _files(made.directory) == before
+
+
+def test_preparing_again_replaces_the_split_and_keeps_the_others(audio, tmp_path):
+    _prepare(audio, tmp_path / "out", shards=4)
+    test = _prepare(audio, tmp_path / "out", GOOD[:2], split="test")
+    made = _prepare(audio, tmp_path / "out", GOOD[:5], shards=2)
+    assert len(load_index(made.directory, "train")) == 5
+    assert load_index(made.directory, "test").digest == test.index.digest
+    builder = tfds.builder_from_directory(made.directory)
+    counts = {name: split.num_examples for name, split in builder.info.splits.items()}
+    assert counts == {"test": 2, "train": 5}
+    assert not [name for name in _files(made.directory) if name.startswith(".")]
+
+
+def test_tfds_reads_the_metadata_without_tensorflow(audio, tmp_path):
+    made = _prepare(audio, tmp_path / "out", shards=3)
+    info = tfds.builder_from_directory(made.directory).info
+    assert (info.name, str(info.version)) == ("toy", "1.0.0")
+    assert list(info.splits) == ["train"]
+    assert info.splits["train"].num_examples == len(GOOD)
+    assert info.splits["train"].shard_lengths == [4, 4, 4]
+    assert [path.name for path in info.splits["train"].filepaths] == made.index.shards.tolist()
+    assert info.features["audio"].np_dtype == np.int16
+    assert "8000 Hz" in info.features["audio"].doc.desc
+    assert info.features["labels"].feature.names[:2] == ["Speech", "Male speech, man speaking"]
+    # TFDS's own decoder of our bytes, which is what tfds.load runs but for TensorFlow's reader.
+    example = parse(prepare_clip(audio / "2.wav", "2.wav", (1,), SETTINGS))
+    decoded = info.features["audio"].decode_example_np(example.audio)
+    samples, _ = soundfile.read(audio / "2.wav", dtype="int16")
+    np.testing.assert_array_equal(decoded, samples)
+
+
+def test_another_sample_rate_beside_other_splits_is_refused(audio, tmp_path):
+    _prepare(audio, tmp_path / "out")
+    other = ClipSettings(sample_rate=16000, clip_seconds=1.0)
+    with pytest.raises(UserError, match="train at 8000 Hz"):
+        _prepare(audio, tmp_path / "out", split="test", settings=other)
+    _prepare(audio, tmp_path / "out", settings=other)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("name", "my-sounds"), ("version", "1"), ("split", "train-1")]
+)
+def test_names_that_tfds_cannot_read_are_refused(audio, tmp_path, field, value):
+    with pytest.raises(UserError, match=f'--{field} cannot be "{value}"'):
+        _prepare(audio, tmp_path / "out", **{field: value})
+
+
+def test_missing_or_damaged_metadata_is_said(audio, tmp_path):
+    directory = _prepare(audio, tmp_path / "out").directory
+    (directory / "metadata.json").write_text(json.dumps({"sample_rate": 8000, "encoding": "flac"}))
+    with pytest.raises(UserError, match="only pcm_s16le"):
+        read_sample_rate(directory)
+    (directory / "metadata.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        read_sample_rate(directory)
+    (directory / "metadata.json").unlink()
+    with pytest.raises(UserError, match="sample rate of these records is unknown"):
+        read_sample_rate(directory)

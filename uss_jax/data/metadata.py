@@ -1,0 +1,129 @@
+"""What a records directory says about itself: TFDS metadata, and sample rate and encoding.
+
+dataset_info.json   splits, shards, counts: read by `tfds.builder_from_directory` and `tfds.load`
+features.json       the schema, with labels.labels.txt: the names of the classes
+metadata.json       {"sample_rate": 32000, "encoding": "pcm_s16le"}
+"""
+
+import json
+import os
+import pathlib
+import tempfile
+
+from uss_jax.atomic import replacing
+from uss_jax.errors import UserError
+from uss_jax.ontology import load_ontology
+
+ENCODING = "pcm_s16le"
+_INFO, _OURS = "dataset_info.json", "metadata.json"
+
+
+def read_sample_rate(directory: str | os.PathLike) -> int:
+    """The sample rate of a directory's records, in Hz."""
+    path = pathlib.Path(directory) / _OURS
+    metadata = _read(path)
+    if metadata is None:
+        raise UserError(
+            f"{path} does not exist, so the sample rate of these records is unknown; prepare them "
+            f'again, or write {{"sample_rate": 32000, "encoding": "{ENCODING}"}} into it'
+        )
+    try:
+        sample_rate, encoding = int(metadata["sample_rate"]), metadata["encoding"]
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path} needs the keys sample_rate (Hz) and encoding") from None
+    if encoding != ENCODING:
+        raise UserError(f"{path}: the encoding is {encoding}, only {ENCODING} can be read")
+    return sample_rate
+
+
+def check_sample_rate(directory: pathlib.Path, split: str, sample_rate: int) -> None:
+    """Refuses to add a split at another sample rate than the directory's other splits."""
+    info = _read(directory / _INFO) or {}
+    others = [other["name"] for other in info.get("splits", []) if other["name"] != split]
+    if others and (there := read_sample_rate(directory)) != sample_rate:
+        raise UserError(
+            f"{directory} has {', '.join(others)} at {there} Hz; give {split} another --version "
+            f"than them, or --sample-rate {there}"
+        )
+
+
+def write_metadata(
+    directory: pathlib.Path,
+    *,
+    name: str,
+    version: str,
+    split: str,
+    shard_records: list[int],
+    shard_bytes: int,
+    sample_rate: int,
+) -> None:
+    """Adds a split, or what changed in it, to the directory's metadata; other splits stay.
+
+    Args:
+      directory: where the shards are.
+      name, version, split: of the data set, as in the shards' names and path.
+      shard_records: records in each shard, in order.
+      shard_bytes: of all shards together.
+      sample_rate: in Hz.
+    """
+    _write_features(directory, sample_rate)
+    _write(directory / _OURS, {"sample_rate": sample_rate, "encoding": ENCODING})
+    info = _read(directory / _INFO) or {}
+    others = [other for other in info.get("splits", []) if other["name"] != split]
+    ours = {
+        "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+        "name": split,
+        "numBytes": str(shard_bytes),  # protobuf's JSON writes 64-bit numbers as text
+        "shardLengths": [str(records) for records in shard_records],
+    }
+    _write(
+        directory / _INFO,
+        {
+            "description": f"Weakly labelled sound, mono at {sample_rate} Hz.",
+            "fileFormat": "tfrecord",
+            "name": name,
+            "splits": sorted([*others, ours], key=lambda split: split["name"]),
+            "version": version,
+        },
+    )
+
+
+def _write_features(directory: pathlib.Path, sample_rate: int) -> None:
+    import numpy as np
+    import tensorflow_datasets as tfds
+
+    features = tfds.features.FeaturesDict(
+        {
+            "id": tfds.features.Text(),
+            # Bytes: TFDS's default would store every sample as an int64.
+            "audio": tfds.features.Tensor(
+                shape=(None,),
+                dtype=np.int16,
+                encoding=tfds.features.Encoding.BYTES,
+                doc=f"mono PCM at {sample_rate} Hz",
+            ),
+            "labels": tfds.features.Sequence(
+                tfds.features.ClassLabel(names=list(load_ontology().class_names))
+            ),
+        }
+    )
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".features") as temporary:
+        features.save_config(temporary)
+        for path in pathlib.Path(temporary).iterdir():
+            os.replace(path, directory / path.name)
+
+
+def _read(path: pathlib.Path) -> dict | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); delete it and prepare every split again"
+        ) from error
+
+
+def _write(path: pathlib.Path, content: dict) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

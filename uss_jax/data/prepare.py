@@ -1,0 +1,257 @@
+"""Audio files and labels to records: shards, index, metadata, and a list of what was left out.
+
+A clip becomes a record by one pure function, `prepare_clip`. Whatever runs it (here a thread pool),
+the shards are the same: record order is the label file's order, and a shard holds the clips of one
+block of its lines.
+"""
+
+import concurrent.futures
+import contextlib
+import csv
+import dataclasses
+import itertools
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from jaxtyping import Float32, Int16
+from tqdm import tqdm
+
+from uss_jax.atomic import replacing
+from uss_jax.audio.files import read_mono
+from uss_jax.data.examples import serialise
+from uss_jax.data.labels import LabelledFile
+from uss_jax.data.metadata import check_sample_rate, write_metadata
+from uss_jax.data.tfrecord import RecordIndex, RecordWriter, build_index
+from uss_jax.errors import UserError
+
+# No sample of a silent clip reaches -60 dBFS, below which anchors are not drawn.
+_SILENT_PEAK = 1e-3
+_SHARD_BYTES = 200e6
+_CLIPS_IN_FLIGHT = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipSettings:
+    """What a clip is made into.
+
+    Attributes:
+      sample_rate: in Hz.
+      clip_seconds: longer recordings are cut to their first so many seconds; shorter keep theirs.
+    """
+
+    sample_rate: int = 32000
+    clip_seconds: float = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """Why there is no record of a clip."""
+
+    reason: str
+
+
+def to_int16(waveform: Float32[np.ndarray, " t"]) -> Int16[np.ndarray, " t"]:
+    """Rounds [-1, 1] to 16 bits: 1 is 32768, which is cut to 32767. Divide by 32768 to go back."""
+    return np.clip(np.rint(waveform * 32768), -32768, 32767).astype(np.int16)
+
+
+def prepare_clip(
+    path: str | os.PathLike, id: str, labels: tuple[int, ...], settings: ClipSettings
+) -> bytes | Skipped:
+    """A recording as the bytes of a record, or why it cannot be one. Pure but for reading `path`.
+
+    Args:
+      path: the recording.
+      id: its name in the records.
+      labels: class indexes.
+      settings: what to make of it.
+    """
+    try:
+        waveform = read_mono(path, settings.sample_rate, settings.clip_seconds)
+    except UserError as error:
+        return Skipped(str(error))
+    samples = to_int16(waveform[: round(settings.clip_seconds * settings.sample_rate)])
+    if not samples.size or np.abs(waveform).max() < _SILENT_PEAK:
+        return Skipped(f"{path} is silent (no sample reaches -60 dBFS)")
+    return serialise(id.encode(errors="surrogateescape"), samples, labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What `prepare` made.
+
+    Attributes:
+      directory: where it is.
+      index: of the split's records.
+      skipped: the clips without a record, with the reason.
+      report: the CSV file that lists them.
+    """
+
+    directory: pathlib.Path
+    index: RecordIndex
+    skipped: list[tuple[LabelledFile, str]]
+    report: pathlib.Path
+
+
+def prepare(
+    labelled: list[LabelledFile],
+    audio: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    name: str,
+    version: str,
+    split: str,
+    settings: ClipSettings,
+    shards: int | None = None,
+    workers: int = 1,
+) -> Prepared:
+    """Makes a split of records in `out`/`name`/`version`, whole or not at all.
+
+    Args:
+      labelled: clips with their labels; at least one.
+      audio: the folder their paths are relative to.
+      out: the folder of data sets.
+      name, version, split: letters, digits and "_"; three numbers with dots; letters, digits, "_".
+      settings: what to make of a clip.
+      shards: at most so many files; None: about 200 MB each.
+      workers: threads that read and convert.
+    """
+    _check_names(name, version, split)
+    directory = pathlib.Path(out) / name / version
+    check_sample_rate(directory, split, settings.sample_rate)
+    unfinished = directory / f".unfinished-{split}"
+    skipped: list[tuple[LabelledFile, str]] = []
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+
+        def make(item: LabelledFile) -> bytes | Skipped:
+            return prepare_clip(os.path.join(audio, item.file), item.file, item.labels, settings)
+
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            blocks = _blocks(labelled, shards, settings)
+            paths = _write_blocks(unfinished, blocks, make, pool, skipped)
+        if not paths:
+            raise UserError(
+                f"none of the {len(labelled)} clips could be used; the first: {skipped[0][1]}"
+            )
+        for at, path in enumerate(paths):
+            path.rename(unfinished / f"{name}-{split}.tfrecord-{at:05d}-of-{len(paths):05d}")
+        index = build_index(unfinished, split)
+        _publish(unfinished, directory, split)
+    except OSError as error:
+        raise UserError(
+            f"{directory} could not be written ({error.strerror or error}); choose --out where "
+            "there is space and permission"
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        _remove_if_empty(directory, directory.parent)
+
+    write_metadata(
+        directory,
+        name=name,
+        version=version,
+        split=split,
+        shard_records=np.bincount(index.record_shard, minlength=len(index.shards)).tolist(),
+        shard_bytes=int(index.shard_bytes.sum()),
+        sample_rate=settings.sample_rate,
+    )
+    report = directory / f"skipped-{split}.csv"
+    _write_report(report, skipped)
+    return Prepared(directory, index, skipped, report)
+
+
+def _check_names(name: str, version: str, split: str) -> None:
+    """TFDS and the shards' names know only these."""
+    for option, value, pattern, example in (
+        ("--name", name, r"[a-zA-Z][a-zA-Z0-9_]*", "my_sounds"),
+        ("--version", version, r"\d+\.\d+\.\d+", "1.0.0"),
+        ("--split", split, r"[a-zA-Z][a-zA-Z0-9_]*", "train"),
+    ):
+        if not re.fullmatch(pattern, value):
+            raise UserError(f'{option} cannot be "{value}"; give something like {example}')
+
+
+def _blocks(
+    labelled: list[LabelledFile], shards: int | None, settings: ClipSettings
+) -> list[list[LabelledFile]]:
+    """The label file's lines in even, contiguous blocks, one for each shard."""
+    if shards is None:
+        clip_bytes = 2 * settings.sample_rate * settings.clip_seconds
+        shards = int(np.ceil(len(labelled) * clip_bytes / _SHARD_BYTES))
+    shards = min(max(shards, 1), len(labelled))
+    edges = [len(labelled) * at // shards for at in range(shards + 1)]
+    return [labelled[begin:end] for begin, end in itertools.pairwise(edges)]
+
+
+def _write_blocks(
+    folder: pathlib.Path,
+    blocks: list[list[LabelledFile]],
+    make: Callable[[LabelledFile], bytes | Skipped],
+    pool: concurrent.futures.Executor,
+    skipped: list[tuple[LabelledFile, str]],
+) -> list[pathlib.Path]:
+    """Writes a file for each block that keeps any clip; adds to `skipped`."""
+    paths = []
+    total = sum(map(len, blocks))
+    with tqdm(total=total, desc="prepare", unit="clip", disable=None) as progress:
+        for at, block in enumerate(blocks):
+            path = folder / f"block-{at:05d}"
+            kept = 0
+            with RecordWriter(path) as writer:
+                for item, made in _map_in_order(pool, make, block):
+                    progress.update()
+                    if isinstance(made, Skipped):
+                        skipped.append((item, made.reason))
+                    else:
+                        writer.write(made)
+                        kept += 1
+            if kept:
+                paths.append(path)
+            else:
+                path.unlink()
+    return paths
+
+
+def _map_in_order(
+    pool: concurrent.futures.Executor,
+    make: Callable[[LabelledFile], bytes | Skipped],
+    items: list[LabelledFile],
+) -> Iterator[tuple[LabelledFile, bytes | Skipped]]:
+    """Like `pool.map`, with few results in memory at once."""
+    for begin in range(0, len(items), _CLIPS_IN_FLIGHT):
+        some = items[begin : begin + _CLIPS_IN_FLIGHT]
+        yield from zip(some, pool.map(make, some), strict=True)
+
+
+def _publish(unfinished: pathlib.Path, directory: pathlib.Path, split: str) -> None:
+    """Puts finished shards and their index in place of older ones.
+
+    The old index goes first and the new one comes last: whenever there is one, it is right.
+    """
+    index = f"index-{split}.npz"
+    (directory / index).unlink(missing_ok=True)
+    for old in directory.glob(f"*-{split}.tfrecord-?????-of-?????"):
+        old.unlink()
+    for path in sorted(unfinished.iterdir()):
+        if path.name != index:
+            os.replace(path, directory / path.name)
+    os.replace(unfinished / index, directory / index)
+
+
+def _remove_if_empty(*folders: pathlib.Path) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _write_report(path: pathlib.Path, skipped: list[tuple[LabelledFile, str]]) -> None:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "line", "reason"])
+        writer.writerows([item.file, item.line, reason] for item, reason in skipped)

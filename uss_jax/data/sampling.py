@@ -1,0 +1,164 @@
+"""Which clip and which class stand at a position of the training order.
+
+An order is a pure function of (seed, position), where position counts examples from the start of
+training. Nothing is drawn in advance and nothing is remembered: resuming at a position, or giving
+every host its own positions, needs no state.
+
+Letters: n positions, r records, l labels, k classes.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Integer, UInt64
+
+from uss_jax.errors import UserError
+
+_GOLDEN = 0x9E3779B97F4A7C15
+# A round sends an index anywhere with probability 1/2, else leaves it: 2**-40 never move.
+_ROUND_KEYS = np.arange(1, 41, dtype=np.uint64) * np.uint64(_GOLDEN)
+# What a key is for, so that no two permutations share one.
+_PLACES, _CLIPS, _LABELS = 1, 2, 3
+
+
+def _mixed(x: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+    """Scrambles 64 bits (the finaliser of SplitMix64, doi.org/10.1145/2660193.2660195)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _key(seed: int, *parts: int | np.ndarray) -> UInt64[np.ndarray, " n"]:
+    """64 bits that depend on the seed and on every part."""
+    key = np.array([seed % 2**64], np.uint64)
+    for part in parts:
+        key = _mixed((key + np.uint64(_GOLDEN)) ^ _mixed(np.atleast_1d(part).astype(np.uint64)))
+    return key
+
+
+def permute(
+    index: Integer[np.ndarray, " n"],
+    size: int | Integer[np.ndarray, " n"],
+    key: UInt64[np.ndarray, "_"],
+    inverse: bool = False,
+) -> UInt64[np.ndarray, " n"]:
+    """Where a keyed pseudo-random permutation of 0..size-1 sends `index`.
+
+    A swap-or-not shuffle (Hoang, Morris, Rogaway 2012, arxiv.org/abs/1208.1176): each round pairs
+    x with (offset - x) mod size and swaps the pair or leaves it, as a hash of the pair says. So it
+    is a permutation of any size, and costs the same for 3 clips and 3 million.
+
+    Args:
+      index: what to send, below `size`.
+      size: of the permuted range; one for all or one for each index.
+      key: chooses the permutation; one for all or one for each index.
+      inverse: go back instead.
+    """
+    x = index.astype(np.uint64)
+    size = np.broadcast_to(size, x.shape).astype(np.uint64)
+    for round_key in _ROUND_KEYS[::-1] if inverse else _ROUND_KEYS:
+        round_key = _mixed(key + round_key)
+        offset = round_key % size
+        partner = np.where(offset >= x, offset - x, offset + size - x)
+        swap = _mixed(round_key ^ np.maximum(x, partner)) & np.uint64(1)
+        x = np.where(swap, partner, x)
+    return x
+
+
+class BalancedOrder:
+    """Every class once a round, every clip of a class once before any twice, in ever new orders.
+
+    A class of weight w has w places in each round. Classes without clips are left out.
+
+    Attributes:
+      missing: the class indexes that were left out.
+      round_length: examples in a round.
+    """
+
+    def __init__(
+        self,
+        label_row: Integer[np.ndarray, " _"],
+        label_class: Integer[np.ndarray, " l"],
+        seed: int,
+        weights: Sequence[int] | np.ndarray | None = None,
+        classes: int = 527,
+    ):
+        """
+        Args:
+          label_row, label_class: the labels of each record, as in RecordIndex.
+          seed: of the order.
+          weights: places in a round of each class, whole numbers from 0; None: one each.
+          classes: how many there are.
+        """
+        weights = np.ones(classes, np.int64) if weights is None else np.asarray(weights)
+        if weights.shape != (classes,) or weights.dtype.kind not in "iu" or (weights < 0).any():
+            raise UserError(
+                f"class weights must be {classes} whole numbers from 0, one for each class"
+            )
+        self._seed = seed
+        labels = np.diff(label_row.astype(np.int64))  # repeat refuses the index's unsigned ones
+        records = np.repeat(np.arange(len(labels), dtype=np.uint32), labels)
+        self._records = records[np.argsort(label_class, kind="stable")]  # by class
+        self._clips = np.bincount(label_class, minlength=classes)
+        self._first_clip = np.cumsum(self._clips) - self._clips
+        self.missing = np.flatnonzero((self._clips == 0) & (weights > 0))
+        self._weights = np.where(self._clips > 0, weights, 0)
+        self._slot_class = np.repeat(np.arange(classes), self._weights)
+        self._first_slot = np.cumsum(self._weights) - self._weights
+        self.round_length = len(self._slot_class)
+        if not self.round_length:
+            raise UserError("no record has a label to draw; check the labels and class weights")
+
+    def draw(
+        self, positions: Integer[np.ndarray, " n"]
+    ) -> tuple[Integer[np.ndarray, " n"], Integer[np.ndarray, " n"]]:
+        """The record and the class index at each position."""
+        number, place = np.divmod(positions.astype(np.int64), self.round_length)
+        key = _key(self._seed, _PLACES, number)
+        chosen = self._slot_class[permute(place, self.round_length, key)]
+
+        # How many clips of the class were drawn before: w each round, and earlier in this one.
+        drawn = number * self._weights[chosen]
+        if self._weights.max() > 1:
+            drawn += self._earlier_in_round(chosen, place, key)
+        epoch, at = np.divmod(drawn, self._clips[chosen])
+        clip = permute(at, self._clips[chosen], _key(self._seed, _CLIPS, chosen, epoch))
+        return self._records[self._first_clip[chosen] + clip.astype(np.int64)], chosen
+
+    def _earlier_in_round(
+        self, chosen: np.ndarray, place: np.ndarray, key: np.ndarray
+    ) -> np.ndarray:
+        earlier = np.zeros_like(place)
+        for slot in range(self._weights.max()):
+            has_slot = slot < self._weights[chosen]
+            slots = np.where(has_slot, self._first_slot[chosen] + slot, 0)
+            earlier += has_slot & (permute(slots, self.round_length, key, inverse=True) < place)
+        return earlier
+
+
+class UniformOrder:
+    """Every labelled clip once an epoch, in a new order each epoch, with one of its labels."""
+
+    def __init__(
+        self,
+        label_row: Integer[np.ndarray, " _"],
+        label_class: Integer[np.ndarray, " l"],
+        seed: int,
+    ):
+        """Takes the labels of each record, as in RecordIndex, and the seed of the order."""
+        self._seed = seed
+        self._label_row, self._label_class = label_row.astype(np.int64), label_class
+        self._records = np.flatnonzero(np.diff(self._label_row))
+        if not self._records.size:
+            raise UserError("no record has a label to draw; check the labels")
+
+    def draw(
+        self, positions: Integer[np.ndarray, " n"]
+    ) -> tuple[Integer[np.ndarray, " n"], Integer[np.ndarray, " n"]]:
+        """The record and the class index at each position."""
+        epoch, at = np.divmod(positions.astype(np.int64), len(self._records))
+        record = self._records[permute(at, len(self._records), _key(self._seed, _CLIPS, epoch))]
+        begin = self._label_row[record]
+        count = (self._label_row[record + 1] - begin).astype(np.uint64)
+        label = _key(self._seed, _LABELS, positions) % count
+        return record, self._label_class[begin + label.astype(np.int64)].astype(np.int64)

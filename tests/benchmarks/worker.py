@@ -1,0 +1,139 @@
+"""One contender of the benchmark, in a process of its own: `python -m tests.benchmarks.worker`.
+
+Arguments: job, framework, core. It pins itself to the core, runs the job once to warm up (and
+compile), prints a JSON line with what the job computed, then runs it again for every line it reads
+and prints the seconds it took.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+SAMPLES = {"separate": 64000, "train": 64000, "tag": 320000}
+BATCH = 2
+
+Job = Callable[[], np.ndarray]
+
+
+def inputs(job: str) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """State dict, waveform [2, t] and condition [2, 527] of a job."""
+    from tests.golden.inputs import make_batch
+    from tests.golden.weights import build_state_dict
+
+    waveform = make_batch(f"benchmark/{job}", BATCH, SAMPLES[job])
+    condition = np.random.default_rng(0).random((BATCH, 527), np.float32)
+    layout = "cnn14" if job == "tag" else "resunet30_cond527"
+    return build_state_dict(layout, fixed=False), waveform, condition
+
+
+def torch_job(job: str) -> Job:
+    """The job in PyTorch; called, it returns a result to compare."""
+    import torch
+
+    from tests.benchmarks.torch_nets import Cnn14, ResUNet30, load
+
+    torch.set_num_threads(1)
+    state_dict, waveform, condition = inputs(job)
+    net = load(Cnn14() if job == "tag" else ResUNet30(), state_dict)
+    waveform, condition = torch.from_numpy(waveform), torch.from_numpy(condition)
+
+    def tag():
+        with torch.inference_mode():
+            return net(waveform)[0].numpy()
+
+    def separate():
+        with torch.inference_mode():
+            return net(waveform[:, None], condition).numpy()
+
+    if job != "train":
+        return tag if job == "tag" else separate
+    net.train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.0, amsgrad=True)
+    target = waveform[:, None].roll(1, 0)
+
+    def train():
+        optimizer.zero_grad()
+        loss = (net(waveform[:, None], condition) - target).abs().mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach().numpy()
+
+    return train
+
+
+def jax_job(job: str) -> Job:
+    """The job in this project; called, it returns a result to compare."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from uss_jax.models.cnn14 import Cnn14
+    from uss_jax.models.resunet import resunet30
+    from uss_jax.training.losses import l1_waveform
+    from uss_jax.training.optim import adamw_amsgrad
+    from uss_jax.weights.torch import convert_cnn14, convert_resunet
+
+    state_dict, waveform, condition = inputs(job)
+    convert = convert_cnn14 if job == "tag" else convert_resunet
+    variables = jax.tree.map(jnp.asarray, convert(state_dict).variables)
+    del state_dict
+    waveform, condition = jnp.asarray(waveform), jnp.asarray(condition)
+
+    if job == "tag":
+        tag = jax.jit(Cnn14().apply)
+        return lambda: np.asarray(tag(variables, waveform)["clipwise"])
+    net = resunet30()
+    if job == "separate":
+        separate = jax.jit(net.apply)
+        return lambda: np.asarray(separate(variables, waveform[:, None], condition))
+
+    optimizer = adamw_amsgrad(1e-3)
+    target = jnp.roll(waveform[:, None], 1, 0)
+
+    def step(variables, moments):
+        def objective(params):
+            estimate, updates = net.apply(
+                {"params": params, "batch_stats": variables["batch_stats"]},
+                waveform[:, None],
+                condition,
+                train=True,
+                mutable=["batch_stats"],
+            )
+            return jnp.mean(l1_waveform(estimate, target)), updates
+
+        params = variables["params"]
+        (loss, updates), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        change, moments = optimizer.update(grads, moments, params)
+        return {"params": optax.apply_updates(params, change), **updates}, moments, loss
+
+    step = jax.jit(step, donate_argnums=(0, 1))
+    state = [variables, jax.jit(optimizer.init)(variables["params"])]
+
+    def train():
+        *state[:], loss = step(*state)
+        jax.block_until_ready(state)
+        return np.asarray(loss)
+
+    return train
+
+
+def main() -> None:
+    job, framework, core = sys.argv[1:]
+    os.sched_setaffinity(0, {int(core)})
+    run = (jax_job if framework == "jax" else torch_job)(job)
+    result = run().ravel()
+    print(json.dumps(result[:: max(result.size // 1000, 1)].tolist()), flush=True)
+    run()  # the second run still allocates
+    for _ in sys.stdin:
+        cpu, wall = time.process_time(), time.perf_counter()
+        run()
+        seconds = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+        print(json.dumps(seconds), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+import numpy as np
+import pytest
+
+from uss_jax.data.examples import serialise
+from uss_jax.data.pipeline import batches
+from uss_jax.data.sampling import BalancedOrder
+from uss_jax.data.tfrecord import ClipReader, RecordWriter, build_index
+from uss_jax.errors import UserError
+
+CLIP_SAMPLES = 100
+
+
+def _samples(record):
+    n = [20, 100, 150, 1][record % 4]
+    return np.random.default_rng(record).integers(-1000, 1000, n).astype(np.int16)
+
+
+def _labels(record):
+    return [record % 5, 5 + record % 3]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("records")
+    for shard in range(2):
+        with RecordWriter(directory / f"toy-train.tfrecord-{shard:05d}-of-00002") as writer:
+            for record in range(20 * shard, 20 * shard + 20):
+                writer.write(serialise(b"%d" % record, _samples(record), _labels(record)))
+    build_index(directory, "train")
+    return directory
+
+
+def _batches(directory, start=0, stop=6, **arguments):
+    index = build_index(directory, "train")
+    order = BalancedOrder(index.label_row, index.label_class, seed=3)
+    arguments = {"batch_size": 12, "clip_samples": CLIP_SAMPLES, "threads": 2} | arguments
+    reader = ClipReader(directory, index)
+    return list(batches(reader, order, start_step=start, stop_step=stop, **arguments))
+
+
+def _assert_same(ours, theirs):
+    assert len(ours) == len(theirs)
+    for our, their in zip(ours, theirs, strict=True):
+        assert our.keys() == their.keys()
+        for key in our:
+            np.testing.assert_array_equal(our[key], their[key])
+
+
+def test_batches_hold_what_the_records_hold(directory):
+    for batch in _batches(directory, labels=True):
+        assert {key: value.dtype.name for key, value in batch.items()} == {
+            "audio": "int16",
+            "samples": "int32",
+            "class_index": "int32",
+            "record": "int32",
+            "labels": "uint8",
+        }
+        for row, record in enumerate(batch["record"]):
+            samples = _samples(record)[:CLIP_SAMPLES]
+            padded = np.pad(samples, (0, CLIP_SAMPLES - len(samples)))
+            np.testing.assert_array_equal(batch["audio"][row], padded)
+            assert batch["samples"][row] == len(samples)
+            assert np.flatnonzero(batch["labels"][row]).tolist() == _labels(record)
+            assert batch["class_index"][row] in _labels(record)
+
+
+def test_batches_follow_the_order(directory):
+    classes = np.concatenate([batch["class_index"] for batch in _batches(directory)])
+    assert np.bincount(classes).tolist() == [9] * 8  # 72 draws, 8 classes
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+def test_any_number_of_threads_gives_the_same_batches(directory, threads):
+    _assert_same(_batches(directory, threads=threads), _batches(directory))
+
+
+@pytest.mark.parametrize("start", [1, 5])
+def test_starting_at_a_step_gives_the_same_batches_as_getting_there(directory, start):
+    _assert_same(_batches(directory, start=start), _batches(directory)[start:])
+
+
+def test_far_steps_are_as_near_as_the_first(directory):
+    far = _batches(directory, start=10**9, stop=10**9 + 2)
+    _assert_same(far[1:], _batches(directory, start=10**9 + 1, stop=10**9 + 2))
+
+
+@pytest.mark.parametrize("hosts", [2, 3, 12])
+def test_hosts_together_hold_the_same_batches(directory, hosts):
+    parts = [_batches(directory, host=host, hosts=hosts, labels=True) for host in range(hosts)]
+    joined = [
+        {key: np.concatenate([part[key] for part in step]) for key in step[0]}
+        for step in zip(*parts, strict=True)
+    ]
+    _assert_same(joined, _batches(directory, labels=True))
+
+
+def test_no_steps_left_is_no_batch(directory):
+    assert _batches(directory, start=6) == []
+
+
+def test_a_batch_that_hosts_cannot_share_is_refused(directory):
+    with pytest.raises(UserError, match="12 cannot be divided among 5 hosts"):
+        _batches(directory, hosts=5)
+
+
+def test_a_corrupt_record_is_a_sentence_with_shard_and_byte(directory, tmp_path):
+    for path in directory.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    index = build_index(tmp_path, "train")
+    record = 25  # 100 samples, read whole
+    shard = tmp_path / str(index.shards[1])
+    data = bytearray(shard.read_bytes())
+    data[int(index.audio_offset[record])] ^= 1
+    shard.write_bytes(data)
+    order = BalancedOrder(index.label_row, index.label_class, seed=3)
+    reader = ClipReader(tmp_path, index)
+    begin = int(index.record_offset[record]) - 12
+    with pytest.raises(UserError, match=f"00001-of-00002: the record at byte {begin} has a wrong"):
+        list(
+            batches(
+                reader,
+                order,
+                start_step=0,
+                stop_step=40,
+                batch_size=8,
+                clip_samples=CLIP_SAMPLES,
+                threads=2,
+            )
+        )

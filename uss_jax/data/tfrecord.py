@@ -272,9 +272,9 @@ def _index_record(path: pathlib.Path, offset: int, payload: bytes) -> dict:
 
 def _find(payload: bytes, value: bytes) -> int:
     """Where `value` is in `payload`. A search for its beginning is far faster than for it all."""
-    view, beginning = memoryview(payload), value[:64]
+    beginning = value[:64]
     at = payload.find(beginning)
-    while view[at : at + len(value)] != value:
+    while not payload.startswith(value, at):
         at = payload.find(beginning, at + 1)
     return at
 

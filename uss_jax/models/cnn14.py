@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from uss_jax.audio.mel import log_mel
+from uss_jax.models.conv import Conv3x3
 from uss_jax.models.norm import BatchNorm
 
 Augment = Callable[[Array], Array]
@@ -27,14 +28,7 @@ class ConvBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b n m c"], train: bool) -> Float[Array, "b n m _"]:
         for i in (1, 2):
-            x = nn.Conv(
-                self.features,
-                (3, 3),
-                use_bias=False,
-                kernel_init=_INIT,
-                dtype=self.dtype,
-                name=f"conv{i}",
-            )(x)
+            x = Conv3x3(self.features, self.dtype, name=f"conv{i}")(x)
             x = nn.relu(BatchNorm(name=f"bn{i}")(x, train))
         return x
 

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from uss_jax.audio.stft import istft, stft
+from uss_jax.models.conv import Conv1x1, Conv3x3, Upsample
 from uss_jax.models.film import modulated_activation
 from uss_jax.models.norm import BatchNorm
-
-_INIT = nn.initializers.xavier_uniform()
 
 
 class ConvBlock(nn.Module):
@@ -37,18 +36,9 @@ class ConvBlock(nn.Module):
                 film=f"film{i}",
                 with_gain=self.film_gain,
             )
-            inner = nn.Conv(
-                self.features,
-                (3, 3),
-                use_bias=False,
-                kernel_init=_INIT,
-                dtype=self.dtype,
-                name=f"conv{i}",
-            )(inner)
+            inner = Conv3x3(self.features, self.dtype, name=f"conv{i}")(inner)
         if x.shape[-1] != self.features:
-            shortcut = nn.Conv(
-                self.features, (1, 1), kernel_init=_INIT, dtype=self.dtype, name="shortcut"
-            )(x)
+            shortcut = Conv1x1(self.features, self.dtype, name="shortcut")(x)
         return shortcut + inner
 
 
@@ -90,16 +80,7 @@ class DecoderLevel(nn.Module):
         x = modulated_activation(
             self, x, condition, train, norm="bn", film="film", with_gain=self.film_gain
         )
-        x = nn.ConvTranspose(
-            self.features,
-            self.stride,
-            self.stride,
-            use_bias=False,
-            transpose_kernel=True,
-            kernel_init=_INIT,
-            dtype=self.dtype,
-            name="up",
-        )(x)
+        x = Upsample(self.features, self.stride, self.dtype, name="up")(x)
         x = jnp.concatenate([x, skip], axis=-1)
         for j in range(1, self.blocks + 1):
             block = ConvBlock(self.features, self.film_gain, self.dtype, name=f"conv_block{j}")
@@ -190,9 +171,7 @@ class ResUNet(nn.Module):
         common = dict(blocks=self.blocks_per_level, film_gain=self.film_gain, dtype=self.dtype)
         levels = len(self.channels)
         strides = [(2, 2)] * (levels - 1) + [(1, 2)]
-        x = nn.Conv(self.channels[0], (1, 1), kernel_init=_INIT, dtype=self.dtype, name="pre_conv")(
-            x
-        )
+        x = Conv1x1(self.channels[0], self.dtype, name="pre_conv")(x)
         skips = []
         for i, (features, stride) in enumerate(zip(self.channels, strides, strict=True), start=1):
             x = Level(features, name=f"encoder_block{i}", **common)(x, condition, train)
@@ -204,13 +183,7 @@ class ResUNet(nn.Module):
                 self.channels[-i], stride=strides[-i], name=f"decoder_block{i}", **common
             )
             x = level(x, skips.pop(), condition, train)
-        return nn.Conv(
-            3 * self.audio_channels,
-            (1, 1),
-            kernel_init=_INIT,
-            dtype=self.dtype,
-            name="after_conv",
-        )(x)
+        return Conv1x1(3 * self.audio_channels, self.dtype, name="after_conv")(x)
 
 
 def _mask(x: Float[Array, "b n f c"], audio_channels: int) -> Array:

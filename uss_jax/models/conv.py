@@ -1,0 +1,143 @@
+"""The convolutions of the nets, in forms whose gradients are fast on a CPU too.
+
+Letters: `b` batch, `n` frames, `f` bins, `c` channels in, `d` channels out.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# Below this many channels XLA's own filter gradient is as fast on a CPU.
+_NARROW = 32
+# Places of a feature map whose products are summed in one matrix product: they fit into cache.
+_PLACES = 1024
+
+
+class Conv3x3(nn.Module):
+    """Convolution over time and frequency, "same" zero padding, no bias.
+
+    The parameter is `kernel` [3, 3, c, d], as `flax.linen.Conv` would name it.
+    """
+
+    features: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n f c"]) -> Float[Array, "b n f d"]:
+        shape = (3, 3, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.xavier_uniform(), shape)
+        x, kernel = in_compute_dtype(self.dtype, x, kernel)
+        return conv3x3(x, kernel)
+
+
+class Upsample(nn.Module):
+    """Transposed convolution whose kernel is as large as its stride: one matrix product.
+
+    The parameter is `kernel` [*stride, d, c], as `flax.linen.ConvTranspose` with
+    `transpose_kernel=True` would name it.
+    """
+
+    features: int
+    stride: tuple[int, int]
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n f c"]) -> Float[Array, "b N F d"]:
+        (b, n, f, c), (h, w), d = x.shape, self.stride, self.features
+        kernel = self.param("kernel", nn.initializers.xavier_uniform(), (h, w, d, c))
+        x, kernel = in_compute_dtype(self.dtype, x, kernel)
+        y = jnp.matmul(x, kernel.reshape(h * w * d, c).T).reshape(b, n, f, h, w, d)
+        return jnp.moveaxis(y, 3, 2).reshape(b, n * h, f * w, d)
+
+
+class Conv1x1(nn.Module):
+    """A linear map of the channels; parameters `kernel` [1, 1, c, d] and `bias` [d]."""
+
+    features: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n f c"]) -> Float[Array, "b n f d"]:
+        shape = (1, 1, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.xavier_uniform(), shape)
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        x, kernel, bias = in_compute_dtype(self.dtype, x, kernel, bias)
+        return jnp.matmul(x, kernel[0, 0]) + bias
+
+
+def in_compute_dtype(dtype: str, *arrays: Array) -> tuple[Array, ...]:
+    """Arrays in the dtype that a layer computes in.
+
+    "float32" asks for no lower precision than its parameters: float64 ones compute in float64.
+    """
+    if dtype == "float32":
+        dtype = jnp.result_type(jnp.float32, *arrays)
+    return tuple(a.astype(dtype) for a in arrays)
+
+
+@jax.custom_vjp
+def conv3x3(x: Float[Array, "b n f c"], kernel: Float[Array, "3 3 c d"]) -> Array:
+    """Convolves; [b, n, f, d]. Its gradient is its own, so there is no forward-mode derivative."""
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def _forward(x, kernel):
+    return conv3x3(x, kernel), (x, kernel)
+
+
+def _backward(residuals, dy):
+    x, kernel = residuals
+    dx = conv3x3(dy, kernel[::-1, ::-1].swapaxes(2, 3))
+    if min(kernel.shape[2:]) < _NARROW:
+        return dx, _filter_gradient_by_xla(x, dy)
+    dkernel = jax.lax.platform_dependent(
+        x, dy, cpu=_filter_gradient_by_products, default=_filter_gradient_by_xla
+    )
+    return dx, dkernel
+
+
+conv3x3.defvjp(_forward, _backward)
+
+
+def _filter_gradient_by_xla(x: Array, dy: Array) -> Array:
+    return jax.lax.conv_general_dilated(
+        x, dy, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("CHWN", "IHWO", "HWNC")
+    )
+
+
+def _filter_gradient_by_products(x: Array, dy: Array) -> Array:
+    """The filter gradient as matrix products over a few rows at a time, summed for each item.
+
+    XLA's CPU backend treats it as a convolution with a window as large as the map, 3 to 8 times
+    slower. The batch stays an axis of its own until the end, so that a sharded batch is reduced
+    over devices once.
+    """
+    (b, n, f, c), d = x.shape, dy.shape[-1]
+    rows = min(n, max(1, _PLACES // f))
+    spare = -n % rows
+    x = jnp.pad(x, ((0, 0), (1, 1 + spare), (0, 0), (0, 0)))
+    dy = jnp.pad(dy, ((0, 0), (0, spare), (1, 1), (0, 0)))
+
+    def add_rows(i, total):
+        x_rows = jax.lax.dynamic_slice_in_dim(x, i * rows, rows + 2, axis=1)
+        dy_rows = jax.lax.dynamic_slice_in_dim(dy, i * rows, rows, axis=1)
+        shifted = jnp.concatenate([dy_rows[:, :, 2 - q : 2 - q + f] for q in range(3)], axis=-1)
+        shifted = shifted.reshape(b, rows * f, 3 * d)
+        taps = [
+            jnp.einsum(
+                "bpc,bpd->bcd",
+                x_rows[:, p : p + rows].reshape(b, rows * f, c),
+                shifted,
+                preferred_element_type=total.dtype,
+            )
+            for p in range(3)
+        ]
+        return total + jnp.stack(taps, axis=1)
+
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    total = jnp.zeros((b, 3, c, 3 * d), dtype)
+    total = jnp.sum(jax.lax.fori_loop(0, (n + spare) // rows, add_rows, total), axis=0)
+    return total.reshape(3, c, 3, d).swapaxes(1, 2).astype(x.dtype)

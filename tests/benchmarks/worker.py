@@ -1,6 +1,6 @@
 """One contender of the benchmark, in a process of its own: `python -m tests.benchmarks.worker`.
 
-Arguments: job, framework, core. It pins itself to the core, runs the job once to warm up (and
+Arguments: job, framework, core. It pins itself to the core, runs the job twice to warm up (and
 compile), prints a JSON line with what the job computed, then runs it again for every line it reads
 and prints the seconds it took.
 """
@@ -126,8 +126,8 @@ def main() -> None:
     os.sched_setaffinity(0, {int(core)})
     run = (jax_job if framework == "jax" else torch_job)(job)
     result = run().ravel()
+    run()  # the second run still allocates; before the answer, so that nothing runs beside others
     print(json.dumps(result[:: max(result.size // 1000, 1)].tolist()), flush=True)
-    run()  # the second run still allocates
     for _ in sys.stdin:
         cpu, wall = time.process_time(), time.perf_counter()
         run()

@@ -17,7 +17,7 @@ _BREAK_MEL = _BREAK_HZ / _LINEAR_HZ
 _LOG_STEP = np.log(6.4) / 27.0
 
 
-def hz_to_mel(hz: np.ndarray) -> np.ndarray:
+def hz_to_mel(hz: float | np.ndarray) -> np.ndarray:
     """Slaney mel of frequencies in Hz."""
     hz = np.asarray(hz, np.float64)
     above = _BREAK_MEL + np.log(np.maximum(hz, 1.0) / _BREAK_HZ) / _LOG_STEP

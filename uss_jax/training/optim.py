@@ -25,8 +25,9 @@ def scale_by_torch_amsgrad(
     """
 
     def init(params: optax.Params) -> AmsgradState:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return AmsgradState(jnp.zeros((), jnp.int32), zeros, zeros, zeros)
+        # Three trees of their own: a donated buffer may not appear twice.
+        mu, nu, nu_max = (jax.tree.map(jnp.zeros_like, params) for _ in range(3))
+        return AmsgradState(jnp.zeros((), jnp.int32), mu, nu, nu_max)
 
     def update(updates, state, params=None):
         del params

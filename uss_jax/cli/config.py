@@ -1,0 +1,75 @@
+"""Reading `--config FILE[:ARGUMENT] --config.key=value`. The only user of absl flags."""
+
+import argparse
+import difflib
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict
+
+from uss_jax.errors import UserError
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, example: str) -> None:
+    """Adds the arguments every training command has; `example` is one to show."""
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE[:ARGUMENT]",
+        help="a Python file with get_config(); any leaf can be set with --config.key=value",
+    )
+    parser.add_argument("--workdir", required=True, help="where the run lives; resumes if it does")
+    parser.epilog = f"example:\n  {example}"
+
+
+def load_config(location: str, overrides: list[str]) -> ConfigDict:
+    """The config of a file, with leaves overridden.
+
+    Args:
+      location: path of a config file, with `:argument` for its get_config if it takes one.
+      overrides: `--config.key=value` words.
+
+    Raises:
+      UserError: no such file, an argument it does not know, or a misspelt key.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    config = _get_config(location)
+    for word in overrides:
+        _check_key(config, word)
+    words = ["uss-jax", *overrides]
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=words)
+    try:
+        values(words)
+    except (flags.Error, ValueError, TypeError) as error:
+        raise UserError(f"--config {location}: {error}") from error
+    return holder.value
+
+
+def _get_config(location: str) -> ConfigDict:
+    path, _, argument = location.partition(":")
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"--config {path}: there is no such file")
+    try:
+        get_config = runpy.run_path(path)["get_config"]
+        return get_config(argument) if argument else get_config()
+    except Exception as error:  # whatever a config file may do wrong is the user's to mend
+        raise UserError(f"--config {location}: {type(error).__name__}: {error}") from error
+
+
+def _check_key(config: ConfigDict, word: str) -> None:
+    """Raises a UserError that offers the nearest key where an override names none."""
+    dotted = word.split("=")[0].removeprefix("--config.")
+    node, walked = config, ""
+    for key in dotted.split("."):
+        known = list(node.keys()) if isinstance(node, ConfigDict) else []
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            if near:
+                hint = f"did you mean --config.{walked}{near[0]}?"
+            else:
+                hint = f"there are {', '.join(known)}" if known else "that is a leaf already"
+            raise UserError(f"--config.{dotted}: there is no such key; {hint}")
+        node, walked = node[key], f"{walked}{key}."

@@ -1,0 +1,22 @@
+"""Train a tagging and sound event detection net on weak labels. The same command resumes."""
+
+import argparse
+
+from uss_jax.cli.config import add_config_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments."""
+    add_config_arguments(
+        parser,
+        "uss-jax train-tagger --config configs/tagger_cnn14.py --workdir runs/tagger \\\n"
+        "      --config.data.records=/data/audioset/1.0.0",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Trains."""
+    from uss_jax.cli.config import load_config
+    from uss_jax.train_tagger import train_tagger
+
+    train_tagger(load_config(args.config, args.config_overrides), args.workdir)

@@ -1,0 +1,172 @@
+"""Bundles: a model on disk, with all that its use needs. A workdir can be used as one.
+
+A bundle is a folder with `config.json` and a folder for each part: `separator`, `query` (the
+tagging net behind the condition), `adaptor` (if the query has one), `sed`. In a workdir the frozen
+parts are under `frozen/` and the trained ones in the newest checkpoint; a tagger's run has one
+trained net, which is both `query` and `sed`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from uss_jax.errors import UserError
+from uss_jax.models.cnn14 import Cnn14DecisionLevelMax
+from uss_jax.models.query import QueryNet
+from uss_jax.models.resunet import ResUNet
+from uss_jax.training import nets
+from uss_jax.training.checkpoints import Checkpoints, load_tree, require_same_layout, save_tree
+
+FORMAT_VERSION = 1
+_TAGGER = "tagger"  # the trained net of a tagger's run
+Variables = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """A bundle or workdir that has been opened; parts are read when asked for.
+
+    Attributes:
+      path: its folder.
+      config: `kind` (separator or tagger), `sample_rate` in Hz, `segment_seconds`, and a section
+        for each part with the fields of its net.
+    """
+
+    path: pathlib.Path
+    config: dict[str, Any]
+
+    def separator(self) -> tuple[ResUNet, Variables]:
+        """The separator and its variables."""
+        return self._built("separator", nets.build_separator, self._section("separator"))
+
+    def sed(self) -> tuple[Cnn14DecisionLevelMax, Variables]:
+        """The sound event detector and its variables."""
+        return self._built("sed", nets.build_sed, self._section("sed")["model"])
+
+    def query(self) -> tuple[QueryNet, Variables]:
+        """The query net and its variables, those of an adaptor included.
+
+        A tagger's own has the kind `soft`.
+        """
+        section = {"kind": "soft", **self._section("query")}
+        query = nets.build_query(section, section.get("model"))
+        variables: Variables = {"params": {}, "batch_stats": {}}
+        if query.tagger is not None:
+            _, tagger = self._built("query", lambda net: net, query.tagger)
+            variables = {item: {"tagger": tagger[item]} for item in variables}
+        if query.adaptor_width:
+            variables["params"]["adaptor"] = self.variables("adaptor")["params"]
+        return query, variables
+
+    def variables(self, part: str) -> Variables:
+        """`params` and `batch_stats` of a part, as host arrays."""
+        for place in (self.path / part, self.path / "frozen" / part):
+            if place.is_dir():
+                return load_tree(place)
+        if (self.path / "checkpoints").is_dir():
+            with Checkpoints(self.path / "checkpoints", keep=None) as checkpoints:
+                step = checkpoints.latest_step
+                if step is not None:
+                    params = checkpoints.read(step, "params")
+                    statistics = checkpoints.read(step, "batch_stats")
+                    for name in (part, _TAGGER):
+                        if name in params:
+                            stats = statistics.get(name, {})
+                            return {"params": params[name], "batch_stats": stats}
+        raise UserError(f"{self.path} has no {part}; it is a {self.config['kind']} bundle")
+
+    def _section(self, part: str) -> dict[str, Any]:
+        if part not in self.config:
+            raise UserError(f"{self.path} has no {part}; it is a {self.config['kind']} bundle")
+        return self.config[part]
+
+    def _built(self, part: str, build: Any, fields: Any) -> tuple[Any, Variables]:
+        net, variables = build(fields), self.variables(part)
+        init = nets.init_separator if isinstance(net, ResUNet) else nets.init_tagger
+        expected = jax.eval_shape(lambda: init(net, jax.random.key(0)))
+        require_same_layout(expected, variables, part, str(self.path))
+        return net, variables
+
+
+def read_bundle(path: str | os.PathLike) -> Bundle:
+    """Opens a bundle or a workdir.
+
+    Raises:
+      UserError: there is none, or one of another format version.
+    """
+    path = pathlib.Path(path)
+    config_path = path / "config.json"
+    try:
+        config = json.loads(config_path.read_text())
+        version, kind = config["format_version"], config["kind"]
+    except OSError as error:
+        raise UserError(
+            f"{path} is not a bundle or workdir: {config_path} cannot be read "
+            f"({error.strerror or error})"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{config_path} is not the config of a bundle or workdir: it must be JSON with "
+            "format_version and kind"
+        ) from error
+    if version != FORMAT_VERSION or kind not in ("separator", "tagger"):
+        raise UserError(
+            f"{config_path} has format version {version} and kind {kind}; this version reads "
+            f"{FORMAT_VERSION} and separator or tagger"
+        )
+    return Bundle(path, config)
+
+
+def write_bundle(
+    path: str | os.PathLike,
+    config: Mapping[str, Any],
+    parts: Mapping[str, Variables],
+    foreign: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """Writes a bundle, whole or not at all; hashes of the parts are added to its config.
+
+    Args:
+      path: a folder that does not exist yet.
+      config: as in `Bundle`.
+      parts: variables of each part.
+      foreign: tensors of a foreign checkpoint without a counterpart here, kept verbatim.
+    """
+    path = pathlib.Path(path)
+    if path.exists():
+        raise UserError(f"{path} exists already; choose another name or remove it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.mkdir()
+        for part, variables in parts.items():
+            save_tree(unfinished / part, dict(variables))
+        if foreign:
+            save_file(dict(foreign), unfinished / "foreign.safetensors")
+        hashes = {part: net_hash(variables) for part, variables in parts.items()}
+        content = {"format_version": FORMAT_VERSION, **config, "hashes": hashes}
+        (unfinished / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+        unfinished.rename(path)
+    except OSError as error:
+        raise UserError(f"{path} could not be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def net_hash(variables: Variables) -> str:
+    """sha256 over names, shapes and values of a net's variables."""
+    digest = hashlib.sha256()
+    leaves = jax.tree_util.tree_leaves_with_path(variables)
+    for key, leaf in sorted((jax.tree_util.keystr(key), leaf) for key, leaf in leaves):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{key}{array.shape}{array.dtype}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

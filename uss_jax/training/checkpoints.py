@@ -1,0 +1,140 @@
+"""Trees of arrays on disk: checkpoints and the parts of bundles. The only importer of orbax."""
+
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from uss_jax.errors import UserError
+from uss_jax.training.state import TrainState
+
+_ITEMS = ("params", "batch_stats", "opt_state")
+
+
+class Checkpoints:
+    """The checkpoints of a run, written in the background, whole or not at all.
+
+    Each holds the state's parts and `position`, a dict that says which data comes next: a pure
+    function of it and the records, never an iterator's state.
+    """
+
+    def __init__(self, directory: str | os.PathLike, keep: int | None):
+        """Opens the folder, making it if needed.
+
+        Args:
+          directory: the checkpoints' folder.
+          keep: how many of the newest to keep; all when None.
+        """
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(
+            pathlib.Path(directory).absolute(), options=options, item_names=(*_ITEMS, "position")
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint, None when there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
+        """Copies the state to the host and returns; files are written meanwhile."""
+        items = {name: ocp.args.StandardSave(getattr(state, name)) for name in _ITEMS}
+        self._manager.save(
+            step, args=ocp.args.Composite(**items, position=ocp.args.JsonSave(position))
+        )
+
+    def position(self, step: int) -> dict[str, Any]:
+        """The data position saved at a step."""
+        items = ocp.args.Composite(position=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=items).position
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state saved at a step, laid out over devices as `like` is.
+
+        Raises:
+          UserError: the checkpoint is of another model; names the first differing entry.
+        """
+        saved = self._manager.item_metadata(step)
+        for name in _ITEMS:
+            require_same_layout(
+                getattr(like, name), getattr(saved, name).tree, name, f"step {step}"
+            )
+        abstract = jax.tree.map(_abstract, like)
+        items = {name: ocp.args.StandardRestore(getattr(abstract, name)) for name in _ITEMS}
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        count = jax.device_put(np.int32(step), like.step.sharding)
+        return TrainState(step=count, **{name: restored[name] for name in _ITEMS})
+
+    def read(self, step: int, item: str) -> Any:
+        """One item of a step as host arrays, whatever its structure."""
+        tree = self._manager.item_metadata(step)[item].tree
+        items = ocp.args.Composite(**{item: ocp.args.StandardRestore(_on_host(tree))})
+        return jax.tree.map(np.asarray, self._manager.restore(step, args=items)[item])
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def save_tree(path: str | os.PathLike, tree: Any) -> None:
+    """Writes a tree of arrays as one orbax checkpoint."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(pathlib.Path(path).absolute(), tree)
+
+
+def load_tree(path: str | os.PathLike) -> Any:
+    """Reads a tree of arrays as host arrays.
+
+    Raises:
+      UserError: nothing readable is there.
+    """
+    path = pathlib.Path(path).absolute()
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            tree = checkpointer.metadata(path).item_metadata.tree
+            return jax.tree.map(np.asarray, checkpointer.restore(path, _on_host(tree)))
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"{path} is not a readable set of parameters: {error}") from error
+
+
+def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+def _on_host(metadata: Any) -> Any:
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), metadata)
+
+
+def require_same_layout(expected: Any, found: Any, what: str, where: str) -> None:
+    """Raises a UserError naming the first entry that differs in presence or shape.
+
+    Args:
+      expected: tree of arrays or shapes, as the configured model has it.
+      found: tree of arrays or shapes, as read.
+      what: name of the tree, for the message.
+      where: what was read, for the message.
+    """
+    wanted, present = (
+        {jax.tree_util.keystr(k, simple=True, separator="/"): tuple(v.shape) for k, v in leaves}
+        for leaves in map(_leaves, (expected, found))
+    )
+    for key in sorted(wanted.keys() | present.keys()):
+        if wanted.get(key) != present.get(key):
+            raise UserError(
+                f"{where} is of another model: {what}/{key} is {present.get(key, 'missing')}, "
+                f"the config's model has {wanted.get(key, 'no such entry')}; "
+                "use the config it was made with, or another workdir"
+            )
+
+
+def _leaves(tree: Any) -> list:
+    return jax.tree_util.tree_leaves_with_path(tree)

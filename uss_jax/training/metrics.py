@@ -1,0 +1,80 @@
+"""What a run reports while it runs: metrics.jsonl, TensorBoard events, a progress bar or lines."""
+
+import json
+import os
+import pathlib
+import sys
+import time
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from uss_jax.atomic import replacing
+
+
+class MetricsWriter:
+    """Writes the metrics of a run from `start_step` on; on the first process only."""
+
+    def __init__(self, workdir: str | os.PathLike, start_step: int, total_steps: int, name: str):
+        """Opens the files; lines of steps after `start_step`, of a run that died, are dropped.
+
+        Args:
+          workdir: of the run.
+          start_step: steps done already.
+          total_steps: steps when the run is done.
+          name: shown before the progress.
+        """
+        self._name, self._total = name, total_steps
+        path = pathlib.Path(workdir) / "metrics.jsonl"
+        _keep_until(path, start_step)
+        self._file = path.open("a")
+        self._events = SummaryWriter(str(workdir), purge_step=start_step + 1)
+        # A bar for people; a log gets lines instead.
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=start_step, desc=name, unit="step")
+        self._began = time.monotonic()
+        self._start = start_step
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Adds the metrics of a step."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for key, value in values.items():
+            self._events.add_scalar(key, value, step)
+        text = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix_str(text)
+        else:
+            seconds = (time.monotonic() - self._began) / max(step - self._start, 1)
+            left = seconds * (self._total - step)
+            print(f"{self._name} {step}/{self._total}: {text}, {left:.0f} s left", flush=True)
+
+    def close(self) -> None:
+        """Ends files and bar."""
+        self._file.close()
+        self._events.close()
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _keep_until(path: pathlib.Path, step: int) -> None:
+    """Drops lines of later steps, and a line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    with replacing(path) as temporary:
+        temporary.write_text("".join(kept))

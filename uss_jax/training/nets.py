@@ -1,0 +1,100 @@
+"""From what a config or bundle says of a net to the Flax module, checked."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from uss_jax.errors import UserError
+from uss_jax.models.cnn14 import Cnn14, Cnn14DecisionLevelMax
+from uss_jax.models.query import KINDS, Adaptor, QueryNet
+from uss_jax.models.resunet import ResUNet
+
+Net = TypeVar("Net", bound=nn.Module)
+
+
+def build(net: type[Net], fields: Mapping[str, Any], where: str) -> Net:
+    """The module with these fields.
+
+    Args:
+      net: its class.
+      fields: values of its dataclass fields, lists for tuples allowed (JSON has no tuples).
+      where: name of the config section, for the message.
+
+    Raises:
+      UserError: a field that the net does not have.
+    """
+    known = [f.name for f in dataclasses.fields(net) if f.name not in ("parent", "name")]
+    for key in fields:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise UserError(f"{where}.{key}: {net.__name__} has no such field; {hint}")
+    return net(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def fields_of(net: nn.Module) -> dict[str, Any]:
+    """The inverse of `build`: a net's fields, as JSON can hold them."""
+    fields = {f.name: getattr(net, f.name) for f in dataclasses.fields(net)}
+    return {
+        k: list(v) if isinstance(v, tuple) else v
+        for k, v in fields.items()
+        if k not in ("parent", "name")
+    }
+
+
+def build_separator(fields: Mapping[str, Any]) -> ResUNet:
+    """The separator of a config's or bundle's `separator` section."""
+    return build(ResUNet, fields, "separator")
+
+
+def build_sed(fields: Mapping[str, Any]) -> Cnn14DecisionLevelMax:
+    """The sound event detector of a bundle's `sed.model` section."""
+    return build(Cnn14DecisionLevelMax, fields, "sed.model")
+
+
+def build_query(section: Mapping[str, Any], model: Mapping[str, Any] | None) -> QueryNet:
+    """The query net.
+
+    Args:
+      section: `kind` and the adaptor's fields, as in a config's `query` section.
+      model: fields of the tagging net; None for `one_hot`.
+    """
+    fields = {k: v for k, v in section.items() if k != "model"}
+    if fields.get("kind") not in KINDS:
+        raise UserError(f"query.kind is {fields.get('kind')!r}, expected {', '.join(KINDS)}")
+    tagger = None if model is None else build(Cnn14, model, "query.model")
+    return build(QueryNet, {**fields, "tagger": tagger}, "query")
+
+
+def condition_width(query: QueryNet) -> int:
+    """Width of the vectors a query net gives."""
+    if query.adaptor_width:
+        return query.adaptor_width
+    if query.kind == "embedding":
+        return query.tagger.channels[-1]
+    return query.classes if query.kind == "one_hot" else query.tagger.classes
+
+
+def init_tagger(net: Cnn14, key: jax.Array) -> dict[str, Any]:
+    """Fresh variables of a tagging net (those of both pooling forms are the same)."""
+    second = np.zeros((1, net.sample_rate), np.float32)
+    return jax.jit(net.init)(key, second)
+
+
+def init_separator(net: ResUNet, key: jax.Array) -> dict[str, Any]:
+    """Fresh variables of a separator."""
+    samples = net.hop_samples * 2 ** (len(net.channels) - 1)
+    waveform = np.zeros((1, net.audio_channels, samples), np.float32)
+    return jax.jit(net.init)(key, waveform, np.zeros((1, net.condition_width), np.float32))
+
+
+def init_adaptor(net: QueryNet, key: jax.Array) -> Any:
+    """Fresh parameters of a query net's adaptor."""
+    adaptor = Adaptor(net.adaptor_width, net.adaptor_hidden)
+    unadapted = condition_width(net.clone(adaptor_width=0))
+    return adaptor.init(key, np.zeros((1, unadapted), np.float32), train=False)["params"]

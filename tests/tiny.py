@@ -1,0 +1,112 @@
+"""Bundles with tiny random nets, and records of tones and noises, at 8 kHz."""
+
+import pathlib
+
+import jax
+import numpy as np
+
+from uss_jax.data.examples import serialise
+from uss_jax.data.metadata import write_metadata
+from uss_jax.data.tfrecord import RecordIndex, RecordWriter, build_index
+from uss_jax.models.cnn14 import Cnn14
+from uss_jax.models.resunet import ResUNet
+from uss_jax.training.bundle import write_bundle
+from uss_jax.training.nets import fields_of
+
+RATE = 8000
+SEGMENT_SECONDS = 0.5
+SEGMENT = int(RATE * SEGMENT_SECONDS)
+TAGGER = Cnn14(
+    sample_rate=RATE, n_fft=256, hop_samples=80, mel_bins=16, f_max=4000.0, channels=(4, 4, 6)
+)
+_WIDTHS = {"one_hot": 527, "soft": 527, "embedding": 6}
+
+
+def random_variables(net, *shapes, seed=0):
+    """Random variables of a net; drawn by numpy, since compiling the nets' own takes long."""
+    inputs = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+    tree = jax.eval_shape(net.init, jax.random.key(0), *inputs)
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        if name in ("scale", "var"):
+            return np.ones(leaf.shape, np.float32)
+        fan_in = np.prod(leaf.shape[:-1]) if name == "kernel" else 100
+        return (rng.standard_normal(leaf.shape) / np.sqrt(fan_in)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, tree)
+
+
+def tagger_variables(seed=0):
+    """Random variables whose probabilities differ between sounds and stay off 0 and 1."""
+    variables = random_variables(TAGGER, (1, RATE), seed=seed)
+    variables["batch_stats"]["bn0"]["mean"][:] = -40.0  # dB, as log-mel is
+    variables["batch_stats"]["bn0"]["var"][:] = 400.0
+    return variables
+
+
+def write_tagger(path, seed=0) -> pathlib.Path:
+    """A tagger bundle with query net and detector of the same variables."""
+    variables = tagger_variables(seed)
+    model = {"model": fields_of(TAGGER)}
+    _write(path, "tagger", {"query": model, "sed": model}, {"query": variables, "sed": variables})
+    return pathlib.Path(path)
+
+
+def write_separator(path, kind="soft", seed=0) -> pathlib.Path:
+    """A separator bundle with query net and detector."""
+    separator = ResUNet(n_fft=128, hop_samples=64, channels=(4, 4), condition_width=_WIDTHS[kind])
+    model = fields_of(TAGGER)
+    sections = {
+        "separator": fields_of(separator),
+        "query": {"kind": kind, "model": None if kind == "one_hot" else model},
+        "sed": {"model": model},
+    }
+    variables = tagger_variables(seed)
+    parts = {
+        "separator": random_variables(
+            separator, (1, 1, 640), (1, separator.condition_width), seed=seed + 1
+        ),
+        "sed": variables,
+    }
+    if kind != "one_hot":
+        parts["query"] = variables
+    _write(path, "separator", sections, parts)
+    return pathlib.Path(path)
+
+
+def _write(path, kind, sections, parts) -> None:
+    config = {"kind": kind, "sample_rate": RATE, "segment_seconds": SEGMENT_SECONDS, **sections}
+    write_bundle(path, config, parts)
+
+
+def tone(hertz, seconds, amplitude=0.3) -> np.ndarray:
+    t = np.arange(int(seconds * RATE)) / RATE
+    return (amplitude * np.sin(2 * np.pi * hertz * t)).astype(np.float32)
+
+
+def noise(seed, seconds, amplitude=0.1) -> np.ndarray:
+    samples = np.random.default_rng(seed).standard_normal(int(seconds * RATE))
+    return (amplitude * samples).astype(np.float32)
+
+
+def write_records(directory, split, clips) -> RecordIndex:
+    """Records of (id, float waveform, labels)."""
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    shard = directory / f"toy-{split}.tfrecord-00000-of-00001"
+    with RecordWriter(shard) as writer:
+        for id, waveform, labels in clips:
+            samples = np.rint(waveform * 32767).astype(np.int16)
+            writer.write(serialise(id.encode(), samples, labels))
+    write_metadata(
+        directory,
+        name="toy",
+        version="1.0.0",
+        split=split,
+        shard_records=[len(clips)],
+        shard_bytes=shard.stat().st_size,
+        sample_rate=RATE,
+    )
+    return build_index(directory, split)

@@ -1,0 +1,127 @@
+"""Makes a bundle of PyTorch checkpoints: PANNs' tagging nets, or bytedance/uss.
+
+IN is one file, or two: a tagging net and a detector, which share the bundle then. A USS checkpoint
+holds its separator, query net and detector and becomes a separator bundle; PANNs' Cnn14 and
+Cnn14_DecisionLevelMax become a tagger bundle with a query net, a detector ("sed"), or both.
+
+Reading the files needs PyTorch (pip install 'uss-jax[torch]'), and runs nothing they name.
+"""
+
+import argparse
+import pathlib
+
+KINDS = ("cnn14", "decision-level-max", "uss")
+_PANNS_LICENCE = "PANNs, https://zenodo.org/records/3987831: CC BY 4.0"
+_USS_LICENCE = "see the source of the checkpoint (bytedance/uss)"
+# The length of the reference's anchors, and of the segments it separates.
+_SEGMENT_SECONDS = 2.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("inputs", nargs="+", metavar="IN", help=".pth or .ckpt file")
+    parser.add_argument("out", metavar="OUT", help="folder of the bundle")
+    parser.add_argument(
+        "--kind",
+        action="append",
+        choices=KINDS,
+        help="what IN is, once for each; told by the tensors and the published file names without",
+    )
+    parser.epilog = (
+        "example:\n"
+        "  uss-jax convert 'Cnn14_mAP=0.431.pth' 'Cnn14_DecisionLevelMax_mAP=0.385.pth' panns\n"
+        "  uss-jax convert net.pth tagger --kind cnn14"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from uss_jax.errors import UserError
+    from uss_jax.training.bundle import write_bundle
+    from uss_jax.weights.unpickle import read_checkpoint
+
+    kinds = args.kind or [None] * len(args.inputs)
+    if len(kinds) != len(args.inputs):
+        raise UserError(f"{len(kinds)} --kind for {len(args.inputs)} files; give one for each")
+    if pathlib.Path(args.out).exists():
+        raise UserError(f"{args.out} exists already; name a new folder")
+    parts = {}
+    for path, kind in zip(args.inputs, kinds, strict=True):
+        state_dict = read_checkpoint(path)
+        kind = kind or _guess_kind(path, state_dict)
+        try:
+            found = _convert(state_dict, kind)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        if twice := parts.keys() & found.keys():
+            raise UserError(f"{path} is a second {twice.pop()} net; a bundle holds one")
+        parts |= found
+    config = _bundle_config(parts)
+    foreign = {  # two files may use the same names
+        f"{part}/{name}": array
+        for part, converted in parts.items()
+        for name, array in converted.foreign.items()
+    }
+    write_bundle(args.out, config, {name: part.variables for name, part in parts.items()}, foreign)
+    print(f"{args.out}: a {config['kind']} bundle with {', '.join(sorted(parts))}")
+
+
+def _guess_kind(path: str, state_dict: dict) -> str:
+    """One of KINDS, from the tensors' names and, for PANNs, the published file names."""
+    from uss_jax.errors import UserError
+
+    if any(name.startswith(("ss_model.", "base.")) for name in state_dict):
+        return "uss"
+    for start, kind in (("Cnn14_DecisionLevelMax", "decision-level-max"), ("Cnn14_mAP", "cnn14")):
+        if pathlib.Path(path).name.startswith(start):
+            return kind
+    raise UserError(
+        f"{path}: a tagging net and a detector have the same tensors; "
+        "say --kind cnn14 or --kind decision-level-max"
+    )
+
+
+def _convert(state_dict: dict, kind: str) -> dict:
+    """Part of a bundle -> Converted."""
+    from uss_jax.weights.torch import convert_cnn14, convert_lightning, convert_resunet
+
+    if kind != "uss":
+        return {"query" if kind == "cnn14" else "sed": convert_cnn14(state_dict)}
+    if any(name.startswith("base.") for name in state_dict):
+        return {"separator": convert_resunet(state_dict)}
+    return convert_lightning(state_dict)
+
+
+def _bundle_config(parts: dict) -> dict:
+    """The bundle's config.json, less what `write_bundle` adds."""
+    from uss_jax.errors import UserError
+
+    taggers = [parts[name] for name in ("query", "sed") if name in parts]
+    rates = {part.fields["sample_rate"] for part in taggers} or {32000}
+    if len(rates) > 1:
+        raise UserError(f"the nets are for different sample rates: {sorted(rates)} Hz")
+    config = {
+        "kind": "separator" if "separator" in parts else "tagger",
+        "sample_rate": rates.pop(),
+        "segment_seconds": _SEGMENT_SECONDS,
+        "licence": _USS_LICENCE if "separator" in parts else _PANNS_LICENCE,
+    }
+    if "separator" in parts:
+        config["separator"] = parts["separator"].fields
+    if "query" in parts:
+        config["query"] = {"kind": _query_kind(parts), "model": parts["query"].fields}
+    if "sed" in parts:
+        config["sed"] = {"model": parts["sed"].fields}
+    return config
+
+
+def _query_kind(parts: dict) -> str:
+    """What of the query net the separator sees: told by the width of its condition."""
+    from uss_jax.errors import UserError
+
+    fields = parts["query"].fields
+    widths = {fields["classes"]: "soft", fields["channels"][-1]: "embedding"}
+    if "separator" not in parts:
+        return "soft"
+    width = parts["separator"].fields["condition_width"]
+    if width not in widths:
+        raise UserError(f"a condition of width {width} is none of the query net's {list(widths)}")
+    return widths[width]

@@ -1,0 +1,96 @@
+"""Figures of a model on a data set, printed as a table and written to a JSON file.
+
+pairs     separation: SDR and SI-SDR of pairs in the layout of `uss-jax make-pairs`
+tagging   mean average precision and ROC AUC on labelled records
+planted   whether anchors contain sounds planted at known places
+"""
+
+import argparse
+
+_HELP = {
+    "pairs": "separate pairs with several queries; SDR and SI-SDR beside trivial answers",
+    "tagging": "mAP and AUC of the tagging net and the detector of a model",
+    "planted": "share of mined anchors that contain a planted sound, random ones beside it",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    suites = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
+    made = {}
+    for name, text in _HELP.items():
+        made[name] = suite = suites.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        suite.add_argument("--model", required=True, metavar="B", help="bundle or workdir")
+        data = "folder of the pairs" if name == "pairs" else "directory of the records"
+        suite.add_argument("--data", required=True, metavar="DIR", help=data)
+        suite.add_argument(
+            "--out", default="results.json", metavar="FILE", help="default: results.json"
+        )
+    _add_pairs(made["pairs"])
+    made["tagging"].add_argument("--split", default="test", help="of the records; default: test")
+    _add_planted(made["planted"])
+    parser.epilog = (
+        "example:\n"
+        "  uss-jax evaluate pairs --model runs/separator --data pairs --out results.json\n\n"
+        "`uss-jax evaluate SUITE --help` tells a suite's options."
+    )
+
+
+def _add_pairs(suite: argparse.ArgumentParser) -> None:
+    suite.add_argument(
+        "--train-records",
+        metavar="R",
+        help="records over whose anchors a vector for each class is averaged",
+    )
+    suite.add_argument("--split", default="train", help="of --train-records; default: train")
+    suite.add_argument("--bank", metavar="FILE.npz", help="store the averaged vectors")
+    suite.add_argument(
+        "--examples",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="write sounds and pictures of N pairs, evenly spaced by rank of their SDRi",
+    )
+    suite.add_argument("--out-dir", metavar="DIR", help="where to write the examples")
+    suite.epilog = (
+        "example:\n"
+        "  uss-jax evaluate pairs --model runs/separator --data pairs --out results.json \\\n"
+        "      --train-records data/my_sounds/1.0.0 --bank classes.npz --examples 3 --out-dir out"
+    )
+
+
+def _add_planted(suite: argparse.ArgumentParser) -> None:
+    suite.add_argument("--split", default="test", help="of the records; default: test")
+    suite.add_argument(
+        "--clips", type=_positive, default=200, metavar="N", help="on each background; default: 200"
+    )
+    suite.add_argument("--seed", type=_count, default=0, help="of every choice; default: 0")
+    suite.epilog = (
+        "example:\n  uss-jax evaluate planted --model runs/tagger --data data/my_sounds/1.0.0"
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, not {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if _count(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, not {text!r}")
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> None:
+    from uss_jax.evaluation.run import evaluate
+
+    common = ("suite", "model", "data", "out", "run", "config_overrides")
+    options = {key: value for key, value in vars(args).items() if key not in common}
+    print(evaluate(args.suite, args.model, args.data, args.out, **options))
+    print(f"\n{args.out}: all figures")

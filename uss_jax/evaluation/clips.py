@@ -1,0 +1,133 @@
+"""Labelled clips of records, and their anchors, in batches of one shape.
+
+Letters: `n` chosen clips, `b` batch, `t` samples of a clip.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Integer
+
+from uss_jax.data.metadata import read_sample_rate
+from uss_jax.data.pipeline import batches
+from uss_jax.data.tfrecord import ClipReader, load_index
+from uss_jax.errors import UserError
+from uss_jax.models.cnn14 import Cnn14DecisionLevelMax
+from uss_jax.training.model import Model, Net
+from uss_jax.training.step import find_anchors
+
+BATCH_SIZE = 8
+# As in training: quieter segments are passed over.
+MIN_DBFS = -60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """Given records with a class of each, as an order for the data pipeline.
+
+    Attributes:
+      records, classes: [n].
+    """
+
+    records: Integer[np.ndarray, " n"]
+    classes: Integer[np.ndarray, " n"]
+
+    def draw(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        at = np.minimum(positions, len(self.records) - 1)  # the last batch repeats the last one
+        return self.records[at], self.classes[at]
+
+
+def open_records(directory: str | os.PathLike, split: str, model: Model) -> ClipReader:
+    """The records of a split, whose sample rate must be the model's."""
+    rate = read_sample_rate(directory)
+    if rate != model.sample_rate:
+        raise UserError(
+            f"{directory} is at {rate} Hz, {model.path} at {model.sample_rate} Hz; "
+            f"prepare records with --sample-rate {model.sample_rate}"
+        )
+    return ClipReader(directory, load_index(directory, split))
+
+
+def batches_of(
+    reader: ClipReader, chosen: Chosen, multiple: int, labels: bool = False
+) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+    """Yields (batch, number of its rows that count) over the chosen clips in order.
+
+    Args:
+      reader: of the records.
+      chosen: which clips.
+      multiple: the clips are padded to the longest of the split, up to a multiple of this.
+      labels: also give all labels.
+    """
+    longest = int(reader.index.samples.max())
+    for step, batch in enumerate(
+        batches(
+            reader,
+            chosen,
+            start_step=0,
+            stop_step=-(-len(chosen.records) // BATCH_SIZE),
+            batch_size=BATCH_SIZE,
+            clip_samples=-(-longest // multiple) * multiple,
+            labels=labels,
+        )
+    ):
+        yield batch, min(BATCH_SIZE, len(chosen.records) - step * BATCH_SIZE)
+
+
+@functools.partial(jax.jit, static_argnames=("module", "segment_samples"))
+def anchors_of_batch(
+    module: Cnn14DecisionLevelMax | None,
+    variables: Any,
+    batch: dict[str, jax.Array],
+    key: jax.Array,
+    segment_samples: int,
+) -> Any:
+    """The batch's anchors as training finds them, or random ones where the module is None."""
+    return find_anchors(
+        module, variables, batch, key, segment_samples=segment_samples, min_dbfs=MIN_DBFS
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class MinedAnchors:
+    """Where the class of each chosen clip sounds most likely.
+
+    Attributes:
+      begin_sample, samples: [n] the anchor; fewer samples than a segment in short clips.
+    """
+
+    begin_sample: Integer[np.ndarray, " n"]
+    samples: Integer[np.ndarray, " n"]
+
+    def at(self, rows: Integer[np.ndarray, " m"]) -> "MinedAnchors":
+        """Those of some rows."""
+        return MinedAnchors(self.begin_sample[rows], self.samples[rows])
+
+
+def mine(reader: ClipReader, chosen: Chosen, sed: Net, segment_samples: int) -> MinedAnchors:
+    """Finds the anchors of the chosen clips with a detector."""
+    found = []
+    for batch, rows in batches_of(reader, chosen, segment_samples):
+        inputs = {name: batch[name] for name in ("audio", "samples", "class_index")}
+        key = jax.random.key(0)  # unused with a detector
+        anchors = anchors_of_batch(sed.module, sed.variables, inputs, key, segment_samples)
+        found.append((anchors.begin_sample[:rows], anchors.samples[:rows]))
+    begin, samples = (np.concatenate(column) for column in zip(*found, strict=True))
+    return MinedAnchors(begin, samples)
+
+
+def read_segments(
+    reader: ClipReader, records: Integer[np.ndarray, " n"], anchors: MinedAnchors, samples: int
+) -> Float[np.ndarray, "n s"]:
+    """The anchors' samples, float32 in [-1, 1), zeros after the end of short clips."""
+    segments = np.zeros((len(records), samples), np.float32)
+    for row, record in enumerate(records.tolist()):
+        length = int(anchors.samples[row])
+        begin = int(anchors.begin_sample[row])
+        segments[row, :length] = reader.read(record, begin, length) / np.float32(32768)
+    return segments

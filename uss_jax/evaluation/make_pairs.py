@@ -1,0 +1,274 @@
+"""Evaluation pairs from records: mixtures of two anchors, and the one to give back.
+
+The layout is the published one, `class_id=K/<i>.source.wav` and `<i>.mixture.wav`, with a
+`manifest.csv` that says which clips they are of, with checksums of their samples.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable
+
+import numpy as np
+from jaxtyping import Float
+from tqdm import tqdm
+
+from uss_jax.anchors.mix import GAIN_RANGE
+from uss_jax.audio.files import write_wav
+from uss_jax.data.sampling import BalancedOrder
+from uss_jax.data.tfrecord import ClipReader, RecordIndex
+from uss_jax.errors import UserError
+from uss_jax.evaluation.clips import MIN_DBFS, Chosen, MinedAnchors, mine, read_segments
+from uss_jax.ontology import load_ontology
+from uss_jax.training.model import Model
+
+MANIFEST = "manifest.csv"
+_COLUMNS = (
+    "file",
+    "class_index",
+    "class_name",
+    "id",
+    "begin_sample",
+    "partner_id",
+    "partner_class_index",
+    "partner_begin_sample",
+    "group",
+    "source_sha256",
+    "mixture_sha256",
+)
+_PAIRS_AT_A_TIME = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class MadePairs:
+    """What `make_pairs` made.
+
+    Attributes:
+      pairs: how many.
+      classes: of how many classes.
+      without_partner: drawn clips for which the split has no clip of unrelated classes.
+      silent: drawn pairs of which an anchor is below -60 dBFS, left out.
+    """
+
+    pairs: int
+    classes: int
+    without_partner: int
+    silent: int
+
+
+def make_pairs(
+    reader: ClipReader,
+    model: Model,
+    out: str | os.PathLike,
+    *,
+    per_class: int,
+    seed: int,
+    groups: dict[str, str],
+    overwrite: bool,
+) -> MadePairs:
+    """Makes pairs of a split, equally many for each of its classes; the folder appears whole.
+
+    A pair's source is the anchor of a clip's class, found as in training. Its mixture adds the
+    anchor of another clip, no label of which is a label of this one, above it or below it in the
+    ontology, scaled to the same energy over the segment: as good as all mixtures have 0 dB SDR.
+
+    Args:
+      reader: of the split's records.
+      model: has the detector, the sample rate and the length of a segment.
+      out: the folder to make.
+      per_class: pairs of each class.
+      seed: of every choice.
+      groups: by id of the source's clip, for the manifest.
+      overwrite: whether a folder of pairs that is there already goes.
+    """
+    out = pathlib.Path(out)
+    _check_free(out, overwrite)
+    source, partner, without_partner = draw_pairs(reader.index, per_class, seed)
+    table = _mine_distinct(reader, model, source, partner)
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True)
+        rows, silent = [], 0
+        ranges = range(0, len(source.records), _PAIRS_AT_A_TIME)
+        for first in tqdm(ranges, desc="make-pairs", disable=None):
+            some = slice(first, first + _PAIRS_AT_A_TIME)
+            made = _write_some(reader, model, unfinished, table, source, partner, some, first)
+            rows += made
+            silent += len(source.records[some]) - len(made)
+        if not rows:
+            raise UserError("every anchor of the split is silent; check its recordings")
+        for row in rows:
+            row["group"] = groups.get(row["id"], "")
+        _write_manifest(unfinished / MANIFEST, rows)
+        if out.exists():
+            shutil.rmtree(out)
+        unfinished.rename(out)
+    except OSError as error:
+        raise UserError(
+            f"{out} could not be written ({error.strerror or error}); choose a folder that can be "
+            "made, with space left"
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    classes = len({row["class_index"] for row in rows})
+    return MadePairs(len(rows), classes, without_partner, silent)
+
+
+def draw_pairs(index: RecordIndex, per_class: int, seed: int) -> tuple[Chosen, Chosen, int]:
+    """(sources, partners, how many sources were left out for want of a partner).
+
+    Sources follow the balanced order: each class equally often, each of its clips once before any
+    twice. A partner is an unrelated clip of a class drawn first, so that partners are balanced too.
+    """
+    order = BalancedOrder(index.label_row, index.label_class, seed)
+    records, classes = order.draw(np.arange(per_class * order.round_length))
+    arranged = np.argsort(classes, kind="stable")  # pairs are numbered class by class
+    records, classes = records[arranged], classes[arranged]
+    clips = _Clips(index)
+    partners = [
+        clips.draw_unrelated(int(record), np.random.default_rng([seed, at]))
+        for at, record in enumerate(records)
+    ]
+    found = np.array([partner is not None for partner in partners])
+    if not found.any():
+        raise UserError(
+            "no two clips of the split are of unrelated classes; a mixture needs two such clips"
+        )
+    chosen = np.array([partner for partner in partners if partner is not None])
+    return (
+        Chosen(records[found].astype(np.int64), classes[found].astype(np.int64)),
+        Chosen(chosen[:, 0], chosen[:, 1]),
+        int((~found).sum()),
+    )
+
+
+class _Clips:
+    """The clips of each class, to draw partners from."""
+
+    def __init__(self, index: RecordIndex):
+        self._labels = [frozenset(index.labels(record).tolist()) for record in range(len(index))]
+        self._of_class: dict[int, list[int]] = {}
+        for record, labels in enumerate(self._labels):
+            for label in labels:
+                self._of_class.setdefault(label, []).append(record)
+
+    def draw_unrelated(self, record: int, rng: np.random.Generator) -> tuple[int, int] | None:
+        """(record, class) of a partner, None when there is none."""
+        relatives = load_ontology().relatives
+        related = frozenset().union(*(relatives(label) for label in self._labels[record]))
+        for label in rng.permutation(sorted(self._of_class.keys() - related)).tolist():
+            for partner in rng.permutation(self._of_class[label]).tolist():
+                if not self._labels[partner] & related:
+                    return partner, label
+        return None
+
+
+def _mine_distinct(
+    reader: ClipReader, model: Model, *chosen: Chosen
+) -> dict[tuple[int, int], tuple[int, int]]:
+    """(begin sample, samples) of the anchor of every (record, class), each mined once."""
+    keys = {key for some in chosen for key in zip(some.records, some.classes, strict=True)}
+    keys = sorted((int(record), int(label)) for record, label in keys)
+    records, classes = np.array(keys).T
+    anchors = mine(reader, Chosen(records, classes), model.sed, model.segment_samples)
+    places = zip(anchors.begin_sample.tolist(), anchors.samples.tolist(), strict=True)
+    return dict(zip(keys, places, strict=True))
+
+
+def _write_some(
+    reader: ClipReader,
+    model: Model,
+    folder: pathlib.Path,
+    table: dict[tuple[int, int], tuple[int, int]],
+    source: Chosen,
+    partner: Chosen,
+    some: slice,
+    first: int,
+) -> list[dict[str, object]]:
+    """Writes the pairs of a slice but for silent ones; the manifest's rows of what was written."""
+    keys, segments = [], []
+    for side in (source, partner):
+        pairs = zip(side.records[some].tolist(), side.classes[some].tolist(), strict=True)
+        keys.append(list(pairs))
+        begin, samples = np.array([table[key] for key in keys[-1]]).T
+        segments.append(
+            read_segments(
+                reader, side.records[some], MinedAnchors(begin, samples), model.segment_samples
+            )
+        )
+    mixtures = mixed_pairs(*segments)
+    loud = [np.mean(np.square(side), axis=1) >= 10 ** (MIN_DBFS / 10) for side in segments]
+    rows = []
+    for row in np.flatnonzero(loud[0] & loud[1]).tolist():
+        (record, label), (other, other_label) = keys[0][row], keys[1][row]
+        name = f"class_id={label}/{first + row:06d}"
+        (folder / f"class_id={label}").mkdir(exist_ok=True)
+        written = {}
+        for what, waveform in (("source", segments[0][row]), ("mixture", mixtures[row])):
+            write_wav(folder / f"{name}.{what}.wav", waveform[None], model.sample_rate)
+            # Of the samples: the file itself holds the time of writing.
+            written[f"{what}_sha256"] = samples_digest(waveform)
+        rows.append(
+            {
+                "file": name,
+                "class_index": label,
+                "class_name": load_ontology().class_names[label],
+                "id": _id(reader, record),
+                "begin_sample": table[record, label][0],
+                "partner_id": _id(reader, other),
+                "partner_class_index": other_label,
+                "partner_begin_sample": table[other, other_label][0],
+                **written,
+            }
+        )
+    return rows
+
+
+def mixed_pairs(
+    source: Float[np.ndarray, "n s"], partner: Float[np.ndarray, "n s"]
+) -> Float[np.ndarray, "n s"]:
+    """Sources plus partners scaled to their energy, the gain kept within 0.02 ... 50."""
+    energy, other = (np.mean(np.square(side), axis=1) for side in (source, partner))
+    gain = np.clip(np.sqrt(energy / np.maximum(other, 1e-10)), *GAIN_RANGE)
+    return source + partner * gain[:, None].astype(np.float32)
+
+
+def samples_digest(waveform: Float[np.ndarray, " s"]) -> str:
+    """SHA-256 of the samples as little-endian float32."""
+    return hashlib.sha256(waveform.astype("<f4").tobytes()).hexdigest()
+
+
+def read_groups(path: str | os.PathLike) -> dict[str, str]:
+    """The group of each file of a label table with the columns `file` and `group`."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as a CSV file ({error})") from error
+    missing = [name for name in ("file", "group") if not rows or name not in rows[0]]
+    if missing:
+        raise UserError(f'{path} has no column "{missing[0]}"; it needs "file" and "group"')
+    return {row["file"]: row["group"] or "" for row in rows}
+
+
+def _id(reader: ClipReader, record: int) -> str:
+    return reader.index.ids[record].decode(errors="surrogateescape")
+
+
+def _check_free(out: pathlib.Path, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / MANIFEST).is_file():
+        raise UserError(f"{out} exists and is no folder of pairs; choose another name")
+    if not overwrite:
+        raise UserError(f"{out} holds pairs already; give --overwrite to replace them")
+
+
+def _write_manifest(path: pathlib.Path, rows: Iterable[dict[str, object]]) -> None:
+    with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        writer = csv.DictWriter(file, _COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)

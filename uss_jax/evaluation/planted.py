@@ -1,0 +1,192 @@
+"""Does the detector find a sound? Labelled recordings planted at known places, and mined.
+
+A clip is 10 s of digital silence or of noise, with one event of a labelled recording in it. An
+anchor contains the event when at least nine tenths of the event's energy lie inside it; the
+stricter count asks for all of the event, up to one hop (10 ms) at either end. Beside the mined
+anchors stand random ones, and the share of all places that would contain the event: what random
+ones give in the long run.
+
+Letters: `n` planted clips, `t` samples of a clip, `p` anchors of a clip.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Integer
+
+from uss_jax.data.sampling import BalancedOrder
+from uss_jax.data.tfrecord import ClipReader
+from uss_jax.evaluation.clips import BATCH_SIZE, anchors_of_batch
+from uss_jax.evaluation.table import format_table
+from uss_jax.training.model import Model
+
+CLIP_SECONDS = 10.0
+EVENT_SECONDS = 2.0
+SNR_DB = 20.0
+BACKGROUNDS = ("silence", "white noise", "pink noise")
+_ENERGY_SHARE = 0.9
+_HOP_SECONDS = 0.01
+_TRIM_DB = 40.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Planted:
+    """Clips with one event each.
+
+    Attributes:
+      audio: [n, t] float32.
+      class_index: [n] what sounds.
+      begin_sample, end_sample: [n] where.
+    """
+
+    audio: Float[np.ndarray, "n t"]
+    class_index: Integer[np.ndarray, " n"]
+    begin_sample: Integer[np.ndarray, " n"]
+    end_sample: Integer[np.ndarray, " n"]
+
+
+def evaluate_planted(
+    model: Model, reader: ClipReader, *, clips: int, seed: int
+) -> list[dict[str, Any]]:
+    """Shares of mined and of random anchors that contain the event, for each background.
+
+    Args:
+      model: has the detector.
+      reader: of the records that events are taken from.
+      clips: how many to plant on each background, classes in turn.
+      seed: of every choice; the backgrounds share events and places.
+    """
+    summaries = []
+    length = round(CLIP_SECONDS * model.sample_rate)
+    places = np.arange(
+        0, length - model.segment_samples + 1, round(_HOP_SECONDS * model.sample_rate)
+    )
+    for background in BACKGROUNDS:
+        planted = plant(reader, background, sample_rate=model.sample_rate, clips=clips, seed=seed)
+        sed = (model.sed.module, model.sed.variables)
+        begins = {
+            "mined": _find(sed, planted, model.segment_samples, seed)[:, None],
+            "random": _find((None, None), planted, model.segment_samples, seed)[:, None],
+            "all places": np.broadcast_to(places, (clips, len(places))),
+        }
+        for anchors, begin in begins.items():
+            share = energy_share(planted, begin, model.segment_samples)
+            whole = contains_whole(planted, begin, model.segment_samples, model.sample_rate)
+            summaries.append(
+                {
+                    "background": background,
+                    "anchors": anchors,
+                    "contain": float(np.mean(share >= _ENERGY_SHARE)),
+                    "contain_whole": float(np.mean(whole)),
+                    "mean_energy_inside": float(np.mean(share)),
+                    "clips": clips,
+                }
+            )
+    return summaries
+
+
+def plant(
+    reader: ClipReader, background: str, *, sample_rate: int, clips: int, seed: int
+) -> Planted:
+    """Plants events of the records; the same for every background but for what is behind them."""
+    order = BalancedOrder(reader.index.label_row, reader.index.label_class, seed)
+    records, classes = order.draw(np.arange(clips))
+    length = round(CLIP_SECONDS * sample_rate)
+    audio, begins, ends = np.zeros((clips, length), np.float32), [], []
+    for row, record in enumerate(records.tolist()):
+        rng = np.random.default_rng([seed, row])
+        event = energetic_part(reader.read(record) / np.float32(32768), sample_rate)
+        begins.append(int(rng.integers(length - len(event) + 1)))
+        ends.append(begins[-1] + len(event))
+        if background != "silence":
+            noise = coloured_noise(rng, length, 1.0 if background == "pink noise" else 0.0)
+            audio[row] = noise * np.sqrt(np.mean(np.square(event)) * 10 ** (-SNR_DB / 10))
+        audio[row, begins[-1] : ends[-1]] += event
+    return Planted(audio, classes.astype(np.int32), np.array(begins), np.array(ends))
+
+
+def energetic_part(waveform: Float[np.ndarray, " t"], sample_rate: int) -> Float[np.ndarray, "_"]:
+    """The 2 s with the most energy, less quiet ends: frames 40 dB below the loudest one."""
+    window = min(round(EVENT_SECONDS * sample_rate), len(waveform))
+    energy = np.concatenate([[0.0], np.cumsum(np.square(waveform, dtype=np.float64))])
+    begin = int(np.argmax(energy[window:] - energy[:-window]))
+    part = waveform[begin : begin + window]
+    frame = round(_HOP_SECONDS * sample_rate)
+    frames = np.square(np.pad(part, (0, -window % frame))).reshape(-1, frame).sum(axis=1)
+    loud = np.flatnonzero(frames >= frames.max() * 10 ** (-_TRIM_DB / 10))
+    return part[loud[0] * frame : (loud[-1] + 1) * frame]
+
+
+def coloured_noise(
+    rng: np.random.Generator, samples: int, exponent: float
+) -> Float[np.ndarray, " t"]:
+    """Noise of mean square 1 whose power falls as 1 / frequency**exponent: 0 white, 1 pink."""
+    spectrum = np.fft.rfft(rng.standard_normal(samples))
+    spectrum *= np.maximum(np.arange(len(spectrum)), 1.0) ** (-exponent / 2)
+    noise = np.fft.irfft(spectrum, samples)
+    return (noise / np.sqrt(np.mean(np.square(noise)))).astype(np.float32)
+
+
+def _find(
+    net: tuple[Any, Any], planted: Planted, segment_samples: int, seed: int
+) -> Integer[np.ndarray, " n"]:
+    """Begin samples of anchors, in batches of one shape."""
+    begins = []
+    for first in range(0, len(planted.audio), BATCH_SIZE):
+        at = np.minimum(np.arange(first, first + BATCH_SIZE), len(planted.audio) - 1)
+        batch = {
+            "audio": jnp.asarray(planted.audio[at]),
+            "samples": jnp.full(BATCH_SIZE, planted.audio.shape[1], jnp.int32),
+            "class_index": jnp.asarray(planted.class_index[at]),
+        }
+        key = jax.random.fold_in(jax.random.key(seed), first)
+        begins.append(anchors_of_batch(*net, batch, key, segment_samples).begin_sample)
+    return np.concatenate(begins)[: len(planted.audio)]
+
+
+def energy_share(
+    planted: Planted, begin: Integer[np.ndarray, "n p"], segment_samples: int
+) -> Float[np.ndarray, "n p"]:
+    """The share of each event's energy inside its anchors, p for each event.
+
+    What is behind the event counts too where the event is; it is 20 dB lower, or nothing.
+    """
+    share = np.empty(begin.shape)
+    for row, at in enumerate(begin):
+        event_begin, event_end = planted.begin_sample[row], planted.end_sample[row]
+        squares = np.square(planted.audio[row, event_begin:event_end], dtype=np.float64)
+        energy = np.concatenate([[0.0], np.cumsum(squares)])
+        first, last = (
+            np.clip(edge - event_begin, 0, len(squares)) for edge in (at, at + segment_samples)
+        )
+        share[row] = (energy[last] - energy[first]) / max(energy[-1], 1e-20)
+    return share
+
+
+def contains_whole(
+    planted: Planted, begin: Integer[np.ndarray, "n p"], segment_samples: int, sample_rate: int
+) -> Bool[np.ndarray, "n p"]:
+    """Whether the event begins and ends inside its anchors, up to one hop."""
+    hop = round(_HOP_SECONDS * sample_rate)
+    late = planted.begin_sample[:, None] + hop >= begin
+    return late & (planted.end_sample[:, None] <= begin + segment_samples + hop)
+
+
+def format_planted(summaries: list[dict[str, Any]]) -> str:
+    """The shares as a table, in percent."""
+    rows = [
+        (
+            f"{summary['background']}: {summary['anchors']}",
+            *(
+                f"{100 * summary[key]:.1f} %"
+                for key in ("contain", "contain_whole", "mean_energy_inside")
+            ),
+            summary["clips"],
+        )
+        for summary in summaries
+    ]
+    table = format_table(("anchors", ">= 90 % of it", "all of it", "mean energy", "clips"), rows)
+    return f"{table}\n\nof the event inside the anchor; noise {SNR_DB:.0f} dB below the event"

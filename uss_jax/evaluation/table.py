@@ -1,0 +1,33 @@
+"""Figures as text and as JSON."""
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from uss_jax.atomic import replacing
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str | int | float | None]]) -> str:
+    """Aligned columns: the first to the left, numbers to the right, floats with two decimals."""
+    cells = [list(header), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = []
+    for row in cells:
+        numbers = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *numbers]).rstrip())
+    return "\n".join(lines)
+
+
+def _cell(value: str | int | float | None) -> str:
+    if value is None:
+        return "-"
+    # Adding zero makes a zero of a minus zero.
+    return f"{round(value, 2) + 0.0:.2f}" if isinstance(value, float) else str(value)
+
+
+def write_results(path: str | os.PathLike, results: dict[str, Any]) -> None:
+    """Writes results as strict JSON (a NaN is an error), whole or not at all."""
+    text = json.dumps(results, indent=2, allow_nan=False, ensure_ascii=False)
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")

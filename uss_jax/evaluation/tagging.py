@@ -1,0 +1,105 @@
+"""How well a tagging net tells what is in labelled clips: mean average precision and ROC AUC.
+
+Letters: `n` clips, `k` classes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from uss_jax.data.tfrecord import ClipReader
+from uss_jax.errors import UserError
+from uss_jax.evaluation.clips import Chosen, batches_of
+from uss_jax.evaluation.metrics import average_precision, d_prime, per_class, roc_auc
+from uss_jax.evaluation.table import format_table
+from uss_jax.ontology import load_ontology
+from uss_jax.training.model import Model
+from uss_jax.training.step import to_float
+
+DETECTOR = "detector, maximum over time"
+TAGGER = "tagging net"
+
+
+def evaluate_tagging(model: Model, reader: ClipReader) -> list[dict[str, Any]]:
+    """Figures of the model's detector and tagging net, whichever it has, on all clips of a split.
+
+    Beside mAP stands that of chance, the mean share of positives. Classes without a positive (for
+    AUC: or without a negative) are left out.
+    """
+    nets: dict[str, Callable[[Array], dict[str, Array]]] = {}
+    if "sed" in model.config:
+        nets[DETECTOR] = model.sed
+    if model.config.get("query", {}).get("model"):
+        nets[TAGGER] = model.tagger
+    if not nets:
+        raise UserError(f"{model.path} holds no tagging net; give a tagger's bundle or workdir")
+    probabilities, labels = _tag(nets, model, reader)
+    return [_summary(name, labels, of_net) for name, of_net in probabilities.items()]
+
+
+def _tag(
+    nets: dict[str, Callable[[Array], dict[str, Array]]], model: Model, reader: ClipReader
+) -> tuple[dict[str, Float[np.ndarray, "n k"]], Bool[np.ndarray, "n k"]]:
+    """Each net's clipwise probabilities, and the labels."""
+    found: dict[str, list[np.ndarray]] = {name: [] for name in nets}
+    labels = []
+    records = np.arange(len(reader.index))
+    chosen = Chosen(records, np.zeros_like(records))  # no class is asked for
+    for batch, rows in batches_of(reader, chosen, model.segment_samples, labels=True):
+        audio = to_float(jnp.asarray(batch["audio"]))
+        for name, net in nets.items():
+            found[name].append(np.asarray(net(audio)["clipwise"])[:rows])
+        labels.append(batch["labels"][:rows] > 0)
+    together = {name: np.concatenate(of_net) for name, of_net in found.items()}
+    labels = np.concatenate(labels)
+    classes = next(iter(together.values())).shape[1]
+    if classes != labels.shape[1]:
+        raise UserError(
+            f"{model.path} tells {classes} classes apart, the labels are of {labels.shape[1]}; "
+            f"give a net with classes={labels.shape[1]}"
+        )
+    return together, labels
+
+
+def _summary(
+    name: str, labels: Bool[np.ndarray, "n k"], probability: Float[np.ndarray, "n k"]
+) -> dict[str, Any]:
+    if not np.isfinite(probability).all():
+        raise UserError(f"the {name} gives probabilities that are not numbers; it has diverged")
+    precision = per_class(average_precision, labels, probability)
+    auc = per_class(roc_auc, labels, probability)
+    mean_auc = float(np.mean(list(auc.values()))) if auc else None
+    names = load_ontology().class_names
+    return {
+        "net": name,
+        "map": float(np.mean(list(precision.values()))),
+        "map_of_chance": float(labels[:, list(precision)].mean()),
+        "auc": mean_auc,
+        "d_prime": None if mean_auc is None else d_prime(mean_auc),
+        "clips": len(labels),
+        "classes": {
+            "number": len(precision),
+            "without_positive": labels.shape[1] - len(precision),
+            "average_precision": {names[k]: value for k, value in precision.items()},
+            "auc": {names[k]: value for k, value in auc.items()},
+        },
+    }
+
+
+def format_tagging(summaries: list[dict[str, Any]]) -> str:
+    """The figures as a table."""
+    rows = [
+        (
+            summary["net"],
+            *(f"{summary[key]:.3f}" for key in ("map", "map_of_chance")),
+            "-" if summary["auc"] is None else f"{summary['auc']:.3f}",
+            summary["d_prime"],
+            summary["clips"],
+            summary["classes"]["number"],
+        )
+        for summary in summaries
+    ]
+    return format_table(("", "mAP", "chance", "AUC", "d'", "clips", "classes"), rows)

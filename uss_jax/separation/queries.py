@@ -1,0 +1,162 @@
+"""What to ask a separator for: vectors made of example recordings, and banks of stored vectors.
+
+Letters: `t` samples of a recording, `s` samples of a segment, `d` width of the condition, `n`
+vectors.
+"""
+
+import dataclasses
+import os
+import pathlib
+import zipfile
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Float32
+
+from uss_jax.atomic import replacing
+from uss_jax.audio.files import read_mono
+from uss_jax.errors import UserError
+from uss_jax.training.model import Model
+
+# The reference's: a frame of a tenth of a second is silent if no sample is above this.
+_SILENT_PEAK = 0.02
+_FRAMES_A_SECOND = 10
+_BATCH_SIZE = 8
+
+
+def remove_silence(
+    waveform: Float32[np.ndarray, " t"], sample_rate: int
+) -> Float32[np.ndarray, "_"]:
+    """Drops the silent frames of 0.1 s, and what is left after the last whole frame."""
+    frame = sample_rate // _FRAMES_A_SECOND
+    frames = waveform[: len(waveform) // frame * frame].reshape(-1, frame)
+    return frames[np.abs(frames).max(axis=1) > _SILENT_PEAK].reshape(-1)
+
+
+def recording_vector(
+    model: Model, waveform: Float32[np.ndarray, " t"]
+) -> Float32[np.ndarray, " d"]:
+    """The mean condition of a recording's segments; a last short one is repeated to full length.
+
+    Args:
+      model: gives the condition.
+      waveform: at the model's sample rate, at least one sample.
+    """
+    length = model.segment_samples
+    segments = [waveform[begin : begin + length] for begin in range(0, len(waveform), length)]
+    segments = np.stack([np.resize(segment, length) for segment in segments])
+    vectors = []
+    for first in range(0, len(segments), _BATCH_SIZE):
+        some = segments[first : first + _BATCH_SIZE]
+        batch = np.pad(some, ((0, _BATCH_SIZE - len(some)), (0, 0)))
+        classes = np.zeros(_BATCH_SIZE, np.int32)  # unused: one_hot takes no recordings
+        vectors.append(np.asarray(model.condition(batch, classes))[: len(some)])
+    return np.concatenate(vectors).mean(axis=0)
+
+
+def vector_of_recordings(model: Model, path: str | os.PathLike) -> Float32[np.ndarray, " d"]:
+    """The mean over recordings of their vectors, silence removed (the reference's query mode).
+
+    Args:
+      model: gives the condition, `soft` or `embedding`.
+      path: a recording, or a folder of which every file is one. Wholly silent ones are passed over.
+    """
+    if model.query.module.kind == "one_hot":
+        raise UserError(
+            f"{model.path} knows classes only, not recordings; ask with --classes instead of "
+            "--query"
+        )
+    vectors = []
+    for file in _recordings(pathlib.Path(path)):
+        waveform = remove_silence(read_mono(file, model.sample_rate), model.sample_rate)
+        if waveform.size:
+            vectors.append(recording_vector(model, waveform))
+    if not vectors:
+        raise UserError(f"{path} holds nothing but silence; give recordings of the sound you want")
+    return np.mean(vectors, axis=0)
+
+
+def _recordings(path: pathlib.Path) -> list[pathlib.Path]:
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+    if not files:
+        raise UserError(f"{path} is an empty folder; put recordings of the sound you want into it")
+    return files
+
+
+@dataclasses.dataclass(frozen=True)
+class Bank:
+    """Stored vectors.
+
+    Attributes:
+      name: [n] what each asks for.
+      vectors: [n, d].
+      kind: `one_hot`, `soft` or `embedding`.
+      net_hash: of the query net that made them.
+    """
+
+    name: tuple[str, ...]
+    vectors: Float[np.ndarray, "n d"]
+    kind: str
+    net_hash: str
+
+    def select(self, names: Sequence[str], where: str) -> list[int]:
+        """Where the names are in the bank, in any case; a UserError says which are there."""
+        place = {name.casefold(): row for row, name in enumerate(self.name)}
+        for name in names:
+            if name.casefold() not in place:
+                raise UserError(
+                    f'{where} has no vector called "{name}"; it has {", ".join(self.name)}'
+                )
+        return [place[name.casefold()] for name in names]
+
+
+def write_bank(path: str | os.PathLike, bank: Bank) -> None:
+    """Writes an .npz file with `name`, `vectors`, `kind` and `net_hash`."""
+    require_npz(path)
+    with replacing(path) as temporary:
+        np.savez(
+            temporary,
+            name=np.array(bank.name, np.str_),
+            vectors=bank.vectors.astype(np.float32),
+            kind=bank.kind,
+            net_hash=bank.net_hash,
+        )
+
+
+def require_npz(path: str | os.PathLike) -> None:
+    """Refuses a name that numpy would add to."""
+    if not os.fspath(path).endswith(".npz"):
+        raise UserError(f"{path}: name a query bank something.npz")
+
+
+def read_bank(path: str | os.PathLike, model: Model) -> Bank:
+    """Reads a bank whose vectors the model understands."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            bank = Bank(
+                name=tuple(stored["name"].tolist()),
+                vectors=np.asarray(stored["vectors"], np.float32),
+                kind=str(stored["kind"]),
+                net_hash=str(stored["net_hash"]),
+            )
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} cannot be read as a query bank ({error}); it needs the arrays name, vectors, "
+            "kind and net_hash, as `uss-jax evaluate pairs --bank` writes them"
+        ) from error
+    width = model.separator.module.condition_width
+    if bank.vectors.ndim != 2 or bank.vectors.shape != (len(bank.name), width):
+        raise UserError(
+            f"{path} holds vectors of shape {bank.vectors.shape} for {len(bank.name)} names, "
+            f"{model.path} takes conditions of width {width}; make the bank with this model"
+        )
+    if not np.isfinite(bank.vectors).all():
+        raise UserError(f"{path} holds a vector with a value that is not a number; make it again")
+    if bank.net_hash != model.query_hash:
+        raise UserError(
+            f"{path} was made with another query net than that of {model.path}; make the bank with "
+            "this model"
+        )
+    return bank

@@ -3,7 +3,10 @@
 Letters: c channels, t samples. Waveforms are float32 in [-1, 1].
 """
 
+import contextlib
+import dataclasses
 import os
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import soundfile
@@ -13,39 +16,92 @@ from jaxtyping import Float32
 from uss_jax.atomic import replacing
 from uss_jax.errors import UserError
 
+_LARGEST_WAV = 2**32 - 2**16  # bytes; a WAV file's sizes have 32 bits
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """What the header of an audio file says: Hz, channels, and samples of each."""
+
+    sample_rate: int
+    channels: int
+    samples: int
+
+
+def audio_format(path: str | os.PathLike) -> Format:
+    """Reads a file's header."""
+    with _opened(path) as file:
+        return Format(file.samplerate, file.channels, file.frames)
+
+
+def read_blocks(
+    path: str | os.PathLike, block_samples: int = 1 << 18
+) -> Iterator[Float32[np.ndarray, "c t"]]:
+    """Reads a wav, flac, ogg or mp3 file, or any other that libsndfile knows, piece by piece.
+
+    Args:
+      path: the file.
+      block_samples: samples of each channel in a piece; the last one is shorter.
+
+    Raises:
+      UserError: not such a file, no samples in it, or one that is not a number.
+    """
+    with _opened(path) as file:
+        done = 0
+        while block := _read(path, file, block_samples, done):
+            yield block[0]
+            done += block[0].shape[1]
+    if not done:
+        raise UserError(f"{path} holds no samples; give a recording that is not empty")
+
 
 def read_audio(
     path: str | os.PathLike, seconds: float | None = None
 ) -> tuple[Float32[np.ndarray, "c t"], int]:
-    """Reads a wav, flac, ogg or mp3 file, or any other that libsndfile knows.
-
-    Args:
-      path: the file.
-      seconds: read no more than this from the beginning.
+    """Reads a file, or no more than `seconds` from its beginning; see `read_blocks`.
 
     Returns:
       The waveform, [channels, samples], and its sample rate in Hz.
     """
+    sample_rate = audio_format(path).sample_rate
+    if seconds is None:
+        return np.concatenate(list(read_blocks(path)), axis=1), sample_rate
+    return next(read_blocks(path, max(round(seconds * sample_rate), 1))), sample_rate
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[soundfile.SoundFile]:
     _check_is_file(path)
     try:
-        with soundfile.SoundFile(os.fspath(path)) as file:
-            sample_rate = file.samplerate
-            samples = -1 if seconds is None else round(seconds * sample_rate)
-            waveform = file.read(samples, dtype="float32", always_2d=True).T
+        file = soundfile.SoundFile(os.fspath(path))
     # soundfile raises TypeError for names ending in ".raw", whose rate it cannot know.
     except (soundfile.SoundFileError, TypeError) as error:
+        raise _unreadable(path, error) from error
+    with file:
+        yield file
+
+
+def _read(
+    path: str | os.PathLike, file: soundfile.SoundFile, samples: int, done: int
+) -> tuple[Float32[np.ndarray, "c t"], ...]:
+    """The next block, if there is one."""
+    try:
+        block = file.read(samples, dtype="float32", always_2d=True).T
+    except soundfile.SoundFileError as error:
+        raise _unreadable(path, error) from error
+    if not np.isfinite(block).all():
+        at = done + np.argmin(np.isfinite(block).all(axis=0))
         raise UserError(
-            f"{path} cannot be read as audio ({_reason(error)}); give a wav, flac, ogg or mp3 file"
-        ) from error
-    if waveform.shape[1] == 0:
-        raise UserError(f"{path} holds no samples; give a recording that is not empty")
-    if not np.isfinite(waveform).all():
-        at = np.argmin(np.isfinite(waveform).all(axis=0))
-        raise UserError(
-            f"{path} has a sample that is not a number, at {at / sample_rate:.3f} s; "
+            f"{path} has a sample that is not a number, at {at / file.samplerate:.3f} s; "
             "export the recording again"
         )
-    return np.ascontiguousarray(waveform), sample_rate
+    return (np.ascontiguousarray(block),) if block.size else ()
+
+
+def _unreadable(path: str | os.PathLike, error: Exception) -> UserError:
+    return UserError(
+        f"{path} cannot be read as audio ({_reason(error)}); give a wav, flac, ogg or mp3 file"
+    )
 
 
 def read_mono(
@@ -65,22 +121,68 @@ def resample(
     """
     if from_rate == to_rate:
         return waveform
-    samples = (2 * waveform.shape[-1] * to_rate + from_rate) // (2 * from_rate)
     rows = waveform.reshape(-1, waveform.shape[-1])
-    out = np.zeros((len(rows), samples), np.float32)
-    if rows.size:
-        resampled = soxr.resample(rows.T, from_rate, to_rate).T[:, :samples]
-        out[:, : resampled.shape[1]] = resampled  # soxr keeps the same rule; this holds it to it
-    return out.reshape(*waveform.shape[:-1], samples)
+    out = np.concatenate(list(resample_blocks([rows], from_rate, to_rate)), axis=1)
+    return out.reshape(*waveform.shape[:-1], out.shape[1])
+
+
+def resampled_length(samples: int, from_rate: int, to_rate: int) -> int:
+    """samples * to_rate / from_rate, rounded to the nearest, halves up."""
+    return (2 * samples * to_rate + from_rate) // (2 * from_rate)
+
+
+def resample_blocks(
+    blocks: Iterable[Float32[np.ndarray, "c _"]], from_rate: int, to_rate: int
+) -> Iterator[Float32[np.ndarray, "c _"]]:
+    """Resamples a waveform that comes in pieces; the pieces together are `resample` of it all."""
+    if from_rate == to_rate:
+        yield from blocks
+        return
+    stream, taken, given, channels = None, 0, 0, 0
+    for block in blocks:
+        channels = len(block)
+        stream = stream or soxr.ResampleStream(from_rate, to_rate, channels, dtype="float32")
+        taken += block.shape[1]
+        piece = stream.resample_chunk(np.ascontiguousarray(block.T))
+        given += len(piece)
+        yield np.ascontiguousarray(piece.T)
+    if stream is None:
+        return
+    rest = stream.resample_chunk(np.zeros((0, channels), np.float32), last=True)
+    # soxr keeps the same rule of length; this holds it to it.
+    wanted = max(resampled_length(taken, from_rate, to_rate) - given, 0)
+    rest = rest[:wanted]
+    yield np.pad(rest, ((0, wanted - len(rest)), (0, 0))).T.copy()
 
 
 def write_wav(
     path: str | os.PathLike, waveform: Float32[np.ndarray, "c t"], sample_rate: int
 ) -> None:
     """Writes a float32 WAV file, whole or not at all; samples beyond 1 are kept as they are."""
+    with writing_audio(path, Format(sample_rate, *waveform.shape)) as write:
+        write(waveform)
+
+
+@contextlib.contextmanager
+def writing_audio(
+    path: str | os.PathLike, form: Format, subtype: str = "FLOAT"
+) -> Iterator[Callable[[Float32[np.ndarray, "c _"]], None]]:
+    """Yields a function that writes the next samples; the file appears whole or not at all.
+
+    Args:
+      path: the file, WAV or, if its name says so, FLAC.
+      form: of what will be written.
+      subtype: libsndfile's name of the samples' form: FLOAT, PCM_24 or PCM_16.
+    """
+    kind = "FLAC" if os.fspath(path).lower().endswith(".flac") else "WAV"
+    if kind == "WAV" and form.samples * form.channels * 4 >= _LARGEST_WAV:
+        kind = "RF64"  # the same with 64-bit sizes
     with replacing(path) as temporary:
         try:
-            soundfile.write(temporary, waveform.T, sample_rate, format="WAV", subtype="FLOAT")
+            with soundfile.SoundFile(
+                temporary, "w", form.sample_rate, form.channels, subtype, format=kind
+            ) as file:
+                yield lambda block: file.write(block.T)
         except soundfile.SoundFileError as error:
             raise UserError(
                 f"{path} could not be written ({_reason(error)}); choose a folder that exists, may "

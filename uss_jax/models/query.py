@@ -55,7 +55,6 @@ class QueryNet(nn.Module):
     shortcut: bool = False
     finetune: bool = False
 
-    @nn.compact
     def __call__(
         self, waveform: Float[Array, "b s"], class_index: Int[Array, "b"], train: bool = False
     ) -> Float[Array, "b d"]:
@@ -66,6 +65,11 @@ class QueryNet(nn.Module):
         else:
             x = self.tagger(waveform, train=train and self.finetune)[_READ[self.kind]]
             x = x if self.finetune else jax.lax.stop_gradient(x)
+        return self.adapt(x, train)
+
+    @nn.compact
+    def adapt(self, x: Float[Array, "b _"], train: bool = False) -> Float[Array, "b d"]:
+        """The condition of what the tagging net gives, or of a vector made by hand."""
         if not self.adaptor_width:
             return x
         adapted = Adaptor(self.adaptor_width, self.adaptor_hidden, name="adaptor")(x, train)

@@ -6,7 +6,7 @@ of the condition. Feature maps are [b, n, f, c].
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Complex, Float
 
 from uss_jax.audio.stft import istft, stft
 from uss_jax.models.conv import Conv1x1, Conv3x3, Upsample
@@ -117,7 +117,6 @@ class ResUNet(nn.Module):
     film_gain: bool = False
     dtype: str = "float32"
 
-    @nn.compact
     def __call__(
         self,
         mixture: Float[Array, "b a t"],
@@ -134,25 +133,44 @@ class ResUNet(nn.Module):
         Raises:
           ValueError: a mixture or condition of another width than the net was made for.
         """
-        self._check(mixture, condition)
-        samples = mixture.shape[-1]
         spectrum = stft(mixture, self.n_fft, self.hop_samples)
         power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
+        estimate = spectrum * self.mask(power, condition, train)
+        return istft(estimate, self.n_fft, self.hop_samples, mixture.shape[-1])
+
+    def separate_with_shared_mask(
+        self, mixture: Float[Array, "b c t"], condition: Float[Array, "#b d"]
+    ) -> Float[Array, "b c t"]:
+        """Separates any number of channels with a net of one, all by the same mask.
+
+        The net sees the mean power of the channels, which for equal channels is that of each and,
+        unlike the power of their mean, does not vanish where they are out of phase. One mask for
+        all keeps levels and phases between channels, and so the place of every source.
+        """
+        spectrum = stft(mixture, self.n_fft, self.hop_samples)
+        power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
+        mask = self.mask(jnp.mean(power, axis=1, keepdims=True), condition, train=False)
+        return istft(spectrum * mask, self.n_fft, self.hop_samples, mixture.shape[-1])
+
+    @nn.compact
+    def mask(
+        self, power: Float[Array, "b a n f"], condition: Float[Array, "#b d"], train: bool
+    ) -> Complex[Array, "b a n f"]:
+        """What to multiply the spectrum by, of its squared magnitude."""
+        self._check(power, condition)
         x = BatchNorm(name="bn0")(jnp.sqrt(jnp.maximum(power, 1e-10)), train)
         x = jnp.moveaxis(x, 1, -1)  # [b, n, f, a]
 
         frames, time_stride = x.shape[1], 2 ** (len(self.channels) - 1)
         x = jnp.pad(x, [(0, 0), (0, -frames % time_stride), (0, 0), (0, 0)])
         x = self._unet(x[:, :, :-1], condition, train)
-        x = x[:, :frames].astype(power.dtype)
-        estimate = spectrum * _mask(x, self.audio_channels)
-        return istft(estimate, self.n_fft, self.hop_samples, samples)
+        return _mask(x[:, :frames].astype(power.dtype), self.audio_channels)
 
-    def _check(self, mixture: Array, condition: Array) -> None:
-        if mixture.shape[1] != self.audio_channels:
+    def _check(self, power: Array, condition: Array) -> None:
+        if power.shape[1] != self.audio_channels:
             raise ValueError(
                 f"the separator takes {self.audio_channels} audio channels, "
-                f"the mixture has {mixture.shape[1]}"
+                f"the mixture has {power.shape[1]}"
             )
         if condition.shape[-1] != self.condition_width:
             raise ValueError(
@@ -186,8 +204,8 @@ class ResUNet(nn.Module):
         return Conv1x1(3 * self.audio_channels, self.dtype, name="after_conv")(x)
 
 
-def _mask(x: Float[Array, "b n f c"], audio_channels: int) -> Array:
-    """Complex mask [b, a, n, f + 1] of the net's maps, ordered (audio channel, kind).
+def _mask(x: Float[Array, "b n f c"], audio_channels: int) -> Complex[Array, "b a n F"]:
+    """Complex mask, of one bin more, of the net's maps, ordered (audio channel, kind).
 
     The reference splits the mixture into magnitude and phase, scales one and rotates the other;
     multiplying the spectrum by one complex number is the same.

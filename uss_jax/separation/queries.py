@@ -1,14 +1,15 @@
-"""What to ask a separator for: vectors made of example recordings, and banks of stored vectors.
+"""What to ask a separator for: classes, vectors made of example recordings, banks of such vectors.
 
-Letters: `t` samples of a recording, `s` samples of a segment, `d` width of the condition, `n`
-vectors.
+Letters: `t` samples of a recording, `s` segments of it, `k` classes, `d` width of the condition,
+`n` vectors.
 """
 
 import dataclasses
 import os
 import pathlib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float, Float32
@@ -16,12 +17,94 @@ from jaxtyping import Float, Float32
 from uss_jax.atomic import replacing
 from uss_jax.audio.files import read_mono
 from uss_jax.errors import UserError
+from uss_jax.ontology import load_ontology
+from uss_jax.separation.separator import Target
 from uss_jax.training.model import Model
+
+# A class sounds in a segment where its probability is at least this (the reference's).
+THRESHOLD = 0.2
 
 # The reference's: a frame of a tenth of a second is silent if no sample is above this.
 _SILENT_PEAK = 0.02
 _FRAMES_A_SECOND = 10
 _BATCH_SIZE = 8
+
+
+def parse_classes(words: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Name -> class indexes of what was asked for: classes, or sets of them joined by "+"."""
+    ontology, sets = load_ontology(), {}
+    for word in words:
+        indexes = tuple(ontology.resolve(part) for part in word.split("+"))
+        name = " + ".join(ontology.class_names[index] for index in indexes)
+        if name in sets:
+            raise UserError(f'"{name}" is asked for twice; once is enough')
+        sets[name] = indexes
+    return sets
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """Asks for sets of classes, where they sound (the reference's way).
+
+    The condition of a segment is its tagging probabilities with those of other classes set to zero;
+    it is active where one of the set's is at least the threshold.
+
+    Attributes:
+      sets: name -> class indexes.
+      threshold: probability, 0..1.
+    """
+
+    sets: Mapping[str, Sequence[int]]
+    threshold: float = THRESHOLD
+    needs_tags: ClassVar[bool] = True
+
+    def targets(self, model: Model, probabilities: Float32[np.ndarray, "s k"]) -> list[Target]:
+        """The targets of a recording with these tagging probabilities of its segments."""
+        kind = model.query.module.kind
+        if kind == "embedding":
+            raise UserError(
+                f"{model.path} does not take classes but embeddings of examples; give --query a "
+                "folder of recordings, or a bank of vectors and its names with --classes"
+            )
+        targets = []
+        for name, indexes in self.sets.items():
+            indexes = list(indexes)
+            if kind == "one_hot":
+                vectors = np.zeros((1, probabilities.shape[1]), np.float32)
+                vectors[0, indexes] = 1
+            else:
+                vectors = np.zeros_like(probabilities)
+                vectors[:, indexes] = probabilities[:, indexes]
+            active = probabilities[:, indexes].max(axis=1) >= self.threshold
+            targets.append(Target(name, model.adapt(vectors), active))
+        return targets
+
+
+@dataclasses.dataclass(frozen=True)
+class Vectors:
+    """Asks with one condition for all of a recording.
+
+    Attributes:
+      vectors: name -> condition, [d].
+    """
+
+    vectors: Mapping[str, Float32[np.ndarray, " d"]]
+    needs_tags: ClassVar[bool] = False
+
+    def targets(self, model: Model, probabilities: Any) -> list[Target]:
+        """The targets, whatever the recording."""
+        width = model.separator.module.condition_width
+        for name, vector in self.vectors.items():
+            if vector.shape != (width,):
+                raise UserError(
+                    f'the vector "{name}" has {vector.size} values, {model.path} takes conditions '
+                    f"of width {width}"
+                )
+        always = np.ones(1, bool)
+        return [Target(name, vector[None], always) for name, vector in self.vectors.items()]
+
+
+Query = Classes | Vectors
 
 
 def remove_silence(

@@ -71,9 +71,12 @@ class Model:
 
     @functools.cached_property
     def tagger(self) -> Net:
-        """The query net's Cnn14: waveform [b, t] to `clipwise` and `embedding`."""
+        """What tells which classes sound: waveform [b, t] to `clipwise` and `embedding`.
+
+        The query net's tagging net; where conditions are `one_hot`, the detector.
+        """
         if self.query.module.tagger is None:
-            raise UserError(f"{self.path} has no tagging net: its conditions are one_hot")
+            return self.sed
         parts = self.query.variables.items()
         return Net(self.query.module.tagger, {k: v["tagger"] for k, v in parts if "tagger" in v})
 
@@ -93,6 +96,11 @@ class Model:
     ) -> Float[Array, "b d"]:
         """The conditions of clean targets and their classes."""
         return self.query(jnp.asarray(waveform), jnp.asarray(class_index))
+
+    def adapt(self, vectors: Float[np.ndarray, "b _"]) -> Float[np.ndarray, "b d"]:
+        """The conditions of vectors such as the tagging net gives: behind the adaptor, if any."""
+        net = self.query
+        return np.asarray(net.module.apply(net.variables, jnp.asarray(vectors), method="adapt"))
 
     def separate(
         self, mixture: Float[np.ndarray, "b t"], condition: Float[Array | np.ndarray, "b d"]

@@ -1,0 +1,109 @@
+"""Separates recordings: a file for each sound asked for, as long as the recording, in its place.
+
+What to ask for:
+  --classes NAME ...        sound classes by name, mid or index; "Speech+Singing" is one sound. Each
+                            is separated where the model's tagging net hears it.
+  --query FOLDER            a sound of which the folder holds example recordings
+  --query BANK.npz          every vector of a bank; with --classes, those with these names
+"""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("audio", nargs="+", metavar="AUDIO", help="recordings")
+    parser.add_argument("--model", required=True, metavar="B", help="bundle or workdir")
+    parser.add_argument("--out", required=True, metavar="DIR", help="files go to DIR/<recording>/")
+    parser.add_argument("--classes", nargs="+", metavar="NAME", help="see above")
+    parser.add_argument("--query", metavar="PATH", help="see above")
+    parser.add_argument(
+        "--threshold",
+        type=_probability,
+        default=0.2,
+        metavar="P",
+        help="a class sounds in a segment where its probability is at least this; default: 0.2",
+    )
+    parser.add_argument("--residual", action="store_true", help="also write what is left")
+    parser.add_argument(
+        "--sum-to-mixture",
+        action="store_true",
+        help="let the estimates share what is left, so that they add up to the recording",
+    )
+    parser.add_argument(
+        "--blocks",
+        choices=("windows", "reference"),
+        default="windows",
+        help="windows with context (default), or blocks of 2 s side by side as in bytedance/uss",
+    )
+    parser.add_argument(
+        "--format", choices=_FORMATS, default="wav", help="default: wav (32-bit float)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    parser.epilog = (
+        "example:\n"
+        '  uss-jax separate street.wav --model uss --classes "Dog" "Speech+Singing" --out separated'
+    )
+
+
+# Name -> suffix and form of samples. Only floats keep what goes beyond full scale.
+_FORMATS = {
+    "wav": (".wav", "FLOAT"),
+    "wav24": (".wav", "PCM_24"),
+    "wav16": (".wav", "PCM_16"),
+    "flac": (".flac", "PCM_24"),
+}
+
+
+def _probability(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, not {text!r}")
+    return value
+
+
+def run(args: argparse.Namespace) -> None:
+    from uss_jax.separation.recordings import Separator, Settings
+    from uss_jax.training.model import Model
+
+    suffix, subtype = _FORMATS[args.format]
+    settings = Settings(
+        reference_blocks=args.blocks == "reference",
+        residual=args.residual,
+        sum_to_mixture=args.sum_to_mixture,
+        suffix=suffix,
+        subtype=subtype,
+        overwrite=args.overwrite,
+    )
+    separator = Separator(Model(args.model), settings)
+    query = _query(args, separator.model)
+    for path in args.audio:
+        separator.separate_file(path, args.out, query)
+
+
+def _query(args: argparse.Namespace, model):
+    import pathlib
+
+    from uss_jax.errors import UserError
+    from uss_jax.separation.queries import (
+        Classes,
+        Vectors,
+        parse_classes,
+        read_bank,
+        vector_of_recordings,
+    )
+
+    if args.query is None:
+        if not args.classes:
+            raise UserError("say what to separate: --classes or --query")
+        return Classes(parse_classes(args.classes), args.threshold)
+    if not args.query.endswith(".npz"):
+        if args.classes:
+            raise UserError("--classes names vectors of a bank, --query gives recordings; use one")
+        name = pathlib.Path(args.query).resolve().stem
+        return Vectors({name: vector_of_recordings(model, args.query)})
+    bank = read_bank(args.query, model)
+    rows = bank.select(args.classes or bank.name, args.query)
+    return Vectors({bank.name[row]: bank.vectors[row] for row in rows})

@@ -1,0 +1,241 @@
+"""Separating recordings of any length in constant memory, and any number of sounds at once.
+
+A recording is cut into windows of one shape, which overlap by a context that is separated twice
+and kept once. The net is not shift-invariant: its pooling makes it depend on where a window starts,
+so windows start on multiples of the pooling grid, where they agree with one pass over everything.
+`Layout.blocks` is the reference's way instead: blocks side by side.
+
+What is asked for lives on the tagging grid of 2-second segments (`Target`): a window is separated
+with the mean of the conditions of the active segments that it keeps a part of, and its estimate is
+silenced, fading over 50 ms, where no segment is active. Windows without an active one cost nothing.
+
+Letters: `b` batch, `c` channels, `t` samples, `s` segments, `k` classes, `d` width of the
+condition, `n` targets.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32
+
+from uss_jax.models.resunet import ResUNet
+from uss_jax.training.model import Model
+
+_WINDOW_FRAMES = 480
+_CONTEXT_FRAMES = 32
+_FADE_SECONDS = 0.05
+_TAGGING_BATCH = 8
+
+Blocks = Iterable[Float32[np.ndarray, "c _"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A sound to separate.
+
+    Attributes:
+      name: for people and files.
+      conditions: [s, d] for each segment, or [1, d] for all.
+      active: [s] or [1] where there is anything to separate.
+    """
+
+    name: str
+    conditions: Float[np.ndarray, "_ d"]
+    active: Bool[np.ndarray, "_"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a recording is cut, in samples.
+
+    Attributes:
+      window: of one pass of the net.
+      context: at both sides of a window, separated but not kept.
+      segment: of the tagging grid.
+      fade: of the gates between active and silent segments.
+    """
+
+    window: int
+    context: int
+    segment: int
+    fade: int
+
+    @property
+    def step(self) -> int:
+        """From the start of a window to that of the next."""
+        return self.window - 2 * self.context
+
+    @classmethod
+    def windows(cls, model: Model, samples: int) -> "Layout":
+        """480 frames with 32 of context at both sides, rounded up to the net's pooling grid.
+
+        Recordings that need less get half, a quarter or an eighth of it: so few shapes that a
+        folder of files compiles a handful of programs.
+
+        Args:
+          model: whose separator.
+          samples: of the recording, as far as is known.
+        """
+        net = model.separator.module
+        grid = net.hop_samples * 2 ** (len(net.channels) - 1)
+        context = -(-_CONTEXT_FRAMES * net.hop_samples // grid) * grid
+        for part in (8, 4, 2, 1):
+            window = -(-_WINDOW_FRAMES * net.hop_samples // part // grid) * grid
+            if samples <= window - context:
+                break
+        fade = round(_FADE_SECONDS * model.sample_rate)
+        return cls(window, context, model.segment_samples, fade)
+
+    @classmethod
+    def blocks(cls, model: Model) -> "Layout":
+        """The reference's: one block a segment, no context, no fading."""
+        return cls(model.segment_samples, 0, model.segment_samples, 0)
+
+
+def tag_segments(model: Model, blocks: Blocks) -> Float32[np.ndarray, "s k"]:
+    """Tagging probabilities of each segment of a recording, the last one followed by zeros.
+
+    Args:
+      model: whose tagging net to ask.
+      blocks: the recording at the model's sample rate, in pieces; the mean of its channels counts.
+    """
+    cut = Layout.blocks(model)
+    probabilities = []
+    for segments in _in_batches((w.mean(axis=0) for _, w in _windows(blocks, cut)), _TAGGING_BATCH):
+        padded = np.pad(segments, ((0, _TAGGING_BATCH - len(segments)), (0, 0)))
+        probabilities.append(np.asarray(model.tagger(padded)["clipwise"])[: len(segments)])
+    return np.concatenate(probabilities)
+
+
+def separate_blocks(
+    model: Model, layout: Layout, blocks: Blocks, targets: Sequence[Target], batch_size: int
+) -> Iterator[Float32[np.ndarray, "n c _"]]:
+    """Yields the estimates of all targets piece by piece, as long together as the recording.
+
+    Args:
+      model: whose separator to use.
+      layout: how to cut.
+      blocks: the recording at the model's sample rate, in pieces.
+      targets: what to separate.
+      batch_size: windows (of one target each) in one run of the net.
+    """
+    net = model.separator
+    pending: list[tuple[int, np.ndarray, int]] = []  # index, samples, how many of them are true
+    jobs: list[tuple[int, Target, int]] = []  # place in pending, target, its number
+
+    def flush() -> Iterator[np.ndarray]:
+        estimates = {}
+        for begin in range(0, len(jobs), batch_size):
+            some = jobs[begin : begin + batch_size]
+            filled = some + some[-1:] * (batch_size - len(some))
+            windows = np.stack([pending[place][1] for place, _, _ in filled])
+            conditions = np.stack([_condition(layout, t, pending[p][0]) for p, t, _ in filled])
+            separated = _separate(net.module, net.variables, windows, conditions)
+            for (place, _, number), estimate in zip(some, np.asarray(separated), strict=False):
+                estimates[place, number] = estimate
+        for place, (index, window, true) in enumerate(pending):
+            first, last = _kept(layout, index, true)
+            out = np.zeros((len(targets), len(window), last - first), np.float32)
+            for number, target in enumerate(targets):
+                if (place, number) in estimates:
+                    gate = _gate(layout, target, index * layout.step + first, last - first)
+                    out[number] = estimates[place, number][:, first:last] * gate
+            yield out
+        pending.clear()
+        jobs.clear()
+
+    for index, (true, window) in enumerate(_windows(blocks, layout)):
+        jobs += [
+            (len(pending), target, number)
+            for number, target in enumerate(targets)
+            if _active(layout, target, index).any()
+        ]
+        pending.append((index, window, true))
+        if len(jobs) >= batch_size or len(pending) >= batch_size:
+            yield from flush()
+    yield from flush()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _separate(
+    module: ResUNet, variables: Any, windows: Float[Array, "b c t"], conditions: Float[Array, "b d"]
+) -> Float[Array, "b c t"]:
+    return module.apply(variables, windows, conditions, method=ResUNet.separate_with_shared_mask)
+
+
+def _windows(blocks: Blocks, layout: Layout) -> Iterator[tuple[int, Float32[np.ndarray, "c t"]]]:
+    """Yields (true samples, samples) of every window, the last ones followed by zeros."""
+    held, first = None, True
+    for block in blocks:
+        held = block if held is None else np.concatenate([held, block], axis=1)
+        # One more sample than a window: whether more follow decides what the window keeps.
+        while held.shape[1] > layout.window:
+            yield layout.window + 1, held[:, : layout.window]
+            held, first = held[:, layout.step :], False
+    while held is not None and (first or held.shape[1] > layout.context):
+        true = held.shape[1]
+        missing = max(layout.window - true, 0)
+        yield true, np.pad(held[:, : layout.window], ((0, 0), (0, missing)))
+        held, first = held[:, layout.step :], False
+
+
+def _kept(layout: Layout, index: int, true: int) -> tuple[int, int]:
+    """The part of a window that is kept; its first and last keep what lies outside of others."""
+    return (layout.context if index else 0), min(true, layout.window - layout.context)
+
+
+def _in_batches(items: Iterable[np.ndarray], size: int) -> Iterator[Float32[np.ndarray, "b t"]]:
+    batch: list[np.ndarray] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield np.stack(batch)
+            batch = []
+    if batch:
+        yield np.stack(batch)
+
+
+def _segments(layout: Layout, target: Target, index: int) -> np.ndarray:
+    """Rows of a target for the segments that a window keeps a part of."""
+    start = index * layout.step
+    first, last = _kept(layout, index, layout.window)
+    rows = np.arange((start + first) // layout.segment, -(-(start + last) // layout.segment))
+    return np.unique(np.minimum(rows, len(target.active) - 1))
+
+
+def _active(layout: Layout, target: Target, index: int) -> Bool[np.ndarray, "_"]:
+    return target.active[_segments(layout, target, index)]
+
+
+def _condition(layout: Layout, target: Target, index: int) -> Float[np.ndarray, " d"]:
+    if len(target.conditions) == 1:
+        return target.conditions[0]
+    rows = _segments(layout, target, index)
+    return target.conditions[rows[target.active[rows]]].mean(axis=0)
+
+
+def _gate(layout: Layout, target: Target, begin: int, samples: int) -> Float32[np.ndarray, " t"]:
+    """1 where a target's segments are active and 0 elsewhere, from `begin` on.
+
+    The fade lies inside the silent segment, so that active ones are whole.
+    """
+    if target.active.all():
+        return np.ones(samples, np.float32)
+    at = begin + np.arange(-layout.fade, samples + layout.fade)
+    segment = np.clip(at // layout.segment, 0, len(target.active) - 1)
+    active = target.active[segment].astype(np.float64)
+    if not layout.fade:
+        return active.astype(np.float32)
+    # Distance in samples to the nearest active one, by the largest of shifted ramps.
+    ones = np.flatnonzero(active)
+    if not ones.size:
+        return np.zeros(samples, np.float32)
+    place = np.arange(layout.fade, layout.fade + samples)
+    right = np.minimum(np.searchsorted(ones, place), len(ones) - 1)
+    left = np.maximum(right - 1, 0)
+    distance = np.minimum(np.abs(ones[right] - place), np.abs(ones[left] - place))
+    return np.clip(1 - distance / layout.fade, 0, 1).astype(np.float32)

@@ -1,10 +1,13 @@
 """The reference's optimiser and learning-rate schedules, as optax transformations."""
 
+import inspect
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from uss_jax.errors import UserError
 
 
 class AmsgradState(NamedTuple):
@@ -89,4 +92,12 @@ def cosine(learning_rate: float, warm_up_steps: int, total_steps: int) -> optax.
 def make_schedule(name: str, learning_rate: float, **arguments: int) -> optax.Schedule:
     """The schedule a config names: `constant_warm_up`, `linear_warm_up` or `cosine`."""
     schedules = {f.__name__: f for f in (constant_warm_up, linear_warm_up, cosine)}
+    if name not in schedules:
+        raise UserError(f"config.schedule.name is {name!r}, expected {' or '.join(schedules)}")
+    wanted = list(inspect.signature(schedules[name]).parameters)[1:]
+    if sorted(wanted) != sorted(arguments):
+        raise UserError(
+            f"config.schedule: {name} takes {' and '.join(wanted)} besides learning_rate, "
+            f"not {' and '.join(arguments) or 'nothing'}"
+        )
     return schedules[name](learning_rate, **arguments)

@@ -3,6 +3,8 @@
 What to ask for:
   --classes NAME ...        sound classes by name, mid or index; "Speech+Singing" is one sound. Each
                             is separated where the model's tagging net hears it.
+  --levels 1 2 ...          every kind of sound on levels of the AudioSet ontology that the model's
+                            tagging net hears; level 1 has seven, such as Music and Human sounds
   --query FOLDER            a sound of which the folder holds example recordings
   --query BANK.npz          every vector of a bank; with --classes, those with these names
 """
@@ -15,6 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="B", help="bundle or workdir")
     parser.add_argument("--out", required=True, metavar="DIR", help="files go to DIR/<recording>/")
     parser.add_argument("--classes", nargs="+", metavar="NAME", help="see above")
+    parser.add_argument("--levels", nargs="+", type=int, metavar="LEVEL", help="see above")
+    parser.add_argument(
+        "--first-parent",
+        action="store_true",
+        help="with --levels: a sound counts under its first parent only, as in bytedance/uss",
+    )
     parser.add_argument("--query", metavar="PATH", help="see above")
     parser.add_argument(
         "--threshold",
@@ -90,14 +98,20 @@ def _query(args: argparse.Namespace, model):
     from uss_jax.separation.queries import (
         Classes,
         Vectors,
+        level_sets,
         parse_classes,
         read_bank,
         vector_of_recordings,
     )
 
+    if args.levels:
+        if args.classes or args.query:
+            raise UserError("--levels finds out what there is; give it without --classes, --query")
+        sets = level_sets(args.levels, args.first_parent)
+        return Classes(sets, args.threshold, only_active=True)
     if args.query is None:
         if not args.classes:
-            raise UserError("say what to separate: --classes or --query")
+            raise UserError("say what to separate: --classes, --levels or --query")
         return Classes(parse_classes(args.classes), args.threshold)
     if not args.query.endswith(".npz"):
         if args.classes:

@@ -24,7 +24,7 @@ from uss_jax.evaluation.table import format_table
 from uss_jax.training.model import Model
 
 CLIP_SECONDS = 10.0
-EVENT_SECONDS = 2.0
+EVENT_SECONDS = 1.0
 SNR_DB = 20.0
 BACKGROUNDS = ("silence", "white noise", "pink noise")
 _ENERGY_SHARE = 0.9
@@ -109,7 +109,7 @@ def plant(
 
 
 def energetic_part(waveform: Float[np.ndarray, " t"], sample_rate: int) -> Float[np.ndarray, "_"]:
-    """The 2 s with the most energy, less quiet ends: frames 40 dB below the loudest one."""
+    """The second with the most energy, less quiet ends: frames 40 dB below the loudest one."""
     window = min(round(EVENT_SECONDS * sample_rate), len(waveform))
     energy = np.concatenate([[0.0], np.cumsum(np.square(waveform, dtype=np.float64))])
     begin = int(np.argmax(energy[window:] - energy[:-window]))

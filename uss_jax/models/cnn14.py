@@ -17,6 +17,9 @@ from uss_jax.models.norm import BatchNorm
 Augment = Callable[[Array], Array]
 
 _INIT = nn.initializers.xavier_uniform()
+# Classes start as rare as they are: a clip of AudioSet has 2.6 of 527. PANNs starts them at 1/2 and
+# spends its first hundreds of steps on coming down.
+_RARE = nn.initializers.constant(-5.3)
 
 
 class ConvBlock(nn.Module):
@@ -66,7 +69,7 @@ class Cnn14(nn.Module):
             for i, width in enumerate(self.channels, start=1)
         ]
         self.fc1 = nn.Dense(self.channels[-1], kernel_init=_INIT)
-        self.fc_audioset = nn.Dense(self.classes, kernel_init=_INIT)
+        self.fc_audioset = nn.Dense(self.classes, kernel_init=_INIT, bias_init=_RARE)
         self.dropout = nn.Dropout(0.5, rng_collection="augment")
         self.block_dropout = nn.Dropout(0.2, rng_collection="augment")
 

@@ -17,7 +17,8 @@ from jaxtyping import Float, Float32
 from uss_jax.atomic import replacing
 from uss_jax.audio.files import read_mono
 from uss_jax.errors import UserError
-from uss_jax.ontology import load_ontology
+from uss_jax.ontology import load_ontology, reference_tree
+from uss_jax.separation.names import safe_name
 from uss_jax.separation.separator import Target
 from uss_jax.training.model import Model
 
@@ -42,6 +43,32 @@ def parse_classes(words: Sequence[str]) -> dict[str, tuple[int, ...]]:
     return sets
 
 
+def level_sets(levels: Sequence[int], first_parent_only: bool) -> dict[str, tuple[int, ...]]:
+    """ "level=L/Name" -> class indexes, for the nodes of some levels that have any class.
+
+    Args:
+      levels: of the ontology, from 1 at the top.
+      first_parent_only: use the reference's tree, where a sound with several parents counts under
+        one of them.
+    """
+    if first_parent_only:
+        nodes = [(n.level, n.name, n.class_indexes()) for n in reference_tree().walk()]
+    else:
+        ontology = load_ontology()
+        nodes = [(n.level, n.name, ontology.class_indexes(m)) for m, n in ontology.nodes.items()]
+    sets = {
+        f"level={level}/{name}": tuple(indexes)
+        for wanted in levels
+        for level, name, indexes in nodes
+        if level == wanted and indexes
+    }
+    for wanted in levels:
+        if not any(name.startswith(f"level={wanted}/") for name in sets):
+            deepest = max(level for level, _, indexes in nodes if indexes)
+            raise UserError(f"the ontology has no level {wanted}; its levels are 1 to {deepest}")
+    return sets
+
+
 @dataclasses.dataclass(frozen=True)
 class Classes:
     """Asks for sets of classes, where they sound (the reference's way).
@@ -52,10 +79,12 @@ class Classes:
     Attributes:
       sets: name -> class indexes.
       threshold: probability, 0..1.
+      only_active: leave out the sets that sound nowhere.
     """
 
     sets: Mapping[str, Sequence[int]]
     threshold: float = THRESHOLD
+    only_active: bool = False
     needs_tags: ClassVar[bool] = True
 
     def targets(self, model: Model, probabilities: Float32[np.ndarray, "s k"]) -> list[Target]:
@@ -69,13 +98,15 @@ class Classes:
         targets = []
         for name, indexes in self.sets.items():
             indexes = list(indexes)
+            active = probabilities[:, indexes].max(axis=1) >= self.threshold
+            if self.only_active and not active.any():
+                continue
             if kind == "one_hot":
                 vectors = np.zeros((1, probabilities.shape[1]), np.float32)
                 vectors[0, indexes] = 1
             else:
                 vectors = np.zeros_like(probabilities)
                 vectors[:, indexes] = probabilities[:, indexes]
-            active = probabilities[:, indexes].max(axis=1) >= self.threshold
             targets.append(Target(name, model.adapt(vectors), active))
         return targets
 
@@ -185,14 +216,17 @@ class Bank:
     net_hash: str
 
     def select(self, names: Sequence[str], where: str) -> list[int]:
-        """Where the names are in the bank, in any case; a UserError says which are there."""
-        place = {name.casefold(): row for row, name in enumerate(self.name)}
+        """Where the names are in the bank, in any case or as in file names.
+
+        A UserError says which are there.
+        """
+        place = {safe_name(name).casefold(): row for row, name in enumerate(self.name)}
         for name in names:
-            if name.casefold() not in place:
+            if safe_name(name).casefold() not in place:
                 raise UserError(
                     f'{where} has no vector called "{name}"; it has {", ".join(self.name)}'
                 )
-        return [place[name.casefold()] for name in names]
+        return [place[safe_name(name).casefold()] for name in names]
 
 
 def write_bank(path: str | os.PathLike, bank: Bank) -> None:

@@ -168,7 +168,7 @@ class Separator:
         pieces: Iterator[np.ndarray] = iter(())
         if targets:
             estimates = self.estimates(blocks(), samples, targets)
-            pieces = (piece.reshape(-1, piece.shape[2]) for piece in estimates)
+            pieces = (p.reshape(p.shape[0] * p.shape[1], p.shape[2]) for p in estimates)
             pieces = resample_blocks(pieces, rate, form.sample_rate)
         energy, done = np.zeros(len(names)), 0
         with contextlib.ExitStack() as stack:

@@ -152,7 +152,7 @@ def separate_blocks(
         jobs += [
             (len(pending), target, number)
             for number, target in enumerate(targets)
-            if _active(layout, target, index).any()
+            if _active_rows(layout, target, index).size
         ]
         pending.append((index, window, true))
         if len(jobs) >= batch_size or len(pending) >= batch_size:
@@ -199,23 +199,23 @@ def _in_batches(items: Iterable[np.ndarray], size: int) -> Iterator[Float32[np.n
         yield np.stack(batch)
 
 
-def _segments(layout: Layout, target: Target, index: int) -> np.ndarray:
-    """Rows of a target for the segments that a window keeps a part of."""
+def _active_rows(layout: Layout, target: Target, index: int) -> np.ndarray:
+    """The active segments that a window keeps a part of or, if none, a part of the fade to one."""
     start = index * layout.step
     first, last = _kept(layout, index, layout.window)
-    rows = np.arange((start + first) // layout.segment, -(-(start + last) // layout.segment))
-    return np.unique(np.minimum(rows, len(target.active) - 1))
-
-
-def _active(layout: Layout, target: Target, index: int) -> Bool[np.ndarray, "_"]:
-    return target.active[_segments(layout, target, index)]
+    for margin in (0, layout.fade):
+        begin, end = max(start + first - margin, 0), start + last + margin
+        rows = np.arange(begin // layout.segment, -(-end // layout.segment))
+        rows = np.unique(np.minimum(rows, len(target.active) - 1))
+        if target.active[rows].any():
+            break
+    return rows[target.active[rows]]
 
 
 def _condition(layout: Layout, target: Target, index: int) -> Float[np.ndarray, " d"]:
     if len(target.conditions) == 1:
         return target.conditions[0]
-    rows = _segments(layout, target, index)
-    return target.conditions[rows[target.active[rows]]].mean(axis=0)
+    return target.conditions[_active_rows(layout, target, index)].mean(axis=0)
 
 
 def _gate(layout: Layout, target: Target, begin: int, samples: int) -> Float32[np.ndarray, " t"]:

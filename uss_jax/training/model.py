@@ -25,7 +25,7 @@ class Net:
     module: nn.Module
     variables: Any
 
-    def __call__(self, *arrays: Array) -> Any:
+    def __call__(self, *arrays: Array | np.ndarray) -> Any:
         return _apply(self.module, self.variables, *arrays)
 
 

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# From weakly labelled recordings to a trained separator, on bundled sounds, in a few minutes on two
+# cores: bash launch/quickstart.sh [SEED]. Results go to out/.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/environment.sh
+make_environment
+
+seed="${1:-0}"
+[[ "$seed" =~ ^[0-9]+$ ]] || fail "The seed must be a whole number from 0, not '$seed'."
+sounds=uss_jax/assets/demo
+records=out/data/demo/1.0.0
+runs="out/seed$seed"
+export PYTHONUNBUFFERED=1
+
+step() {
+    printf '\n== %s\n' "$1"
+    shift
+    .venv/bin/uss-jax "$@"
+}
+
+began=$SECONDS
+mkdir -p "$runs"
+rm -f out/example*
+for split in train test; do
+    step "Recordings and labels to records: $split" prepare --audio "$sounds" \
+        --labels "$sounds/manifest.csv" --out out/data --name demo --version 1.0.0 \
+        --split "$split" --sample-rate 16000 --clip-seconds 5
+done
+step "A tagging and detection net, from weak labels" train-tagger \
+    --config configs/quickstart.py:part=tagger --workdir "$runs/tagger" \
+    --config.data.records="$records" --config.seed="$seed"
+step "What it can tell of recordings it never heard" evaluate tagging --model "$runs/tagger" \
+    --data "$records" --out "$runs/tagging.json"
+step "Whether its anchors contain sounds planted at known places" evaluate planted \
+    --model "$runs/tagger" --data "$records" --split train --clips 100 --seed "$seed" \
+    --out "$runs/planted.json"
+step "A separator, of anchors that the tagger finds" train \
+    --config configs/quickstart.py:part=separator --workdir "$runs/separator" \
+    --config.data.records="$records" --config.seed="$seed" \
+    --config.sed_bundle="$runs/tagger" --config.query_bundle="$runs/tagger"
+step "Mixtures of recordings it never heard" make-pairs --records "$records" --split test \
+    --sed "$runs/tagger" --groups "$sounds/manifest.csv" --per-class 8 --seed 0 \
+    --out "$runs/pairs" --overwrite
+step "How well it gives their sources back" evaluate pairs --model "$runs/separator" \
+    --data "$runs/pairs" --train-records "$records" --bank "$runs/classes.npz" \
+    --examples 3 --out-dir out --out out/results.json
+mixture="$(ls out/example2_*_mixture.wav)"
+class="${mixture#out/example2_}"
+step "One of these mixtures, asked for what sounds in it" separate "$mixture" \
+    --model "$runs/separator" --query "$runs/classes.npz" --classes "${class%_mixture.wav}" \
+    --residual --overwrite --out out/separated
+
+printf '\nDone in %d s. In out/: example*.wav and example*.png (mixture, target, estimate),\n' \
+    $((SECONDS - began))
+printf 'results.json (all figures), separated/ (sounds). Trained models are in %s/.\n' "$runs"

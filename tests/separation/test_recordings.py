@@ -1,0 +1,164 @@
+"""Files in, files out."""
+
+import numpy as np
+import pytest
+import soundfile
+
+from tests import tiny
+from uss_jax.audio.files import resample
+from uss_jax.errors import UserError
+from uss_jax.separation.queries import Classes, Vectors
+from uss_jax.separation.recordings import RESIDUAL, Separator, Settings, consistent
+from uss_jax.training.model import Model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return Model(tiny.write_separator(tmp_path_factory.mktemp("separator") / "bundle"))
+
+
+def vectors(model, number=2):
+    width = model.separator.module.condition_width
+    drawn = np.random.default_rng(0).random((number, width), np.float32)
+    return Vectors({f"sound {at}": vector for at, vector in enumerate(drawn)})
+
+
+def recording(path, rate=tiny.RATE, channels=1, seconds=1.5, subtype="FLOAT", gain=1.0):
+    samples = max(round(rate * seconds), 1)
+    waveform = np.random.default_rng(1).uniform(-0.5, 0.5, (samples, channels)) * gain
+    soundfile.write(path, waveform, rate, subtype=subtype)
+    return path
+
+
+FORMS = {
+    "model_rate": {},
+    "stereo_44100": {"rate": 44100, "channels": 2},
+    "8_channels": {"channels": 8, "seconds": 0.3},
+    "192_khz": {"rate": 192000, "seconds": 0.4},
+    "odd_rate": {"rate": 11025},
+    "one_sample": {"seconds": 0},
+    "one_sample_44100": {"rate": 44100, "seconds": 0},
+    "beyond_full_scale": {"gain": 40.0},
+    "silence": {"gain": 0.0},
+    "16_bit": {"subtype": "PCM_16"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_estimates_have_the_form_of_the_recording_and_are_those_of_the_waveform(
+    model, tmp_path, form
+):
+    path = recording(tmp_path / "in.wav", **FORMS[form])
+    waveform, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    separator = Separator(model, Settings(residual=True))
+    made = separator.separate_file(path, tmp_path / "out", vectors(model))
+    assert list(made.files) == ["sound 0", "sound 1", RESIDUAL]
+    expected = separator.separate(np.ascontiguousarray(waveform.T), rate, vectors(model))
+    total = np.zeros_like(waveform)
+    for name, file in made.files.items():
+        info = soundfile.info(str(file))
+        assert (info.samplerate, info.channels, info.frames) == (
+            rate,
+            waveform.shape[1],
+            len(waveform),
+        )
+        assert info.subtype == "FLOAT"
+        written, _ = soundfile.read(file, dtype="float32", always_2d=True)
+        total += written
+        assert np.isclose(made.rms[name], np.sqrt(np.mean(np.square(written))), rtol=1e-4)
+        if name != RESIDUAL:
+            scale = max(np.abs(expected[name]).max(), 1.0)
+            np.testing.assert_allclose(written.T, expected[name], atol=2e-6 * scale)
+    np.testing.assert_allclose(total, waveform, atol=4e-6 * max(np.abs(waveform).max(), 1))
+
+
+def test_estimates_that_sum_to_the_mixture(model, tmp_path):
+    path = recording(tmp_path / "in.wav", rate=22050, channels=2)
+    mixture, _ = soundfile.read(path, dtype="float32", always_2d=True)
+    separator = Separator(model, Settings(sum_to_mixture=True))
+    made = separator.separate_file(path, tmp_path / "out", vectors(model, 3))
+    total = sum(soundfile.read(f, dtype="float32", always_2d=True)[0] for f in made.files.values())
+    np.testing.assert_allclose(total, mixture, atol=1e-6)
+    alone = consistent(np.zeros((1, 1, 5), np.float32), np.ones((1, 5), np.float32))
+    np.testing.assert_array_equal(alone, np.ones((1, 1, 5)))
+
+
+def test_a_long_recording_comes_in_pieces_and_stays_aligned(model, tmp_path, monkeypatch):
+    """With the mixture itself as estimate, what comes out is the resampled mixture."""
+    from uss_jax.separation import separator as separator_module
+
+    monkeypatch.setattr(separator_module, "_separate", lambda module, variables, w, c: w)
+    path = recording(tmp_path / "in.wav", rate=44100, seconds=20)
+    made = Separator(model).separate_file(path, tmp_path / "out", vectors(model, 1))
+    written, _ = soundfile.read(made.files["sound 0"], dtype="float32")
+    waveform, _ = soundfile.read(path, dtype="float32")
+    there = resample(waveform[None], 44100, tiny.RATE)
+    back = resample(there, tiny.RATE, 44100)[0]
+    np.testing.assert_allclose(written, back[: len(written)], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "subtype", "step"), [(".wav", "PCM_24", 2**-23), (".flac", "PCM_24", 2**-23)]
+)
+def test_other_forms_of_samples(model, tmp_path, suffix, subtype, step):
+    path = recording(tmp_path / "in.wav")
+    float_file = Separator(model).separate_file(path, tmp_path / "float", vectors(model, 1))
+    coarse = Separator(model, Settings(suffix=suffix, subtype=subtype))
+    made = coarse.separate_file(path, tmp_path / "out", vectors(model, 1))
+    assert made.files["sound 0"].suffix == suffix
+    fine, _ = soundfile.read(float_file.files["sound 0"])
+    np.testing.assert_allclose(soundfile.read(made.files["sound 0"])[0], fine, atol=step)
+
+
+def test_files_are_not_overwritten_in_silence_nor_left_half_written(model, tmp_path):
+    path = recording(tmp_path / "in.wav")
+    Separator(model).separate_file(path, tmp_path / "out", vectors(model, 1))
+    with pytest.raises(UserError, match="give --overwrite"):
+        Separator(model).separate_file(path, tmp_path / "out", vectors(model, 1))
+    again = Separator(model, Settings(overwrite=True))
+    again.separate_file(path, tmp_path / "out", vectors(model, 1))
+
+    broken = np.random.default_rng(0).uniform(-0.5, 0.5, 2 * tiny.RATE).astype(np.float32)
+    broken[-1] = np.nan
+    soundfile.write(tmp_path / "nan.wav", broken, tiny.RATE, subtype="FLOAT")
+    with pytest.raises(UserError, match=r"not a number, at 2\.000 s"):
+        Separator(model).separate_file(tmp_path / "nan.wav", tmp_path / "nan", vectors(model, 1))
+    assert not list((tmp_path / "nan").iterdir())
+
+
+def test_sounds_that_would_share_a_file_are_refused(model, tmp_path):
+    path = recording(tmp_path / "in.wav")
+    width = model.separator.module.condition_width
+    same = Vectors({name: np.ones(width, np.float32) for name in ("a:b", "a?b")})
+    with pytest.raises(UserError, match="would both be"):
+        Separator(model).separate_file(path, tmp_path / "out", same)
+
+
+def test_classes_heard_nowhere_are_silent_or_left_out(model):
+    waveform = tiny.noise(0, 1)
+    asked = {"Speech": (0,), "Music": (137,)}
+    separator = Separator(model)
+    silent = separator.separate(waveform, tiny.RATE, Classes(asked, threshold=1.0))
+    assert not np.any(list(silent.values()))
+    assert separator.separate(waveform, tiny.RATE, Classes(asked, 1.0, only_active=True)) == {}
+    heard = separator.separate(waveform, tiny.RATE, Classes(asked, threshold=0.0))
+    assert all(estimate.any() for estimate in heard.values())
+
+
+@pytest.mark.parametrize(
+    ("waveform", "said"),
+    [
+        (np.zeros((0,), np.float32), "shape"),
+        (np.zeros((1, 2, 3), np.float32), "shape"),
+        (np.array([0, np.inf], np.float32), "not a number"),
+    ],
+)
+def test_hostile_waveforms(model, waveform, said):
+    with pytest.raises(UserError, match=said):
+        Separator(model).separate(waveform, tiny.RATE, vectors(model))
+
+
+def test_a_vector_of_the_wrong_width(model):
+    query = Vectors({"x": np.zeros(3, np.float32)})
+    with pytest.raises(UserError, match="has 3 values"):
+        Separator(model).separate(tiny.noise(0, 1), tiny.RATE, query)

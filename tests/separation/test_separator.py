@@ -1,0 +1,149 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests import tiny
+from uss_jax.separation import separator as separator_module
+from uss_jax.separation.separator import Layout, Target, separate_blocks, tag_segments
+from uss_jax.training.model import Model
+
+ALWAYS = np.ones(1, bool)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return Model(tiny.write_separator(tmp_path_factory.mktemp("separator") / "bundle"))
+
+
+def target(model, active=ALWAYS, seed=0, rows=1):
+    width = model.separator.module.condition_width
+    conditions = np.random.default_rng(seed).random((rows, width), np.float32)
+    return Target("sound", conditions, np.asarray(active))
+
+
+def run(model, layout, blocks, targets, batch_size=1):
+    return np.concatenate(list(separate_blocks(model, layout, blocks, targets, batch_size)), axis=2)
+
+
+def pieces(waveform, sizes):
+    edges = np.cumsum([0, *sizes])
+    return [waveform[:, a:b] for a, b in itertools.pairwise(edges)]
+
+
+@pytest.fixture
+def identity(monkeypatch):
+    """A net that gives the mixture back; counts its runs."""
+    runs = []
+
+    def separate(module, variables, windows, conditions):
+        runs.append(len(windows))
+        return windows
+
+    monkeypatch.setattr(separator_module, "_separate", separate)
+    return runs
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 700), min_size=1, max_size=6),
+    window=st.integers(1, 12),
+    context=st.integers(0, 3),
+    batch=st.integers(1, 4),
+)
+def test_kept_parts_make_the_recording_however_it_comes(model, sizes, window, context, batch):
+    layout = Layout((window + 2 * context) * 50, context * 50, segment=100, fade=7)
+    waveform = tiny.noise(0, 1)[None].repeat(2, 0)[:, : sum(sizes)]
+    waveform = np.pad(waveform, ((0, 0), (0, sum(sizes) - waveform.shape[1])))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(separator_module, "_separate", lambda module, variables, w, c: w)
+        both = [target(model), target(model, seed=1)]
+        out = run(model, layout, pieces(waveform, sizes), both, batch)
+    np.testing.assert_array_equal(out, np.stack([waveform, waveform]))
+
+
+def test_one_sample_is_separated(model):
+    layout = Layout.windows(model, 1)
+    out = run(model, layout, [np.full((1, 1), 0.5, np.float32)], [target(model)])
+    assert out.shape == (1, 1, 1)
+    assert np.isfinite(out).all()
+
+
+def test_windows_on_the_pooling_grid_agree_with_one_pass(model):
+    waveform = (tiny.noise(1, 9) + tiny.tone(440, 9))[None]
+    asked = [target(model)]
+    whole = run(model, Layout(2**17, 0, tiny.SEGMENT, 0), [waveform], asked)
+    windows = Layout.windows(model, waveform.shape[1])
+    assert windows.step < waveform.shape[1] // 2  # several windows
+    # The tiny net sees less far than the context, so nothing is left to differ.
+    np.testing.assert_allclose(run(model, windows, [waveform], asked), whole, atol=1e-6)
+    off_grid = Layout(windows.window, windows.context + 32, windows.segment, 0)
+    rest = run(model, off_grid, [waveform], asked) - whole
+    assert np.mean(rest**2) > 1e-5 * np.mean(whole**2)
+
+
+def test_estimates_do_not_depend_on_the_batch(model):
+    waveform = np.stack([tiny.noise(1, 7), tiny.tone(300, 7)])
+    layout = Layout(4096, 512, tiny.SEGMENT, 400)
+    active = np.resize([True, False, False, True, True], 14)
+    asked = [target(model, active, seed, rows=14) for seed in range(3)]
+    one = run(model, layout, [waveform], asked)
+    np.testing.assert_allclose(run(model, layout, [waveform], asked, 5), one, atol=1e-6)
+
+
+def test_silent_segments_cost_nothing_and_fade(model, identity):
+    layout = Layout(4096, 512, tiny.SEGMENT, 400)
+    active = np.array([False] * 4 + [True] + [False] * 7)
+    waveform = np.ones((1, 12 * tiny.SEGMENT), np.float32)
+    out = run(model, layout, [waveform], [target(model, active)])[0, 0]
+    assert sum(identity) <= 3  # of 16 windows
+    begin, end = 4 * tiny.SEGMENT, 5 * tiny.SEGMENT
+    np.testing.assert_array_equal(out[begin:end], 1)
+    assert not out[: begin - 400].any()
+    assert not out[end + 400 :].any()
+    rising = out[begin - 399 : begin]
+    assert (np.diff(rising) > 0).all()
+    assert np.abs(np.diff(out)).max() < 0.003  # no click
+
+
+def test_a_window_takes_the_mean_condition_of_its_active_segments(model, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        separator_module, "_separate", lambda m, v, w, conditions: (seen.append(conditions), w)[1]
+    )
+    layout = Layout(2 * tiny.SEGMENT, 0, tiny.SEGMENT, 0)
+    asked = target(model, [True, True, True, False], rows=4)
+    run(model, layout, [np.ones((1, 4 * tiny.SEGMENT), np.float32)], [asked])
+    np.testing.assert_allclose(seen[0][0], asked.conditions[:2].mean(axis=0))
+    np.testing.assert_allclose(seen[1][0], asked.conditions[2])
+
+
+def test_tagging_grid_is_the_segments(model):
+    waveform = tiny.noise(3, 2.3)
+    probabilities = tag_segments(model, pieces(waveform[None], [100, 9000, len(waveform) - 9100]))
+    assert probabilities.shape == (5, 527)
+    padded = np.zeros((8, tiny.SEGMENT), np.float32)
+    padded[0, : len(waveform) - 4 * tiny.SEGMENT] = waveform[4 * tiny.SEGMENT :]
+    np.testing.assert_allclose(probabilities[4], model.tagger(padded)["clipwise"][0], atol=1e-6)
+
+
+def test_a_folder_of_files_needs_few_shapes(model):
+    lengths = np.random.default_rng(0).integers(1, 10**6, 300).tolist()
+    layouts = [Layout.windows(model, length) for length in lengths]
+    assert len({layout.window for layout in layouts}) <= 4
+    grid = model.separator.module.hop_samples * 2
+    for layout in layouts:
+        assert layout.step % grid == layout.context % grid == 0
+        assert layout.step > 0
+
+
+def test_equal_channels_are_separated_as_one_and_opposite_ones_do_not_cancel(model):
+    mono = tiny.noise(5, 1)
+    layout = Layout.windows(model, len(mono))
+    one = run(model, layout, [mono[None]], [target(model)])[0, 0]
+    same = run(model, layout, [np.stack([mono, mono])], [target(model)])[0]
+    opposite = run(model, layout, [np.stack([mono, -mono])], [target(model)])[0]
+    np.testing.assert_allclose(same, np.stack([one, one]), atol=1e-6)
+    np.testing.assert_allclose(opposite, np.stack([one, -one]), atol=1e-6)

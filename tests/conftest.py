@@ -9,7 +9,10 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
-@pytest.fixture
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
 def golden() -> pathlib.Path:
     """The folder of reference numbers (see tests/golden/README.md)."""
-    return pathlib.Path(__file__).parent / "golden"
+    return GOLDEN

@@ -1,5 +1,6 @@
 """Bundles with tiny random nets, and records of tones and noises, at 8 kHz."""
 
+import functools
 import pathlib
 
 import jax
@@ -19,6 +20,8 @@ SEGMENT = int(RATE * SEGMENT_SECONDS)
 TAGGER = Cnn14(
     sample_rate=RATE, n_fft=256, hop_samples=80, mel_bins=16, f_max=4000.0, channels=(4, 4, 6)
 )
+# Tiny nets take longer to compile than to run.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 _WIDTHS = {"one_hot": 527, "soft": 527, "embedding": 6}
 
 

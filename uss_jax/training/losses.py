@@ -5,6 +5,7 @@ Letters: `b` batch, `a` audio channels, `t` samples.
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -18,7 +19,7 @@ def l1_waveform(
     estimate: Float[Array, "b a t"], target: Float[Array, "b a t"]
 ) -> Float[Array, "b"]:
     """Mean absolute error of the samples (the published loss)."""
-    return jnp.mean(jnp.abs(estimate - target), axis=(1, 2))
+    return jnp.mean(_absolute(estimate - target), axis=(1, 2))
 
 
 def l1_waveform_spectrogram(
@@ -31,7 +32,7 @@ def l1_waveform_spectrogram(
         power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
         return jnp.sqrt(jnp.maximum(power, _POWER_FLOOR))
 
-    difference = jnp.abs(magnitude(estimate) - magnitude(target))
+    difference = _absolute(magnitude(estimate) - magnitude(target))
     return l1_waveform(estimate, target) + jnp.mean(difference, axis=(1, 2, 3))
 
 
@@ -44,6 +45,11 @@ def binary_cross_entropy(
     """
     p = jnp.clip(probability, 1e-7, 1 - 1e-7)
     return -jnp.mean(target * jnp.log(p) + (1 - target) * jnp.log1p(-p), axis=1)
+
+
+def _absolute(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
+    """|x| with the gradient 0 at 0, as in torch; `jnp.abs` has 1 there."""
+    return x * jax.lax.stop_gradient(jnp.sign(x))
 
 
 LOSSES: dict[str, Callable[[Array, Array], Array]] = {

@@ -75,9 +75,9 @@ def linear_warm_up(
     """Linear from 0 over `warm_up_steps`, x 0.9 every `reduce_lr_steps` afterwards."""
 
     def schedule(step):
-        rising = step / max(warm_up_steps, 1)
+        rising = step / warm_up_steps if warm_up_steps else 1.0
         reduced = 0.9 ** (step // reduce_lr_steps)
-        return learning_rate * jnp.where(step < warm_up_steps, rising, reduced)
+        return learning_rate * jnp.where(step <= warm_up_steps, rising, reduced)
 
     return schedule
 

@@ -1,0 +1,108 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.golden.compare import distance
+from uss_jax.models.conv import Conv1x1, Conv3x3, Upsample, conv3x3
+from uss_jax.training.mesh import batch_sharded, make_mesh
+
+# Batch, frames, bins, channels in and out. From 32 channels on the filter gradient is a sum of
+# products over a few rows: as many as fit, a part of them at the end, one for a long row.
+SHAPES = [
+    (2, 7, 6, 3, 5),
+    (1, 1, 1, 1, 1),
+    (2, 5, 4, 40, 33),
+    (3, 23, 200, 32, 32),
+    (1, 3, 1500, 32, 33),
+    (2, 1, 3, 64, 32),
+    (2, 9, 8, 31, 64),
+]
+
+
+def normal(*shape, seed=0, dtype=np.float32):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def plain(x, kernel):
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def gradients(convolve, x, kernel, dy):
+    return jax.jit(lambda *arrays: jax.vjp(convolve, *arrays)[1])(x, kernel)(dy)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_are_xlas_own(shape):
+    b, n, f, c, d = shape
+    with jax.enable_x64(True):
+        shapes = (b, n, f, c), (3, 3, c, d), (b, n, f, d)
+        x, kernel, dy = (normal(*s, seed=i, dtype=float) for i, s in enumerate(shapes))
+        actual, expected = (gradients(convolve, x, kernel, dy) for convolve in (conv3x3, plain))
+        for a, e in zip(actual, expected, strict=True):
+            assert a.shape == e.shape
+            assert distance(a, e) < 1e-13
+
+
+def test_filter_gradient_of_bfloat16_is_summed_in_float32():
+    x, kernel, dy = (
+        a.astype(jnp.bfloat16)
+        for a in (normal(2, 30, 40, 32), normal(3, 3, 32, 32), normal(2, 30, 40, 32, seed=2))
+    )
+    _, actual = gradients(conv3x3, x, kernel, dy)
+    _, expected = gradients(plain, *(a.astype(jnp.float32) for a in (x, kernel, dy)))
+    assert actual.dtype == jnp.bfloat16
+    # Only the last rounding, to eight bits.
+    assert distance(actual.astype(np.float32), expected) < 2**-8
+
+
+def test_filter_gradient_of_a_sharded_batch_is_reduced_once():
+    x, kernel, dy = normal(8, 9, 8, 32), normal(3, 3, 32, 32), normal(8, 9, 8, 32, seed=2)
+    gradient = lambda x, dy: jax.vjp(lambda k: conv3x3(x, k), kernel)[1](dy)[0]  # noqa: E731
+    mesh = make_mesh()
+    with jax.set_mesh(mesh):
+        rows = jax.device_put((x, dy), batch_sharded(mesh))
+        compiled = jax.jit(gradient).lower(*rows).compile()
+        assert compiled.as_text().count(" all-reduce(") == 1
+        assert "all-gather" not in compiled.as_text()
+        actual = compiled(*rows)
+    assert distance(actual, gradients(plain, x, kernel, dy)[1]) < 1e-6
+
+
+def flax_transposed(stride):
+    return nn.ConvTranspose(4, stride, stride, transpose_kernel=True, use_bias=False)
+
+
+LAYERS = [
+    (Conv3x3(4, "float32"), nn.Conv(4, (3, 3), use_bias=False)),
+    (Conv1x1(4, "float32"), nn.Conv(4, (1, 1))),
+    (Upsample(4, (2, 2), "float32"), flax_transposed((2, 2))),
+    (Upsample(4, (1, 2), "float32"), flax_transposed((1, 2))),
+]
+
+
+def variables_of(layer, x):
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), x)
+    return jax.tree.map(lambda leaf: normal(*leaf.shape, seed=1, dtype=leaf.dtype), shapes)
+
+
+@pytest.mark.parametrize(("ours", "flaxs"), LAYERS)
+def test_layers_are_flaxs_with_the_same_parameters(ours, flaxs):
+    x = normal(2, 5, 6, 3)
+    variables = variables_of(ours, x)
+    jax.tree.map(np.testing.assert_array_equal, variables, variables_of(flaxs, x))
+    np.testing.assert_allclose(ours.apply(variables, x), flaxs.apply(variables, x), atol=1e-5)
+
+
+@pytest.mark.parametrize("ours", [layer for layer, _ in LAYERS])
+def test_bfloat16_is_for_computing_and_parameters_stay_float32(ours):
+    x, narrow = normal(2, 5, 6, 3), ours.clone(dtype="bfloat16")
+    variables = variables_of(narrow, x)
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(variables))
+    rough, exact = narrow.apply(variables, x), ours.apply(variables, x)
+    assert rough.dtype == jnp.bfloat16
+    # Inputs and parameters are rounded to eight bits.
+    assert 0 < distance(rough.astype(np.float32), exact) < 0.01

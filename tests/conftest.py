@@ -8,8 +8,15 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 
-
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def quick_compilation():
+    """Unoptimised programs: for whole runs of a few steps, which would mostly compile."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

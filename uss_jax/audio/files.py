@@ -121,7 +121,7 @@ def resample(
     """
     if from_rate == to_rate:
         return waveform
-    rows = waveform.reshape(-1, waveform.shape[-1])
+    rows = waveform.reshape(int(np.prod(waveform.shape[:-1])), waveform.shape[-1])
     out = np.concatenate(list(resample_blocks([rows], from_rate, to_rate)), axis=1)
     return out.reshape(*waveform.shape[:-1], out.shape[1])
 

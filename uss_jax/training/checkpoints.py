@@ -66,8 +66,8 @@ class Checkpoints:
         """
         for name in _ITEMS:
             require_same_layout(getattr(like, name), self._tree(step, name), name, f"step {step}")
-        abstract = jax.tree.map(_abstract, like)
-        items = {name: ocp.args.StandardRestore(getattr(abstract, name)) for name in _ITEMS}
+        abstract = {name: jax.tree.map(_abstract, getattr(like, name)) for name in _ITEMS}
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
         restored = self._restore(step, **items)
         count = jax.device_put(np.int32(step), like.step.sharding)
         return TrainState(step=count, **{name: restored[name] for name in _ITEMS})

@@ -32,15 +32,21 @@ def _base(name: str) -> ConfigDict:
 
 def _tagger() -> ConfigDict:
     config = _base("tagger_cnn14.py")
-    config.total_steps = 600
-    config.global_batch = 16
+    config.total_steps = 800
+    config.global_batch = 8
     config.tagger.n_fft = 512
-    config.tagger.hop_samples = 160
+    config.tagger.hop_samples = 320
+    config.tagger.mel_bins = 32
     config.tagger.f_max = 7500.0
     config.tagger.channels = (16, 32, 64, 128)
     config.outputs = ("clipwise", "tagging")
+    # A hundred clips, most of them short and without any noise, need other help than two million.
+    config.noise = ConfigDict(dict(least_snr_db=10.0, most_snr_db=60.0))
+    config.mixup_alpha = 0.2
+    config.spec_augment.time_width = 16
+    config.spec_augment.mel_width = 4
     config.schedule = ConfigDict(
-        dict(name="cosine", learning_rate=2e-3, warm_up_steps=50, total_steps=600)
+        dict(name="cosine", learning_rate=5e-3, warm_up_steps=50, total_steps=800)
     )
     return config
 

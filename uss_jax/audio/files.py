@@ -16,6 +16,7 @@ from jaxtyping import Float32
 from uss_jax.atomic import replacing
 from uss_jax.errors import UserError
 
+AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".mp3"})
 _LARGEST_WAV = 2**32 - 2**16  # bytes; a WAV file's sizes have 32 bits
 
 

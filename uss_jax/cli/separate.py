@@ -1,5 +1,8 @@
 """Separates recordings: a file for each sound asked for, as long as the recording, in its place.
 
+AUDIO is a file, a folder (all audio files below it) or a pattern in quotes. Each recording gets a
+folder in DIR with its sounds, report.json, and report.html to look at and listen to.
+
 What to ask for:
   --classes NAME ...        sound classes by name, mid or index; "Speech+Singing" is one sound. Each
                             is separated where the model's tagging net hears it.
@@ -13,9 +16,9 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("audio", nargs="+", metavar="AUDIO", help="recordings")
+    parser.add_argument("audio", nargs="+", metavar="AUDIO", help="recordings, see above")
     parser.add_argument("--model", required=True, metavar="B", help="bundle or workdir")
-    parser.add_argument("--out", required=True, metavar="DIR", help="files go to DIR/<recording>/")
+    parser.add_argument("--out", metavar="DIR", help="sounds go to DIR/<recording>/")
     parser.add_argument("--classes", nargs="+", metavar="NAME", help="see above")
     parser.add_argument("--levels", nargs="+", type=int, metavar="LEVEL", help="see above")
     parser.add_argument(
@@ -46,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=_FORMATS, default="wav", help="default: wav (32-bit float)"
     )
+    parser.add_argument("--dry-run", action="store_true", help="only say which classes sound where")
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     parser.epilog = (
         "example:\n"
@@ -62,6 +66,10 @@ _FORMATS = {
 }
 
 
+_REPORTED = ("model", "classes", "levels", "first_parent", "query", "threshold")
+_REPORTED += ("blocks", "residual", "sum_to_mixture", "format")
+
+
 def _probability(text: str) -> float:
     try:
         value = float(text)
@@ -73,9 +81,19 @@ def _probability(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> None:
+    from uss_jax.errors import UserError
+    from uss_jax.separation.job import find_recordings, heard, separate_all
     from uss_jax.separation.recordings import Separator, Settings
     from uss_jax.training.model import Model
 
+    model = Model(args.model)
+    paths = find_recordings(args.audio)
+    if args.dry_run:
+        for path in paths:
+            print(heard(model, path, args.threshold))
+        return
+    if not args.out:
+        raise UserError("say where to write the sounds: --out DIR")
     suffix, subtype = _FORMATS[args.format]
     settings = Settings(
         reference_blocks=args.blocks == "reference",
@@ -85,10 +103,10 @@ def run(args: argparse.Namespace) -> None:
         subtype=subtype,
         overwrite=args.overwrite,
     )
-    separator = Separator(Model(args.model), settings)
-    query = _query(args, separator.model)
-    for path in args.audio:
-        separator.separate_file(path, args.out, query)
+    asked = {key: value for key, value in vars(args).items() if key in _REPORTED}
+    failed = separate_all(Separator(model, settings), paths, args.out, _query(args, model), asked)
+    if failed:
+        raise UserError(f"{failed} of {len(paths)} recordings could not be separated, see above")
 
 
 def _query(args: argparse.Namespace, model):

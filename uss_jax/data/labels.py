@@ -13,10 +13,9 @@ import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from uss_jax.audio.files import AUDIO_SUFFIXES
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
-
-_AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".mp3"}
 
 
 class LabelledFile(NamedTuple):
@@ -148,7 +147,7 @@ def _files_by_stem(audio: pathlib.Path) -> dict[str, str]:
         folders.sort()
         for name in sorted(names):
             stem, suffix = os.path.splitext(name)
-            if suffix.lower() in _AUDIO_SUFFIXES:
+            if suffix.lower() in AUDIO_SUFFIXES:
                 found.setdefault(stem, os.path.relpath(os.path.join(folder, name), audio))
     return found
 

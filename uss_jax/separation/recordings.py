@@ -67,7 +67,7 @@ class Separated:
     Attributes:
       form: of the recording and of every file.
       files: target name -> file.
-      targets: what was separated.
+      targets: what was separated; the residual is none of them.
       rms: target name -> root mean square of the file's samples.
       probabilities: of each segment, [s, k]; None where the query needs none.
     """

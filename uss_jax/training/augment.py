@@ -1,11 +1,42 @@
-"""Augmentation of the tagging net's normalised log-mel: SpecAugment and mixup.
+"""Augmentation in the training of tagging nets: noise, SpecAugment and mixup.
 
-Letters: `b` batch, `n` frames, `m` mel bands.
+Letters: `b` batch, `t` samples, `n` frames, `m` mel bands.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+
+_OCTAVES = 8
+
+
+def add_noise(
+    key: Array, audio: Float[Array, "b t"], *, least_snr_db: float, most_snr_db: float
+) -> Float[Array, "b t"]:
+    """Adds noise between white and pink to each item, as far below its mean square as is drawn.
+
+    For recordings that are cleaner than the world: what pads short ones is digital silence, and a
+    net may learn to listen to what lies 60 dB below the sound.
+
+    Args:
+      key: random key.
+      audio: samples.
+      least_snr_db, most_snr_db: the level below the item's mean square is uniform between them.
+    """
+    keys = jax.random.split(key, _OCTAVES + 3)
+    batch, samples = audio.shape
+    noise = jax.random.normal(keys[0], audio.shape)
+    # Pink as a sum of steps, each octave half as fast as the one above.
+    pink = jnp.zeros_like(noise)
+    for octave in range(1, _OCTAVES + 1):
+        length = 2**octave
+        steps = jax.random.normal(keys[octave], (batch, -(-samples // length)))
+        pink += jnp.repeat(steps, length, axis=1)[:, :samples]
+    noise += pink * jax.random.uniform(keys[-1], (batch, 1))
+    snr = jax.random.uniform(keys[-2], (batch, 1), minval=least_snr_db, maxval=most_snr_db)
+    power = jnp.mean(jnp.square(audio), axis=1, keepdims=True) * 10 ** (-snr / 10)
+    return audio + noise * jnp.sqrt(power / jnp.mean(jnp.square(noise), axis=1, keepdims=True))
 
 
 def spec_augment(

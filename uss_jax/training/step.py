@@ -16,7 +16,7 @@ from uss_jax.anchors.mix import energy, mix
 from uss_jax.models.cnn14 import Cnn14DecisionLevelMax
 from uss_jax.models.query import QueryNet
 from uss_jax.models.resunet import ResUNet
-from uss_jax.training.augment import mixup, mixup_weights, spec_augment
+from uss_jax.training.augment import add_noise, mixup, mixup_weights, spec_augment
 from uss_jax.training.losses import binary_cross_entropy
 from uss_jax.training.state import TrainState
 
@@ -169,6 +169,7 @@ def make_tagging_step(
     outputs: tuple[str, ...],
     mixup_alpha: float | None,
     spec_augment_stripes: dict[str, int] | None,
+    noise: dict[str, float] | None = None,
 ) -> Step:
     """One step of a tagging net on weak labels, as PANNs does it.
 
@@ -179,16 +180,21 @@ def make_tagging_step(
         (pooled over time first); the loss is their mean.
       mixup_alpha: blend pairs of the batch; None to leave them.
       spec_augment_stripes: arguments of `spec_augment`; None for none.
+      noise: arguments of `add_noise`; None for none.
     """
 
     def step(state: TrainState, frozen: Any, batch: Batch, key: Array):
         del frozen
-        keys = jax.random.split(jax.random.fold_in(key, state.step), 3)
+        keys = jax.random.split(jax.random.fold_in(key, state.step), 4)
         labels = batch["labels"].astype(jnp.float32)
         weight = None
         if mixup_alpha is not None:
             weight = mixup_weights(keys[0], labels.shape[0] // 2, mixup_alpha)
             labels = mixup(labels, weight)
+
+        audio = to_float(batch["audio"])
+        if noise is not None:
+            audio = add_noise(keys[3], audio, **noise)
 
         def augment(mel: Array) -> Array:
             if spec_augment_stripes is not None:
@@ -198,7 +204,7 @@ def make_tagging_step(
         def objective(params):
             probabilities, updates = tagger.apply(
                 {"params": params["tagger"], "batch_stats": state.batch_stats["tagger"]},
-                to_float(batch["audio"]),
+                audio,
                 train=True,
                 augment=augment,
                 rngs={"augment": keys[2]},

@@ -1,0 +1,203 @@
+"""What was found in a recording and what was made of it: report.json, and report.html to look at.
+
+The page is one file that opens offline: spectrograms, activity over time of every class heard, and
+the beginning of every sound to listen to. It is made from the written files, read piece by piece.
+
+Letters: `c` channels, `t` samples, `f` bands, `x` columns of a picture, `s` segments, `k` classes.
+"""
+
+import base64
+import html
+import importlib.resources
+import io
+import json
+import os
+import pathlib
+import string
+from typing import Any
+
+import numpy as np
+import soundfile
+from jaxtyping import Float, Float32
+from matplotlib.image import imsave
+
+import uss_jax
+from uss_jax.atomic import replacing
+from uss_jax.audio.files import audio_format, read_blocks, resample
+from uss_jax.audio.mel import mel_matrix
+from uss_jax.ontology import load_ontology
+
+_N_FFT = 2048
+_BANDS, _COLUMNS = 80, 900
+_RANGE_DB = 70.0
+# A minute of every sound is kept in the page; the files have it all.
+_PLAYED_SECONDS = 60.0
+_CLASSES_SHOWN = 40
+_MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
+
+
+def write_report(
+    folder: pathlib.Path, facts: dict[str, Any], files: dict[str, pathlib.Path]
+) -> None:
+    """Writes report.json and report.html.
+
+    Args:
+      folder: where to.
+      facts: what to say, as `recording_facts` gives it.
+      files: name -> audio file, the recording itself first.
+    """
+    with replacing(folder / "report.json") as temporary:
+        text = json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+    with replacing(folder / "report.html") as temporary:
+        temporary.write_text(_page(folder, facts, files), encoding="utf-8")
+
+
+def recording_facts(
+    path: str | os.PathLike,
+    *,
+    sounds: list[dict[str, Any]],
+    probabilities: Float32[np.ndarray, "s k"] | None,
+    segment_seconds: float,
+    threshold: float,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """What report.json holds.
+
+    Args:
+      path: the recording.
+      sounds: what was made of it, a dict each.
+      probabilities: of each segment; classes that reach `threshold` anywhere are kept.
+      segment_seconds: length of a segment.
+      threshold: 0..1.
+      settings: how it was made.
+    """
+    form = audio_format(path)
+    facts: dict[str, Any] = {
+        "recording": os.path.basename(path),
+        "sample_rate": form.sample_rate,
+        "channels": form.channels,
+        "seconds": form.samples / form.sample_rate,
+        "sounds": sounds,
+        "settings": settings,
+        "uss_jax": uss_jax.__version__,
+    }
+    if probabilities is not None:
+        names = load_ontology().class_names
+        peaks = probabilities.max(axis=0)
+        heard = [k for k in np.argsort(-peaks, kind="stable").tolist() if peaks[k] >= threshold]
+        facts["segment_seconds"] = segment_seconds
+        facts["threshold"] = threshold
+        facts["classes"] = {
+            names[k]: [round(float(p), 4) for p in probabilities[:, k]] for k in heard
+        }
+    return facts
+
+
+def _page(folder: pathlib.Path, facts: dict[str, Any], files: dict[str, pathlib.Path]) -> str:
+    pictures = {name: band_levels(path) for name, path in files.items()}
+    top = max(float(next(iter(pictures.values())).max()), -100.0)
+    notes = {sound["name"]: _note(sound) for sound in facts["sounds"]}
+    rows = []
+    for name, path in files.items():
+        sound, whole = _player(path)
+        link = os.path.relpath(path, folder).replace(os.sep, "/")
+        rows.append(
+            _ROW.substitute(
+                name=html.escape(name),
+                note=html.escape(notes.get(name, "the recording")),
+                picture=_png(pictures[name], top - _RANGE_DB, top, "magma"),
+                sound=sound,
+                seconds=f"{facts['seconds']:.3f}",
+                file=html.escape(link, quote=True),
+                part="" if whole else f" (first {_PLAYED_SECONDS:.0f} s)",
+            )
+        )
+    page = importlib.resources.files("uss_jax") / "assets" / "report.html"
+    return string.Template(page.read_text(encoding="utf-8")).substitute(
+        title=html.escape(facts["recording"]),
+        form=f"{facts['seconds']:.1f} s, {facts['sample_rate']} Hz, {facts['channels']} channel"
+        + ("s" if facts["channels"] > 1 else ""),
+        rows="\n".join(rows),
+        classes=_classes(facts),
+        details=html.escape(json.dumps(facts["settings"], indent=1, ensure_ascii=False)),
+        version=uss_jax.__version__,
+    )
+
+
+_ROW = string.Template(
+    """<section class="sound" data-seconds="$seconds">
+<h2>$name</h2><p>$note &middot; <a href="$file">file</a>$part</p>
+<div class="picture"><img src="$picture" alt="Spectrogram of $name"><i></i></div>
+<audio controls preload="metadata" src="$sound"></audio>
+</section>"""
+)
+
+
+def _note(sound: dict[str, Any]) -> str:
+    level = f"{20 * np.log10(max(sound['rms'], 1e-10)):.1f} dBFS" if sound["rms"] else "silent"
+    if sound.get("active_share") is None:
+        return level
+    return f"{level}, active in {100 * sound['active_share']:.0f} % of the segments"
+
+
+def _classes(facts: dict[str, Any]) -> str:
+    """A strip for each class heard, darker where it is more probable."""
+    if "classes" not in facts:
+        return ""
+    strips = []
+    for name, row in list(facts["classes"].items())[:_CLASSES_SHOWN]:
+        strip = _png(np.array([row]), 0.0, 1.0, "Blues")
+        strips.append(
+            f'<tr><th>{html.escape(name)}</th><td><img src="{strip}" alt=""></td>'
+            f"<td>{100 * max(row):.0f} %</td></tr>"
+        )
+    more = len(facts["classes"]) - len(strips)
+    heading = f"<h2>Classes heard, by {facts['segment_seconds']:g}-second segment</h2>"
+    if not strips:
+        return f"{heading}<p>None reaches {100 * facts['threshold']:g} %.</p>"
+    end = f"<p>and {more} more in report.json</p>" if more else ""
+    return f'{heading}<table class="classes">{"".join(strips)}</table>{end}'
+
+
+def band_levels(path: str | os.PathLike) -> Float[np.ndarray, "f x"]:
+    """Level in dB of mel bands over a file's length, mean of channels; in constant memory."""
+    form = audio_format(path)
+    top = form.sample_rate / 2
+    weights = mel_matrix(form.sample_rate, _N_FFT, _BANDS, min(40.0, top / 4), top)
+    weights /= np.maximum(weights.sum(axis=0), 1e-12)  # the mean power of a band, not its density
+    frames = max(-(-form.samples // _N_FFT), 1)
+    columns = min(frames, _COLUMNS)
+    power, counts = np.zeros((columns, _BANDS)), np.zeros(columns)
+    window, at = np.hanning(_N_FFT), 0
+    for block in read_blocks(path, 256 * _N_FFT):
+        padded = np.pad(block, ((0, 0), (0, -block.shape[1] % _N_FFT)))
+        pieces = padded.reshape(len(block), -1, _N_FFT) * window
+        spectra = np.mean(np.square(np.abs(np.fft.rfft(pieces))), axis=0) / (window.sum() / 2) ** 2
+        place = np.minimum((at + np.arange(len(spectra))) * columns // frames, columns - 1)
+        np.add.at(power, place, spectra @ weights)
+        np.add.at(counts, place, 1)
+        at += len(spectra)
+    return 10 * np.log10(np.maximum(power / np.maximum(counts, 1)[:, None], 1e-12)).T
+
+
+def _png(values: Float[np.ndarray, "f x"], low: float, high: float, colours: str) -> str:
+    """A picture as a data URL, the first row at the bottom."""
+    file = io.BytesIO()
+    imsave(file, values, vmin=low, vmax=high, cmap=colours, origin="lower", format="png")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _player(path: pathlib.Path) -> tuple[str, bool]:
+    """The beginning of a file as an MP3 data URL, and whether that is all of it."""
+    form = audio_format(path)
+    block = next(read_blocks(path, max(round(_PLAYED_SECONDS * form.sample_rate), 1)))
+    rate = form.sample_rate
+    stereo = block[:2] if len(block) == 2 else block.mean(axis=0, keepdims=True)
+    if rate not in _MP3_RATES:
+        stereo, rate = resample(stereo, rate, 44100), 44100
+    peak = max(float(np.abs(stereo).max(initial=0)), 1.0)
+    file = io.BytesIO()
+    soundfile.write(file, (stereo / peak).T, rate, format="MP3", subtype="MPEG_LAYER_III")
+    data = base64.b64encode(file.getvalue()).decode()
+    return f"data:audio/mpeg;base64,{data}", block.shape[1] == form.samples

@@ -56,12 +56,14 @@ class Conv1x1(nn.Module):
 
     features: int
     dtype: str
+    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n f c"]) -> Float[Array, "b n f d"]:
         shape = (1, 1, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.xavier_uniform(), shape)
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        kernel = self.param("kernel", self.kernel_init, shape)
+        bias = self.param("bias", self.bias_init, (self.features,))
         x, kernel, bias = in_compute_dtype(self.dtype, x, kernel, bias)
         return jnp.matmul(x, kernel[0, 0]) + bias
 

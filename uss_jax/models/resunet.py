@@ -201,7 +201,24 @@ class ResUNet(nn.Module):
                 self.channels[-i], stride=strides[-i], name=f"decoder_block{i}", **common
             )
             x = level(x, skips.pop(), condition, train)
-        return Conv1x1(3 * self.audio_channels, self.dtype, name="after_conv")(x)
+        masks = Conv1x1(
+            3 * self.audio_channels,
+            self.dtype,
+            kernel_init=nn.initializers.variance_scaling(0.01, "fan_avg", "uniform"),
+            bias_init=_phase_of_the_mixture,
+            name="after_conv",
+        )
+        return masks(x)
+
+
+def _phase_of_the_mixture(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+    """Bias of the maps (magnitude, cosine, sine) of each audio channel: half the mixture.
+
+    The reference starts at random phases, where the best a net can do is to fall silent first; at a
+    high learning rate it stays so.
+    """
+    del key
+    return jnp.tile(jnp.array([0.0, 1.0, 0.0], dtype), shape[0] // 3)
 
 
 def _mask(x: Float[Array, "b n f c"], audio_channels: int) -> Complex[Array, "b a n F"]:

@@ -168,14 +168,13 @@ def test_signals(run, train3, s, key, tolerances):
 
 @pytest.mark.parametrize(("s", "tolerance"), [(0, 1e-5), (1, 1e-5), (2, 1e-4)])
 def test_loss(run, train3, s, tolerance):
-    metrics = run["steps"][s]["metrics"]
-    assert metrics["loss"] == pytest.approx(train3["loss"][s], rel=tolerance)
+    assert distance(run["steps"][s]["metrics"]["loss"], train3["loss"][s]) < tolerance
 
 
 @pytest.mark.parametrize("s", STEPS)
 def test_global_gradient_norm(run, train3, s):
-    expected = train3[f"step{s}/grad_global_norm"]
-    assert run["steps"][s]["metrics"]["grad_norm"] == pytest.approx(expected, rel=2e-4)
+    actual = run["steps"][s]["metrics"]["grad_norm"]
+    assert distance(actual, train3[f"step{s}/grad_global_norm"]) < 2e-4
 
 
 def paired(train3, key, arrays, names="param_names"):
@@ -226,13 +225,18 @@ def test_running_statistics(run, train3, s):
         assert distance(sample(array), expected) < 1e-5, name
 
 
-@pytest.mark.parametrize(("s", "tolerance"), [(0, 1e-1), (2, 5e-3)])
-def test_parameters(run, train3, s, tolerance):
-    # After step 0, whose steps are 1e-6 of values near 1, distances are rounded to some percent.
-    tensors, start, after = run["steps"][s]["tensors"], run["start"], f"after_step{s}"
-    for name, array, expected in paired(train3, f"{after}/param_norm", tensors):
+@pytest.mark.parametrize("s", [0, 2])
+def test_parameters(run, train3, s):
+    tensors = run["steps"][s]["tensors"]
+    for name, array, expected in paired(train3, f"after_step{s}/param_norm", tensors):
         assert distance(norm(array), expected) < 2e-5, name
-    for name, array, expected in paired(train3, f"{after}/param_delta_norm", tensors):
+
+
+@pytest.mark.parametrize(("s", "tolerance"), [(0, 1e-1), (2, 5e-3)])
+def test_how_far_parameters_moved(run, train3, s, tolerance):
+    # Step 0 moves by 1e-6 what is near 1: a few units of float32's last place.
+    tensors, start = run["steps"][s]["tensors"], run["start"]
+    for name, array, expected in paired(train3, f"after_step{s}/param_delta_norm", tensors):
         if not UNDETERMINED.match(name):
             assert distance(norm(array - start[name]), expected) < tolerance, name
 

@@ -116,8 +116,9 @@ def _page(folder: pathlib.Path, facts: dict[str, Any], files: dict[str, pathlib.
     page = importlib.resources.files("uss_jax") / "assets" / "report.html"
     return string.Template(page.read_text(encoding="utf-8")).substitute(
         title=html.escape(facts["recording"]),
-        form=f"{facts['seconds']:.1f} s, {facts['sample_rate']} Hz, {facts['channels']} channel"
-        + ("s" if facts["channels"] > 1 else ""),
+        form=f"{facts['seconds']:.1f} s, {facts['sample_rate']} Hz, {facts['channels']} "
+        f"channel{'s' if facts['channels'] > 1 else ''}; pictures: mel scale up to "
+        f"{facts['sample_rate'] / 2000:g} kHz, {_RANGE_DB:.0f} dB",
         rows="\n".join(rows),
         classes=_classes(facts),
         details=html.escape(json.dumps(facts["settings"], indent=1, ensure_ascii=False)),

@@ -155,7 +155,7 @@ def make_separation_step(
         metrics = {
             "loss": loss_mean,
             "anchor_score": score,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
         }
         return _update(state, grads, statistics, optimizer), metrics
 
@@ -211,7 +211,7 @@ def make_tagging_step(
         (_, (per_item, statistics)), grads = jax.value_and_grad(objective, has_aux=True)(
             state.params
         )
-        metrics = {"loss": jnp.mean(per_item), "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": jnp.mean(per_item), "grad_norm": optax.tree.norm(grads)}
         return _update(state, grads, statistics, optimizer), metrics
 
     return step

@@ -103,7 +103,10 @@ def _change_config(**changed):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda path: (path / "config.json").unlink(), r"is not a bundle or workdir: .*config.json cannot be read \(No such"),
+        (
+            lambda path: (path / "config.json").unlink(),
+            r"is not a bundle or workdir: .*config.json cannot be read \(No such",
+        ),
         (_write_config('{"format_version": 1, "ki'), "is not the config of a bundle or workdir"),
         (_write_config("\xff\xfe"), "is not the config of a bundle or workdir"),
         (_write_config("[1, 2]"), "is not the config of a bundle or workdir"),

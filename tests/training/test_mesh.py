@@ -103,8 +103,14 @@ def _distance(found, wanted):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("make", [_separation, _tagging])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-8), (np.float32, 1e-3)])
+@pytest.mark.parametrize(
+    ("make", "dtype", "tolerance"),
+    [
+        (_separation, np.float64, 1e-8),
+        (_separation, np.float32, 1e-3),
+        (_tagging, np.float64, 1e-8),
+    ],
+)
 def test_eight_devices_train_as_one(make, dtype, tolerance):
     with jax.enable_x64(dtype == np.float64):
         made = make()

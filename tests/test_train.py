@@ -4,6 +4,7 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -89,7 +90,7 @@ def test_taggers_train_and_their_workdir_is_a_bundle_of_both_nets(
     place, tmp_path, config, changed, quick_compilation
 ):
     model = _train(config, place, tmp_path / "run", changed)
-    waveform = np.stack([tone(400, 1.0), noise(3, 1.0)])
+    waveform = jnp.stack([tone(400, 1.0), noise(3, 1.0)])
     tagged, detected = model.tagger(waveform), model.sed(waveform)
     assert tagged["clipwise"].shape == (2, 527)
     np.testing.assert_allclose(tagged["clipwise"], detected["tagging"], atol=1e-6)

@@ -30,9 +30,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
     Raises:
       UserError: what would fail later, said before the first step.
     """
-    # Devices and records.
+    # Devices, optimiser and records.
     mesh = make_mesh()
     _check(config)
+    optimizer = adamw_amsgrad(make_schedule(**config.schedule), config.weight_decay)
     workdir = run.open_workdir(workdir)
     records = run.open_records(config.data, config.sample_rate, config.seed)
 
@@ -43,7 +44,6 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
     )
     key = jax.random.key(config.seed)
     variables = nets.init(separator, key)
-    optimizer = adamw_amsgrad(make_schedule(**config.schedule), config.weight_decay)
     state = create_state(
         {"separator": variables["params"], "query": trained_query["params"]},
         {"separator": variables["batch_stats"], "query": trained_query["batch_stats"]},
@@ -92,9 +92,11 @@ def _check(config: ConfigDict) -> None:
         ("loss", config.loss, LOSSES),
         ("anchors.source", config.anchors.source, ("device", "random")),
         ("query.kind", config.query.kind, KINDS),
+        ("separator.audio_channels", config.separator.audio_channels, (1,)),  # as records have
     ):
         if value not in allowed:
-            raise UserError(f"config.{key} is {value!r}, expected {' or '.join(allowed)}")
+            expected = " or ".join(map(str, allowed))
+            raise UserError(f"config.{key} is {value!r}, expected {expected}")
     if not 1 <= config.mixing.sources <= config.mixing.group_size:
         raise UserError(
             f"config.mixing.sources={config.mixing.sources} is not between 1 and "
@@ -125,7 +127,7 @@ def _condition_nets(
         model = nets.fields_of(source.tagger)
         _check_rate(source.tagger.sample_rate, config, "query_bundle")
         tagger = {item: {"tagger": variables[item]["tagger"]} for item in variables}
-    query = nets.build_query(config.query, model)
+    query = nets.build_query({**config.query}, model)
 
     trained = {"params": {}, "batch_stats": {}}
     if query.finetune:

@@ -28,20 +28,20 @@ def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
     Raises:
       UserError: what would fail later, said before the first step.
     """
-    # Devices and records. Mixup blends two clips into one, so twice the batch is read.
+    # Devices, optimiser and records. Mixup blends two clips into one, so twice the batch is read.
     mesh = make_mesh()
     run.check(config)
     if not config.outputs or not set(config.outputs) <= set(OUTPUTS):
         raise UserError(f"config.outputs is {config.outputs}, expected some of {OUTPUTS}")
+    optimizer = adamw_amsgrad(make_schedule(**config.schedule), config.weight_decay)
     workdir = run.open_workdir(workdir)
     records = run.open_records(config.data, config.sample_rate, config.seed)
     clips_per_step = config.global_batch * (1 if config.mixup_alpha is None else 2)
 
-    # The net and its optimiser.
+    # The net.
     tagger = nets.build_sed({**config.tagger, "sample_rate": config.sample_rate})
     key = jax.random.key(config.seed)
     variables = nets.init(tagger, key)
-    optimizer = adamw_amsgrad(make_schedule(**config.schedule), config.weight_decay)
     state = create_state(
         {"tagger": variables["params"]}, {"tagger": variables["batch_stats"]}, optimizer
     )

@@ -111,10 +111,9 @@ def test_damage_is_said_with_what_to_do(tmp_path, damage, item):
     damage(_write(tmp_path / "c", 5) / "5" / item)
     with (
         Checkpoints(tmp_path / "c", keep=2) as checkpoints,
-        pytest.raises(UserError, match="checkpoints?/5 is damaged; move it away|c/5 is damaged"),
+        pytest.raises(UserError, match="c/5 is damaged; move it away"),
     ):
-        checkpoints.position(5)
-        checkpoints.restore(5, _state())
+        _ = checkpoints.position(5), checkpoints.restore(5, _state())
 
 
 def test_trees_come_back_and_replace_each_other(tmp_path):

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from uss_jax.errors import UserError
@@ -119,5 +120,5 @@ def _inputs(net: Cnn14 | ResUNet) -> tuple[np.ndarray, ...]:
 def init_adaptor(net: QueryNet, key: jax.Array) -> Any:
     """Fresh parameters of a query net's adaptor."""
     adaptor = Adaptor(net.adaptor_width, net.adaptor_hidden)
-    unadapted = np.zeros((1, _unadapted_width(net)), np.float32)
+    unadapted = jnp.zeros((1, _unadapted_width(net)))
     return adaptor.init(key, unadapted, train=False)["params"]

@@ -240,6 +240,7 @@ def _require_same_nets(saved: Any, wanted: Any, where: str = "") -> None:
             if where or key != "training":
                 _require_same_nets(saved.get(key), wanted.get(key), f"{where}.{key}".strip("."))
     elif saved != wanted:
+        saved, wanted = ("{...}" if isinstance(x, dict) else x for x in (saved, wanted))
         raise UserError(
             f"this run was started with {where}={saved}, not {wanted}; resume with the config it "
             "was started with or start in a new workdir"

@@ -42,9 +42,9 @@ def random_variables(net, *shapes, seed=0):
     return jax.tree_util.tree_map_with_path(draw, tree)
 
 
-def tagger_variables(seed=0):
+def tagger_variables(seed=0, net=TAGGER):
     """Random variables whose probabilities differ between sounds and stay off 0 and 1."""
-    variables = random_variables(TAGGER, (1, RATE), seed=seed)
+    variables = random_variables(net, (1, RATE), seed=seed)
     variables["batch_stats"]["bn0"]["mean"][:] = -40.0  # dB, as log-mel is
     variables["batch_stats"]["bn0"]["var"][:] = 400.0
     return variables

@@ -1,3 +1,5 @@
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,6 +93,14 @@ def test_what_a_kill_left_half_written_is_passed_over_and_cleared_by_the_next_ru
     _write(tmp_path / "c", 6)
     assert latest_step(tmp_path / "c") == 6
     assert not half.exists()
+
+
+def test_an_old_checkpoint_that_a_kill_left_half_deleted_goes_with_the_next(tmp_path):
+    _write(tmp_path / "c", 5, 6)
+    shutil.rmtree(tmp_path / "c" / "5" / "params")
+    (tmp_path / "c" / "5" / "_CHECKPOINT_METADATA").unlink()
+    _write(tmp_path / "c", 7)
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["6", "7"]
 
 
 def _truncate_all(folder):

@@ -17,7 +17,8 @@ from uss_jax.training.optim import adamw_amsgrad
 from uss_jax.training.state import create_state
 from uss_jax.training.step import make_separation_step, make_tagging_step
 
-SED = build_sed(fields_of(TAGGER))
+SMALL = TAGGER.clone(channels=(4, 4))
+SED = build_sed(fields_of(SMALL))
 OPTIMIZER = adamw_amsgrad(1e-3)
 BATCH, CLIP, SEGMENT = 16, RATE // 2, RATE // 4
 
@@ -29,10 +30,10 @@ def _separation(channels=(4, 4)):
     """
     separator = ResUNet(n_fft=128, hop_samples=64, channels=channels, condition_width=527)
     variables = random_variables(separator, (1, 1, SEGMENT), (1, 527))
-    tagger = tagger_variables()
+    tagger = tagger_variables(net=SMALL)
     step = make_separation_step(
         separator,
-        QueryNet(TAGGER, "soft"),
+        QueryNet(SMALL, "soft"),
         SED,
         OPTIMIZER,
         LOSSES["l1_wav"],
@@ -48,7 +49,7 @@ def _separation(channels=(4, 4)):
 
 
 def _tagging():
-    variables = tagger_variables()
+    variables = tagger_variables(net=SMALL)
     step = make_tagging_step(
         SED,
         OPTIMIZER,

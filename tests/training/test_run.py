@@ -189,7 +189,7 @@ def test_a_killed_run_goes_on_bit_exactly(place, tmp_path):
         assert process.returncode == -signal.SIGKILL
     for name in ("killed", "whole"):
         process = _start(command(name), tmp_path / "cache")
-        assert process.communicate()[1] == ""
-        assert process.returncode == 0
+        error = process.communicate()[1]
+        assert process.returncode == 0, error
     _require_same_run(tmp_path / "killed", tmp_path / "whole", steps=24)
     assert sorted(p.name for p in (tmp_path / "killed" / "checkpoints").iterdir()) == ["23", "24"]

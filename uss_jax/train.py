@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from uss_jax.data.pipeline import batches
 from uss_jax.errors import UserError
-from uss_jax.models.cnn14 import Cnn14DecisionLevelMax
 from uss_jax.models.query import QueryNet
+from uss_jax.models.tagging import TaggingNet
 from uss_jax.training import nets, run
 from uss_jax.training.bundle import Bundle, read_bundle
 from uss_jax.training.checkpoints import Checkpoints, save_tree
@@ -122,7 +122,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
 
 def _condition_nets(
     config: ConfigDict, workdir: pathlib.Path
-) -> tuple[Cnn14DecisionLevelMax | None, QueryNet, dict[str, Any], dict[str, Any]]:
+) -> tuple[TaggingNet | None, QueryNet, dict[str, Any], dict[str, Any]]:
     """The detector, the query net, the variables that stay and the query's that train.
 
     At the first start the frozen nets are copied into the workdir; a resumed run uses the copies,
@@ -134,6 +134,7 @@ def _condition_nets(
     sed, frozen = None, {}
     if source == "device":
         bundle = _source_bundle(config, workdir, "sed")
+        _check_net(bundle, "sed", config)
         sed, frozen["sed"] = bundle.sed()
         _keep(workdir, "sed", frozen["sed"])
         _check_rate(sed.sample_rate, config, "sed_bundle")
@@ -141,10 +142,11 @@ def _condition_nets(
     model, tagger = None, {"params": {}, "batch_stats": {}}
     if config.query.kind != "one_hot":
         bundle = _source_bundle(config, workdir, "query")
+        _check_net(bundle, "query", config)
         model = bundle.config["query"]["model"]
         tagger = bundle.variables("query")
         _keep(workdir, "query", tagger)
-    query = nets.build_query(config.query, model)
+    query = nets.build_query({**config.query}, model)
     if model is not None:
         _check_rate(query.tagger.sample_rate, config, "query_bundle")
         tagger = {item: {"tagger": tagger[item]} for item in tagger}
@@ -172,6 +174,18 @@ def _source_bundle(config: ConfigDict, workdir: pathlib.Path, part: str) -> Bund
 def _keep(workdir: pathlib.Path, part: str, variables: dict[str, Any]) -> None:
     if not (workdir / "frozen" / part).is_dir():
         save_tree(workdir / "frozen" / part, variables)
+
+
+def _check_net(bundle: Bundle, part: str, config: ConfigDict) -> None:
+    model = bundle.config.get(part, {}).get("model")
+    if model is None:
+        raise UserError(f"config.{part}_bundle: {bundle.path} holds no {part} net")
+    found, wanted = nets.net_name(model), config[f"{part}_net"]
+    if found != wanted:
+        raise UserError(
+            f"config.{part}_bundle holds the net {found}, config.{part}_net is {wanted}; give "
+            f"another bundle or --config.{part}_net={found}"
+        )
 
 
 def _check_rate(found: int, config: ConfigDict, name: str) -> None:

@@ -71,7 +71,7 @@ class Model:
 
     @functools.cached_property
     def tagger(self) -> Net:
-        """The query net's Cnn14: waveform [b, t] to `clipwise` and `embedding`."""
+        """The query net's tagging net: waveform [b, t] to `clipwise` and `embedding`."""
         if self.query.module.tagger is None:
             raise UserError(f"{self.path} has no tagging net: its conditions are one_hot")
         parts = self.query.variables.items()
@@ -79,7 +79,7 @@ class Model:
 
     @functools.cached_property
     def sed(self) -> Net:
-        """Cnn14DecisionLevelMax: waveform [b, t] to `clipwise`, `framewise` and more."""
+        """The detector, a tagging net: waveform [b, t] to `clipwise`, `framewise` and more."""
         module, variables = self._bundle.sed()
         return Net(module, jax.device_put(variables))
 

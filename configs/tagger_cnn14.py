@@ -47,6 +47,7 @@ def get_config() -> ConfigDict:
     config.spec_augment.mel_width = 8
     config.spec_augment.mel_stripes = 2
 
+    config.optimizer = "adamw_amsgrad"  # or "adamw"
     config.weight_decay = 0.0
     config.schedule = ConfigDict()
     config.schedule.name = "constant_warm_up"

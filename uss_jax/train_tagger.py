@@ -3,15 +3,18 @@
 import os
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from uss_jax.data.pipeline import batches
+from uss_jax.errors import UserError
+from uss_jax.models.tagging import TaggingNet
 from uss_jax.training import nets, run
 from uss_jax.training.checkpoints import Checkpoints
 from uss_jax.training.loop import fit
 from uss_jax.training.mesh import make_mesh, on_all_devices
 from uss_jax.training.metrics import MetricsWriter
-from uss_jax.training.optim import adamw_amsgrad, make_schedule
+from uss_jax.training.optim import OPTIMIZERS, make_schedule
 from uss_jax.training.state import create_state, parameter_count
 from uss_jax.training.step import make_tagging_step
 
@@ -23,7 +26,7 @@ def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
     trained parameters.
 
     Args:
-      config: see configs/tagger_cnn14.py, where every key is said.
+      config: see configs/tagger_cnn14.py and tagger_htsat.py, where every key is said.
       workdir: config, checkpoints and metrics go there.
 
     Raises:
@@ -38,9 +41,15 @@ def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
 
     # The net and its optimiser.
     tagger = nets.build_sed({**config.tagger, "sample_rate": config.sample_rate})
+    _check_outputs(config, tagger)
     key = jax.random.key(config.seed)
     variables = nets.init_tagger(tagger, key)
-    optimizer = adamw_amsgrad(make_schedule(**config.schedule), config.weight_decay)
+    if config.optimizer not in OPTIMIZERS:
+        raise UserError(
+            f"config.optimizer is {config.optimizer!r}, expected {' or '.join(OPTIMIZERS)}"
+        )
+    schedule = make_schedule(**config.schedule)
+    optimizer = OPTIMIZERS[config.optimizer](schedule, config.weight_decay)
     state = create_state(
         {"tagger": variables["params"]}, {"tagger": variables["batch_stats"]}, optimizer
     )
@@ -97,3 +106,14 @@ def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
                 log_every_steps=config.log_every_steps,
                 checkpoint_every_steps=config.checkpoint_every_steps,
             )
+
+
+def _check_outputs(config: ConfigDict, tagger: TaggingNet) -> None:
+    second = np.zeros((1, tagger.sample_rate), np.float32)
+    given, _ = jax.eval_shape(tagger.init_with_output, jax.random.key(0), second)
+    known = [name for name, value in given.items() if value.shape == (1, tagger.classes)]
+    if not config.outputs or set(config.outputs) - set(known):
+        raise UserError(
+            f"config.outputs is {tuple(config.outputs)}; probabilities of a clip that this net "
+            f"gives are {', '.join(known)}"
+        )

@@ -33,6 +33,7 @@ TINY = HTSAT(
     classes=5,
 )
 CAPACITY = 256  # frames of its image
+QUICKLY = {"xla_backend_optimization_level": 0}  # what runs a few times only
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,10 @@ def variables():
 def noise(samples, batch=1, seed=0):
     rng = np.random.default_rng(seed)
     return jnp.asarray(0.1 * rng.standard_normal((batch, samples)), jnp.float32)
+
+
+def quickly(net):
+    return jax.jit(net.apply, compiler_options=QUICKLY)
 
 
 def test_published_size_is_the_default():
@@ -70,7 +75,7 @@ def test_every_tagging_net_keeps_the_protocol(net):
 
 @pytest.mark.parametrize("frames", [40, CAPACITY + 45, 2 * CAPACITY + 70])
 def test_clips_of_any_length_are_tagged(variables, frames):
-    outputs = jax.jit(TINY.apply)(variables, noise((frames - 1) * TINY.hop_samples, batch=2))
+    outputs = quickly(TINY)(variables, noise((frames - 1) * TINY.hop_samples, batch=2))
     assert outputs["framewise"].shape == (2, frames, TINY.classes)
     assert outputs["embedding"].shape == (2, TINY.embedding_width)
     probabilities = np.asarray(outputs["framewise"])
@@ -182,8 +187,8 @@ def test_nothing_is_gathered_but_each_block_s_bias(variables):
 
 
 def test_bfloat16_stays_near_float32(variables):
-    exact = jax.jit(TINY.apply)(variables, noise(20000, batch=3))
-    rounded = jax.jit(TINY.clone(dtype="bfloat16").apply)(variables, noise(20000, batch=3))
+    exact = quickly(TINY)(variables, noise(20000, batch=3))
+    rounded = quickly(TINY.clone(dtype="bfloat16"))(variables, noise(20000, batch=3))
     for name, value in exact.items():
         assert rounded[name].dtype == jnp.float32
         error = np.linalg.norm(rounded[name] - value) / np.linalg.norm(value)
@@ -201,7 +206,6 @@ def test_float64_variables_compute_in_float64(variables):
 def test_training_drops_blocks_at_random_and_updates_statistics(variables):
     net = TINY.clone(stochastic_depth=0.5)
 
-    @jax.jit
     def run(seed):
         return net.apply(
             variables,
@@ -211,6 +215,7 @@ def test_training_drops_blocks_at_random_and_updates_statistics(variables):
             mutable=["batch_stats"],
         )
 
+    run = jax.jit(run, compiler_options=QUICKLY)
     (first, updates), (again, _), (other, _) = run(0), run(0), run(1)
     np.testing.assert_array_equal(first["embedding"], again["embedding"])
     assert np.abs(first["embedding"] - other["embedding"]).max() > 1e-3

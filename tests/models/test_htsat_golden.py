@@ -49,7 +49,12 @@ class Golden:
             repeats: HTSAT(**converted.fields, repeat_short=repeats) for repeats in (False, True)
         }
         kept = dict(capture_intermediates=True, mutable=["intermediates"])
-        self._run = jax.jit(lambda net, v, x: net.apply(v, x, **kept), static_argnums=0)
+        # Few runs of each shape: optimising the compiled code takes longer than it saves.
+        self._run = jax.jit(
+            lambda net, v, x: net.apply(v, x, **kept),
+            static_argnums=0,
+            compiler_options={"xla_backend_optimization_level": 0},
+        )
 
     def run(self, waveform: np.ndarray, repeats: bool) -> tuple[dict, dict]:
         """Outputs, and what every module gave."""

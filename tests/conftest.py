@@ -10,6 +10,14 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 @pytest.fixture
+def quick_compilation():
+    """Unoptimised programs: for whole runs of a few steps, which would mostly compile."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
 def golden() -> pathlib.Path:
     """The folder of reference numbers (see tests/golden/README.md)."""
     return pathlib.Path(__file__).parent / "golden"

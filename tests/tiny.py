@@ -19,6 +19,7 @@ SEGMENT = int(RATE * SEGMENT_SECONDS)
 TAGGER = Cnn14(
     sample_rate=RATE, n_fft=256, hop_samples=80, mel_bins=16, f_max=4000.0, channels=(4, 4, 6)
 )
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 _WIDTHS = {"one_hot": 527, "soft": 527, "embedding": 6}
 
 
@@ -110,3 +111,53 @@ def write_records(directory, split, clips) -> RecordIndex:
         sample_rate=RATE,
     )
     return build_index(directory, split)
+
+
+def write_place(path) -> pathlib.Path:
+    """A folder with `records` (split train) and a `tagger` bundle, to train on."""
+    path = pathlib.Path(path)
+    clips = [(f"tone{i}", tone(300 + 150 * i, 0.6 + 0.1 * i), [i, 72]) for i in range(5)]
+    clips += [(f"noise{i}", noise(i, 1.2), [300 + i]) for i in range(3)]
+    write_records(path / "records", "train", clips)
+    write_tagger(path / "tagger")
+    return path
+
+
+def train_words(config, place, workdir, changed=None) -> list[str]:
+    """`uss-jax` words that train a shipped config shrunk to a few steps of tiny nets.
+
+    Args:
+      config: file name in configs/, with its argument.
+      place: as `write_place` makes it.
+      workdir: of the run.
+      changed: leaves of the config and their values, over those that shrink it.
+    """
+    leaves = {
+        "sample_rate": RATE,
+        "segment_seconds": SEGMENT_SECONDS,
+        "data.records": place / "records",
+        "data.split": "train",
+        "data.clip_seconds": 1.0,
+        "data.threads": 1,
+        "total_steps": 4,
+        "global_batch": 8,
+        "log_every_steps": 1,
+        "checkpoint_every_steps": 2,
+    }
+    tagger = "tagger" in config
+    if tagger:
+        fields = {k: v for k, v in fields_of(TAGGER).items() if k not in ("sample_rate", "dtype")}
+        leaves |= {f"tagger.{k}": tuple(v) if k == "channels" else v for k, v in fields.items()}
+    else:
+        leaves |= {
+            "sed_bundle": place / "tagger",
+            "query_bundle": place / "tagger",
+            "mixing.group_size": 8,
+            "separator.n_fft": 128,
+            "separator.hop_samples": 64,
+            "separator.channels": (4, 4),
+        }
+    leaves |= changed or {}
+    command = ["train-tagger" if tagger else "train", "--config", str(CONFIGS / config)]
+    words = [f"--config.{key}={value}" for key, value in leaves.items()]
+    return [*command, "--workdir", str(workdir), *words]

@@ -7,19 +7,16 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from uss_jax.data.pipeline import batches
 from uss_jax.errors import UserError
-from uss_jax.models.query import QueryNet
+from uss_jax.models.query import KINDS, QueryNet
 from uss_jax.models.tagging import TaggingNet
 from uss_jax.training import nets, run
 from uss_jax.training.bundle import Bundle, read_bundle
-from uss_jax.training.checkpoints import Checkpoints, save_tree
-from uss_jax.training.loop import fit
+from uss_jax.training.checkpoints import latest_step, save_tree
 from uss_jax.training.losses import LOSSES
-from uss_jax.training.mesh import make_mesh, on_all_devices
-from uss_jax.training.metrics import MetricsWriter
+from uss_jax.training.mesh import make_mesh
 from uss_jax.training.optim import adamw_amsgrad, make_schedule
-from uss_jax.training.state import create_state, parameter_count
+from uss_jax.training.state import create_state
 from uss_jax.training.step import make_separation_step
 
 
@@ -33,11 +30,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
     Raises:
       UserError: what would fail later, said before the first step.
     """
-    # Devices and records.
+    # Devices, optimiser and records.
     mesh = make_mesh()
-    run.check_division(config.global_batch, config.mixing.group_size)
-    if config.loss not in LOSSES:
-        raise UserError(f"config.loss is {config.loss!r}, expected {' or '.join(LOSSES)}")
+    _check(config)
+    optimizer = adamw_amsgrad(make_schedule(**config.schedule), config.weight_decay)
     workdir = run.open_workdir(workdir)
     records = run.open_records(config.data, config.sample_rate, config.seed)
 
@@ -47,21 +43,14 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
         {**config.separator, "condition_width": nets.condition_width(query)}
     )
     key = jax.random.key(config.seed)
-    variables = nets.init_separator(separator, key)
-    schedule = make_schedule(**config.schedule)
-    optimizer = adamw_amsgrad(schedule, config.weight_decay)
+    variables = nets.init(separator, key)
     state = create_state(
         {"separator": variables["params"], "query": trained_query["params"]},
         {"separator": variables["batch_stats"], "query": trained_query["batch_stats"]},
         optimizer,
     )
-    print(
-        f"separator of {parameter_count(state.params) / 1e6:.1f} M parameters, "
-        f"{len(records.index)} clips, global batch {config.global_batch} on "
-        f"{jax.device_count()} devices ({jax.devices()[0].device_kind})"
-    )
 
-    # One step as a pure function, and where the run stands.
+    # One step as a pure function.
     step = make_separation_step(
         separator,
         query,
@@ -74,50 +63,45 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
         match_energy=config.mixing.match_energy,
         min_dbfs=config.anchors.min_dbfs,
     )
-    position = {
-        "seed": config.seed,
-        "global_batch": config.global_batch,
-        "index_digest": records.index.digest,
-    }
-    with Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints:
-        state = run.resume(checkpoints, on_all_devices(state, mesh), position)
-        sections = {
-            "separator": nets.fields_of(separator),
-            "query": {**config.query, "model": _fields(query.tagger)},
-            "sed": {"model": _fields(sed)},
-        }
-        if sed is None:
-            del sections["sed"]
-        run.write_config(workdir, "separator", config, sections)
 
-        # The loop.
-        start = int(state.step)
-        feed = batches(
-            records.reader,
-            records.order,
-            start_step=start,
-            stop_step=config.total_steps,
-            batch_size=config.global_batch,
-            clip_samples=round(config.data.clip_seconds * config.sample_rate),
-            host=jax.process_index(),
-            hosts=jax.process_count(),
-            threads=config.data.threads,
+    # The loop, from where the run stands.
+    sections = {
+        "separator": nets.fields_of(separator),
+        "query": {**config.query, "model": query.tagger and nets.fields_of(query.tagger)},
+    }
+    if sed is not None:
+        sections["sed"] = {"model": nets.fields_of(sed)}
+    run.train_on(
+        records,
+        step,
+        state,
+        frozen,
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        key=key,
+        kind="separator",
+        nets=sections,
+        clips_per_step=config.global_batch,
+    )
+
+
+def _check(config: ConfigDict) -> None:
+    run.check(config, config.mixing.group_size)
+    for key, value, allowed in (
+        ("loss", config.loss, LOSSES),
+        ("anchors.source", config.anchors.source, ("device", "random")),
+        ("query.kind", config.query.kind, KINDS),
+        ("separator.audio_channels", config.separator.audio_channels, (1,)),  # as records have
+    ):
+        if value not in allowed:
+            expected = " or ".join(map(str, allowed))
+            raise UserError(f"config.{key} is {value!r}, expected {expected}")
+    if not 1 <= config.mixing.sources <= config.mixing.group_size:
+        raise UserError(
+            f"config.mixing.sources={config.mixing.sources} is not between 1 and "
+            f"config.mixing.group_size={config.mixing.group_size}; change one of them"
         )
-        with MetricsWriter(workdir, start, config.total_steps, "train") as writer:
-            fit(
-                step,
-                state,
-                on_all_devices(frozen, mesh),
-                feed,
-                key=on_all_devices(key, mesh),
-                mesh=mesh,
-                total_steps=config.total_steps,
-                checkpoints=checkpoints,
-                position=lambda done: {**position, "examples_seen": done * config.global_batch},
-                writer=writer,
-                log_every_steps=config.log_every_steps,
-                checkpoint_every_steps=config.checkpoint_every_steps,
-            )
 
 
 def _condition_nets(
@@ -125,43 +109,43 @@ def _condition_nets(
 ) -> tuple[TaggingNet | None, QueryNet, dict[str, Any], dict[str, Any]]:
     """The detector, the query net, the variables that stay and the query's that train.
 
-    At the first start the frozen nets are copied into the workdir; a resumed run uses the copies,
-    whatever has become of the bundles.
+    At the start the frozen nets are copied into the workdir; once there is a checkpoint, the copies
+    are used, whatever has become of the bundles.
     """
-    source = config.anchors.source
-    if source not in ("device", "random"):
-        raise UserError(f"config.anchors.source is {source!r}, expected device or random")
     sed, frozen = None, {}
-    if source == "device":
-        bundle = _source_bundle(config, workdir, "sed")
-        _check_net(bundle, "sed", config)
-        sed, frozen["sed"] = bundle.sed()
-        _keep(workdir, "sed", frozen["sed"])
+    if config.anchors.source == "device":
+        sed, frozen["sed"] = _source_bundle(config, workdir, "sed").sed()
+        _check_net(sed, "sed", config)
         _check_rate(sed.sample_rate, config, "sed_bundle")
+        _keep(workdir, "sed", frozen["sed"])
 
     model, tagger = None, {"params": {}, "batch_stats": {}}
     if config.query.kind != "one_hot":
         bundle = _source_bundle(config, workdir, "query")
-        _check_net(bundle, "query", config)
-        model = bundle.config["query"]["model"]
-        tagger = bundle.variables("query")
-        _keep(workdir, "query", tagger)
+        source, variables = bundle.query()
+        if source.tagger is None:
+            raise UserError(f"{bundle.path} has no tagging net: its conditions are one_hot")
+        _check_net(source.tagger, "query", config)
+        model = nets.fields_of(source.tagger)
+        _check_rate(source.tagger.sample_rate, config, "query_bundle")
+        tagger = {item: {"tagger": variables[item]["tagger"]} for item in variables}
     query = nets.build_query({**config.query}, model)
-    if model is not None:
-        _check_rate(query.tagger.sample_rate, config, "query_bundle")
-        tagger = {item: {"tagger": tagger[item]} for item in tagger}
 
     trained = {"params": {}, "batch_stats": {}}
     if query.finetune:
         tagger, trained = trained, tagger
+    elif model is not None:
+        _keep(workdir, "query", {item: tagger[item]["tagger"] for item in tagger})
     if query.adaptor_width:
         trained["params"]["adaptor"] = nets.init_adaptor(query, jax.random.key(config.seed))
     return sed, query, {**frozen, "query": tagger}, trained
 
 
 def _source_bundle(config: ConfigDict, workdir: pathlib.Path, part: str) -> Bundle:
-    if (workdir / "frozen" / part).is_dir():
-        return read_bundle(workdir)
+    if latest_step(workdir / "checkpoints") is not None:
+        bundle = read_bundle(workdir)
+        if part in bundle.config:
+            return bundle
     location = config[f"{part}_bundle"]
     if not location:
         raise UserError(
@@ -172,15 +156,12 @@ def _source_bundle(config: ConfigDict, workdir: pathlib.Path, part: str) -> Bund
 
 
 def _keep(workdir: pathlib.Path, part: str, variables: dict[str, Any]) -> None:
-    if not (workdir / "frozen" / part).is_dir():
+    if latest_step(workdir / "checkpoints") is None:
         save_tree(workdir / "frozen" / part, variables)
 
 
-def _check_net(bundle: Bundle, part: str, config: ConfigDict) -> None:
-    model = bundle.config.get(part, {}).get("model")
-    if model is None:
-        raise UserError(f"config.{part}_bundle: {bundle.path} holds no {part} net")
-    found, wanted = nets.net_name(model), config[f"{part}_net"]
+def _check_net(net: TaggingNet, part: str, config: ConfigDict) -> None:
+    found, wanted = nets.fields_of(net)["net"], config[f"{part}_net"]
     if found != wanted:
         raise UserError(
             f"config.{part}_bundle holds the net {found}, config.{part}_net is {wanted}; give "
@@ -193,10 +174,6 @@ def _check_rate(found: int, config: ConfigDict, name: str) -> None:
         raise UserError(
             f"config.{name} is a net for {found} Hz, config.sample_rate is {config.sample_rate}"
         )
-
-
-def _fields(net: Any) -> dict[str, Any] | None:
-    return None if net is None else nets.fields_of(net)
 
 
 if __name__ == "__main__":

@@ -53,10 +53,19 @@ def _get_config(location: str) -> ConfigDict:
     if not pathlib.Path(path).is_file():
         raise UserError(f"--config {path}: there is no such file")
     try:
-        get_config = runpy.run_path(path)["get_config"]
-        return get_config(argument) if argument else get_config()
+        get_config = runpy.run_path(path).get("get_config")
+        if get_config is None:
+            raise UserError(f"--config {path}: it has no get_config()")
+        config = get_config(argument) if argument else get_config()
+    except UserError:
+        raise
     except Exception as error:  # whatever a config file may do wrong is the user's to mend
         raise UserError(f"--config {location}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"--config {path}: get_config() gives a {type(config).__name__}, expected a ConfigDict"
+        )
+    return config
 
 
 def _check_key(config: ConfigDict, word: str) -> None:

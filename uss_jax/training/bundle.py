@@ -24,10 +24,17 @@ from uss_jax.models.query import QueryNet
 from uss_jax.models.resunet import ResUNet
 from uss_jax.models.tagging import TaggingNet
 from uss_jax.training import nets
-from uss_jax.training.checkpoints import Checkpoints, load_tree, require_same_layout, save_tree
+from uss_jax.training.checkpoints import (
+    Checkpoints,
+    latest_step,
+    load_tree,
+    require_same_layout,
+    save_tree,
+)
 
 FORMAT_VERSION = 1
-_TAGGER = "tagger"  # the trained net of a tagger's run
+_TRAINED_AS = {"query": "tagger", "sed": "tagger"}  # names of these parts in a checkpoint
+_KEYS = ("format_version", "kind", "sample_rate", "segment_seconds")
 Variables = dict[str, Any]
 
 
@@ -73,17 +80,19 @@ class Bundle:
         for place in (self.path / part, self.path / "frozen" / part):
             if place.is_dir():
                 return load_tree(place)
-        if (self.path / "checkpoints").is_dir():
+        # The nets of a run are in its newest checkpoint, those of a query below `query`.
+        step = latest_step(self.path / "checkpoints")
+        if step is not None:
+            name = _TRAINED_AS.get(part, part)
             with Checkpoints(self.path / "checkpoints", keep=None) as checkpoints:
-                step = checkpoints.latest_step
-                if step is not None:
-                    params = checkpoints.read(step, "params")
-                    statistics = checkpoints.read(step, "batch_stats")
-                    for name in (part, _TAGGER):
-                        if name in params:
-                            stats = statistics.get(name, {})
-                            return {"params": params[name], "batch_stats": stats}
-        raise UserError(f"{self.path} has no {part}; it is a {self.config['kind']} bundle")
+                params, stats = (checkpoints.read(step, item) for item in ("params", "batch_stats"))
+            params, stats = ({**tree, **tree.get("query", {})} for tree in (params, stats))
+            if name in params:
+                return {"params": params[name], "batch_stats": stats.get(name, {})}
+        raise UserError(
+            f"{self.path} holds no parameters of its {part}; copy it again or, if it is the "
+            "workdir of a run, wait for its first checkpoint"
+        )
 
     def _section(self, part: str) -> dict[str, Any]:
         if part not in self.config:
@@ -92,9 +101,7 @@ class Bundle:
 
     def _built(self, part: str, build: Any, fields: Any) -> tuple[Any, Variables]:
         net, variables = build(fields), self.variables(part)
-        init = nets.init_separator if isinstance(net, ResUNet) else nets.init_tagger
-        expected = jax.eval_shape(lambda: init(net, jax.random.key(0)))
-        require_same_layout(expected, variables, part, str(self.path))
+        require_same_layout(nets.layout(net), variables, part, str(self.path))
         return net, variables
 
 
@@ -108,7 +115,7 @@ def read_bundle(path: str | os.PathLike) -> Bundle:
     config_path = path / "config.json"
     try:
         config = json.loads(config_path.read_text())
-        version, kind = config["format_version"], config["kind"]
+        version, kind, *_ = (config[key] for key in _KEYS)
     except OSError as error:
         raise UserError(
             f"{path} is not a bundle or workdir: {config_path} cannot be read "
@@ -117,7 +124,7 @@ def read_bundle(path: str | os.PathLike) -> Bundle:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{config_path} is not the config of a bundle or workdir: it must be JSON with "
-            "format_version and kind"
+            f"{', '.join(_KEYS)}"
         ) from error
     if version != FORMAT_VERSION or kind not in ("separator", "tagger"):
         raise UserError(

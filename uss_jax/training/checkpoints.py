@@ -12,6 +12,8 @@ from uss_jax.errors import UserError
 from uss_jax.training.state import TrainState
 
 _ITEMS = ("params", "batch_stats", "opt_state")
+# What orbax raises where files are missing or cut short.
+_DAMAGE = (OSError, ValueError, KeyError, AttributeError)
 
 
 class Checkpoints:
@@ -22,15 +24,22 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | os.PathLike, keep: int | None):
-        """Opens the folder, making it if needed.
+        """Opens the folder; to write, makes it if needed and clears what a kill left half done.
 
         Args:
           directory: the checkpoints' folder.
-          keep: how many of the newest to keep; all when None.
+          keep: how many of the newest to keep; None to read only.
         """
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self._directory = pathlib.Path(directory).absolute()
+        writing = keep is not None
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=writing, cleanup_tmp_directories=writing
+        )
+        # Without handlers a manager that has not yet written knows no shapes.
+        handlers = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
+        handlers["position"] = ocp.JsonCheckpointHandler()
         self._manager = ocp.CheckpointManager(
-            pathlib.Path(directory).absolute(), options=options, item_names=(*_ITEMS, "position")
+            self._directory, options=options, item_handlers=handlers
         )
 
     @property
@@ -47,8 +56,7 @@ class Checkpoints:
 
     def position(self, step: int) -> dict[str, Any]:
         """The data position saved at a step."""
-        items = ocp.args.Composite(position=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=items).position
+        return self._restore(step, position=ocp.args.JsonRestore())["position"]
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state saved at a step, laid out over devices as `like` is.
@@ -56,22 +64,36 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint is of another model; names the first differing entry.
         """
-        saved = self._manager.item_metadata(step)
         for name in _ITEMS:
-            require_same_layout(
-                getattr(like, name), getattr(saved, name).tree, name, f"step {step}"
-            )
-        abstract = jax.tree.map(_abstract, like)
-        items = {name: ocp.args.StandardRestore(getattr(abstract, name)) for name in _ITEMS}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+            require_same_layout(getattr(like, name), self._tree(step, name), name, f"step {step}")
+        abstract = {name: jax.tree.map(_abstract, getattr(like, name)) for name in _ITEMS}
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+        restored = self._restore(step, **items)
         count = jax.device_put(np.int32(step), like.step.sharding)
         return TrainState(step=count, **{name: restored[name] for name in _ITEMS})
 
     def read(self, step: int, item: str) -> Any:
         """One item of a step as host arrays, whatever its structure."""
-        tree = self._manager.item_metadata(step)[item].tree
-        items = ocp.args.Composite(**{item: ocp.args.StandardRestore(_on_host(tree))})
-        return jax.tree.map(np.asarray, self._manager.restore(step, args=items)[item])
+        items = {item: ocp.args.StandardRestore(_on_host(self._tree(step, item)))}
+        return jax.tree.map(np.asarray, self._restore(step, **items)[item])
+
+    def _tree(self, step: int, item: str) -> Any:
+        """Shapes of an item."""
+        try:
+            return self._manager.item_metadata(step)[item].tree
+        except _DAMAGE as error:
+            raise self._damaged(step) from error
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except _DAMAGE as error:
+            raise self._damaged(step) from error
+
+    def _damaged(self, step: int) -> UserError:
+        return UserError(
+            f"{self._directory / str(step)} is damaged; move it away to use the checkpoint before"
+        )
 
     def close(self) -> None:
         """Waits for what is being written."""
@@ -84,10 +106,18 @@ class Checkpoints:
         self.close()
 
 
+def latest_step(directory: str | os.PathLike) -> int | None:
+    """Step of a folder's newest checkpoint, None when there is none."""
+    if not pathlib.Path(directory).is_dir():
+        return None
+    with Checkpoints(directory, keep=None) as checkpoints:
+        return checkpoints.latest_step
+
+
 def save_tree(path: str | os.PathLike, tree: Any) -> None:
-    """Writes a tree of arrays as one orbax checkpoint."""
+    """Writes a tree of arrays as one orbax checkpoint, in place of one that is there."""
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(pathlib.Path(path).absolute(), tree)
+        checkpointer.save(pathlib.Path(path).absolute(), tree, force=True)
 
 
 def load_tree(path: str | os.PathLike) -> Any:
@@ -101,8 +131,10 @@ def load_tree(path: str | os.PathLike) -> Any:
         try:
             tree = checkpointer.metadata(path).item_metadata.tree
             return jax.tree.map(np.asarray, checkpointer.restore(path, _on_host(tree)))
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} is not a readable set of parameters: {error}") from error
+        except _DAMAGE as error:
+            raise UserError(
+                f"{path} is not a readable set of parameters; copy or make it again"
+            ) from error
 
 
 def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:

@@ -45,7 +45,8 @@ def fit(
       checkpoints: of the run.
       position: what a checkpoint says of the data after so many steps.
       writer: of metrics; None on all hosts but the first.
-      log_every_steps: steps between reports; the loss reported is their mean.
+      log_every_steps: steps between reports, beside one at each checkpoint; the loss reported is
+        the mean since the last.
       checkpoint_every_steps: steps between checkpoints; the last step always has one.
 
     Raises:
@@ -63,14 +64,17 @@ def fit(
             losses.append(metrics["loss"])
 
             # Only now are the devices waited for: steps in between overlap with reading.
-            if done % log_every_steps == 0 or done == total_steps:
+            # Before a checkpoint too, so that none is written of a run that has gone wrong.
+            due = done % checkpoint_every_steps == 0 or done == total_steps
+            if due or done % log_every_steps == 0:
                 values = {name: float(value) for name, value in metrics.items()}
                 values["loss"] = float(np.mean(jax.device_get(losses)))
-                if not math.isfinite(values["loss"]):
-                    raise UserError(
-                        f"the loss is {values['loss']} by step {done}; lower "
-                        "config.optimizer.learning_rate or look for broken clips, and resume"
-                    )
+                for name in ("loss", "grad_norm"):
+                    if not math.isfinite(values[name]):
+                        raise UserError(
+                            f"the {name} is {values[name]} by step {done}; lower "
+                            "config.schedule.learning_rate or look for broken clips, and resume"
+                        )
                 elapsed = time.monotonic() - began
                 values["steps_per_second"] = len(losses) / elapsed
                 values["input_wait_share"] = waited / elapsed
@@ -78,6 +82,6 @@ def fit(
                     writer.write(done, values)
                 losses, began, waited = [], time.monotonic(), 0.0
 
-            if done % checkpoint_every_steps == 0 or done == total_steps:
+            if due:
                 checkpoints.save(done, state, position(done))
     return state

@@ -12,8 +12,9 @@ from uss_jax.audio.stft import BATCH_AXIS
 
 def make_mesh(devices: Iterable[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices of all hosts, or those given."""
-    devices = jax.devices() if devices is None else list(devices)
-    return jax.make_mesh((len(devices),), (BATCH_AXIS,), (AxisType.Auto,), devices=devices)
+    # Host by host: jax.make_mesh may choose an order in which a host's rows are no block.
+    devices = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
+    return Mesh(np.array(devices), (BATCH_AXIS,), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

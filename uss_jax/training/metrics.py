@@ -28,7 +28,9 @@ class MetricsWriter:
         path = pathlib.Path(workdir) / "metrics.jsonl"
         _keep_until(path, start_step)
         self._file = path.open("a")
-        self._events = SummaryWriter(str(workdir), purge_step=start_step + 1)
+        self._events = SummaryWriter(
+            str(workdir), purge_step=start_step + 1, filename_suffix=f".{start_step}"
+        )
         # A bar for people; a log gets lines instead.
         self._bar = None
         if sys.stderr.isatty():

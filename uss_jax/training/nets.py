@@ -16,6 +16,7 @@ from uss_jax.models.query import KINDS, Adaptor, QueryNet
 from uss_jax.models.resunet import ResUNet
 from uss_jax.models.tagging import TaggingNet
 
+_DTYPES = ("float32", "bfloat16")
 Net = TypeVar("Net", bound=nn.Module)
 
 # The tagging nets by the name that a config gives them (`net`, cnn14 where it gives none): the
@@ -36,7 +37,7 @@ def build(net: type[Net], fields: Mapping[str, Any], where: str) -> Net:
       where: name of the config section, for the message.
 
     Raises:
-      UserError: a field that the net does not have.
+      UserError: a field that the net does not have, or a dtype it cannot compute in.
     """
     known = [f.name for f in dataclasses.fields(net) if f.name not in ("parent", "name")]
     for key in fields:
@@ -44,6 +45,8 @@ def build(net: type[Net], fields: Mapping[str, Any], where: str) -> Net:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
             raise UserError(f"{where}.{key}: {net.__name__} has no such field; {hint}")
+    if fields.get("dtype", _DTYPES[0]) not in _DTYPES:
+        raise UserError(f"{where}.dtype is {fields['dtype']!r}, expected {' or '.join(_DTYPES)}")
     return net(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
@@ -99,33 +102,53 @@ def build_query(section: Mapping[str, Any], model: Mapping[str, Any] | None) -> 
     if fields.get("kind") not in KINDS:
         raise UserError(f"query.kind is {fields.get('kind')!r}, expected {', '.join(KINDS)}")
     tagger = None if model is None else build_tagger(model, "query", "query.model")
-    return build(QueryNet, {**fields, "tagger": tagger}, "query")
+    query = build(QueryNet, {**fields, "tagger": tagger}, "query")
+    if query.shortcut and query.adaptor_width not in (0, width := _unadapted_width(query)):
+        raise UserError(
+            f"query.shortcut needs query.adaptor_width={width}, as wide as what it goes around"
+        )
+    return query
 
 
 def condition_width(query: QueryNet) -> int:
     """Width of the vectors a query net gives."""
     if query.adaptor_width:
         return query.adaptor_width
+    return _unadapted_width(query)
+
+
+def _unadapted_width(query: QueryNet) -> int:
     if query.kind == "embedding":
         return query.tagger.embedding_width
     return query.classes if query.kind == "one_hot" else query.tagger.classes
 
 
-def init_tagger(net: TaggingNet, key: jax.Array) -> dict[str, Any]:
-    """Fresh variables of a tagging net; those of both roles are the same."""
-    second = np.zeros((1, net.sample_rate), np.float32)
-    return jax.jit(net.init)(key, second)
+def layout(net: TaggingNet | ResUNet) -> Any:
+    """Shapes of a net's variables."""
+    try:
+        return jax.eval_shape(net.init, jax.random.key(0), *_inputs(net))
+    except ValueError as error:  # fields that do not fit each other
+        raise UserError(f"{type(net).__name__}: {error}") from error
 
 
-def init_separator(net: ResUNet, key: jax.Array) -> dict[str, Any]:
-    """Fresh variables of a separator."""
+def init(net: TaggingNet | ResUNet, key: jax.Array) -> dict[str, Any]:
+    """Fresh variables of a net (those of a tagging net are the same in both roles)."""
+    layout(net)
+    # A hundred random draws that run once: optimising them takes ten times as long.
+    quickly = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(net.init, compiler_options=quickly)(key, *_inputs(net))
+
+
+def _inputs(net: TaggingNet | ResUNet) -> tuple[np.ndarray, ...]:
+    if not isinstance(net, ResUNet):
+        return (np.zeros((1, net.sample_rate), np.float32),)
     samples = net.hop_samples * 2 ** (len(net.channels) - 1)
     waveform = np.zeros((1, net.audio_channels, samples), np.float32)
-    return jax.jit(net.init)(key, waveform, np.zeros((1, net.condition_width), np.float32))
+    return waveform, np.zeros((1, net.condition_width), np.float32)
 
 
 def init_adaptor(net: QueryNet, key: jax.Array) -> Any:
     """Fresh parameters of a query net's adaptor."""
     adaptor = Adaptor(net.adaptor_width, net.adaptor_hidden)
-    unadapted = condition_width(net.clone(adaptor_width=0))
-    return adaptor.init(key, np.zeros((1, unadapted), np.float32), train=False)["params"]
+    unadapted = np.zeros((1, _unadapted_width(net)), np.float32)
+    return adaptor.init(key, unadapted, train=False)["params"]

@@ -1,5 +1,6 @@
 """The reference's optimiser and learning-rate schedules, as optax transformations."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -120,4 +121,12 @@ def stepped(
 def make_schedule(name: str, learning_rate: float, **arguments: Any) -> optax.Schedule:
     """The schedule a config names: the name of a function above."""
     schedules = {f.__name__: f for f in (constant_warm_up, linear_warm_up, cosine, stepped)}
+    if name not in schedules:
+        raise UserError(f"config.schedule.name is {name!r}, expected {' or '.join(schedules)}")
+    wanted = list(inspect.signature(schedules[name]).parameters)[1:]
+    if sorted(wanted) != sorted(arguments):
+        raise UserError(
+            f"config.schedule: {name} takes {' and '.join(wanted)} besides learning_rate, "
+            f"not {' and '.join(arguments) or 'nothing'}"
+        )
     return schedules[name](learning_rate, **arguments)

@@ -1,5 +1,6 @@
-"""What every run opens at its start: devices, records, workdir, position."""
+"""What every run does around its step: records and workdir, where it stands, the loop."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -8,17 +9,23 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from uss_jax.atomic import replacing
 from uss_jax.data.metadata import read_sample_rate
+from uss_jax.data.pipeline import batches
 from uss_jax.data.sampling import BalancedOrder, UniformOrder
 from uss_jax.data.tfrecord import ClipReader, RecordIndex, load_index
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
-from uss_jax.training.bundle import FORMAT_VERSION
+from uss_jax.training.bundle import FORMAT_VERSION, read_bundle
 from uss_jax.training.checkpoints import Checkpoints
-from uss_jax.training.state import TrainState
+from uss_jax.training.loop import fit
+from uss_jax.training.mesh import on_all_devices
+from uss_jax.training.metrics import MetricsWriter
+from uss_jax.training.state import TrainState, parameter_count
+from uss_jax.training.step import Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +41,36 @@ class Records:
     index: RecordIndex
     reader: ClipReader
     order: BalancedOrder | UniformOrder
+
+
+def say(text: str) -> None:
+    """Prints a line, once however many hosts there are."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def check(config: ConfigDict, group_size: int = 1) -> None:
+    """Raises a UserError where the numbers of a config do not fit each other or the devices."""
+    for key in ("total_steps", "global_batch", "log_every_steps", "checkpoint_every_steps"):
+        if config[key] < 1:
+            raise UserError(f"config.{key} is {config[key]}, expected at least 1")
+    if config.segment_seconds > config.data.clip_seconds:
+        raise UserError(
+            f"config.segment_seconds={config.segment_seconds} is longer than "
+            f"config.data.clip_seconds={config.data.clip_seconds}; change one of them"
+        )
+    devices = jax.device_count()
+    if config.global_batch % devices:
+        lower = config.global_batch // devices * devices
+        raise UserError(
+            f"config.global_batch={config.global_batch} is not divisible by {devices} devices; use "
+            f"{' or '.join(str(n) for n in (lower, lower + devices) if n)}"
+        )
+    if config.global_batch % group_size:
+        raise UserError(
+            f"config.global_batch={config.global_batch} is not divisible by "
+            f"config.mixing.group_size={group_size}; change one of them"
+        )
 
 
 def open_records(section: ConfigDict, sample_rate: int, seed: int) -> Records:
@@ -59,7 +96,7 @@ def open_records(section: ConfigDict, sample_rate: int, seed: int) -> Records:
         if order.missing.size:
             names = load_ontology().class_names
             shown = ", ".join(names[i] for i in order.missing[:3])
-            print(
+            say(
                 f"{order.missing.size} of {len(names)} classes have no clip in {directory} "
                 f"({section.split}) and are left out: {shown} ..."
             )
@@ -68,76 +105,143 @@ def open_records(section: ConfigDict, sample_rate: int, seed: int) -> Records:
     return Records(index, ClipReader(directory, index), order)
 
 
-def check_division(global_batch: int, group_size: int = 1) -> None:
-    """Raises a UserError where the batch does not divide into groups, hosts and devices."""
-    devices = jax.device_count()
-    if global_batch % devices:
-        lower = global_batch // devices * devices
-        raise UserError(
-            f"config.global_batch={global_batch} is not divisible by {devices} devices; use "
-            f"{' or '.join(str(n) for n in (lower, lower + devices) if n)}"
-        )
-    if global_batch % group_size:
-        raise UserError(
-            f"config.global_batch={global_batch} is not divisible by "
-            f"config.mixing.group_size={group_size}; change one of them"
-        )
-
-
-def resume(checkpoints: Checkpoints, state: TrainState, position: Mapping[str, Any]) -> TrainState:
-    """The newest checkpoint's state, or the given one when there is none.
-
-    Args:
-      checkpoints: of the run.
-      state: fresh, on the devices.
-      position: `seed`, `global_batch` and `index_digest` of this start, which must be those saved.
-
-    Raises:
-      UserError: one of them differs; the next data would not be what it would have been.
-    """
-    step = checkpoints.latest_step
-    if step is None:
-        return state
-    saved = checkpoints.position(step)
-    keys = {"seed": "config.seed", "global_batch": "config.global_batch"}
-    for key, value in position.items():
-        if saved[key] == value:
-            continue
-        if key in keys:
-            raise UserError(
-                f"this run was started with {keys[key]}={saved[key]}, not {value}; resume with "
-                f"--{keys[key]}={saved[key]} or start in a new workdir"
-            )
-        raise UserError(
-            "the records have changed since this run was started; start in a new workdir"
-        )
-    print(f"resuming after step {step}")
-    return checkpoints.restore(step, state)
-
-
 def open_workdir(workdir: str | os.PathLike) -> pathlib.Path:
     """Makes the workdir where needed, and sees that it can be written to."""
     workdir = pathlib.Path(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--workdir {workdir}: {error.strerror or error}") from error
+        raise UserError(
+            f"--workdir {workdir} cannot be made ({error.strerror or error}); choose another"
+        ) from error
     if not os.access(workdir, os.W_OK):
-        raise UserError(f"--workdir {workdir} cannot be written to")
+        raise UserError(f"--workdir {workdir} cannot be written to; choose another")
     return workdir
 
 
-def write_config(
-    workdir: pathlib.Path, kind: str, config: ConfigDict, nets: Mapping[str, Any]
+def train_on(
+    records: Records,
+    step: Step,
+    state: TrainState,
+    frozen: Any,
+    *,
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    mesh: Mesh,
+    key: jax.Array,
+    kind: str,
+    nets: Mapping[str, Any],
+    clips_per_step: int,
+    labels: bool = False,
 ) -> None:
-    """Writes config.json, which makes the workdir readable as a bundle."""
-    content = {
+    """Goes on where the workdir stands, or begins, and steps until `config.total_steps`.
+
+    Args:
+      records: to train on.
+      step: the training step.
+      state: before the first step.
+      frozen: variables of the nets that do not train.
+      config: of the run.
+      workdir: of the run.
+      mesh: the devices.
+      key: the run's random key.
+      kind: `separator` or `tagger`.
+      nets: sections of config.json that make the workdir readable as a bundle.
+      clips_per_step: clips in the batch of all hosts together.
+      labels: whether the step needs all labels of the clips.
+
+    Raises:
+      UserError: the workdir's run has other nets, data or seed.
+    """
+    first_host = jax.process_index() == 0
+    say(
+        f"{kind} of {parameter_count(state.params) / 1e6:.1f} M parameters, "
+        f"{len(records.index)} clips, global batch {config.global_batch} on "
+        f"{jax.device_count()} devices ({jax.devices()[0].device_kind})"
+    )
+    about = {
         "format_version": FORMAT_VERSION,
         "kind": kind,
         "sample_rate": config.sample_rate,
         "segment_seconds": config.segment_seconds,
         **nets,
-        "training": json.loads(config.to_json_best_effort()),
     }
-    with replacing(workdir / "config.json") as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+    position = {
+        "seed": config.seed,
+        "global_batch": config.global_batch,
+        "index_digest": records.index.digest,
+    }
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
+        )
+        state = on_all_devices(state, mesh)
+        start = checkpoints.latest_step or 0
+        if start:
+            say(f"resuming after step {start}")
+            _require_same_nets(read_bundle(workdir).config, json.loads(json.dumps(about)))
+            _require_same_data(checkpoints.position(start), position)
+            state = checkpoints.restore(start, state)
+        writer = None
+        if first_host:
+            with replacing(workdir / "config.json") as temporary:
+                training = json.loads(config.to_json_best_effort())
+                temporary.write_text(json.dumps({**about, "training": training}, indent=2) + "\n")
+            writer = stack.enter_context(MetricsWriter(workdir, start, config.total_steps, kind))
+        feed = batches(
+            records.reader,
+            records.order,
+            start_step=start,
+            stop_step=config.total_steps,
+            batch_size=clips_per_step,
+            clip_samples=round(config.data.clip_seconds * config.sample_rate),
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+            threads=config.data.threads,
+            labels=labels,
+        )
+        fit(
+            step,
+            state,
+            on_all_devices(frozen, mesh),
+            feed,
+            key=on_all_devices(key, mesh),
+            mesh=mesh,
+            total_steps=config.total_steps,
+            checkpoints=checkpoints,
+            position=lambda done: {**position, "examples_seen": done * clips_per_step},
+            writer=writer,
+            log_every_steps=config.log_every_steps,
+            checkpoint_every_steps=config.checkpoint_every_steps,
+        )
+
+
+def _require_same_data(saved: Mapping[str, Any], position: Mapping[str, Any]) -> None:
+    """Raises a UserError where the next data would not be what it would have been."""
+    for key in ("seed", "global_batch"):
+        if saved[key] != position[key]:
+            raise UserError(
+                f"this run was started with config.{key}={saved[key]}, not {position[key]}; resume "
+                f"with --config.{key}={saved[key]} or start in a new workdir"
+            )
+    if saved["index_digest"] != position["index_digest"]:
+        raise UserError(
+            "the records have changed since this run was started; start in a new workdir"
+        )
+
+
+def _require_same_nets(saved: Any, wanted: Any, where: str = "") -> None:
+    """Raises a UserError that names the first entry of config.json that differs.
+
+    Parameters alone do not tell: nets for another hop or condition can have the same shapes.
+    """
+    if isinstance(saved, dict) and isinstance(wanted, dict):
+        for key in [*wanted, *(key for key in saved if key not in wanted)]:
+            if where or key != "training":
+                _require_same_nets(saved.get(key), wanted.get(key), f"{where}.{key}".strip("."))
+    elif saved != wanted:
+        saved, wanted = ("{...}" if isinstance(x, dict) else x for x in (saved, wanted))
+        raise UserError(
+            f"this run was started with {where}={saved}, not {wanted}; resume with the config it "
+            "was started with or start in a new workdir"
+        )

@@ -12,6 +12,8 @@ from flax import struct
 class TrainState:
     """Everything that a checkpoint must hold besides the data position.
 
+    Its fields are arrays or, in a tree of the same structure, whatever is said of each array.
+
     Attributes:
       step: steps done, int32 scalar.
       params: trained parameters, one entry a net.
@@ -19,7 +21,7 @@ class TrainState:
       opt_state: the optimiser's.
     """
 
-    step: jax.Array
+    step: Any
     params: Any
     batch_stats: Any
     opt_state: optax.OptState

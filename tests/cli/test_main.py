@@ -1,0 +1,84 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+import uss_jax
+from uss_jax.cli import main as cli
+from uss_jax.errors import UserError
+
+HEAVY = ("jax", "flax", "numpy", "orbax.checkpoint", "grain", "torch", "soundfile")
+
+
+@pytest.mark.parametrize("words", [[], *([name] for name in cli.COMMANDS)])
+def test_help_answers_without_heavy_imports(words):
+    script = (
+        "import sys\nfrom uss_jax.cli.main import main\n"
+        f"try:\n    main({[*words, '--help']})\n"
+        "except SystemExit as error:\n    assert not error.code\n"
+        f"print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr == "[]\n"
+    for said in ("usage: uss-jax", "example:\n  uss-jax") if words else cli.COMMANDS:
+        assert said in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "out", "err"),
+    [
+        (["--version"], 0, f"uss-jax {uss_jax.__version__}\n", ""),
+        (["separat"], 2, "", "invalid choice: 'separat'"),
+        ([], 2, "", "required: COMMAND"),
+        (["train"], 2, "", "required: --config, --workdir"),
+        (["train", "--config", "x", "--workdir", "y", "--steps", "3"], 2, "", "--steps"),
+    ],
+)
+def test_wrong_words_end_with_status_2_and_the_usage(words, status, out, err, capsys):
+    with pytest.raises(SystemExit) as exited:
+        cli.main(words)
+    assert exited.value.code == status
+    printed = capsys.readouterr()
+    assert printed.out == out
+    assert err in printed.err
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "said"),
+    [
+        (None, 0, ""),
+        (UserError("it is so; do this"), 1, "uss-jax: it is so; do this\n"),
+        (KeyboardInterrupt(), 130, "uss-jax: interrupted\n"),
+    ],
+)
+def test_status_is_0_only_on_success(monkeypatch, capsys, raised, status, said):
+    def run(args):
+        assert args.config_overrides == ["--config.a=1"]
+        if raised is not None:
+            raise raised
+
+    monkeypatch.setattr("uss_jax.cli.train.run", run)
+    words = ["train", "--config", "c", "--config.a=1", "--workdir", "w"]
+    assert cli.main(words) == status
+    assert capsys.readouterr().err == said
+
+
+def test_our_own_mistakes_keep_their_traceback(monkeypatch):
+    def run(args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("uss_jax.cli.train.run", run)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["train", "--config", "c", "--workdir", "w"])
+
+
+def test_a_reader_that_stops_reading_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    script = "import sys; from uss_jax.cli import main, index\n"
+    script += "index.run = lambda args: print('x' * 100000)\nsys.exit(main.main(['index', '.']))"
+    ran = subprocess.run([sys.executable, "-c", script], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (ran.returncode, ran.stderr) == (141, b"")

@@ -1,0 +1,216 @@
+"""Every recipe, shrunk to two steps; and what is said of those that cannot run."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from tests.tiny import (
+    RATE,
+    SEGMENT,
+    noise,
+    tagger_variables,
+    tone,
+    train_words,
+    write_place,
+    write_records,
+    write_separator,
+)
+from uss_jax.cli.main import main
+from uss_jax.training import run
+from uss_jax.training.model import Model
+
+ADAPTOR = {"query.adaptor_width": 6, "query.adaptor_hidden": 8, "query.shortcut": True}
+OPEN = {"anchors.source": "random", "query.kind": "one_hot"}  # needs no other net
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return write_place(tmp_path_factory.mktemp("train"))
+
+
+def _train(config, place, workdir, changed):
+    changed = {"total_steps": 2, **changed}
+    assert main(train_words(config, place, workdir, changed)) == 0
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert lines[0]["grad_norm"] > 0
+    return Model(workdir)
+
+
+def _leaves(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("config", "changed"),
+    [
+        ("resunet30.py:condition=soft,data=balanced", {"query.finetune": True}),
+        ("resunet30.py:condition=embedding,data=full", ADAPTOR),
+        ("resunet30.py", {**OPEN, "mixing.sources": 3, "loss": "l1_wav_l1_sp"}),
+        ("quickstart.py:part=separator", {"data.order": "uniform", "separator.dtype": "bfloat16"}),
+    ],
+)
+def test_separators_train_and_their_workdir_is_a_bundle(
+    place, tmp_path, config, changed, quick_compilation
+):
+    model = _train(config, place, tmp_path / "run", changed)
+    waveform, index = np.stack([tone(400, 0.5), noise(3, 0.5)]), np.array([1, 300], np.int32)
+    condition = model.condition(waveform, index)
+    estimate = model.separate(waveform[::-1].copy(), condition)
+    assert estimate.shape == (2, SEGMENT)
+    assert np.isfinite(estimate).all()
+    assert not np.allclose(estimate[0], estimate[1])
+
+    tagger = model.query.variables["params"].get("tagger")
+    if "one_hot" in changed.values():
+        assert tagger is None
+        np.testing.assert_array_equal(condition.argmax(axis=1), index)
+    else:
+        moved = np.abs(_leaves(tagger) - _leaves(tagger_variables()["params"])).max()
+        assert (moved > 0) == ("query.finetune" in changed)
+        np.testing.assert_array_equal(_leaves(model.sed.variables), _leaves(tagger_variables()))
+    assert ("adaptor" in model.query.variables["params"]) == ("query.shortcut" in changed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("config", "changed"),
+    [
+        ("tagger_cnn14.py", {}),
+        ("quickstart.py:part=tagger", {"tagger.dtype": "bfloat16"}),
+    ],
+)
+def test_taggers_train_and_their_workdir_is_a_bundle_of_both_nets(
+    place, tmp_path, config, changed, quick_compilation
+):
+    model = _train(config, place, tmp_path / "run", changed)
+    waveform = np.stack([tone(400, 1.0), noise(3, 1.0)])
+    tagged, detected = model.tagger(waveform), model.sed(waveform)
+    assert tagged["clipwise"].shape == (2, 527)
+    np.testing.assert_allclose(tagged["clipwise"], detected["tagging"], atol=1e-6)
+    assert detected["framewise"].shape == (2, 101, 527)
+
+
+def _records(path, **metadata):
+    write_records(path, "train", [("a", tone(300, 1.0), [1]), ("b", noise(1, 1.0), [2])])
+    (path / "metadata.json").write_text(
+        json.dumps({"sample_rate": RATE, "encoding": "pcm_s16le", **metadata})
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"data.records": ""}, "config.data.records is empty; give the folder"),
+        ({"data.records": "nowhere"}, "nowhere cannot be read (No such file or directory)"),
+        ({"data.split": "test"}, 'has no shards of split "test" (it has "train")'),
+        ({"data.order": "random"}, "config.data.order is 'random', expected balanced or uniform"),
+        ({"data.clip_seconds": 0.2}, "config.segment_seconds=0.5 is longer than"),
+        ({"sample_rate": 16000}, "holds clips of 8000 Hz, config.sample_rate is 16000"),
+        ({"sed_bundle": ""}, "config.sed_bundle is empty; give a tagger's bundle"),
+        ({"sed_bundle": "nowhere"}, "nowhere is not a bundle or workdir"),
+        ({"query_bundle": ""}, "config.query_bundle is empty; give a tagger's bundle"),
+        ({"query_bundle": "ONE_HOT"}, "has no tagging net: its conditions are one_hot"),
+        ({"global_batch": 12}, "not divisible by 8 devices; use 8 or 16"),
+        ({"global_batch": 24, "mixing.group_size": 16}, "config.mixing.group_size=16; change one"),
+        ({"mixing.sources": 9}, "config.mixing.sources=9 is not between 1 and"),
+        ({"total_steps": 0}, "config.total_steps is 0, expected at least 1"),
+        ({"log_every_steps": 0}, "config.log_every_steps is 0, expected at least 1"),
+        ({"loss": "l2"}, "config.loss is 'l2', expected l1_wav or l1_wav_l1_sp"),
+        (
+            {"anchors.source": "table"},
+            "config.anchors.source is 'table', expected device or random",
+        ),
+        ({"query.kind": "words"}, "config.query.kind is 'words', expected one_hot or soft or"),
+        ({"query.adaptor_width": 9, "query.shortcut": True}, "needs query.adaptor_width=527"),
+        ({"schedule.name": "step"}, "config.schedule.name is 'step', expected constant_warm_up or"),
+        ({"schedule.name": "cosine"}, "cosine takes warm_up_steps and total_steps besides"),
+        (
+            {"separator.dtype": "float8"},
+            "separator.dtype is 'float8', expected float32 or bfloat16",
+        ),
+        ({"separator.n_fft": 100}, "n_fft / 2 = 50 is not divisible by 2 ** 2 (levels)"),
+        ({"separator.audio_channels": 2}, "config.separator.audio_channels is 2, expected 1"),
+    ],
+)
+def test_what_cannot_run_is_said_before_the_first_step(place, tmp_path, changed, said, capsys):
+    if changed.get("query_bundle") == "ONE_HOT":
+        changed = {"query_bundle": write_separator(tmp_path / "one_hot", "one_hot")}
+    assert main(train_words("resunet30.py", place, tmp_path / "run", changed)) == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.startswith("uss-jax: ")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"outputs": ("tags",)}, "config.outputs is ('tags',), expected some of"),
+        ({"outputs": ()}, "config.outputs is (), expected some of"),
+        ({"tagger.dtype": "int8"}, "sed.model.dtype is 'int8', expected float32 or bfloat16"),
+        ({"schedule.name": "none"}, "config.schedule.name is 'none'"),
+    ],
+)
+def test_what_cannot_run_of_a_tagger_is_said_too(place, tmp_path, changed, said, capsys):
+    assert main(train_words("tagger_cnn14.py", place, tmp_path / "run", changed)) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_a_bundle_for_another_rate_or_without_the_part_is_refused(place, tmp_path, capsys):
+    separator = write_separator(tmp_path / "s", "soft")
+    content = json.loads((separator / "config.json").read_text())
+    content["sed"]["model"]["sample_rate"] = 16000
+    (separator / "config.json").write_text(json.dumps(content))
+    words = train_words("resunet30.py", place, tmp_path / "run", {"sed_bundle": separator})
+    assert main(words) == 1
+    assert "config.sed_bundle is a net for 16000 Hz, config.sample_rate is 8000" in (
+        capsys.readouterr().err
+    )
+    del content["sed"]
+    (separator / "config.json").write_text(json.dumps(content))
+    assert main(words) == 1
+    assert "has no sed; it is a separator bundle" in capsys.readouterr().err
+
+
+def test_a_workdir_that_is_a_file_is_refused(place, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert main(train_words("resunet30.py", place, workdir)) == 1
+        assert f"--workdir {workdir} cannot be made" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def _flip_last_bytes(shard):
+    data = bytearray(shard.read_bytes())
+    data[-40:] = bytes(40)
+    shard.write_bytes(data)
+
+
+def _cut(shard):
+    shard.write_bytes(shard.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"), [(_flip_last_bytes, "has a wrong checksum"), (_cut, "copy the shard again")]
+)
+def test_records_damaged_while_training_stop_it(tmp_path, place, monkeypatch, capsys, damage, said):
+    records = _records(tmp_path / "records")
+
+    def batches(*args, _read=run.batches, **kwargs):
+        damage(next(records.glob("*.tfrecord-*")))
+        return _read(*args, **kwargs)
+
+    monkeypatch.setattr(run, "batches", batches)
+    changed = {**OPEN, "data.records": records}
+    assert main(train_words("resunet30.py", place, tmp_path / "run", changed)) == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert "toy-train.tfrecord-00000-of-00001" in error

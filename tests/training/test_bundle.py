@@ -1,0 +1,137 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.tiny import RATE, TAGGER, tagger_variables, write_separator, write_tagger
+from uss_jax.errors import UserError
+from uss_jax.training.bundle import net_hash, read_bundle, write_bundle
+from uss_jax.training.nets import fields_of
+
+ABOUT = {"kind": "tagger", "sample_rate": RATE, "segment_seconds": 0.5}
+
+
+def _same(found, wanted):
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_nets_come_back_as_they_were(tmp_path):
+    bundle = read_bundle(write_tagger(tmp_path / "tagger", seed=3))
+    sed, variables = bundle.sed()
+    query, query_variables = bundle.query()
+    _same(variables, tagger_variables(seed=3))
+    _same(query_variables, {k: {"tagger": v} for k, v in tagger_variables(seed=3).items()})
+    assert fields_of(sed) == fields_of(TAGGER)
+    assert query.tagger == TAGGER
+    assert query.kind == "soft"
+
+
+@pytest.mark.parametrize("kind", ["one_hot", "soft", "embedding"])
+def test_a_separator_knows_its_condition(tmp_path, kind):
+    bundle = read_bundle(write_separator(tmp_path / "s", kind))
+    separator, _ = bundle.separator()
+    query, variables = bundle.query()
+    assert query.kind == kind
+    assert bool(variables["params"]) == (kind != "one_hot")
+    assert separator.condition_width == (6 if kind == "embedding" else 527)
+
+
+def test_a_bundle_without_a_part_says_so(tmp_path):
+    with pytest.raises(UserError, match="has no separator; it is a tagger bundle"):
+        read_bundle(write_tagger(tmp_path / "tagger")).separator()
+
+
+def test_hashes_are_of_names_shapes_and_values(tmp_path):
+    bundle = read_bundle(write_tagger(tmp_path / "tagger"))
+    assert bundle.config["hashes"]["sed"] == net_hash(tagger_variables())
+    assert net_hash(bundle.variables("query")) == net_hash(tagger_variables())
+    values = np.arange(6, dtype=np.float32)
+    trees = [
+        {"a": values},
+        {"b": values},
+        {"a": values.reshape(2, 3)},
+        {"a": values.astype(np.float64)},
+        {"a": values + np.float32(1e-7)},
+        {"a": values[:3], "b": values[3:]},
+    ]
+    assert len({net_hash(tree) for tree in trees}) == len(trees)
+    assert net_hash({"b": values, "a": values}) == net_hash({"a": values, "b": values})
+
+
+def test_foreign_tensors_are_kept_verbatim(tmp_path):
+    foreign = {"sed/stft.window": np.arange(3, dtype=np.float16), "x": np.zeros((0, 2))}
+    write_bundle(tmp_path / "b", ABOUT, {}, foreign)
+    found = load_file(tmp_path / "b" / "foreign.safetensors")
+    _same(found, foreign)
+    assert {name: array.dtype for name, array in found.items()} == {
+        name: array.dtype for name, array in foreign.items()
+    }
+
+
+def test_nothing_is_overwritten_and_a_failure_leaves_nothing(tmp_path):
+    write_tagger(tmp_path / "b")
+    with pytest.raises(UserError, match="exists already"):
+        write_tagger(tmp_path / "b")
+    with pytest.raises(TypeError):
+        write_bundle(tmp_path / "c", {**ABOUT, "licence": object()}, {"sed": tagger_variables()})
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_parameters_of_another_net_name_the_first_that_differs(tmp_path):
+    model = {"model": {**fields_of(TAGGER), "channels": [4, 4, 8]}}
+    write_bundle(tmp_path / "b", {**ABOUT, "sed": model}, {"sed": tagger_variables()})
+    said = r"sed/batch_stats/conv_block3/bn1/mean is \(6,\), the config's model has \(8,\)"
+    with pytest.raises(UserError, match=said):
+        read_bundle(tmp_path / "b").sed()
+
+
+def _write_config(text):
+    return lambda path: (path / "config.json").write_text(text)
+
+
+def _change_config(**changed):
+    def damage(path):
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps({**config, **changed}))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (
+            lambda path: (path / "config.json").unlink(),
+            r"is not a bundle or workdir: .*config.json cannot be read \(No such",
+        ),
+        (_write_config('{"format_version": 1, "ki'), "is not the config of a bundle or workdir"),
+        (_write_config("\xff\xfe"), "is not the config of a bundle or workdir"),
+        (_write_config("[1, 2]"), "is not the config of a bundle or workdir"),
+        (_write_config('{"format_version": 1, "kind": "tagger"}'), "sample_rate, segment_seconds"),
+        (_change_config(format_version=2), "format version 2 .* this version reads 1"),
+        (_change_config(kind="poem"), "kind poem"),
+    ],
+)
+def test_what_is_no_bundle_is_said_in_one_sentence(tmp_path, damage, said):
+    path = write_tagger(tmp_path / "b")
+    damage(path)
+    with pytest.raises(UserError, match=said) as raised:
+        read_bundle(path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+def test_damaged_or_missing_parameters_are_said_in_one_sentence(tmp_path, truncate):
+    path = write_tagger(tmp_path / "b")
+    for file in [file for file in (path / "sed").rglob("*") if file.is_file()]:
+        if truncate:
+            file.write_bytes(file.read_bytes()[:7])
+        else:
+            file.unlink()
+    with pytest.raises(UserError, match="b/sed is not a readable set of parameters") as raised:
+        read_bundle(path).sed()
+    assert "\n" not in str(raised.value)
+    read_bundle(path).query()  # the other part is whole

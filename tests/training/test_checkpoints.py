@@ -1,0 +1,136 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from uss_jax.errors import UserError
+from uss_jax.training.checkpoints import Checkpoints, latest_step, load_tree, save_tree
+from uss_jax.training.mesh import make_mesh, on_all_devices
+from uss_jax.training.optim import adamw_amsgrad
+from uss_jax.training.state import TrainState, create_state
+
+OPTIMIZER = adamw_amsgrad(1e-3)
+POSITION = {"seed": 3, "global_batch": 8, "index_digest": "abc", "examples_seen": 40}
+
+
+def _state(seed=0, width=3, devices=8, extra=()):
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    params = {"net": {"kernel": draw(2, width), **{name: draw(1) for name in extra}}, "query": {}}
+    state = create_state(params, {"net": {"mean": draw(width)}, "query": {}}, OPTIMIZER)
+    grads = jax.tree.map(jnp.ones_like, state.params)
+    _, opt_state = OPTIMIZER.update(grads, state.opt_state, state.params)
+    state = TrainState(jnp.int32(5), params, state.batch_stats, opt_state)
+    return on_all_devices(state, make_mesh(jax.devices()[:devices]))
+
+
+def _write(directory, *steps, **state):
+    with Checkpoints(directory, keep=2) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, _state(**state), POSITION)
+    return directory
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_restored_bitwise_by_another_process_and_on_another_mesh(tmp_path, devices):
+    _write(tmp_path / "c", 5)
+    like = _state(seed=1, devices=devices)
+    with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+        assert checkpoints.latest_step == 5
+        assert checkpoints.position(5) == POSITION
+        restored = checkpoints.restore(5, like)
+    assert jax.tree.structure(restored) == jax.tree.structure(like)
+    for found, saved, wanted in zip(*map(jax.tree.leaves, (restored, _state(), like)), strict=True):
+        np.testing.assert_array_equal(found, saved)
+        assert found.dtype == saved.dtype
+        assert found.sharding == wanted.sharding
+
+
+def test_the_newest_are_kept(tmp_path):
+    _write(tmp_path / "c", 1, 2, 3, 4)
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["3", "4"]
+    assert latest_step(tmp_path / "c") == 4
+
+
+def test_reading_items_needs_no_model(tmp_path):
+    _write(tmp_path / "c", 5)
+    with Checkpoints(tmp_path / "c", keep=None) as checkpoints:
+        params = checkpoints.read(5, "params")
+    np.testing.assert_array_equal(params["net"]["kernel"], _state().params["net"]["kernel"])
+    assert isinstance(params["net"]["kernel"], np.ndarray)
+
+
+def test_a_folder_without_checkpoints_has_no_latest_step(tmp_path):
+    assert latest_step(tmp_path / "nowhere") is None
+    assert not (tmp_path / "nowhere").exists()
+    assert latest_step(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"width": 4}, r"params/net/kernel is \(2, 3\), the config's model has \(2, 4\)"),
+        ({"extra": ["gain"]}, "params/net/gain is missing, the config's model has"),
+    ],
+)
+def test_another_model_names_the_first_differing_entry(tmp_path, other, said):
+    _write(tmp_path / "c", 5)
+    with (
+        Checkpoints(tmp_path / "c", keep=2) as checkpoints,
+        pytest.raises(UserError, match=f"step 5 is of another model: {said}"),
+    ):
+        checkpoints.restore(5, _state(**other))
+
+
+def test_what_a_kill_left_half_written_is_passed_over_and_cleared_by_the_next_run(tmp_path):
+    _write(tmp_path / "c", 5)
+    half = tmp_path / "c" / "6.orbax-checkpoint-tmp"
+    (half / "params").mkdir(parents=True)
+    assert latest_step(tmp_path / "c") == 5
+    assert half.exists()  # a reader leaves the run's files alone
+    _write(tmp_path / "c", 6)
+    assert latest_step(tmp_path / "c") == 6
+    assert not half.exists()
+
+
+def _truncate_all(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert files
+    for path in files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _remove_all(folder):
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+
+
+@pytest.mark.parametrize("damage", [_truncate_all, _remove_all])
+@pytest.mark.parametrize("item", ["params", "opt_state", "position"])
+def test_damage_is_said_with_what_to_do(tmp_path, damage, item):
+    damage(_write(tmp_path / "c", 5) / "5" / item)
+    with (
+        Checkpoints(tmp_path / "c", keep=2) as checkpoints,
+        pytest.raises(UserError, match="c/5 is damaged; move it away"),
+    ):
+        _ = checkpoints.position(5), checkpoints.restore(5, _state())
+
+
+def test_trees_come_back_and_replace_each_other(tmp_path):
+    for seed in (0, 1):
+        tree = {
+            "params": {"a": np.random.default_rng(seed).random(3, np.float32)},
+            "batch_stats": {},
+        }
+        save_tree(tmp_path / "tree", tree)
+        loaded = load_tree(tmp_path / "tree")
+        jax.tree.map(np.testing.assert_array_equal, loaded, tree)
+        assert loaded.keys() == tree.keys()
+
+
+@pytest.mark.parametrize("damage", [_truncate_all, _remove_all])
+def test_a_damaged_tree_is_one_sentence(tmp_path, damage):
+    save_tree(tmp_path / "tree", {"params": {"a": np.zeros(3)}})
+    damage(tmp_path / "tree")
+    with pytest.raises(UserError, match="tree is not a readable set of parameters"):
+        load_tree(tmp_path / "tree")

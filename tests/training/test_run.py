@@ -1,0 +1,195 @@
+"""Runs that stop and go on, through `uss-jax train` and `train-tagger`."""
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from tests.tiny import (
+    CONFIGS,
+    noise,
+    tagger_variables,
+    train_words,
+    write_place,
+    write_records,
+    write_tagger,
+)
+from uss_jax.cli.main import main
+from uss_jax.training import run
+from uss_jax.training.bundle import read_bundle
+from uss_jax.training.checkpoints import Checkpoints, latest_step
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+LIGHT = {"anchors.source": "random", "query.kind": "one_hot"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return write_place(tmp_path_factory.mktemp("train"))
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Makes the next runs end as by Ctrl-C when they ask for a batch after so many."""
+
+    def after(count):
+        def batches(*args, _read=run.batches, **kwargs):
+            yield from itertools.islice(_read(*args, **kwargs), count)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(run, "batches", batches)
+
+    return after
+
+
+def _state(workdir, step):
+    items = ("params", "batch_stats", "opt_state")
+    with Checkpoints(workdir / "checkpoints", keep=None) as checkpoints:
+        return {item: checkpoints.read(step, item) for item in items}, checkpoints.position(step)
+
+
+def _lines(workdir):
+    """The metrics, less those that a clock gives."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    clocks = ("steps_per_second", "input_wait_share")
+    return [{k: v for k, v in line.items() if k not in clocks} for line in lines]
+
+
+def _require_same_run(found, wanted, steps):
+    assert _lines(found) == _lines(wanted)
+    assert [line["step"] for line in _lines(found)] == list(range(1, steps + 1))
+    (state, position), (wanted_state, wanted_position) = (_state(w, steps) for w in (found, wanted))
+    assert position == wanted_position
+    assert jax.tree.structure(state) == jax.tree.structure(wanted_state)
+    jax.tree.map(np.testing.assert_array_equal, state, wanted_state)
+
+
+@pytest.fixture(scope="module")
+def whole(place, tmp_path_factory):
+    """Workdir of a separator's run of four steps."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    assert main(train_words("resunet30.py", place, workdir)) == 0
+    return workdir
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("config", ["resunet30.py", "tagger_cnn14.py"])
+def test_an_interrupted_run_goes_on_bit_exactly(
+    place, whole, tmp_path, interrupt, monkeypatch, config, capsys
+):
+    words = train_words(config, place, tmp_path / "broken")
+    if config != "resunet30.py":
+        whole = tmp_path / "whole"
+        assert main(train_words(config, place, whole)) == 0
+    with monkeypatch.context():
+        interrupt(3)
+        assert main(words) == 130
+    assert latest_step(tmp_path / "broken" / "checkpoints") == 2
+    assert [line["step"] for line in _lines(tmp_path / "broken")] == [1, 2, 3]
+    monkeypatch.undo()
+    assert main(words) == 0
+    assert "resuming after step 2" in capsys.readouterr().out
+    _require_same_run(tmp_path / "broken", whole, steps=4)
+
+
+def test_a_finished_run_has_nothing_to_do(place, whole, capsys):
+    before = (whole / "metrics.jsonl").read_bytes()
+    assert main(train_words("resunet30.py", place, whole)) == 0
+    assert "resuming after step 4" in capsys.readouterr().out
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("config", "changed", "said"),
+    [
+        ("resunet30.py", {"separator.channels": (4, 6)}, "separator.channels=[4, 4], not [4, 6]"),
+        ("resunet30.py", {"separator.hop_samples": 32}, "separator.hop_samples=64, not 32"),
+        ("resunet30.py", {"query.kind": "one_hot"}, "query.kind=soft, not one_hot"),
+        ("resunet30.py", {"anchors.source": "random"}, "sed={...}, not None"),
+        ("resunet30.py", {"seed": 5}, "--config.seed=1234 or start in a new workdir"),
+        ("resunet30.py", {"global_batch": 16}, "--config.global_batch=8 or start in a new workdir"),
+        ("tagger_cnn14.py", {}, "kind=separator, not tagger"),
+    ],
+)
+def test_a_run_goes_on_only_as_it_was_started(place, whole, capsys, config, changed, said):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
+    assert main(train_words(config, place, whole, {**changed, "total_steps": 6})) == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
+
+
+def test_changed_records_are_refused(whole, place, tmp_path, capsys):
+    write_records(tmp_path / "records", "train", [("other", noise(9, 1.0), [3])])
+    changed = {"data.records": tmp_path / "records", "total_steps": 6}
+    assert main(train_words("resunet30.py", place, whole, changed)) == 1
+    assert "the records have changed since this run was started" in capsys.readouterr().err
+
+
+def test_a_resumed_run_needs_its_source_bundles_no_longer(whole, place, interrupt, capsys):
+    interrupt(0)
+    changed = {"sed_bundle": "nowhere", "query_bundle": "", "total_steps": 6}
+    assert main(train_words("resunet30.py", place, whole, changed)) == 130
+    assert "resuming after step 4" in capsys.readouterr().out
+
+
+def test_before_the_first_checkpoint_a_start_is_a_fresh_one(place, tmp_path, interrupt):
+    write_tagger(tmp_path / "other", seed=7)
+    interrupt(0)
+    for changed, seed in (({}, 0), ({"sed_bundle": tmp_path / "other", "seed": 5}, 7)):
+        assert main(train_words("resunet30.py", place, tmp_path / "run", changed)) == 130
+        frozen = read_bundle(tmp_path / "run").variables("sed")
+        jax.tree.map(np.testing.assert_array_equal, frozen, tagger_variables(seed))
+
+
+def _start(words, cache):
+    environment = {
+        **os.environ,
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "uss_jax.cli.main", *words],
+        cwd=CONFIGS.parent,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _count_lines(workdir):
+    path = workdir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.mark.long
+def test_a_killed_run_goes_on_bit_exactly(place, tmp_path):
+    """Kills at any moment: checkpoints are being written nearly all the time."""
+    changed = {**LIGHT, "total_steps": 24, "checkpoint_every_steps": 1, "keep_checkpoints": 2}
+    command = lambda name: train_words("resunet30.py", place, tmp_path / name, changed)  # noqa: E731
+    moments = random.Random()
+    for lines in (1, 8):
+        process = _start(command("killed"), tmp_path / "cache")
+        while _count_lines(tmp_path / "killed") < lines and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        assert process.communicate()[1] is not None
+        assert process.returncode == -signal.SIGKILL
+    for name in ("killed", "whole"):
+        process = _start(command(name), tmp_path / "cache")
+        assert process.communicate()[1] == ""
+        assert process.returncode == 0
+    _require_same_run(tmp_path / "killed", tmp_path / "whole", steps=24)
+    assert sorted(p.name for p in (tmp_path / "killed" / "checkpoints").iterdir()) == ["23", "24"]

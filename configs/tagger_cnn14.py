@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
     config.data.threads = 8
 
     config.tagger = ConfigDict()
+    config.tagger.net = "cnn14"
     config.tagger.n_fft = 1024
     config.tagger.hop_samples = 320
     config.tagger.mel_bins = 64

@@ -2,7 +2,8 @@
 
 The four recipes of bytedance/uss (32 kHz mono, 2 sources, L1 on the waveform, AdamW with amsgrad,
 batch 16 on each device there). The paper reports 5.57 dB SDRi on AudioSet with condition=soft and
-data=full, after 1 M steps.
+data=full, after 1 M steps. `query=htsat` and `sed=htsat` take HTS-AT instead of PANNs' nets for
+conditions and for anchors.
 
     uss-jax train --config configs/resunet30.py:condition=soft,data=full --workdir runs/soft \
         --config.data.records=/data/audioset/1.0.0 --config.sed_bundle=bundles/sed \
@@ -12,14 +13,23 @@ data=full, after 1 M steps.
 from ml_collections import ConfigDict
 
 SPLITS = {"balanced": "balanced_train", "full": "full_train"}
+CHOICES = {
+    "condition": ("soft", "embedding"),
+    "data": ("full", "balanced"),
+    "query": ("cnn14", "htsat"),
+    "sed": ("cnn14", "htsat"),
+}
 
 
 def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
-    """The config; `argument` chooses the condition and the data."""
-    chosen = dict(part.split("=") for part in argument.split(","))
-    condition, data = chosen.pop("condition", "soft"), chosen.pop("data", "full")
-    if chosen or condition not in ("soft", "embedding") or data not in SPLITS:
-        raise ValueError(f"{argument!r}: expected condition=soft|embedding,data=balanced|full")
+    """The config; `argument` chooses the condition, the data and the frozen nets."""
+    chosen = {name: values[0] for name, values in CHOICES.items()}
+    for part in argument.split(","):
+        name, _, value = part.partition("=")
+        if value not in CHOICES.get(name, ()):
+            expected = ",".join(f"{name}={'|'.join(values)}" for name, values in CHOICES.items())
+            raise ValueError(f"{argument!r}: expected {expected}")
+        chosen[name] = value
 
     config = ConfigDict()
     config.seed = 1234
@@ -31,14 +41,16 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.records = ""  # the folder that `prepare` or `index` wrote
-    config.data.split = SPLITS[data]
+    config.data.split = SPLITS[chosen["data"]]
     config.data.order = "balanced"  # or "uniform" over clips
     config.data.clip_seconds = 10.0
     config.data.threads = 16
 
-    # Frozen nets: bundles or workdirs of taggers.
+    # Frozen nets: bundles or workdirs of taggers, and which net each holds.
     config.sed_bundle = ""
+    config.sed_net = chosen["sed"]
     config.query_bundle = ""
+    config.query_net = chosen["query"]
 
     config.anchors = ConfigDict()
     config.anchors.source = "device"  # the detector inside the step; or "random"
@@ -50,7 +62,7 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
     config.mixing.match_energy = True
 
     config.query = ConfigDict()
-    config.query.kind = condition
+    config.query.kind = chosen["condition"]
     config.query.finetune = False
     config.query.adaptor_width = 0  # 0 for none
     config.query.adaptor_hidden = 2048

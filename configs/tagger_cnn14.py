@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
     config.data.threads = 8
 
     config.tagger = ConfigDict()
+    config.tagger.net = "cnn14"
     config.tagger.n_fft = 1024
     config.tagger.hop_samples = 320
     config.tagger.mel_bins = 64
@@ -48,6 +49,7 @@ def get_config() -> ConfigDict:
     config.spec_augment.mel_width = 8
     config.spec_augment.mel_stripes = 2
 
+    config.optimizer = "adamw_amsgrad"  # or "adamw"
     config.weight_decay = 0.0
     config.schedule = ConfigDict()
     config.schedule.name = "constant_warm_up"

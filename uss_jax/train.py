@@ -8,8 +8,8 @@ import jax
 from ml_collections import ConfigDict
 
 from uss_jax.errors import UserError
-from uss_jax.models.cnn14 import Cnn14DecisionLevelMax
 from uss_jax.models.query import KINDS, QueryNet
+from uss_jax.models.tagging import TaggingNet
 from uss_jax.training import nets, run
 from uss_jax.training.bundle import Bundle, read_bundle
 from uss_jax.training.checkpoints import latest_step, save_tree
@@ -106,7 +106,7 @@ def _check(config: ConfigDict) -> None:
 
 def _condition_nets(
     config: ConfigDict, workdir: pathlib.Path
-) -> tuple[Cnn14DecisionLevelMax | None, QueryNet, dict[str, Any], dict[str, Any]]:
+) -> tuple[TaggingNet | None, QueryNet, dict[str, Any], dict[str, Any]]:
     """The detector, the query net, the variables that stay and the query's that train.
 
     At the start the frozen nets are copied into the workdir; once there is a checkpoint, the copies
@@ -115,6 +115,7 @@ def _condition_nets(
     sed, frozen = None, {}
     if config.anchors.source == "device":
         sed, frozen["sed"] = _source_bundle(config, workdir, "sed").sed()
+        _check_net(sed, "sed", config)
         _check_rate(sed.sample_rate, config, "sed_bundle")
         _keep(workdir, "sed", frozen["sed"])
 
@@ -124,6 +125,7 @@ def _condition_nets(
         source, variables = bundle.query()
         if source.tagger is None:
             raise UserError(f"{bundle.path} has no tagging net: its conditions are one_hot")
+        _check_net(source.tagger, "query", config)
         model = nets.fields_of(source.tagger)
         _check_rate(source.tagger.sample_rate, config, "query_bundle")
         tagger = {item: {"tagger": variables[item]["tagger"]} for item in variables}
@@ -156,6 +158,15 @@ def _source_bundle(config: ConfigDict, workdir: pathlib.Path, part: str) -> Bund
 def _keep(workdir: pathlib.Path, part: str, variables: dict[str, Any]) -> None:
     if latest_step(workdir / "checkpoints") is None:
         save_tree(workdir / "frozen" / part, variables)
+
+
+def _check_net(net: TaggingNet, part: str, config: ConfigDict) -> None:
+    found, wanted = nets.fields_of(net)["net"], config[f"{part}_net"]
+    if found != wanted:
+        raise UserError(
+            f"config.{part}_bundle holds the net {found}, config.{part}_net is {wanted}; give "
+            f"another bundle or --config.{part}_net={found}"
+        )
 
 
 def _check_rate(found: int, config: ConfigDict, name: str) -> None:

@@ -3,16 +3,16 @@
 import os
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from uss_jax.errors import UserError
+from uss_jax.models.tagging import TaggingNet
 from uss_jax.training import nets, run
 from uss_jax.training.mesh import make_mesh
-from uss_jax.training.optim import adamw_amsgrad, make_schedule
+from uss_jax.training.optim import OPTIMIZERS, make_schedule
 from uss_jax.training.state import create_state
 from uss_jax.training.step import make_tagging_step
-
-OUTPUTS = ("clipwise", "tagging")
 
 
 def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
@@ -22,7 +22,7 @@ def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
     trained parameters.
 
     Args:
-      config: see configs/tagger_cnn14.py, where every key is said.
+      config: see configs/tagger_cnn14.py and tagger_htsat.py, where every key is said.
       workdir: config, checkpoints and metrics go there.
 
     Raises:
@@ -31,15 +31,19 @@ def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
     # Devices, optimiser and records. Mixup blends two clips into one, so twice the batch is read.
     mesh = make_mesh()
     run.check(config)
-    if not config.outputs or not set(config.outputs) <= set(OUTPUTS):
-        raise UserError(f"config.outputs is {config.outputs}, expected some of {OUTPUTS}")
-    optimizer = adamw_amsgrad(make_schedule(**config.schedule), config.weight_decay)
+    if config.optimizer not in OPTIMIZERS:
+        raise UserError(
+            f"config.optimizer is {config.optimizer!r}, expected {' or '.join(OPTIMIZERS)}"
+        )
+    schedule = make_schedule(**config.schedule)
+    optimizer = OPTIMIZERS[config.optimizer](schedule, config.weight_decay)
     workdir = run.open_workdir(workdir)
     records = run.open_records(config.data, config.sample_rate, config.seed)
     clips_per_step = config.global_batch * (1 if config.mixup_alpha is None else 2)
 
     # The net.
     tagger = nets.build_sed({**config.tagger, "sample_rate": config.sample_rate})
+    _check_outputs(config, tagger)
     key = jax.random.key(config.seed)
     variables = nets.init(tagger, key)
     state = create_state(
@@ -72,3 +76,14 @@ def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
         clips_per_step=clips_per_step,
         labels=True,
     )
+
+
+def _check_outputs(config: ConfigDict, tagger: TaggingNet) -> None:
+    second = np.zeros((1, tagger.sample_rate), np.float32)
+    given, _ = jax.eval_shape(tagger.init_with_output, jax.random.key(0), second)
+    known = [name for name, value in given.items() if value.shape == (1, tagger.classes)]
+    if not config.outputs or set(config.outputs) - set(known):
+        raise UserError(
+            f"config.outputs is {tuple(config.outputs)}; probabilities of a clip that this net "
+            f"gives are {', '.join(known)}"
+        )

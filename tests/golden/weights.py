@@ -25,6 +25,10 @@ All arithmetic is in float64 and rounded to float32 once. Kinds:
     stft_real, stft_imag, istft_real, istft_imag, ola_window, mel:RATE:FMIN:FMAX
                    fixed buffers: DFT kernels with a periodic Hann window, the squared window, and
                    Slaney's mel filters
+    rel_index:W    which row of the bias table belongs to two tokens of a W x W window, int64
+    attn_mask:H:W:WIN:SHIFT
+                   0 for two tokens of a WIN x WIN window of the H x W grid that were neighbours
+                   before the grid was rolled by SHIFT, -100 for others
 """
 
 import functools
@@ -34,7 +38,10 @@ import zlib
 
 import numpy as np
 
-FIXED_KINDS = ("stft_real", "stft_imag", "istft_real", "istft_imag", "ola_window", "mel")
+FIXED_KINDS = (
+    *("stft_real", "stft_imag", "istft_real", "istft_imag", "ola_window", "mel"),
+    *("rel_index", "attn_mask"),
+)
 
 SMOOTH_FILTER = {
     "name": "anchor_segment_detector.anchor_segment_scorer.smooth_filter",
@@ -100,8 +107,38 @@ def mel_matrix(sample_rate: float, n_fft: int, bands: int, f_min: float, f_max: 
     return filters.T
 
 
+def relative_index(window: int) -> np.ndarray:
+    """Row of the bias table for each pair of a window's tokens, [window**2, window**2].
+
+    The row numbers the vertical and horizontal distance, each shifted to begin at 0.
+    """
+    place = np.indices((window, window)).reshape(2, -1)
+    down, right = place[:, :, None] - place[:, None, :] + window - 1
+    return down * (2 * window - 1) + right
+
+
+def shift_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
+    """The mask of a shifted grid's windows, [windows, window**2, window**2].
+
+    Along each axis the roll brings the first `shift` rows to the end, so that the last window holds
+    rows of both ends of the grid, which may not see each other.
+    """
+
+    def side(n: int) -> np.ndarray:
+        return np.searchsorted([n - window, n - shift], np.arange(n), side="right")
+
+    side_of_token = side(height)[:, None] * 3 + side(width)
+    rows = side_of_token.reshape(height // window, window, width // window, window)
+    rows = rows.swapaxes(1, 2).reshape(-1, window * window)
+    return np.where(rows[:, :, None] == rows[:, None, :], 0.0, -100.0)
+
+
 def fixed_buffer(shape: tuple[int, ...], kind: str, *arguments: str) -> np.ndarray:
-    """A buffer that is a formula, float32."""
+    """A buffer that is a formula, float32 (an index: int64)."""
+    if kind == "rel_index":
+        return relative_index(int(arguments[0])).astype(np.int64)
+    if kind == "attn_mask":
+        return shift_mask(*map(int, arguments)).astype(np.float32)
     if kind in ("stft_real", "stft_imag"):
         rows, _, n_fft = shape
         angle = dft_angle(n_fft, rows)
@@ -168,9 +205,10 @@ def build_state_dict(layout: str, salt: str = "dev", fixed: bool = True) -> dict
 
     Args:
       layout: "cnn14", "cnn14_decision_level_max", "resunet30_cond527", "resunet30_cond2048",
-        "resunet30_cond527_stereo", "lit_separation_cond527" or "lit_separation_cond2048".
+        "resunet30_cond527_stereo", "lit_separation_cond527", "lit_separation_cond2048", "htsat" or
+        "htsat_2048d".
       salt: the first part of every seed string; the reference numbers were made with "dev".
-      fixed: False leaves out the formula buffers (DFT kernels, windows, mel filters).
+      fixed: False leaves out the formula buffers (DFT kernels, windows, mel filters, masks).
     """
     return {
         t["name"]: make_tensor(t["source_name"], t["shape"], t["kind"], salt, t["model"])

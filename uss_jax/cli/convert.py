@@ -1,18 +1,23 @@
-"""Makes a bundle of PyTorch checkpoints: PANNs' tagging nets, or bytedance/uss.
+"""Makes a bundle of PyTorch checkpoints: PANNs' tagging nets, HTS-AT, or bytedance/uss.
 
 IN is one file, or two: a tagging net and a detector, which share the bundle then. A USS checkpoint
 holds its separator, query net and detector and becomes a separator bundle; PANNs' Cnn14 and
-Cnn14_DecisionLevelMax become a tagger bundle with a query net, a detector ("sed"), or both.
+Cnn14_DecisionLevelMax become a tagger bundle with a query net, a detector ("sed"), or both; HTS-AT
+becomes one in which it is both.
 
 Reading the files needs PyTorch (pip install 'uss-jax[torch]'), and runs nothing they name.
 """
 
 import argparse
+import dataclasses
 import pathlib
 
-KINDS = ("cnn14", "decision-level-max", "uss")
-_PANNS_LICENCE = "PANNs, https://zenodo.org/records/3987831: CC BY 4.0"
-_USS_LICENCE = "see the source of the checkpoint (bytedance/uss)"
+KINDS = ("cnn14", "decision-level-max", "htsat", "uss")
+_LICENCES = {
+    "cnn14": "PANNs, https://zenodo.org/records/3987831: CC BY 4.0",
+    "htsat": "see the source of the checkpoint (RetroCirce/HTS-Audio-Transformer)",
+    "uss": "see the source of the checkpoint (bytedance/uss)",
+}
 # The length of the reference's anchors, and of the segments it separates.
 _SEGMENT_SECONDS = 2.0
 
@@ -29,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "example:\n"
         "  uss-jax convert 'Cnn14_mAP=0.431.pth' 'Cnn14_DecisionLevelMax_mAP=0.385.pth' panns\n"
+        "  uss-jax convert HTSAT_AudioSet_Saved_1.ckpt htsat\n"
         "  uss-jax convert net.pth tagger --kind cnn14"
     )
 
@@ -70,6 +76,8 @@ def _guess_kind(path: str, state_dict: dict) -> str:
 
     if any(name.startswith(("ss_model.", "base.")) for name in state_dict):
         return "uss"
+    if any(name.endswith("tscam_conv.weight") for name in state_dict):
+        return "htsat"
     for start, kind in (("Cnn14_DecisionLevelMax", "decision-level-max"), ("Cnn14_mAP", "cnn14")):
         if pathlib.Path(path).name.startswith(start):
             return kind
@@ -81,8 +89,16 @@ def _guess_kind(path: str, state_dict: dict) -> str:
 
 def _convert(state_dict: dict, kind: str) -> dict:
     """Part of a bundle -> Converted."""
-    from uss_jax.weights.torch import convert_cnn14, convert_lightning, convert_resunet
+    from uss_jax.weights.torch import (
+        convert_cnn14,
+        convert_htsat,
+        convert_lightning,
+        convert_resunet,
+    )
 
+    if kind == "htsat":
+        both = convert_htsat(state_dict)
+        return {"query": dataclasses.replace(both, foreign={}), "sed": both}
     if kind != "uss":
         return {"query" if kind == "cnn14" else "sed": convert_cnn14(state_dict)}
     if any(name.startswith("base.") for name in state_dict):
@@ -93,23 +109,25 @@ def _convert(state_dict: dict, kind: str) -> dict:
 def _bundle_config(parts: dict) -> dict:
     """The bundle's config.json, less what `write_bundle` adds."""
     from uss_jax.errors import UserError
+    from uss_jax.training.nets import fields_of
 
-    taggers = [parts[name] for name in ("query", "sed") if name in parts]
-    rates = {part.fields["sample_rate"] for part in taggers} or {32000}
+    models = {name: fields_of(parts[name].build()) for name in ("query", "sed") if name in parts}
+    rates = {model["sample_rate"] for model in models.values()} or {32000}
     if len(rates) > 1:
         raise UserError(f"the nets are for different sample rates: {sorted(rates)} Hz")
     config = {
         "kind": "separator" if "separator" in parts else "tagger",
         "sample_rate": rates.pop(),
         "segment_seconds": _SEGMENT_SECONDS,
-        "licence": _USS_LICENCE if "separator" in parts else _PANNS_LICENCE,
     }
+    nets = {"uss"} if "separator" in parts else {model["net"] for model in models.values()}
+    config["licence"] = "; ".join(_LICENCES[net] for net in sorted(nets))
     if "separator" in parts:
         config["separator"] = parts["separator"].fields
     if "query" in parts:
-        config["query"] = {"kind": _query_kind(parts), "model": parts["query"].fields}
+        config["query"] = {"kind": _query_kind(parts), "model": models["query"]}
     if "sed" in parts:
-        config["sed"] = {"model": parts["sed"].fields}
+        config["sed"] = {"model": models["sed"]}
     return config
 
 
@@ -117,8 +135,8 @@ def _query_kind(parts: dict) -> str:
     """What of the query net the separator sees: told by the width of its condition."""
     from uss_jax.errors import UserError
 
-    fields = parts["query"].fields
-    widths = {fields["classes"]: "soft", fields["channels"][-1]: "embedding"}
+    net = parts["query"].build()
+    widths = {net.classes: "soft", net.embedding_width: "embedding"}
     if "separator" not in parts:
         return "soft"
     width = parts["separator"].fields["condition_width"]

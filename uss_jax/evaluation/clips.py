@@ -17,7 +17,7 @@ from uss_jax.data.metadata import read_sample_rate
 from uss_jax.data.pipeline import batches
 from uss_jax.data.tfrecord import ClipReader, load_index
 from uss_jax.errors import UserError
-from uss_jax.models.cnn14 import Cnn14DecisionLevelMax
+from uss_jax.models.tagging import TaggingNet
 from uss_jax.training.model import Model, Net
 from uss_jax.training.step import find_anchors
 
@@ -81,7 +81,7 @@ def batches_of(
 
 @functools.partial(jax.jit, static_argnames=("module", "segment_samples"))
 def anchors_of_batch(
-    module: Cnn14DecisionLevelMax | None,
+    module: TaggingNet | None,
     variables: Any,
     batch: dict[str, jax.Array],
     key: jax.Array,

@@ -4,17 +4,13 @@ Both have the same parameters; they differ in how time is pooled. Letters: `b` b
 `n` frames, `m` mel bands, `s` segments (frames after pooling), `k` classes, `e` embedding.
 """
 
-from collections.abc import Callable
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from uss_jax.audio.mel import log_mel
 from uss_jax.models.conv import Conv3x3
 from uss_jax.models.norm import BatchNorm
-
-Augment = Callable[[Array], Array]
+from uss_jax.models.tagging import Augment, front_end
 
 _INIT = nn.initializers.xavier_uniform()
 # Classes start as rare as they are: a clip of AudioSet has 2.6 of 527. PANNs starts them at 1/2 and
@@ -95,15 +91,7 @@ class Cnn14(nn.Module):
 
     def log_mel(self, waveform: Float[Array, "b t"]) -> Float[Array, "b n m"]:
         """The front end: mel power in dB; n = t // hop_samples + 1."""
-        return log_mel(
-            waveform,
-            sample_rate=self.sample_rate,
-            n_fft=self.n_fft,
-            hop_samples=self.hop_samples,
-            mel_bins=self.mel_bins,
-            f_min=self.f_min,
-            f_max=self.f_max,
-        )
+        return front_end(self, waveform)
 
     def features(
         self, mel: Float[Array, "b n m"], train: bool, augment: Augment | None
@@ -126,6 +114,16 @@ class Cnn14(nn.Module):
     def classify(self, embedding: Float[Array, "*b e"], train: bool) -> Float[Array, "*b k"]:
         """Probabilities of the classes."""
         return nn.sigmoid(self.fc_audioset(self.dropout(embedding, deterministic=not train)))
+
+    @property
+    def embedding_width(self) -> int:
+        """Width of the embedding."""
+        return self.channels[-1]
+
+    @property
+    def frame_hop_samples(self) -> int:
+        """Samples between the frames of the log-mel, and of a detector's `framewise`."""
+        return self.hop_samples
 
     @property
     def frame_stride(self) -> int:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from uss_jax.models.cnn14 import Cnn14
+from uss_jax.models.tagging import TaggingNet
 
 KINDS = ("one_hot", "soft", "embedding")
 _READ = {"soft": "clipwise", "embedding": "embedding"}
@@ -47,7 +47,7 @@ class QueryNet(nn.Module):
         no gradient.
     """
 
-    tagger: Cnn14 | None
+    tagger: TaggingNet | None
     kind: str
     classes: int = 527
     adaptor_width: int = 0

@@ -20,9 +20,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from uss_jax.errors import UserError
-from uss_jax.models.cnn14 import Cnn14DecisionLevelMax
 from uss_jax.models.query import QueryNet
 from uss_jax.models.resunet import ResUNet
+from uss_jax.models.tagging import TaggingNet
 from uss_jax.training import nets
 from uss_jax.training.checkpoints import (
     Checkpoints,
@@ -45,7 +45,8 @@ class Bundle:
     Attributes:
       path: its folder.
       config: `kind` (separator or tagger), `sample_rate` in Hz, `segment_seconds`, and a section
-        for each part with the fields of its net.
+        for each part with the fields of its net; those of a tagging net are under `model`, with its
+        name under `net`.
     """
 
     path: pathlib.Path
@@ -55,7 +56,7 @@ class Bundle:
         """The separator and its variables."""
         return self._built("separator", nets.build_separator, self._section("separator"))
 
-    def sed(self) -> tuple[Cnn14DecisionLevelMax, Variables]:
+    def sed(self) -> tuple[TaggingNet, Variables]:
         """The sound event detector and its variables."""
         return self._built("sed", nets.build_sed, self._section("sed")["model"])
 

@@ -82,7 +82,7 @@ class Model:
 
     @functools.cached_property
     def sed(self) -> Net:
-        """Cnn14DecisionLevelMax: waveform [b, t] to `clipwise`, `framewise` and more."""
+        """The detector, a tagging net: waveform [b, t] to `clipwise`, `framewise` and more."""
         module, variables = self._bundle.sed()
         return Net(module, jax.device_put(variables))
 

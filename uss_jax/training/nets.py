@@ -12,11 +12,21 @@ import numpy as np
 
 from uss_jax.errors import UserError
 from uss_jax.models.cnn14 import Cnn14, Cnn14DecisionLevelMax
+from uss_jax.models.htsat import HTSAT
 from uss_jax.models.query import KINDS, Adaptor, QueryNet
 from uss_jax.models.resunet import ResUNet
+from uss_jax.models.tagging import TaggingNet
 
 _DTYPES = ("float32", "bfloat16")
 Net = TypeVar("Net", bound=nn.Module)
+
+# The tagging nets by the name that a config gives them (`net`, cnn14 where it gives none): the
+# class that makes conditions and the one that detects. Both have the same variables.
+TAGGERS = {
+    "cnn14": {"query": Cnn14, "sed": Cnn14DecisionLevelMax},
+    "htsat": {"query": HTSAT, "sed": HTSAT},
+}
+_DEFAULT = "cnn14"
 
 
 def build(net: type[Net], fields: Mapping[str, Any], where: str) -> Net:
@@ -42,13 +52,14 @@ def build(net: type[Net], fields: Mapping[str, Any], where: str) -> Net:
 
 
 def fields_of(net: nn.Module) -> dict[str, Any]:
-    """The inverse of `build`: a net's fields, as JSON can hold them."""
+    """The inverse of `build` and `build_tagger`: a net's fields, as JSON can hold them."""
     fields = {f.name: getattr(net, f.name) for f in dataclasses.fields(net)}
-    return {
-        k: list(v) if isinstance(v, tuple) else v
-        for k, v in fields.items()
-        if k not in ("parent", "name")
-    }
+    names = [name for name, roles in TAGGERS.items() if type(net) in roles.values()]
+    content = {"net": names[0]} if names else {}
+    for name, value in fields.items():
+        if name not in ("parent", "name"):
+            content[name] = list(value) if isinstance(value, tuple) else value
+    return content
 
 
 def build_separator(fields: Mapping[str, Any]) -> ResUNet:
@@ -56,9 +67,29 @@ def build_separator(fields: Mapping[str, Any]) -> ResUNet:
     return build(ResUNet, fields, "separator")
 
 
-def build_sed(fields: Mapping[str, Any]) -> Cnn14DecisionLevelMax:
+def build_tagger(model: Mapping[str, Any], role: str, where: str) -> TaggingNet:
+    """A tagging net.
+
+    Args:
+      model: its name in TAGGERS under `net`, and its fields.
+      role: "query" or "sed".
+      where: name of the config section, for messages.
+    """
+    name = net_name(model)
+    if name not in TAGGERS:
+        raise UserError(f"{where}.net is {name!r}, expected {' or '.join(TAGGERS)}")
+    fields = {key: value for key, value in model.items() if key != "net"}
+    return build(TAGGERS[name][role], fields, where)
+
+
+def net_name(model: Mapping[str, Any]) -> str:
+    """The name of a tagging net in a config's or bundle's section."""
+    return model.get("net", _DEFAULT)
+
+
+def build_sed(model: Mapping[str, Any]) -> TaggingNet:
     """The sound event detector of a bundle's `sed.model` section."""
-    return build(Cnn14DecisionLevelMax, fields, "sed.model")
+    return build_tagger(model, "sed", "sed.model")
 
 
 def build_query(section: Mapping[str, Any], model: Mapping[str, Any] | None) -> QueryNet:
@@ -66,12 +97,12 @@ def build_query(section: Mapping[str, Any], model: Mapping[str, Any] | None) -> 
 
     Args:
       section: `kind` and the adaptor's fields, as in a config's `query` section.
-      model: fields of the tagging net; None for `one_hot`.
+      model: `net` and fields of the tagging net; None for `one_hot`.
     """
     fields = {k: v for k, v in section.items() if k != "model"}
     if fields.get("kind") not in KINDS:
         raise UserError(f"query.kind is {fields.get('kind')!r}, expected {', '.join(KINDS)}")
-    tagger = None if model is None else build(Cnn14, model, "query.model")
+    tagger = None if model is None else build_tagger(model, "query", "query.model")
     query = build(QueryNet, {**fields, "tagger": tagger}, "query")
     if query.shortcut and query.adaptor_width not in (0, width := _unadapted_width(query)):
         raise UserError(
@@ -89,11 +120,11 @@ def condition_width(query: QueryNet) -> int:
 
 def _unadapted_width(query: QueryNet) -> int:
     if query.kind == "embedding":
-        return query.tagger.channels[-1]
+        return query.tagger.embedding_width
     return query.classes if query.kind == "one_hot" else query.tagger.classes
 
 
-def layout(net: Cnn14 | ResUNet) -> Any:
+def layout(net: TaggingNet | ResUNet) -> Any:
     """Shapes of a net's variables."""
     try:
         return jax.eval_shape(net.init, jax.random.key(0), *_inputs(net))
@@ -101,16 +132,16 @@ def layout(net: Cnn14 | ResUNet) -> Any:
         raise UserError(f"{type(net).__name__}: {error}") from error
 
 
-def init(net: Cnn14 | ResUNet, key: jax.Array) -> dict[str, Any]:
-    """Fresh variables of a net (those of both pooling forms of a tagging net are the same)."""
+def init(net: TaggingNet | ResUNet, key: jax.Array) -> dict[str, Any]:
+    """Fresh variables of a net (those of a tagging net are the same in both roles)."""
     layout(net)
     # A hundred random draws that run once: optimising them takes ten times as long.
     quickly = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(net.init, compiler_options=quickly)(key, *_inputs(net))
 
 
-def _inputs(net: Cnn14 | ResUNet) -> tuple[np.ndarray, ...]:
-    if isinstance(net, Cnn14):
+def _inputs(net: TaggingNet | ResUNet) -> tuple[np.ndarray, ...]:
+    if not isinstance(net, ResUNet):
         return (np.zeros((1, net.sample_rate), np.float32),)
     samples = net.hop_samples * 2 ** (len(net.channels) - 1)
     waveform = np.zeros((1, net.audio_channels, samples), np.float32)

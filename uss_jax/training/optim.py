@@ -1,7 +1,8 @@
 """The reference's optimiser and learning-rate schedules, as optax transformations."""
 
 import inspect
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,17 @@ def adamw_amsgrad(
     )
 
 
+def adamw(
+    learning_rate: optax.ScalarOrSchedule, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+    """AdamW, betas 0.9 and 0.999, eps 1e-8."""
+    return optax.adamw(learning_rate, weight_decay=weight_decay)
+
+
+# The optimisers by the name that a tagger's config gives them.
+OPTIMIZERS = {f.__name__: f for f in (adamw_amsgrad, adamw)}
+
+
 def constant_warm_up(learning_rate: float, warm_up_steps: int) -> optax.Schedule:
     """x 0.001, x 0.01, x 0.1 for `warm_up_steps` each, then constant."""
 
@@ -89,9 +101,26 @@ def cosine(learning_rate: float, warm_up_steps: int, total_steps: int) -> optax.
     )
 
 
-def make_schedule(name: str, learning_rate: float, **arguments: int) -> optax.Schedule:
-    """The schedule a config names: `constant_warm_up`, `linear_warm_up` or `cosine`."""
-    schedules = {f.__name__: f for f in (constant_warm_up, linear_warm_up, cosine)}
+def stepped(
+    learning_rate: float, boundaries: Sequence[int], scales: Sequence[float]
+) -> optax.Schedule:
+    """x scales[i + 1] from step boundaries[i] on, x scales[0] before."""
+    if len(scales) != len(boundaries) + 1:
+        raise UserError(
+            f"config.schedule has {len(scales)} scales for {len(boundaries)} boundaries; "
+            "give one scale more than boundaries"
+        )
+
+    def schedule(step):
+        stage = jnp.sum(jnp.asarray(step)[..., None] >= jnp.asarray(boundaries), axis=-1)
+        return learning_rate * jnp.asarray(scales)[stage]
+
+    return schedule
+
+
+def make_schedule(name: str, learning_rate: float, **arguments: Any) -> optax.Schedule:
+    """The schedule a config names: the name of a function above."""
+    schedules = {f.__name__: f for f in (constant_warm_up, linear_warm_up, cosine, stepped)}
     if name not in schedules:
         raise UserError(f"config.schedule.name is {name!r}, expected {' or '.join(schedules)}")
     wanted = list(inspect.signature(schedules[name]).parameters)[1:]

@@ -13,9 +13,9 @@ from jaxtyping import Array, Float
 
 from uss_jax.anchors.detect import Anchors, choose_anchor, cut, random_begin, segment_loudness
 from uss_jax.anchors.mix import energy, mix
-from uss_jax.models.cnn14 import Cnn14DecisionLevelMax
 from uss_jax.models.query import QueryNet
 from uss_jax.models.resunet import ResUNet
+from uss_jax.models.tagging import TaggingNet
 from uss_jax.training.augment import add_noise, mixup, mixup_weights, spec_augment
 from uss_jax.training.losses import binary_cross_entropy
 from uss_jax.training.state import TrainState
@@ -31,7 +31,7 @@ def to_float(audio: Array) -> Array:
 
 
 def find_anchors(
-    sed: Cnn14DecisionLevelMax | None,
+    sed: TaggingNet | None,
     sed_variables: Any,
     batch: Batch,
     key: Array,
@@ -59,14 +59,14 @@ def find_anchors(
         loudness = None
         if min_dbfs is not None:
             loudness = segment_loudness(
-                clip, samples, segment_samples=segment_samples, hop_samples=sed.hop_samples
+                clip, samples, segment_samples=segment_samples, hop_samples=sed.frame_hop_samples
             )
         begin, score = choose_anchor(
             jnp.take_along_axis(framewise, index, axis=2)[:, :, 0],
             samples,
             clip_samples=clip.shape[1],
             segment_samples=segment_samples,
-            hop_samples=sed.hop_samples,
+            hop_samples=sed.frame_hop_samples,
             loudness=loudness,
             min_dbfs=0.0 if min_dbfs is None else min_dbfs,
         )
@@ -81,7 +81,7 @@ def find_anchors(
 def make_separation_step(
     separator: ResUNet,
     query: QueryNet,
-    sed: Cnn14DecisionLevelMax | None,
+    sed: TaggingNet | None,
     optimizer: optax.GradientTransformation,
     loss: Callable[[Array, Array], Float[Array, "b"]],
     *,
@@ -163,7 +163,7 @@ def make_separation_step(
 
 
 def make_tagging_step(
-    tagger: Cnn14DecisionLevelMax,
+    tagger: TaggingNet,
     optimizer: optax.GradientTransformation,
     *,
     outputs: tuple[str, ...],
@@ -176,8 +176,7 @@ def make_tagging_step(
     Args:
       tagger: the net.
       optimizer: its optimiser.
-      outputs: which probabilities to train, `clipwise` (decision-level maximum) and `tagging`
-        (pooled over time first); the loss is their mean.
+      outputs: which of the net's probabilities of a clip to train; the loss is their mean.
       mixup_alpha: blend pairs of the batch; None to leave them.
       spec_augment_stripes: arguments of `spec_augment`; None for none.
       noise: arguments of `add_noise`; None for none.

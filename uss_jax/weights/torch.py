@@ -1,8 +1,9 @@
-"""PyTorch state dicts of PANNs and of bytedance/uss to Flax variables and back, as tables of names.
+"""PyTorch state dicts of foreign checkpoints to Flax variables and back, as tables of names.
 
-The nets are the tagging net `Cnn14`, the detector `Cnn14_DecisionLevelMax` (the same tensors), the
-separator `ResUNet30` and its relatives with other widths and depths, and a whole training
-checkpoint that holds all three. Arrays only: `uss_jax.weights.unpickle` reads the files.
+The nets are PANNs' tagging net `Cnn14` and detector `Cnn14_DecisionLevelMax` (the same tensors),
+HTS-AT, which is both, the separator `ResUNet30` of bytedance/uss and its relatives with other
+widths and depths, and a whole training checkpoint that holds a separator and PANNs' nets. Arrays
+only: `uss_jax.weights.unpickle` reads the files.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from uss_jax.audio.mel import mel_matrix
 from uss_jax.audio.stft import hann_window
 from uss_jax.errors import UserError
 from uss_jax.models.cnn14 import Cnn14
+from uss_jax.models.htsat import HTSAT
 from uss_jax.models.resunet import ResUNet
 
 StateDict = dict[str, np.ndarray]
@@ -39,10 +41,15 @@ _NORM = {
 }
 _CONV = {"weight": ("params", "kernel", (2, 3, 1, 0)), "bias": ("params", "bias", (0,))}
 _DENSE = {"weight": ("params", "kernel", (1, 0)), "bias": ("params", "bias", (0,))}
+_LAYER_NORM = {"weight": ("params", "scale", (0,)), "bias": ("params", "bias", (0,))}
+_POSITIONS = {
+    "relative_position_bias_table": ("params", "relative_position_bias", (0, 1)),
+}
 
-# The porting tables: torch layer, Flax layer, what it holds. {i} counts levels and {j} the residual
-# blocks of a level, from 1; {k} is 1 or 2. A row without a counterpart in a given net (a shortcut
-# between equal widths, a bias of a convolution before a batch norm) does not apply to it.
+# The porting tables: torch layer, Flax layer, what it holds. {i} counts levels and {j} the blocks
+# of a level, from 1; so do {from0[i]} and {from0[j]}, from 0; {k} is 1 or 2. A row without a
+# counterpart in a given net (a shortcut between equal widths, a bias of a convolution before a
+# batch norm) does not apply to it.
 _CNN14_TABLE = (
     ("bn0", "bn0", _NORM),
     ("conv_block{i}.conv{k}", "conv_block{i}/conv{k}", _CONV),
@@ -78,6 +85,30 @@ _RESUNET_TABLE = (
     ("film.decoder_block{i}->beta1", "decoder_block{i}/film/shift", _DENSE),
     ("base.after_conv", "after_conv", _CONV),
 )
+_HTSAT_BLOCK = (
+    ("norm{k}", "norm{k}", _LAYER_NORM),
+    ("attn", "attention", _POSITIONS),
+    ("attn.qkv", "attention/qkv", _DENSE),
+    ("attn.proj", "attention/projection", _DENSE),
+    ("mlp.fc{k}", "fc{k}", _DENSE),
+)
+_HTSAT_TABLE = (
+    ("bn0", "bn0", _NORM),
+    ("patch_embed.proj", "patch_embedding", _CONV),
+    ("patch_embed.norm", "patch_embedding/norm", _LAYER_NORM),
+    *(
+        (
+            f"layers.{{from0[i]}}.blocks.{{from0[j]}}.{row[0]}",
+            f"stage{{i}}/block{{j}}/{row[1]}",
+            row[2],
+        )
+        for row in _HTSAT_BLOCK
+    ),
+    ("layers.{from0[i]}.downsample.norm", "stage{i}/merge_norm", _LAYER_NORM),
+    ("layers.{from0[i]}.downsample.reduction", "stage{i}/merge", _DENSE),
+    ("norm", "norm", _LAYER_NORM),
+    ("tscam_conv", "token_semantic", _CONV),
+)
 
 # Tensors that need no counterpart: counters, formulas, and layers that no forward pass uses.
 _CNN14_FOREIGN = re.compile(
@@ -87,6 +118,10 @@ _RESUNET_FOREIGN = re.compile(
     r".*\.num_batches_tracked|base\.i?stft\..*"
     r"|base\.decoder_block\d+\.bn2\..*|film\.decoder_block\d+->beta2\..*",
 )
+_HTSAT_FOREIGN = re.compile(
+    r".*\.num_batches_tracked|(spectrogram_extractor|logmel_extractor)\..*"
+    r"|layers\..*\.(relative_position_index|attn_mask)|head\.(weight|bias)",
+)
 _LIGHTNING_FOREIGN = ("anchor_segment_detector.anchor_segment_scorer.smooth_filter",)
 
 # What the arrays of a tagging net do not tell: the front ends that PANNs published, by n_fft.
@@ -95,6 +130,9 @@ _FRONT_ENDS = {
     512: dict(sample_rate=16000, hop_samples=160, f_min=50.0, f_max=8000.0),
     256: dict(sample_rate=8000, hop_samples=80, f_min=50.0, f_max=4000.0),
 }
+
+# HTS-AT's checkpoints name its tensors under this.
+HTSAT_PREFIX = "sed_model."
 
 # Parts of a whole checkpoint: part of a bundle -> prefix of its tensors.
 LIGHTNING_PREFIXES = {
@@ -109,14 +147,20 @@ class Converted:
     """A net from a foreign checkpoint.
 
     Attributes:
-      fields: keyword arguments of the Flax module.
+      module: the Flax module's class.
+      fields: its keyword arguments.
       variables: {"params": ..., "batch_stats": ...} of numpy arrays.
       foreign: the tensors without a counterpart, under their full names, as they were.
     """
 
+    module: type[nn.Module]
     fields: Fields
     variables: dict[str, Any]
     foreign: StateDict
+
+    def build(self) -> nn.Module:
+        """The Flax module."""
+        return self.module(**self.fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +172,7 @@ class Net:
       module: the Flax module.
       table: rows of (torch layer, Flax layer, what it holds).
       foreign: names of the tensors without a counterpart.
+      counts: levels, and blocks of the deepest of them, that the table's rows are repeated for.
       infer: fields of the module from a state dict.
       inputs: shapes of arguments to initialise a module with.
       formulas: names and values of fixed buffers that follow from the fields.
@@ -137,6 +182,7 @@ class Net:
     module: type[nn.Module]
     table: tuple[tuple[str, str, dict], ...]
     foreign: re.Pattern
+    counts: Callable[[Fields], tuple[int, int]]
     infer: Callable[[StateDict], Fields]
     inputs: Callable[[nn.Module], tuple[tuple[int, ...], ...]]
     formulas: Callable[[Fields], StateDict]
@@ -153,6 +199,15 @@ def convert_cnn14(state_dict: StateDict, fields: Fields | None = None) -> Conver
       UserError: lists every tensor that is missing, unexpected or misshapen.
     """
     return _finish(*_convert(CNN14, state_dict, "", fields))
+
+
+def convert_htsat(state_dict: StateDict, fields: Fields | None = None) -> Converted:
+    """HTS-AT, with or without `HTSAT_PREFIX`; arguments and errors as for `convert_cnn14`."""
+    prefix = HTSAT_PREFIX if any(name.startswith(HTSAT_PREFIX) for name in state_dict) else ""
+    members = {name: state_dict[name] for name in state_dict if name.startswith(prefix)}
+    converted, problems = _convert(_HTSAT, members, prefix, fields)
+    problems += [f"{name} is unexpected" for name in state_dict if name not in members]
+    return _finish(converted, problems)
 
 
 def convert_resunet(state_dict: StateDict, fields: Fields | None = None) -> Converted:
@@ -183,11 +238,16 @@ def state_dict_of(part: str, fields: Fields, variables: dict, prefix: str = "") 
 
     Args:
       part: "separator", "sed" or "query".
-      fields: the module's fields.
+      fields: the module's fields, or those in a bundle's config, with `net` and lists for tuples.
       variables: {"params": ..., "batch_stats": ...}.
       prefix: put before every name, such as `LIGHTNING_PREFIXES[part]`.
     """
-    net = _net_of(part)
+    net = _net_of(part, fields.get("net", "cnn14"))
+    fields = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in fields.items()
+        if name != "net"
+    }
     flat = flatten_dict(variables, sep="/")
     leaves = _leaves(net, fields, _shapes(net, fields))
     return {
@@ -196,8 +256,8 @@ def state_dict_of(part: str, fields: Fields, variables: dict, prefix: str = "") 
     }
 
 
-def _net_of(part: str) -> Net:
-    return RESUNET if part == "separator" else CNN14
+def _net_of(part: str, tagger: str = "cnn14") -> Net:
+    return RESUNET if part == "separator" else {"cnn14": CNN14, "htsat": _HTSAT}[tagger]
 
 
 def _finish(converted: Converted | None, problems: list[str]) -> Converted:
@@ -235,17 +295,17 @@ def _convert(
     problems += [f"{prefix}{name} is missing" for name in leaves if name not in plain]
     problems += [prefix + text for text in _wrong_formulas(net, fields, plain)]
     variables = {"params": {}, "batch_stats": {}} | unflatten_dict(flat, sep="/")
-    return Converted(fields, variables, foreign), problems
+    return Converted(net.module, fields, variables, foreign), problems
 
 
 def _leaves(net: Net, fields: Fields, paths: Collection[str]) -> Leaves:
     """Torch name -> (path of the Flax leaf, permutation), for all leaves that the net has."""
-    levels = range(1, len(fields["channels"]) + 1)
-    blocks = range(1, fields.get("blocks_per_level", 1) + 1)
+    levels, blocks = (range(1, count + 1) for count in net.counts(fields))
     leaves = {}
     for torch_layer, flax_layer, holds in net.table:
         for i, j, k in itertools.product(levels, blocks, (1, 2)):
-            index = dict(i=i, j=j, k=k, after=j + 1, centre=len(levels) + 1)
+            from0 = dict(i=i - 1, j=j - 1)
+            index = dict(i=i, j=j, k=k, from0=from0, after=j + 1, centre=len(levels) + 1)
             for leaf, (collection, flax_leaf, permutation) in holds.items():
                 path = f"{collection}/{flax_layer.format(**index)}/{flax_leaf}"
                 if path in paths:
@@ -278,7 +338,7 @@ def _wrong_formulas(net: Net, fields: Fields, state_dict: StateDict) -> Iterator
             )
 
 
-def _infer_cnn14(state_dict: StateDict) -> Fields:
+def _infer_front_end(state_dict: StateDict) -> Fields:
     n_fft = 1024
     if (kernel := state_dict.get("spectrogram_extractor.stft.conv_real.weight")) is not None:
         n_fft = kernel.shape[-1]
@@ -287,13 +347,28 @@ def _infer_cnn14(state_dict: StateDict) -> Fields:
             f"the tagging net has an STFT of {n_fft} samples, of which the sample rate is unknown; "
             f"known are {', '.join(map(str, _FRONT_ENDS))}"
         )
+    return dict(_FRONT_ENDS[n_fft], n_fft=n_fft, mel_bins=state_dict["bn0.weight"].size)
+
+
+def _infer_cnn14(state_dict: StateDict) -> Fields:
     levels = _count(state_dict, r"conv_block(\d+)\.")
     return dict(
-        _FRONT_ENDS[n_fft],
-        n_fft=n_fft,
-        mel_bins=state_dict["bn0.weight"].size,
+        _infer_front_end(state_dict),
         channels=tuple(state_dict[f"conv_block{i}.bn2.weight"].size for i in levels),
         classes=state_dict["fc_audioset.bias"].size,
+    )
+
+
+def _infer_htsat(state_dict: StateDict) -> Fields:
+    stages = range(len(_numbers(state_dict, r"layers\.(\d+)\.")))
+    positions = "layers.{}.blocks.0.attn.relative_position_bias_table"
+    return dict(
+        _infer_front_end(state_dict),
+        image_size=HTSAT.image_size,
+        token_width=state_dict["patch_embed.proj.bias"].size,
+        depths=tuple(len(_numbers(state_dict, rf"layers\.{i}\.blocks\.(\d+)\.")) for i in stages),
+        heads=tuple(state_dict[positions.format(i)].shape[1] for i in stages),
+        classes=state_dict["tscam_conv.bias"].size,
     )
 
 
@@ -319,8 +394,12 @@ def _infer_resunet(state_dict: StateDict) -> Fields:
 
 def _count(state_dict: StateDict, pattern: str) -> range:
     """1 .. the highest number that the pattern's group matches, at least 1."""
-    numbers = [int(m[1]) for m in (re.match(pattern, name) for name in state_dict) if m]
-    return range(1, max(numbers, default=1) + 1)
+    return range(1, max(_numbers(state_dict, pattern), default=1) + 1)
+
+
+def _numbers(state_dict: StateDict, pattern: str) -> set[int]:
+    """What the pattern's group matches."""
+    return {int(m[1]) for m in (re.match(pattern, name) for name in state_dict) if m}
 
 
 def _cosine_kernel(n_fft: int) -> np.ndarray:
@@ -329,7 +408,7 @@ def _cosine_kernel(n_fft: int) -> np.ndarray:
     return (np.cos(2 * np.pi * steps / n_fft) * hann_window(n_fft))[:, None]
 
 
-def _cnn14_formulas(fields: Fields) -> StateDict:
+def _front_end_formulas(fields: Fields) -> StateDict:
     front_end = ("sample_rate", "n_fft", "mel_bins", "f_min", "f_max")
     return {
         "spectrogram_extractor.stft.conv_real.weight": _cosine_kernel(fields["n_fft"]),
@@ -346,15 +425,27 @@ CNN14 = Net(
     Cnn14,
     _CNN14_TABLE,
     _CNN14_FOREIGN,
+    lambda fields: (len(fields["channels"]), 1),
     _infer_cnn14,
     lambda net: ((1, net.hop_samples * 2 ** len(net.channels)),),
-    _cnn14_formulas,
+    _front_end_formulas,
+)
+_HTSAT = Net(
+    "HTS-AT",
+    HTSAT,
+    _HTSAT_TABLE,
+    _HTSAT_FOREIGN,
+    lambda fields: (len(fields["depths"]), max(fields["depths"])),
+    _infer_htsat,
+    lambda net: ((1, net.n_fft),),
+    _front_end_formulas,
 )
 RESUNET = Net(
     "ResUNet",
     ResUNet,
     _RESUNET_TABLE,
     _RESUNET_FOREIGN,
+    lambda fields: (len(fields["channels"]), fields.get("blocks_per_level", 1)),
     _infer_resunet,
     lambda net: ((1, net.audio_channels, 2 * net.n_fft), (1, net.condition_width)),
     _resunet_formulas,

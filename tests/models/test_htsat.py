@@ -1,0 +1,237 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.golden.weights import relative_index, shift_mask
+from tests.tiny import random_variables
+from uss_jax.models.cnn14 import Cnn14, Cnn14DecisionLevelMax
+from uss_jax.models.htsat import (
+    HTSAT,
+    WindowAttention,
+    bicubic_matrix,
+    cut_windows,
+    fold,
+    join_windows,
+    relative_positions,
+    side_labels,
+    steps_of_frames,
+    view_frames,
+)
+from uss_jax.models.tagging import TaggingNet
+
+TINY = HTSAT(
+    sample_rate=8000,
+    n_fft=256,
+    hop_samples=80,
+    mel_bins=16,
+    f_max=4000.0,
+    image_size=64,
+    token_width=8,
+    depths=(2, 1),
+    heads=(2, 4),
+    classes=5,
+)
+CAPACITY = 256  # frames of its image
+QUICKLY = {"xla_backend_optimization_level": 0}  # what runs a few times only
+
+
+@pytest.fixture(scope="module")
+def variables():
+    variables = random_variables(TINY, (1, 8000))
+    variables["batch_stats"]["bn0"]["mean"][:] = -40.0  # dB, as log-mel is
+    variables["batch_stats"]["bn0"]["var"][:] = 400.0
+    return jax.tree.map(jnp.asarray, variables)
+
+
+def noise(samples, batch=1, seed=0):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(0.1 * rng.standard_normal((batch, samples)), jnp.float32)
+
+
+def quickly(net):
+    return jax.jit(net.apply, compiler_options=QUICKLY)
+
+
+def test_published_size_is_the_default():
+    variables = jax.eval_shape(HTSAT().init, jax.random.key(0), np.zeros((1, 32000), np.float32))
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == 29_963_431
+    assert HTSAT().embedding_width == 768
+    assert HTSAT(token_width=256).embedding_width == 2048
+    assert HTSAT().image_frames == 1024
+
+
+@pytest.mark.parametrize("net", [Cnn14(), Cnn14DecisionLevelMax(), HTSAT()])
+def test_every_tagging_net_keeps_the_protocol(net):
+    assert isinstance(net, TaggingNet)
+    waveform = np.zeros((2, 5 * net.sample_rate), np.float32)
+    given = jax.eval_shape(lambda x: net.init_with_output(jax.random.key(0), x)[0], waveform)
+    assert given["clipwise"].shape == (2, net.classes)
+    assert given["embedding"].shape == (2, net.embedding_width)
+    if "framewise" in given:
+        frames = waveform.shape[1] // net.frame_hop_samples + 1
+        assert given["framewise"].shape == (2, frames, net.classes)
+
+
+@pytest.mark.parametrize("frames", [40, CAPACITY + 45, 2 * CAPACITY + 70])
+def test_clips_of_any_length_are_tagged(variables, frames):
+    outputs = quickly(TINY)(variables, noise((frames - 1) * TINY.hop_samples, batch=2))
+    assert outputs["framewise"].shape == (2, frames, TINY.classes)
+    assert outputs["embedding"].shape == (2, TINY.embedding_width)
+    probabilities = np.asarray(outputs["framewise"])
+    assert probabilities.min() >= 0
+    assert probabilities.max() <= 1 + 1e-6
+    assert np.asarray(outputs["clipwise"]).std() > 1e-3
+
+
+def test_a_clip_and_its_repetition_are_the_same_image():
+    twice = view_frames(100, CAPACITY, True)[0]
+    np.testing.assert_array_equal(twice, np.tile(np.arange(100), 2))
+    np.testing.assert_array_equal(view_frames(100, CAPACITY, False)[0], np.arange(100))
+
+
+@pytest.mark.parametrize("frames", [1025, 1251, 1501, 2047, 2049])
+def test_long_clips_are_seen_in_three_views_that_reach_the_end(frames):
+    views = view_frames(frames, 1024, True)
+    length, step = (frames - 1) // 2, (frames - 1) // 4
+    assert [view[0] for view in views] == [0, step, 2 * step]
+    assert {len(view) for view in views} == {length}
+    assert frames - 1 - views[-1][-1] <= 4
+
+
+def test_longer_clips_are_seen_whole():
+    views = view_frames(7001, 1024, True)
+    assert {len(view) for view in views} == {1024}
+    np.testing.assert_array_equal(np.unique(np.concatenate(views)), np.arange(7001))
+
+
+@pytest.mark.parametrize("frames", [201, 1001, 1024, 1251, 1501, 3001])
+def test_every_frame_has_the_steps_that_show_it(frames):
+    shares = steps_of_frames(frames, 1024, 32, True)
+    np.testing.assert_allclose(shares.sum(axis=1), 1.0, rtol=1e-6)
+    if frames > 1024 or frames <= 512:
+        return
+    step = shares.argmax(axis=1)
+    assert set(shares.ravel()) == {0.0, 1.0}
+    assert step[0] == 0
+    assert step[-1] == 31
+    assert set(np.diff(step)) == {0, 1}
+
+
+@pytest.mark.parametrize("length", [201, 625, 1001, 1005, 1023])
+def test_stretch_is_torch_s_bicubic_interpolation(length):
+    torch = pytest.importorskip("torch")
+    x = np.random.default_rng(length).standard_normal((1, 1, length, 4)).astype(np.float32)
+    stretched = torch.nn.functional.interpolate(
+        torch.from_numpy(x), size=(1024, 4), mode="bicubic", align_corners=True
+    )
+    ours = bicubic_matrix(length, 1024) @ x[0, 0]
+    np.testing.assert_allclose(ours, stretched.numpy()[0, 0], atol=2e-6)
+
+
+def test_image_has_quarters_of_the_clip_below_each_other():
+    frames = np.arange(CAPACITY * 16).reshape(1, CAPACITY, 16).astype(np.float32)
+    image = np.asarray(fold(jnp.asarray(frames), 64))[0]
+    for quarter in range(4):
+        of_quarter = frames[0, 64 * quarter : 64 * (quarter + 1)]
+        np.testing.assert_array_equal(image[16 * quarter : 16 * (quarter + 1)], of_quarter.T)
+
+
+def test_windows_are_cut_row_by_row_and_joined_again():
+    grid = np.arange(2 * 16 * 16 * 3).reshape(2, 16, 16, 3).astype(np.float32)
+    windows = np.asarray(cut_windows(jnp.asarray(grid), 8))
+    assert windows.shape == (2, 4, 64, 3)
+    np.testing.assert_array_equal(windows[1, 1].reshape(8, 8, 3), grid[1, :8, 8:])
+    np.testing.assert_array_equal(join_windows(jnp.asarray(windows), 16), grid)
+
+
+def test_positions_and_labels_are_those_of_the_published_buffers():
+    np.testing.assert_array_equal(relative_positions(8), relative_index(8))
+    for side in (16, 32, 64):
+        labels = side_labels(side, 8, 4)
+        apart = labels[:, :, None] != labels[:, None, :]
+        np.testing.assert_array_equal(apart, shift_mask(side, side, 8, 4) < 0)
+
+
+def test_attention_is_that_of_a_loop_over_windows_and_heads():
+    net = WindowAttention(heads=2, window=4, dtype="float32")
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 4, 16, 6)).astype(np.float32)
+    labels = side_labels(8, 4, 2)
+    shapes = jax.eval_shape(lambda key: net.init(key, jnp.asarray(x), labels), jax.random.key(0))
+    variables = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype(np.float32), shapes)
+    params = variables["params"]
+    expected = np.empty_like(x)
+    index = relative_index(4)
+    for b in range(2):
+        for w in range(4):
+            qkv = x[b, w] @ params["qkv"]["kernel"] + params["qkv"]["bias"]
+            heads = []
+            for h in range(2):
+                q, k, v = (qkv[:, 6 * i + 3 * h : 6 * i + 3 * h + 3] for i in range(3))
+                logits = q @ k.T / np.sqrt(3) + params["relative_position_bias"][index, h]
+                logits = logits - 100.0 * (labels[w][:, None] != labels[w][None, :])
+                weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+                heads.append(weights / weights.sum(axis=1, keepdims=True) @ v)
+            y = np.concatenate(heads, axis=1)
+            expected[b, w] = y @ params["projection"]["kernel"] + params["projection"]["bias"]
+    np.testing.assert_allclose(
+        net.apply(variables, jnp.asarray(x), labels), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_nothing_is_gathered_but_each_block_s_bias(variables):
+    lowered = jax.jit(TINY.apply).lower(variables, noise(8000)).as_text()
+    assert lowered.count('"stablehlo.gather"') == sum(TINY.depths)
+    assert "stablehlo.while" not in lowered
+
+
+def test_bfloat16_stays_near_float32(variables):
+    exact = quickly(TINY)(variables, noise(20000, batch=3))
+    rounded = quickly(TINY.clone(dtype="bfloat16"))(variables, noise(20000, batch=3))
+    for name, value in exact.items():
+        assert rounded[name].dtype == jnp.float32
+        error = np.linalg.norm(rounded[name] - value) / np.linalg.norm(value)
+        assert 0 < error < 0.02, name  # a bfloat16 has 8 bits
+
+
+def test_float64_variables_compute_in_float64(variables):
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float64), variables)
+        waveform = jax.ShapeDtypeStruct((1, 20000), jnp.float64)
+        outputs = jax.eval_shape(TINY.apply, wide, waveform)
+        assert {str(value.dtype) for value in outputs.values()} == {"float64"}
+
+
+def test_training_drops_blocks_at_random_and_updates_statistics(variables):
+    net = TINY.clone(stochastic_depth=0.5)
+
+    def run(seed):
+        return net.apply(
+            variables,
+            noise(20000, batch=2),
+            train=True,
+            rngs={"augment": jax.random.key(seed)},
+            mutable=["batch_stats"],
+        )
+
+    run = jax.jit(run, compiler_options=QUICKLY)
+    (first, updates), (again, _), (other, _) = run(0), run(0), run(1)
+    np.testing.assert_array_equal(first["embedding"], again["embedding"])
+    assert np.abs(first["embedding"] - other["embedding"]).max() > 1e-3
+    mean = variables["batch_stats"]["bn0"]["mean"]
+    assert np.abs(updates["batch_stats"]["bn0"]["mean"] - mean).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(heads=(2,)), "1 heads for 2 stages"),
+        (dict(image_size=80), "20 tokens"),
+        (dict(heads=(3, 4)), "8 channels for 3 heads"),
+        (dict(mel_bins=24), "mel_bins 24"),
+    ],
+)
+def test_fields_that_do_not_fit_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(TINY.clone(**fields).init, jax.random.key(0), noise(8000))

@@ -1,0 +1,302 @@
+"""Everything that a tagging net serves works with each of them."""
+
+import json
+import pathlib
+import runpy
+
+import jax
+import numpy as np
+import pytest
+
+from tests.tiny import (
+    RATE,
+    SEGMENT,
+    SEGMENT_SECONDS,
+    TAGGER,
+    noise,
+    random_variables,
+    tone,
+    write_records,
+)
+from uss_jax.audio.files import write_wav
+from uss_jax.data.tfrecord import ClipReader, load_index
+from uss_jax.errors import UserError
+from uss_jax.evaluation.clips import Chosen, mine
+from uss_jax.evaluation.planted import evaluate_planted
+from uss_jax.evaluation.tagging import evaluate_tagging
+from uss_jax.models.cnn14 import Cnn14DecisionLevelMax
+from uss_jax.models.htsat import HTSAT
+from uss_jax.models.resunet import ResUNet
+from uss_jax.separation.queries import vector_of_recordings
+from uss_jax.train import train
+from uss_jax.train_tagger import train_tagger
+from uss_jax.training.bundle import read_bundle, write_bundle
+from uss_jax.training.losses import LOSSES
+from uss_jax.training.model import Model
+from uss_jax.training.nets import TAGGERS, build_query, build_sed, condition_width, fields_of
+from uss_jax.training.optim import adamw
+from uss_jax.training.state import create_state
+from uss_jax.training.step import make_separation_step, make_tagging_step
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+TINY_HTSAT = HTSAT(
+    sample_rate=RATE,
+    n_fft=256,
+    hop_samples=80,
+    mel_bins=16,
+    f_max=4000.0,
+    image_size=64,
+    token_width=8,
+    depths=(2, 1),
+    heads=(2, 4),
+)
+ONE_BLOCK = TINY_HTSAT.clone(depths=(1,), heads=(2,))  # for what compiles long
+NETS = {"cnn14": TAGGER, "htsat": TINY_HTSAT}
+LOW, HIGH = 10, 400  # two classes
+CLIPS, CLIP_SECONDS = 16, 2.0
+QUICKLY = {"xla_backend_optimization_level": 0}  # what runs a few times only
+
+
+def variables_of(net):
+    """Random variables whose probabilities differ between sounds."""
+    variables = random_variables(net, (1, RATE))
+    variables["batch_stats"]["bn0"]["mean"][:] = -40.0  # dB, as log-mel is
+    variables["batch_stats"]["bn0"]["var"][:] = 400.0
+    return variables
+
+
+def write_tagger(path, net):
+    model = {"model": fields_of(net)}
+    config = {"kind": "tagger", "sample_rate": RATE, "segment_seconds": SEGMENT_SECONDS}
+    variables = variables_of(net)
+    write_bundle(
+        path, {**config, "query": model, "sed": model}, {"query": variables, "sed": variables}
+    )
+    return path
+
+
+def sounds():
+    """Clips of a low or a high tone in noise, of other loudness and pitch each."""
+    rng, seconds = np.random.default_rng(0), CLIP_SECONDS
+    for i in range(CLIPS):
+        label = (LOW, HIGH)[i % 2]
+        hertz = rng.uniform(300, 500) if label == LOW else rng.uniform(2000, 3000)
+        amplitude = rng.uniform(0.1, 0.5)
+        yield f"clip{i}", tone(hertz, seconds, amplitude) + noise(i, seconds, 0.01), [label]
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("records")
+    write_records(directory, "train", list(sounds()))
+    return directory
+
+
+@pytest.fixture(scope="module", params=list(TAGGERS))
+def bundle(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("bundles") / request.param
+    return write_tagger(path, NETS[request.param])
+
+
+@pytest.fixture(params=list(TAGGERS))
+def name(request):
+    return request.param
+
+
+def test_a_bundle_says_which_net_it_holds(tmp_path, name):
+    opened = read_bundle(write_tagger(tmp_path / "bundle", NETS[name]))
+    assert opened.config["query"]["model"]["net"] == name
+    assert type(opened.query()[0].tagger) is TAGGERS[name]["query"]
+    assert type(opened.sed()[0]) is TAGGERS[name]["sed"]
+
+
+def test_a_section_without_a_name_is_cnn14_and_another_name_is_refused():
+    fields = fields_of(TAGGER)
+    assert fields.pop("net") == "cnn14"
+    assert build_sed(fields) == Cnn14DecisionLevelMax(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    )
+    with pytest.raises(UserError, match=r"sed\.model\.net is 'ast', expected cnn14 or htsat"):
+        build_sed({"net": "ast"})
+    with pytest.raises(UserError, match="HTSAT has no such field; did you mean depths"):
+        build_sed({"net": "htsat", "depth": (2, 2)})
+
+
+def test_records_are_tagged_and_mined(bundle, records):
+    model = Model(bundle)
+    reader = ClipReader(records, load_index(records, "train"))
+    figures = evaluate_tagging(model, reader)
+    assert [0 < row["map"] <= 1 for row in figures] == [True, True]
+
+    chosen = Chosen(np.arange(CLIPS), np.tile([LOW, HIGH], CLIPS // 2))
+    anchors = mine(reader, chosen, model.sed, SEGMENT)
+    assert (anchors.samples == SEGMENT).all()
+    assert (anchors.begin_sample % model.sed.module.frame_hop_samples == 0).all()
+    assert anchors.begin_sample.max() <= CLIP_SECONDS * RATE - SEGMENT
+
+
+def test_planted_events_are_looked_for(bundle, records):
+    reader = ClipReader(records, load_index(records, "train"))
+    rows = evaluate_planted(Model(bundle), reader, clips=8, seed=0)
+    assert len(rows) == 9
+    assert all(0 <= row["contain"] <= 1 for row in rows)
+
+
+def test_recordings_are_made_into_queries(name, tmp_path):
+    net = NETS[name]
+    separator = ResUNet(condition_width=net.embedding_width)
+    config = {
+        "kind": "separator",
+        "sample_rate": RATE,
+        "segment_seconds": SEGMENT_SECONDS,
+        "separator": fields_of(separator),
+        "query": {"kind": "embedding", "model": fields_of(net)},
+    }
+    write_bundle(tmp_path / "bundle", config, {"query": variables_of(net)})
+    write_wav(tmp_path / "query.wav", tone(400, 1.2)[None], RATE)
+    vector = vector_of_recordings(Model(tmp_path / "bundle"), tmp_path / "query.wav")
+    assert vector.shape == (net.embedding_width,)
+    assert np.isfinite(vector).all()
+
+
+@pytest.mark.long
+def test_a_separator_steps_with_it_as_query_net_and_detector(name):
+    net = NETS[name]
+    model = fields_of(net)
+    query = build_query({"kind": "embedding"}, model)
+    separator = ResUNet(
+        n_fft=128, hop_samples=64, channels=(4, 4), condition_width=condition_width(query)
+    )
+    optimizer = adamw(1e-2)
+    step = make_separation_step(
+        separator,
+        query,
+        build_sed(model),
+        optimizer,
+        LOSSES["l1_wav"],
+        segment_samples=SEGMENT,
+        sources=2,
+        group_size=4,
+        match_energy=True,
+        min_dbfs=-60.0,
+    )
+    fresh = random_variables(separator, (1, 1, 640), (1, net.embedding_width))
+    state = create_state(
+        {"separator": fresh["params"], "query": {}},
+        {"separator": fresh["batch_stats"], "query": {}},
+        optimizer,
+    )
+    tagger = variables_of(net)
+    frozen = {"sed": tagger, "query": {item: {"tagger": tagger[item]} for item in tagger}}
+    batch = {
+        "audio": np.stack([waveform for _, waveform, _ in sounds()][:4]),
+        "samples": np.full(4, CLIP_SECONDS * RATE, np.int32),
+        "class_index": np.array([LOW, HIGH, LOW, HIGH]),
+    }
+    step = jax.jit(step, compiler_options=QUICKLY)
+    losses = []
+    for _ in range(5):
+        state, metrics = step(state, frozen, batch, jax.random.key(0))
+        losses.append(float(metrics["loss"]))
+    assert int(state.step) == 5
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.long
+def test_a_separator_trains_by_the_shipped_config_with_htsat(records, tmp_path):
+    bundle = str(write_tagger(tmp_path / "htsat", ONE_BLOCK))
+    config = shipped("resunet30.py", "condition=embedding,query=htsat,sed=htsat")
+    config.total_steps = 1
+    config.global_batch = 8
+    config.mixing.group_size = 8
+    config.segment_seconds = SEGMENT_SECONDS
+    config.separator.n_fft = 128
+    config.separator.hop_samples = 64
+    config.separator.channels = (4, 4)
+    config.sed_bundle = config.query_bundle = bundle
+    config.data.records = str(records)
+    config.data.split = "train"
+    train(config, tmp_path / "run")
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written["separator"]["condition_width"] == ONE_BLOCK.embedding_width
+    assert written["sed"]["model"] == written["query"]["model"] == fields_of(ONE_BLOCK)
+    assert np.isfinite(losses(tmp_path / "run")).all()
+
+
+def test_a_bundle_of_another_net_than_the_config_s_is_refused(bundle, records, tmp_path):
+    other = next(name for name in TAGGERS if name != bundle.name)
+    config = shipped("resunet30.py", f"sed={other}")
+    config.sed_bundle = str(bundle)
+    config.data.records = str(records)
+    config.data.split = "train"
+    with pytest.raises(UserError, match=f"holds the net {bundle.name}, config.sed_net is {other}"):
+        train(config, tmp_path)
+
+
+@pytest.mark.long
+def test_htsat_trains_by_the_shipped_config(records, tmp_path):
+    config = shipped("tagger_htsat.py")
+    config.total_steps = 20
+    config.global_batch = 8
+    config.segment_seconds = SEGMENT_SECONDS
+    for field, value in fields_of(ONE_BLOCK).items():
+        if field in config.tagger:
+            config.tagger[field] = tuple(value) if isinstance(value, list) else value
+    config.schedule.learning_rate = 0.2  # of which the first epoch takes a twentieth
+    config.data.records = str(records)
+    config.data.split = "train"
+    train_tagger(config, tmp_path)
+    loss = losses(tmp_path)
+    assert loss[-1] < 0.1 * loss[0]
+    assert json.loads((tmp_path / "config.json").read_text())["sed"]["model"]["net"] == "htsat"
+
+
+@pytest.mark.long
+def test_htsat_learns_to_tell_two_sounds_from_noise():
+    net = TINY_HTSAT.clone(classes=2)
+    optimizer = adamw(1e-2)
+    step = make_tagging_step(
+        net, optimizer, outputs=("clipwise",), mixup_alpha=None, spec_augment_stripes=None
+    )
+    step = jax.jit(step, compiler_options=QUICKLY)
+    fresh = variables_of(net)
+    state = create_state({"tagger": fresh["params"]}, {"tagger": fresh["batch_stats"]}, optimizer)
+    _, waveforms, labels = zip(*sounds(), strict=True)
+    empty = [noise(CLIPS + i, CLIP_SECONDS, 0.01 * 2**i) for i in range(CLIPS // 2)]
+    batch = {
+        "audio": np.stack([*waveforms, *empty]),
+        "labels": np.array(
+            [[c in of for c in (LOW, HIGH)] for of in (*labels, *[[]] * len(empty))]
+        ),
+    }
+    losses = []
+    for _ in range(40):
+        state, metrics = step(state, {}, batch, jax.random.key(0))
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.02 * losses[0]
+
+
+def test_probabilities_that_a_net_does_not_give_are_refused(records, tmp_path):
+    config = shipped("tagger_htsat.py")
+    config.global_batch = 8
+    config.outputs = ("clipwise", "tagging")
+    config.tagger.depths = (1,)
+    config.tagger.heads = (2,)
+    config.data.records = str(records)
+    config.data.split = "train"
+    with pytest.raises(UserError, match=r"that this net gives are clipwise$"):
+        train_tagger(config, tmp_path)
+
+
+def shipped(file, *argument):
+    config = runpy.run_path(str(CONFIGS / file))["get_config"](*argument)
+    config.sample_rate = RATE
+    config.data.clip_seconds = CLIP_SECONDS
+    config.data.threads = 1
+    config.log_every_steps = 1
+    return config
+
+
+def losses(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return np.array([json.loads(line)["loss"] for line in lines])

@@ -1,0 +1,472 @@
+"""HTS-AT, a shifted-window transformer for tagging and detection (Chen et al., arXiv:2202.00874).
+
+The log-mel spectrogram of a clip is brought to a fixed number of frames and folded into a square
+image, time in rows below each other. Windows of 8 x 8 tokens attend within themselves, every other
+block with the grid rolled by half a window; between stages 2 x 2 tokens merge into one. A
+convolution over the last stage's tokens gives logits of each time step.
+
+Nothing is gathered: windows are cut by reshape and transpose, rolls are two slices, so that XLA
+lays a block out as three batched matrix products with the rest fused into them. The bias of
+relative positions is expanded once per block from its table with a constant index, to
+[heads, tokens, tokens]; windows that a roll put together are masked by comparing constant labels.
+
+Letters: `b` batch, `t` samples, `n` frames, `m` mel bands, `v` views of a clip (one, unless it is
+longer than the image), `y` and `x` rows and columns of a grid of tokens, `w` windows, `p` tokens of
+a window, `c` channels, `s` time steps, `k` classes, `e` embedding.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from uss_jax.models.conv import in_compute_dtype
+from uss_jax.models.norm import BatchNorm
+from uss_jax.models.tagging import Augment, front_end
+
+PATCH = 4  # pixels a side
+WINDOW = 8  # tokens a side
+MLP_RATIO = 4
+EPSILON = 1e-5
+# Added to what may not see each other; the softmax makes it zero.
+MASKED = -100.0
+_INIT = nn.initializers.truncated_normal(0.02)
+
+
+class HTSAT(nn.Module):
+    """Tagging and detection by a transformer; fits wherever a `TaggingNet` does.
+
+    The image is `image_size` pixels a side and holds image_size^2 / mel_bins frames: 1024 as
+    published, 10.24 s. A clip of other length becomes 1024 frames as follows.
+
+    - Shorter: its frames are repeated as often as they fit (`repeat_short`), then stretched by
+      bicubic interpolation. The reference repeats in separation and only stretches in tagging; for
+      the 10 s of AudioSet's clips both are the same.
+    - Up to twice as long: three views of half the clip, a quarter of it apart, each stretched; the
+      results are averaged. The reference leaves the third view out where the frames less one are a
+      multiple of four, and never sees the last quarter of such a clip.
+    - Longer, where the reference fails: views of 1024 frames, half as many apart.
+
+    Attributes:
+      sample_rate: Hz.
+      n_fft: window in samples.
+      hop_samples: hop.
+      mel_bins: mel bands; divides `image_size`.
+      f_min: lowest frequency in Hz.
+      f_max: highest frequency in Hz.
+      image_size: pixels a side.
+      token_width: channels of the first stage, doubled by every further one; 96 as published, 256
+        in the query net of the authors' separator.
+      depths: blocks of each stage.
+      heads: attention heads of each stage.
+      classes: k.
+      repeat_short: see above.
+      stochastic_depth: share of the last block's results left out in training, rising linearly from
+        none in the first block.
+      dtype: compute dtype of the linear maps and of attention, "float32" or "bfloat16"; log-mel,
+        residual sums, norms, softmax and outputs are float32.
+    """
+
+    sample_rate: int = 32000
+    n_fft: int = 1024
+    hop_samples: int = 320
+    mel_bins: int = 64
+    f_min: float = 50.0
+    f_max: float = 14000.0
+    image_size: int = 256
+    token_width: int = 96
+    depths: tuple[int, ...] = (2, 2, 6, 2)
+    heads: tuple[int, ...] = (4, 8, 16, 32)
+    classes: int = 527
+    repeat_short: bool = True
+    stochastic_depth: float = 0.1
+    dtype: str = "float32"
+
+    def setup(self) -> None:
+        self._check()
+        rates = np.linspace(0, self.stochastic_depth, sum(self.depths)).tolist()
+        ends = np.cumsum(self.depths).tolist()
+        self.bn0 = BatchNorm()
+        self.patch_embedding = PatchEmbedding(self.token_width, self.dtype)
+        self.stage = [
+            Stage(
+                self.heads[i],
+                tuple(rates[end - depth : end]),
+                merges=i < len(self.depths) - 1,
+                dtype=self.dtype,
+                name=f"stage{i + 1}",
+            )
+            for i, (depth, end) in enumerate(zip(self.depths, ends, strict=True))
+        ]
+        self.norm = layer_norm(self.dtype)
+        bands = self.mel_bins // self.token_pixels
+        self.token_semantic = nn.Conv(
+            self.classes, (bands, 3), padding=((0, 0), (1, 1)), dtype=flax_dtype(self.dtype)
+        )
+
+    def __call__(
+        self,
+        waveform: Float[Array, "b t"],
+        train: bool = False,
+        augment: Augment | None = None,
+    ) -> dict[str, Array]:
+        """Tags and detects.
+
+        Args:
+          waveform: samples in [-1, 1].
+          train: batch statistics and stochastic depth (random keys "augment").
+          augment: applied to the normalised log-mel, [b, n, m] to [b', n, m].
+
+        Returns:
+          `clipwise` [b, k] in [0, 1], from the mean logits of the time steps; `framewise` [b, n, k]
+          for the n frames of the log-mel; `embedding` [b, e], the mean over the last tokens
+          (`latent_output` in the reference).
+        """
+        mel = front_end(self, waveform)
+        x = self.bn0(mel, train)
+        x = augment(x) if augment else x
+        tokens = self.tokens(x, train)
+        logits = self.logits(tokens)
+        framewise = jnp.einsum(
+            "ns,bsk->bnk",
+            steps_of_frames(mel.shape[1], self.image_frames, logits.shape[2], self.repeat_short),
+            nn.sigmoid(logits).reshape(logits.shape[0], -1, self.classes),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        return {
+            "clipwise": jnp.mean(nn.sigmoid(jnp.mean(logits, axis=2)), axis=1),
+            "framewise": framewise.astype(mel.dtype),
+            "embedding": jnp.mean(tokens, axis=(1, 2, 3)),
+        }
+
+    def tokens(self, mel: Float[Array, "b n m"], train: bool) -> Float[Array, "b v y x e"]:
+        """The transformer: the last stage's tokens, of each view of a normalised log-mel."""
+        views = cut_views(mel, self.image_frames, self.repeat_short)
+        image = fold(views.reshape(-1, *views.shape[2:]), self.image_size)
+        x = self.patch_embedding(image)
+        for stage in self.stage:
+            x = stage(x, train)
+        x = self.norm(x).astype(mel.dtype)
+        return x.reshape(*views.shape[:2], *x.shape[1:])
+
+    def logits(self, tokens: Float[Array, "b v y x e"]) -> Float[Array, "b v s k"]:
+        """The token-semantic head: logits of each time step.
+
+        The rows of the grid are time, then frequency; unfolded, they are steps of time with all
+        frequencies below each other, which the convolution's kernel spans.
+        """
+        b, v, _, columns, e = tokens.shape
+        bands = self.mel_bins // self.token_pixels
+        x = tokens.reshape(b * v, -1, bands, columns, e).swapaxes(1, 2)
+        x = self.token_semantic(x.reshape(b * v, bands, -1, e))
+        return x.astype(tokens.dtype).reshape(b, v, -1, self.classes)
+
+    @property
+    def embedding_width(self) -> int:
+        """Width of the embedding, that of the last stage's tokens."""
+        return self.token_width * 2 ** (len(self.depths) - 1)
+
+    @property
+    def frame_hop_samples(self) -> int:
+        """Samples between the frames of `framewise`."""
+        return self.hop_samples
+
+    @property
+    def image_frames(self) -> int:
+        """Frames that an image holds."""
+        return self.image_size * (self.image_size // self.mel_bins)
+
+    @property
+    def token_pixels(self) -> int:
+        """Side of what a token of the last stage stands for, in mel bands or frames."""
+        return PATCH * 2 ** (len(self.depths) - 1)
+
+    def _check(self) -> None:
+        if len(self.heads) != len(self.depths):
+            raise ValueError(f"{len(self.heads)} heads for {len(self.depths)} stages")
+        for i, heads in enumerate(self.heads):
+            grid, width = self.image_size // PATCH // 2**i, self.token_width * 2**i
+            if grid > WINDOW and grid % WINDOW:
+                raise ValueError(
+                    f"image_size {self.image_size} gives stage {i + 1} a grid of {grid} tokens, "
+                    f"not whole windows of {WINDOW}"
+                )
+            if width % heads:
+                raise ValueError(f"stage {i + 1} has {width} channels for {heads} heads")
+        if self.image_size % self.mel_bins or self.mel_bins % self.token_pixels:
+            raise ValueError(
+                f"mel_bins {self.mel_bins} must divide image_size {self.image_size} and be a "
+                f"multiple of {self.token_pixels}"
+            )
+
+
+class PatchEmbedding(nn.Module):
+    """A token for each 4 x 4 pixels: one matrix product, and a norm.
+
+    The parameter `kernel` [4, 4, 1, c] is that of the convolution with as large a stride.
+    """
+
+    features: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "b Y X"]) -> Float[Array, "b y x c"]:
+        shape = (PATCH, PATCH, 1, self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        b, height, width = image.shape
+        patches = image.reshape(b, height // PATCH, PATCH, width // PATCH, PATCH).swapaxes(2, 3)
+        patches = patches.reshape(b, height // PATCH, width // PATCH, PATCH * PATCH)
+        patches, kernel, bias = in_compute_dtype(self.dtype, patches, kernel, bias)
+        y = jnp.matmul(patches, kernel.reshape(-1, self.features)) + bias
+        return layer_norm("float32", name="norm")(y)
+
+
+class Stage(nn.Module):
+    """Blocks on a grid of tokens, every other one shifted; then 2 x 2 tokens merge into one.
+
+    Attributes:
+      heads: attention heads.
+      drop_rates: stochastic depth of each block.
+      merges: whether tokens merge at the end, with twice the channels.
+      dtype: compute dtype.
+    """
+
+    heads: int
+    drop_rates: tuple[float, ...]
+    merges: bool
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b y x c"], train: bool) -> Float[Array, "b Y X C"]:
+        for j, rate in enumerate(self.drop_rates):
+            block = Block(self.heads, j % 2 == 1, rate, self.dtype, name=f"block{j + 1}")
+            x = block(x, train)
+        if not self.merges:
+            return x
+        b, height, width, c = x.shape
+        # The four tokens in the reference's order: the left two, upper before lower, come first.
+        y = x.reshape(b, height // 2, 2, width // 2, 2, c).transpose(0, 1, 3, 4, 2, 5)
+        y = layer_norm(self.dtype, name="merge_norm")(y.reshape(b, height // 2, width // 2, 4 * c))
+        return dense(2 * c, self.dtype, use_bias=False, name="merge")(y).astype(x.dtype)
+
+
+class Block(nn.Module):
+    """Attention within windows, then a hidden layer, each added to its input.
+
+    Attributes:
+      heads: attention heads.
+      shifted: whether windows straddle those of an unshifted block; a grid of one window is not.
+      drop_rate: stochastic depth, for each item and each of the two sums.
+      dtype: compute dtype.
+    """
+
+    heads: int
+    shifted: bool
+    drop_rate: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b y x c"], train: bool) -> Float[Array, "b y x c"]:
+        drop = nn.Dropout(
+            self.drop_rate,
+            broadcast_dims=(1, 2, 3),
+            rng_collection="augment",
+            deterministic=not train,
+        )
+        side, c = x.shape[1], x.shape[-1]
+        window = min(WINDOW, side)
+        shift = window // 2 if self.shifted and side > window else 0
+        y = layer_norm(self.dtype, name="norm1")(x)
+        y = jnp.roll(y, (-shift, -shift), (1, 2)) if shift else y
+        labels = side_labels(side, window, shift) if shift else None
+        attend = WindowAttention(self.heads, window, self.dtype, name="attention")
+        y = join_windows(attend(cut_windows(y, window), labels), side)
+        y = jnp.roll(y, (shift, shift), (1, 2)) if shift else y
+        x = x + drop(y)
+
+        y = layer_norm(self.dtype, name="norm2")(x)
+        y = nn.gelu(dense(MLP_RATIO * c, self.dtype, name="fc1")(y), approximate=False)
+        return x + drop(dense(c, self.dtype, name="fc2")(y))
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention within each window, with a bias for each relative position.
+
+    Attributes:
+      heads: attention heads.
+      window: tokens a side.
+      dtype: compute dtype; the softmax is float32.
+    """
+
+    heads: int
+    window: int
+    dtype: str
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b w p c"], labels: np.ndarray | None
+    ) -> Float[Array, "b w p c"]:
+        """Attends.
+
+        Args:
+          x: tokens by windows.
+          labels: constant [w, p]; tokens of a window with other labels do not see each other.
+        """
+        b, w, p, c = x.shape
+        table = self.param(
+            "relative_position_bias", _INIT, ((2 * self.window - 1) ** 2, self.heads)
+        )
+        qkv = dense(3 * c, self.dtype, name="qkv")(x)
+        q, k, v = jnp.moveaxis(qkv.reshape(b, w, p, 3, self.heads, c // self.heads), 3, 0)
+        q = q * (c // self.heads) ** -0.5
+        logits = jnp.einsum("bwqhd,bwkhd->bwhqk", q, k).astype(table.dtype)
+        bias = table[relative_positions(self.window).reshape(-1)]
+        logits += bias.reshape(p, p, self.heads).transpose(2, 0, 1)
+        if labels is not None:
+            together = labels[:, None, :, None] == labels[:, None, None, :]
+            logits += jnp.where(together, 0.0, MASKED).astype(table.dtype)
+        probabilities = nn.softmax(logits)
+        self.sow("intermediates", "probabilities", probabilities)
+        y = jnp.einsum("bwhqk,bwkhd->bwqhd", probabilities.astype(v.dtype), v)
+        return dense(c, self.dtype, name="projection")(y.reshape(b, w, p, c))
+
+
+def flax_dtype(dtype: str) -> str | None:
+    """For Flax's layers; "float32" asks for no lower precision than the parameters'."""
+    return None if dtype == "float32" else dtype
+
+
+def dense(features: int, dtype: str, **arguments) -> nn.Dense:
+    """A linear map."""
+    return nn.Dense(features, dtype=flax_dtype(dtype), kernel_init=_INIT, **arguments)
+
+
+def layer_norm(dtype: str, **arguments) -> nn.LayerNorm:
+    """A norm of the channels, its statistics in two passes and float32."""
+    return nn.LayerNorm(
+        epsilon=EPSILON, dtype=flax_dtype(dtype), use_fast_variance=False, **arguments
+    )
+
+
+def cut_windows(x: Float[Array, "b y x c"], window: int) -> Float[Array, "b w p c"]:
+    """A grid as windows, row by row, of tokens, row by row."""
+    b, height, width, c = x.shape
+    x = x.reshape(b, height // window, window, width // window, window, c)
+    return x.swapaxes(2, 3).reshape(b, -1, window * window, c)
+
+
+def join_windows(x: Float[Array, "b w p c"], side: int) -> Float[Array, "b y x c"]:
+    """The inverse of `cut_windows` for a square grid."""
+    b, w, p, c = x.shape
+    along, window = round(w**0.5), round(p**0.5)
+    x = x.reshape(b, along, along, window, window, c)
+    return x.swapaxes(2, 3).reshape(b, side, side, c)
+
+
+def relative_positions(window: int) -> np.ndarray:
+    """The row of the bias table for each pair of tokens of a window, int [p, p]."""
+    row, column = np.divmod(np.arange(window * window), window)
+    down = row[:, None] - row + window - 1
+    right = column[:, None] - column + window - 1
+    return down * (2 * window - 1) + right
+
+
+def side_labels(side: int, window: int, shift: int) -> np.ndarray:
+    """Labels of the tokens of a rolled grid, int [w, p]: equal where they were neighbours before.
+
+    The last `shift` rows came from the other end of the grid, and so did columns.
+    """
+    came_round = (np.arange(side) >= side - shift).astype(np.int32)
+    grid = 2 * came_round[:, None] + came_round
+    return np.asarray(
+        grid.reshape(side // window, window, side // window, window)
+        .swapaxes(1, 2)
+        .reshape(-1, window * window)
+    )
+
+
+def view_frames(frames: int, capacity: int, repeat_short: bool) -> list[np.ndarray]:
+    """The frames of a clip that each of its views shows, before they are stretched.
+
+    Args:
+      frames: of the clip.
+      capacity: of the image.
+      repeat_short: whether a clip that fits more than once is repeated.
+    """
+    if frames <= capacity:
+        times = capacity // frames if repeat_short else 1
+        return [np.tile(np.arange(frames), times)]
+    half, quarter = (frames - 1) // 2, (frames - 1) // 4
+    if half <= capacity:
+        return [begin + np.arange(half) for begin in (0, quarter, 2 * quarter)]
+    begins = [*range(0, frames - capacity, capacity // 2), frames - capacity]
+    return [begin + np.arange(capacity) for begin in begins]
+
+
+def cut_views(
+    mel: Float[Array, "b n m"], capacity: int, repeat_short: bool
+) -> Float[Array, "b v N m"]:
+    """The views of clips, each of `capacity` frames."""
+    frames = mel.shape[1]
+    shown = view_frames(frames, capacity, repeat_short)
+    if frames <= capacity:
+        views = jnp.tile(mel, (1, len(shown[0]) // frames, 1))[:, None]
+    else:
+        views = jnp.stack([mel[:, of_view[0] : of_view[-1] + 1] for of_view in shown], axis=1)
+    length = views.shape[2]
+    if length == capacity:
+        return views
+    resize = bicubic_matrix(length, capacity).astype(mel.dtype)
+    return jnp.einsum("Nn,bvnm->bvNm", resize, views, precision=jax.lax.Precision.HIGHEST)
+
+
+def bicubic_matrix(length: int, size: int) -> np.ndarray:
+    """Interpolation from `length` to `size` values, ends kept; float64 [size, length].
+
+    As the reference does it: a = -0.75, ends replicated, and positions in float32, of which the
+    rounding is the largest there is in the net.
+    """
+    step = np.float32(length - 1) / np.float32(size - 1)
+    position = step * np.arange(size, dtype=np.float32)
+    left = np.floor(position)
+    fraction = (position - left).astype(np.float64)
+    matrix = np.zeros((size, length))
+    for tap in range(-1, 3):
+        at = np.clip(left.astype(np.int64) + tap, 0, length - 1)
+        np.add.at(matrix, (np.arange(size), at), _cubic(np.abs(fraction - tap)))
+    return matrix
+
+
+def _cubic(distance: np.ndarray) -> np.ndarray:
+    """Weight of a value at this distance (Keys' kernel with a = -0.75)."""
+    a, u = -0.75, distance
+    near = ((a + 2) * u - (a + 3)) * u * u + 1
+    far = a * (((u - 5) * u + 8) * u - 4)
+    return np.where(u <= 1, near, np.where(u < 2, far, 0.0))
+
+
+def fold(views: Float[Array, "b N m"], image_size: int) -> Float[Array, "b Y X"]:
+    """Frames as an image: stretches of `image_size` frames below each other, low bands first."""
+    b, _, m = views.shape
+    return views.reshape(b, -1, image_size, m).swapaxes(2, 3).reshape(b, image_size, image_size)
+
+
+def steps_of_frames(frames: int, capacity: int, steps: int, repeat_short: bool) -> np.ndarray:
+    """The share of each view's time steps in each frame of a clip, float32 [frames, views * steps].
+
+    A frame has the nearest step's probability, averaged over the views and repetitions that show
+    it; the last frames of a clip, which the views of half of it may leave out, that of the frame
+    before.
+    """
+    shown = view_frames(frames, capacity, repeat_short)
+    shares = np.zeros((frames, len(shown), steps), np.float32)
+    for view, of_view in enumerate(shown):
+        column = np.linspace(0, capacity - 1, len(of_view))
+        step = np.floor((column + 0.5) * (steps / capacity)).astype(np.int64)
+        np.add.at(shares, (of_view, view, step), 1.0)
+    shares = shares.reshape(frames, -1)
+    last = np.flatnonzero(shares.any(axis=1))[-1]
+    shares[last + 1 :] = shares[last]
+    return shares / shares.sum(axis=1, keepdims=True)

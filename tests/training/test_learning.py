@@ -69,7 +69,7 @@ def test_a_separator_beats_every_constant_mask(tmp_path):
         [sys.executable, "-m", "uss_jax.cli.main", *command], cwd=CONFIGS.parent, check=True
     )
 
-    # Mixtures that the training would see next.
+    # New mixtures of other segments of the same clips.
     (batch,) = batches(
         ClipReader(prepared.directory, prepared.index),
         BalancedOrder(prepared.index.label_row, prepared.index.label_class, seed=1),

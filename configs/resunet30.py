@@ -56,6 +56,8 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
     config.anchors.source = "device"  # the detector inside the step; or "random"
     config.anchors.min_dbfs = -60.0  # quieter segments are passed over
 
+    config.speed = None  # or arguments of training/augment.py's change_speed, for small collections
+
     config.mixing = ConfigDict()
     config.mixing.sources = 2
     config.mixing.group_size = 16  # item i is mixed with the next of its group

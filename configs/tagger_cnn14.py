@@ -41,6 +41,7 @@ def get_config() -> ConfigDict:
     # Which probabilities are trained: "clipwise" (decision-level maximum, for detection) and
     # "tagging" (pooled over time first, for conditions). With both, one net serves as both.
     config.outputs = ("clipwise",)
+    config.speed = None  # or arguments of training/augment.py's change_speed
     config.noise = None  # or arguments of training/augment.py's add_noise
     config.mixup_alpha = 1.0
     config.spec_augment = ConfigDict()

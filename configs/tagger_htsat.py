@@ -48,6 +48,8 @@ def get_config() -> ConfigDict:
     config.tagger.dtype = "float32"
 
     config.outputs = ("clipwise",)
+    config.speed = None  # or arguments of training/augment.py's change_speed
+    config.noise = None  # or arguments of training/augment.py's add_noise
     config.mixup_alpha = 0.5
     config.spec_augment = ConfigDict()
     config.spec_augment.time_width = 64

@@ -12,6 +12,8 @@ sounds=uss_jax/assets/demo
 records=out/data/demo/1.0.0
 runs="out/seed$seed"
 export PYTHONUNBUFFERED=1
+# Two CPU devices share each batch, as the chips of a pod would.
+export JAX_NUM_CPU_DEVICES=2
 
 step() {
     printf '\n== %s\n' "$1"
@@ -33,14 +35,14 @@ step "A tagging and detection net, from weak labels" train-tagger \
 step "What it can tell of recordings it never heard" evaluate tagging --model "$runs/tagger" \
     --data "$records" --out "$runs/tagging.json"
 step "Whether its anchors contain sounds planted at known places" evaluate planted \
-    --model "$runs/tagger" --data "$records" --split train --clips 100 --seed "$seed" \
+    --model "$runs/tagger" --data "$records" --split train --clips 60 --seed "$seed" \
     --out "$runs/planted.json"
 step "A separator, of anchors that the tagger finds" train \
     --config configs/quickstart.py:part=separator --workdir "$runs/separator" \
     --config.data.records="$records" --config.seed="$seed" \
     --config.sed_bundle="$runs/tagger" --config.query_bundle="$runs/tagger"
 step "Mixtures of recordings it never heard" make-pairs --records "$records" --split test \
-    --sed "$runs/tagger" --groups "$sounds/manifest.csv" --per-class 8 --seed 0 \
+    --sed "$runs/tagger" --groups "$sounds/manifest.csv" --per-class 4 --seed 0 \
     --out "$runs/pairs" --overwrite
 step "How well it gives their sources back" evaluate pairs --model "$runs/separator" \
     --data "$runs/pairs" --train-records "$records" --bank "$runs/classes.npz" \

@@ -27,7 +27,9 @@ SHIPPED = [
     "resunet30.py:condition=soft,data=full",
     "resunet30.py:condition=embedding,data=balanced",
     "resunet30.py:condition=embedding,data=full",
+    "resunet30.py:query=htsat,sed=htsat",
     "tagger_cnn14.py",
+    "tagger_htsat.py",
     "quickstart.py:part=tagger",
     "quickstart.py:part=separator",
 ]

@@ -62,6 +62,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
         group_size=config.mixing.group_size,
         match_energy=config.mixing.match_energy,
         min_dbfs=config.anchors.min_dbfs,
+        speed=config.speed and config.speed.to_dict(),
     )
 
     # The loop, from where the run stands.

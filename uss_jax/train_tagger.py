@@ -58,6 +58,7 @@ def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
         mixup_alpha=config.mixup_alpha,
         spec_augment_stripes=config.spec_augment and config.spec_augment.to_dict(),
         noise=config.noise and config.noise.to_dict(),
+        speed=config.speed and config.speed.to_dict(),
     )
 
     # The loop, from where the run stands.

@@ -16,7 +16,7 @@ from uss_jax.anchors.mix import energy, mix
 from uss_jax.models.query import QueryNet
 from uss_jax.models.resunet import ResUNet
 from uss_jax.models.tagging import TaggingNet
-from uss_jax.training.augment import add_noise, mixup, mixup_weights, spec_augment
+from uss_jax.training.augment import add_noise, change_speed, mixup, mixup_weights, spec_augment
 from uss_jax.training.losses import binary_cross_entropy
 from uss_jax.training.state import TrainState
 
@@ -90,11 +90,13 @@ def make_separation_step(
     group_size: int,
     match_energy: bool,
     min_dbfs: float | None,
+    speed: dict[str, float] | None = None,
 ) -> Step:
     """The whole chain of one step: anchors, mixtures, conditions, separation, loss, update.
 
     The step is `(state, frozen, batch, key) -> (state, metrics)`: `frozen` holds the variables of
     the nets that do not train (`sed`, and `query` where it is frozen), `key` is the run's key.
+    `speed` holds the arguments of `change_speed` for the clips; None to leave them.
     """
 
     def query_variables(frozen: Any, params: Any, batch_stats: Any) -> Any:
@@ -107,6 +109,7 @@ def make_separation_step(
     def step(state: TrainState, frozen: Any, batch: Batch, key: Array):
         key = jax.random.fold_in(key, state.step)
         anchor_key, adaptor_key = jax.random.split(key)
+        batch = _at_other_speed(batch, key, speed)
         anchors = find_anchors(
             sed,
             frozen.get("sed"),
@@ -169,6 +172,7 @@ def make_tagging_step(
     outputs: tuple[str, ...],
     mixup_alpha: float | None,
     spec_augment_stripes: dict[str, int] | None,
+    speed: dict[str, float] | None = None,
     noise: dict[str, float] | None = None,
 ) -> Step:
     """One step of a tagging net on weak labels, as PANNs does it.
@@ -179,6 +183,7 @@ def make_tagging_step(
       outputs: which of the net's probabilities of a clip to train; the loss is their mean.
       mixup_alpha: blend pairs of the batch; None to leave them.
       spec_augment_stripes: arguments of `spec_augment`; None for none.
+      speed: arguments of `change_speed`; None to leave the clips.
       noise: arguments of `add_noise`; None for none.
     """
 
@@ -191,7 +196,7 @@ def make_tagging_step(
             weight = mixup_weights(keys[0], labels.shape[0] // 2, mixup_alpha)
             labels = mixup(labels, weight)
 
-        audio = to_float(batch["audio"])
+        audio = _at_other_speed(batch, keys[0], speed)["audio"]
         if noise is not None:
             audio = add_noise(keys[3], audio, **noise)
 
@@ -220,6 +225,15 @@ def make_tagging_step(
         return _update(state, grads, statistics, optimizer), metrics
 
     return step
+
+
+def _at_other_speed(batch: Batch, key: Array, speed: dict[str, float] | None) -> Batch:
+    """The batch with float audio and, if asked for, each clip faster or slower."""
+    audio, samples = to_float(batch["audio"]), batch["samples"]
+    if speed is not None:
+        key = jax.random.fold_in(key, 0)
+        audio, samples = change_speed(key, audio, samples, **speed)
+    return {**batch, "audio": audio, "samples": samples}
 
 
 def _update(

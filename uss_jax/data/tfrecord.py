@@ -90,8 +90,14 @@ def scan_records(path: str | os.PathLike) -> Iterator[tuple[int, int, bytes]]:
             begin = end
 
 
-def _damage(path: str | os.PathLike, begin: int, what: str) -> UserError:
-    return UserError(f"{path}: the record at byte {begin} {what}; copy or prepare the shard again")
+class DamagedRecord(UserError):
+    """One record cannot be used; others can."""
+
+
+def _damage(path: str | os.PathLike, begin: int, what: str) -> DamagedRecord:
+    return DamagedRecord(
+        f"{path}: the record at byte {begin} {what}; copy or prepare the shard again"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,8 +346,17 @@ class ClipReader:
       index: the index it reads through.
     """
 
-    def __init__(self, directory: str | os.PathLike, index: RecordIndex):
+    def __init__(
+        self, directory: str | os.PathLike, index: RecordIndex, verify_parts: bool = False
+    ):
+        """
+        Args:
+          directory: where the shards are.
+          index: of a split.
+          verify_parts: read all of a record and check it where only a part is asked for.
+        """
         self.index = index
+        self._verify_parts = verify_parts
         self._directory = pathlib.Path(directory)
         self._descriptors: dict[int, int] = {}
         self._lock = threading.Lock()
@@ -351,15 +366,16 @@ class ClipReader:
     ) -> Int16[np.ndarray, " t"]:
         """The samples of a clip, or `length` of them from `begin`.
 
-        Whole clips are checked against their checksum; parts cannot be, they are checked against
-        the size of the file. Damage is a UserError that names shard and byte.
+        Whole clips are checked against their checksum; parts cannot be, unless all is read; they
+        are checked against the size of the file. Damage is a UserError that names shard and byte.
         """
         samples = int(self.index.samples[record])
         length = samples - begin if length is None else length
         if not 0 <= begin <= begin + length <= samples:
             raise ValueError(f"samples {begin} to {begin + length} of a clip of {samples}")
-        if length == samples:
-            data = self._read_whole(record)
+        if length == samples or self._verify_parts:
+            whole = self._read_whole(record)
+            data = whole[begin * _BYTES_PER_SAMPLE : (begin + length) * _BYTES_PER_SAMPLE]
         else:
             offset = int(self.index.audio_offset[record]) + begin * _BYTES_PER_SAMPLE
             data = self._pread(record, offset, length * _BYTES_PER_SAMPLE)

@@ -142,7 +142,7 @@ def _condition_nets(
         model = nets.fields_of(source.tagger)
         _check_rate(source.tagger.sample_rate, config, "query_bundle")
         tagger = {item: {"tagger": variables[item]["tagger"]} for item in variables}
-    query = nets.build_query(config.query, model)
+    query = nets.build_query(config.query.to_dict(), model)
 
     trained = {"params": {}, "batch_stats": {}}
     if query.finetune:

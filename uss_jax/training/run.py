@@ -177,7 +177,7 @@ def _open_table(
     return places, *without(index, keep)
 
 
-def _class_weights(places: Mapping[str, int] | None) -> np.ndarray | None:
+def _class_weights(places: ConfigDict | None) -> np.ndarray | None:
     """Places a round of each class, 1 where none is said."""
     if not places:
         return None

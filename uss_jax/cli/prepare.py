@@ -31,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--clip-seconds", type=_seconds, default=10.0, metavar="S", help="default: 10"
     )
     parser.add_argument(
+        "--encoding",
+        choices=("pcm_s16le", "flac"),
+        default="pcm_s16le",
+        help="flac is half as large, but is read whole and slower; default: pcm_s16le",
+    )
+    parser.add_argument(
         "--shards", type=_positive, metavar="K", help="at most so many files; default: 200 MB each"
     )
     parser.add_argument(
@@ -72,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
         name=args.name,
         version=args.version,
         split=args.split,
-        settings=ClipSettings(args.sample_rate, args.clip_seconds),
+        settings=ClipSettings(args.sample_rate, args.clip_seconds, args.encoding),
         shards=args.shards,
         workers=args.workers,
     )

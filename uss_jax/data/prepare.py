@@ -17,14 +17,15 @@ import shutil
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from jaxtyping import Float32, Int16
 from tqdm import tqdm
 
 from uss_jax.atomic import replacing
-from uss_jax.audio.files import read_mono
+from uss_jax.audio.files import flac_bytes, read_mono
+from uss_jax.data.encodings import to_int16
 from uss_jax.data.examples import serialise
 from uss_jax.data.labels import LabelledFile
-from uss_jax.data.metadata import check_sample_rate, write_metadata
+from uss_jax.data.metadata import check_format, write_metadata
+from uss_jax.data.schema import Schema
 from uss_jax.data.tfrecord import RecordIndex, RecordWriter, build_index
 from uss_jax.errors import UserError
 
@@ -41,10 +42,12 @@ class ClipSettings:
     Attributes:
       sample_rate: in Hz.
       clip_seconds: longer recordings are cut to their first so many seconds; shorter keep theirs.
+      encoding: `pcm_s16le`, of which a part can be read, or `flac`, half as large and slower.
     """
 
     sample_rate: int = 32000
     clip_seconds: float = 10.0
+    encoding: str = "pcm_s16le"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +55,6 @@ class Skipped:
     """Why there is no record of a clip."""
 
     reason: str
-
-
-def to_int16(waveform: Float32[np.ndarray, " t"]) -> Int16[np.ndarray, " t"]:
-    """Rounds [-1, 1] to 16 bits: 1 is 32768, which is cut to 32767. Divide by 32768 to go back."""
-    return np.clip(np.rint(waveform * 32768), -32768, 32767).astype(np.int16)
 
 
 def prepare_clip(
@@ -77,7 +75,8 @@ def prepare_clip(
     samples = to_int16(waveform[: round(settings.clip_seconds * settings.sample_rate)])
     if not samples.size or np.abs(waveform).max() < _SILENT_PEAK:
         return Skipped(f"{path} is silent (no sample reaches -60 dBFS)")
-    return serialise(id.encode(errors="surrogateescape"), samples, labels)
+    audio = flac_bytes(samples, settings.sample_rate) if settings.encoding == "flac" else samples
+    return serialise(id.encode(errors="surrogateescape"), audio, labels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +121,9 @@ def prepare(
     """
     _check_names(name, version, split)
     directory = pathlib.Path(out) / name / version
-    check_sample_rate(directory, split, settings.sample_rate)
+    check_format(directory, split, settings.sample_rate, settings.encoding)
     unfinished = directory / f".unfinished-{split}"
+    schema = Schema(encoding=settings.encoding, sample_rate=settings.sample_rate)
     skipped: list[tuple[LabelledFile, str]] = []
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -141,7 +141,7 @@ def prepare(
             )
         for at, path in enumerate(paths):
             path.rename(unfinished / f"{name}-{split}.tfrecord-{at:05d}-of-{len(paths):05d}")
-        index = build_index(unfinished, split)
+        index = build_index(unfinished, split, schema)
         _publish(unfinished, directory, split)
     except OSError as error:
         raise UserError(
@@ -160,6 +160,7 @@ def prepare(
         shard_records=np.bincount(index.record_shard, minlength=len(index.shards)).tolist(),
         shard_bytes=int(index.shard_bytes.sum()),
         sample_rate=settings.sample_rate,
+        encoding=settings.encoding,
     )
     report = directory / f"skipped-{split}.csv"
     _write_report(report, skipped)

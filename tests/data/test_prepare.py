@@ -48,7 +48,8 @@ def _prepare(audio, out, names=GOOD, **settings):
 
 
 def _files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """But for unfinished work, which is hidden."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_16_bit_samples_at_the_same_rate_come_through_unchanged(audio):
@@ -212,3 +213,37 @@ def test_flac_records_hold_the_same_samples(audio, tmp_path):
         np.testing.assert_array_equal(ours.read(record, 100, 200), theirs.read(record, 100, 200))
     with pytest.raises(UserError, match="has train as flac; give test another --version"):
         _prepare(audio, tmp_path / "flac", split="test")
+
+
+def test_a_job_that_was_stopped_goes_on_with_the_shards_that_are_left(audio, tmp_path, monkeypatch):
+    names = ["none.wav", *GOOD, "silent.wav"]
+    whole = _prepare(audio, tmp_path / "whole", names, shards=4)
+    made, make = [], prepare_module.prepare_clip
+
+    def stopped(path, id, labels, settings):
+        made.append(id)
+        if id == "7.wav":
+            raise KeyboardInterrupt
+        return make(path, id, labels, settings)
+
+    monkeypatch.setattr(prepare_module, "prepare_clip", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        _prepare(audio, tmp_path / "out", names, shards=4)
+    assert not [name for name in _files(tmp_path / "out" / "toy" / "1.0.0") if "tfrecord" in name]
+    stopped_at = len(made)
+
+    def counted(path, id, labels, settings):
+        made.append(id)
+        return make(path, id, labels, settings)
+
+    monkeypatch.setattr(prepare_module, "prepare_clip", counted)
+    again = _prepare(audio, tmp_path / "out", names, shards=4)
+    assert made[stopped_at:] == names[7:]  # the first two blocks of four hold three and four
+    assert again.index.digest == whole.index.digest
+    assert again.report.read_text() == whole.report.read_text().replace("whole", "out")
+    assert not [path for path in again.directory.iterdir() if path.name.startswith(".")]
+
+    # Other settings are another job.
+    del made[:]
+    _prepare(audio, tmp_path / "out", names, shards=3)
+    assert len(made) == len(names)

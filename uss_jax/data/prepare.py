@@ -9,7 +9,9 @@ import concurrent.futures
 import contextlib
 import csv
 import dataclasses
+import hashlib
 import itertools
+import json
 import os
 import pathlib
 import re
@@ -110,6 +112,9 @@ def prepare(
 ) -> Prepared:
     """Makes a split of records in `out`/`name`/`version`, whole or not at all.
 
+    Called again after it was stopped, with the same arguments, it goes on with the shards that were
+    not yet finished.
+
     Args:
       labelled: clips with their labels; at least one.
       audio: the folder their paths are relative to.
@@ -125,17 +130,18 @@ def prepare(
     unfinished = directory / f".unfinished-{split}"
     schema = Schema(encoding=settings.encoding, sample_rate=settings.sample_rate)
     skipped: list[tuple[LabelledFile, str]] = []
+    blocks = _blocks(labelled, shards, settings)
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+        _keep_if_same(unfinished, repr((os.fspath(audio), settings, blocks)))
 
         def make(item: LabelledFile) -> bytes | Skipped:
             return prepare_clip(os.path.join(audio, item.file), item.file, item.labels, settings)
 
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            blocks = _blocks(labelled, shards, settings)
             paths = _write_blocks(unfinished, blocks, make, pool, skipped)
         if not paths:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            _remove_if_empty(directory, directory.parent)
             raise UserError(
                 f"none of the {len(labelled)} clips could be used; the first: {skipped[0][1]}"
             )
@@ -146,11 +152,9 @@ def prepare(
     except OSError as error:
         raise UserError(
             f"{directory} could not be written ({error.strerror or error}); choose --out where "
-            "there is space and permission"
+            "there is space and permission, or make some and go on with the same command"
         ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        _remove_if_empty(directory, directory.parent)
+    shutil.rmtree(unfinished, ignore_errors=True)
 
     write_metadata(
         directory,
@@ -190,6 +194,16 @@ def _blocks(
     return [labelled[begin:end] for begin, end in itertools.pairwise(edges)]
 
 
+def _keep_if_same(unfinished: pathlib.Path, plan: str) -> None:
+    """Empties the folder of unfinished work, unless that is part of the same plan."""
+    digest = hashlib.sha256(plan.encode(errors="surrogateescape")).hexdigest()
+    path = unfinished / ".plan"
+    if not path.is_file() or path.read_text() != digest:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        path.write_text(digest)
+
+
 def _write_blocks(
     folder: pathlib.Path,
     blocks: list[list[LabelledFile]],
@@ -197,26 +211,52 @@ def _write_blocks(
     pool: concurrent.futures.Executor,
     skipped: list[tuple[LabelledFile, str]],
 ) -> list[pathlib.Path]:
-    """Writes a file for each block that keeps any clip; adds to `skipped`."""
+    """Writes a file for each block that keeps any clip, less what is there; adds to `skipped`."""
     paths = []
     total = sum(map(len, blocks))
     with tqdm(total=total, desc="prepare", unit="clip", disable=None) as progress:
         for at, block in enumerate(blocks):
-            path = folder / f"block-{at:05d}"
-            kept = 0
-            with RecordWriter(path) as writer:
-                for item, made in _map_in_order(pool, make, block):
-                    progress.update()
-                    if isinstance(made, Skipped):
-                        skipped.append((item, made.reason))
-                    else:
-                        writer.write(made)
-                        kept += 1
-            if kept:
-                paths.append(path)
+            path, done = folder / f"block-{at:05d}", folder / f".block-{at:05d}.json"
+            reasons = _read_done(done, path, len(block))
+            if reasons is None:
+                reasons = _write_block(path, block, make, pool, progress)
+                with replacing(done) as temporary:
+                    temporary.write_text(json.dumps(reasons))
             else:
-                path.unlink()
+                progress.update(len(block))
+            skipped += [(block[int(number)], reason) for number, reason in reasons.items()]
+            if len(reasons) < len(block):
+                paths.append(path)
     return paths
+
+
+def _read_done(done: pathlib.Path, path: pathlib.Path, clips: int) -> dict[str, str] | None:
+    """Why clips of a finished block were left out, by their number; None if it is not finished."""
+    try:
+        reasons = json.loads(done.read_text())
+    except (OSError, ValueError):
+        return None
+    return reasons if path.exists() or len(reasons) == clips else None
+
+
+def _write_block(
+    path: pathlib.Path,
+    block: list[LabelledFile],
+    make: Callable[[LabelledFile], bytes | Skipped],
+    pool: concurrent.futures.Executor,
+    progress: tqdm,
+) -> dict[str, str]:
+    reasons = {}
+    with replacing(path) as temporary, RecordWriter(temporary) as writer:
+        for number, (_, made) in enumerate(_map_in_order(pool, make, block)):
+            progress.update()
+            if isinstance(made, Skipped):
+                reasons[str(number)] = made.reason
+            else:
+                writer.write(made)
+    if len(reasons) == len(block):
+        path.unlink()
+    return reasons
 
 
 def _map_in_order(
@@ -240,7 +280,7 @@ def _publish(unfinished: pathlib.Path, directory: pathlib.Path, split: str) -> N
     for old in directory.glob(f"*-{split}.tfrecord-?????-of-?????"):
         old.unlink()
     for path in sorted(unfinished.iterdir()):
-        if path.name != index:
+        if path.name != index and not path.name.startswith("."):
             os.replace(path, directory / path.name)
     os.replace(unfinished / index, directory / index)
 

@@ -58,24 +58,30 @@ def draw_anchors(
     axes[0].set_title(id, fontsize=11)
     first = int(index.label_row[record])
     seconds = table.header["segment_samples"] / rate
-    for row, (axis, label) in enumerate(zip(axes[1:], labels, strict=True), start=first):
-        times = np.arange(len(framewise)) * sed.module.hop_samples / rate
-        axis.plot(times, framewise[:, label], color="black", linewidth=1)
-        for rank, (begin, score) in enumerate(
-            zip(table.begin_sample[row], table.score[row], strict=True)
-        ):
-            if score >= 0:
-                colour = "tab:red" if rank == 0 else "tab:orange"
-                at = int(begin) / rate
-                for place in (axis, axes[0]) if rank == 0 else (axis,):
-                    place.axvspan(at, at + seconds, color=colour, alpha=0.35 if rank == 0 else 0.2)
-                axis.text(at + seconds / 2, 0.88, f"{score:.2f}", ha="center", va="top", fontsize=8)
+    times = np.arange(len(framewise)) * sed.module.hop_samples / rate
+    for number, (axis, label) in enumerate(zip(axes[1:], labels, strict=True)):
+        row, colour = first + number, f"C{number % 10}"
+        curve = framewise[:, label]
+        axis.plot(times, curve, color=colour, linewidth=1.5)
+        # Unlikely labels keep a shape; the scale is on the axis.
+        axis.set_ylim(0, min(max(1.4 * float(curve.max()), 0.01), 1.0))
+        anchors = zip(table.begin_sample[row].tolist(), table.score[row].tolist(), strict=True)
+        for rank, (begin, score) in enumerate(anchors):
+            if score < 0:
+                continue
+            at = begin / rate
+            axis.axvspan(at, at + seconds, color=colour, alpha=0.12 if rank else 0.35, linewidth=0)
+            words = f"{score:.3f}" if rank else f"anchor: {score:.3f}"
+            height = axis.get_ylim()[1] * 0.94
+            axis.text(at + seconds / 2, height, words, ha="center", va="top", fontsize=8)
+        best = int(table.begin_sample[row, 0]) / rate
+        for edge in (best, best + seconds):
+            axes[0].axvline(edge, color=colour, linewidth=1.5, linestyle=(3 * number, (4, 4)))
         axis.set_title(
-            f"{load_ontology().class_names[label]}: strongest other class "
-            f"{float(table.purity[row]):.2f}, {float(table.rms_db[row]):.1f} dBFS",
+            f"{load_ontology().class_names[label]} (in the anchor: strongest unrelated class "
+            f"{float(table.purity[row]):.3f}, {float(table.rms_db[row]):.1f} dBFS)",
             fontsize=10,
         )
-        axis.set_ylim(0, 1)
     axes[-1].set_xlim(0, max(samples, table.header["segment_samples"]) / rate)
     axes[-1].set_xlabel("s")
     with replacing(path) as temporary:

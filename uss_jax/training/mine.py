@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -185,6 +186,7 @@ def mine(
     variables = on_all_devices(sed.variables, mesh)
     shard_ends = np.searchsorted(index.record_shard, np.arange(len(index.shards) + 1))
     total = int(sum(shard_ends[part + 1] - shard_ends[part] for part in todo))
+    done, began = 0, time.monotonic()
     with jax.set_mesh(mesh), tqdm(total=total, desc="mine", unit="clip", disable=None) as progress:
         for part in todo:
             records = np.arange(shard_ends[part], shard_ends[part + 1])
@@ -201,6 +203,14 @@ def mine(
             )
             with replacing(_part(parts, part)) as temporary:
                 np.savez(temporary, **columns)
+            if progress.disable:  # a log gets lines instead of a bar
+                done += len(records)
+                rate = done / (time.monotonic() - began)
+                left = (total - done) / rate
+                print(
+                    f"mine: {done} of {total} clips, {rate:.1f} clips/s, {left:.0f} s left",
+                    flush=True,
+                )
     if not all(_part(parts, part).exists() for part in range(len(index.shards))):
         return False
     _assemble(out, parts, header, index)

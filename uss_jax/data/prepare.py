@@ -1,14 +1,16 @@
 """Audio files and labels to records: shards, index, metadata, and a list of what was left out.
 
-A clip becomes a record by one pure function, `prepare_clip`. Whatever runs it (here a thread pool),
-the shards are the same: record order is the label file's order, and a shard holds the clips of one
-block of its lines.
+A clip becomes a record by one pure function, `prepare_clip`. Whatever runs it, a thread pool here
+or Apache Beam on many machines, the shards are the same: record order is the label file's order,
+and a shard holds the clips of one block of its lines. A block is the unit of work: its file appears
+whole, and a finished one is not done again.
 """
 
 import concurrent.futures
 import contextlib
 import csv
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -98,6 +100,9 @@ class Prepared:
     report: pathlib.Path
 
 
+Engine = Callable[[list["Block"]], None]
+
+
 def prepare(
     labelled: list[LabelledFile],
     audio: str | os.PathLike,
@@ -109,6 +114,7 @@ def prepare(
     settings: ClipSettings,
     shards: int | None = None,
     workers: int = 1,
+    engine: Engine | None = None,
 ) -> Prepared:
     """Makes a split of records in `out`/`name`/`version`, whole or not at all.
 
@@ -123,6 +129,7 @@ def prepare(
       settings: what to make of a clip.
       shards: at most so many files; None: about 200 MB each.
       workers: threads that read and convert.
+      engine: runs the blocks; None: threads of this process.
     """
     _check_names(name, version, split)
     directory = pathlib.Path(out) / name / version
@@ -134,11 +141,17 @@ def prepare(
     try:
         _keep_if_same(unfinished, repr((os.fspath(audio), settings, blocks)))
 
-        def make(item: LabelledFile) -> bytes | Skipped:
-            return prepare_clip(os.path.join(audio, item.file), item.file, item.labels, settings)
-
-        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            paths = _write_blocks(unfinished, blocks, make, pool, skipped)
+        jobs = [Block(unfinished, at, block, audio, settings) for at, block in enumerate(blocks)]
+        todo = [job for job in jobs if job.reasons() is None]
+        (engine or functools.partial(_run_here, workers=workers))(todo)
+        paths = []
+        for job in jobs:
+            reasons = job.reasons()
+            if reasons is None:
+                raise UserError(f"{job.path} was not made; give the same command again")
+            skipped += [(job.items[int(number)], reason) for number, reason in reasons.items()]
+            if len(reasons) < len(job.items):
+                paths.append(job.path)
         if not paths:
             shutil.rmtree(unfinished, ignore_errors=True)
             _remove_if_empty(directory, directory.parent)
@@ -204,70 +217,81 @@ def _keep_if_same(unfinished: pathlib.Path, plan: str) -> None:
         path.write_text(digest)
 
 
-def _write_blocks(
-    folder: pathlib.Path,
-    blocks: list[list[LabelledFile]],
-    make: Callable[[LabelledFile], bytes | Skipped],
-    pool: concurrent.futures.Executor,
-    skipped: list[tuple[LabelledFile, str]],
-) -> list[pathlib.Path]:
-    """Writes a file for each block that keeps any clip, less what is there; adds to `skipped`."""
-    paths = []
-    total = sum(map(len, blocks))
-    with tqdm(total=total, desc="prepare", unit="clip", disable=None) as progress:
-        for at, block in enumerate(blocks):
-            path, done = folder / f"block-{at:05d}", folder / f".block-{at:05d}.json"
-            reasons = _read_done(done, path, len(block))
-            if reasons is None:
-                reasons = _write_block(path, block, make, pool, progress)
-                with replacing(done) as temporary:
-                    temporary.write_text(json.dumps(reasons))
-            else:
-                progress.update(len(block))
-            skipped += [(block[int(number)], reason) for number, reason in reasons.items()]
-            if len(reasons) < len(block):
-                paths.append(path)
-    return paths
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A shard to be made, on whatever machine sees the folders.
+
+    Attributes:
+      folder: of unfinished work.
+      number: of the block.
+      items: its clips.
+      audio: the folder their paths are relative to.
+      settings: what to make of a clip.
+    """
+
+    folder: pathlib.Path
+    number: int
+    items: list[LabelledFile]
+    audio: str | os.PathLike
+    settings: ClipSettings
+
+    @property
+    def path(self) -> pathlib.Path:
+        """The shard; there is none if no clip of the block can be used."""
+        return self.folder / f"block-{self.number:05d}"
+
+    @property
+    def _done(self) -> pathlib.Path:
+        return self.folder / f".block-{self.number:05d}.json"
+
+    def reasons(self) -> dict[str, str] | None:
+        """Why clips were left out, by their number; None when the block is not finished."""
+        try:
+            reasons = json.loads(self._done.read_text())
+        except (OSError, ValueError):
+            return None
+        return reasons if self.path.exists() or len(reasons) == len(self.items) else None
+
+    def make(self, pool: concurrent.futures.Executor, progress: Callable[[], object]) -> None:
+        """Makes the shard, reading clips with `pool`; calls `progress` after each."""
+
+        def make(item: LabelledFile) -> bytes | Skipped:
+            path = os.path.join(self.audio, item.file)
+            return prepare_clip(path, item.file, item.labels, self.settings)
+
+        reasons = {}
+        with replacing(self.path) as temporary, RecordWriter(temporary) as writer:
+            for number, made in enumerate(_map_in_order(pool, make, self.items)):
+                progress()
+                if isinstance(made, Skipped):
+                    reasons[str(number)] = made.reason
+                else:
+                    writer.write(made)
+        if len(reasons) == len(self.items):
+            self.path.unlink()
+        with replacing(self._done) as temporary:
+            temporary.write_text(json.dumps(reasons))
 
 
-def _read_done(done: pathlib.Path, path: pathlib.Path, clips: int) -> dict[str, str] | None:
-    """Why clips of a finished block were left out, by their number; None if it is not finished."""
-    try:
-        reasons = json.loads(done.read_text())
-    except (OSError, ValueError):
-        return None
-    return reasons if path.exists() or len(reasons) == clips else None
-
-
-def _write_block(
-    path: pathlib.Path,
-    block: list[LabelledFile],
-    make: Callable[[LabelledFile], bytes | Skipped],
-    pool: concurrent.futures.Executor,
-    progress: tqdm,
-) -> dict[str, str]:
-    reasons = {}
-    with replacing(path) as temporary, RecordWriter(temporary) as writer:
-        for number, (_, made) in enumerate(_map_in_order(pool, make, block)):
-            progress.update()
-            if isinstance(made, Skipped):
-                reasons[str(number)] = made.reason
-            else:
-                writer.write(made)
-    if len(reasons) == len(block):
-        path.unlink()
-    return reasons
+def _run_here(blocks: list[Block], workers: int) -> None:
+    with (
+        concurrent.futures.ThreadPoolExecutor(workers) as pool,
+        tqdm(
+            total=sum(len(b.items) for b in blocks), desc="prepare", unit="clip", disable=None
+        ) as bar,
+    ):
+        for block in blocks:
+            block.make(pool, bar.update)
 
 
 def _map_in_order(
     pool: concurrent.futures.Executor,
     make: Callable[[LabelledFile], bytes | Skipped],
     items: list[LabelledFile],
-) -> Iterator[tuple[LabelledFile, bytes | Skipped]]:
+) -> Iterator[bytes | Skipped]:
     """Like `pool.map`, with few results in memory at once."""
     for begin in range(0, len(items), _CLIPS_IN_FLIGHT):
-        some = items[begin : begin + _CLIPS_IN_FLIGHT]
-        yield from zip(some, pool.map(make, some), strict=True)
+        yield from pool.map(make, items[begin : begin + _CLIPS_IN_FLIGHT])
 
 
 def _publish(unfinished: pathlib.Path, directory: pathlib.Path, split: str) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import tempfile
+from typing import Any
 
 from uss_jax.atomic import replacing
 from uss_jax.data.encodings import ENCODINGS
@@ -111,7 +112,8 @@ def write_format(directory: pathlib.Path, sample_rate: int, encoding: str) -> No
     _write(directory / _OURS, {"sample_rate": sample_rate, "encoding": encoding})
 
 
-def _write_features(directory: pathlib.Path, sample_rate: int, encoding: str) -> None:
+def tfds_features(sample_rate: int, encoding: str) -> Any:
+    """The record schema as TFDS knows it, a FeaturesDict."""
     import numpy as np
     import tensorflow_datasets as tfds
 
@@ -125,7 +127,7 @@ def _write_features(directory: pathlib.Path, sample_rate: int, encoding: str) ->
             encoding=tfds.features.Encoding.BYTES,
             doc=f"mono PCM at {sample_rate} Hz",
         )
-    features = tfds.features.FeaturesDict(
+    return tfds.features.FeaturesDict(
         {
             "id": tfds.features.Text(),
             "audio": audio,
@@ -134,6 +136,10 @@ def _write_features(directory: pathlib.Path, sample_rate: int, encoding: str) ->
             ),
         }
     )
+
+
+def _write_features(directory: pathlib.Path, sample_rate: int, encoding: str) -> None:
+    features = tfds_features(sample_rate, encoding)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".features") as temporary:
         features.save_config(temporary)
         for path in pathlib.Path(temporary).iterdir():

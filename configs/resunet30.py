@@ -45,6 +45,9 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
     config.data.order = "balanced"  # or "uniform" over clips
     config.data.clip_seconds = 10.0
     config.data.threads = 16
+    config.data.class_weights = ConfigDict()  # class name -> places a round; 1 if not said
+    config.data.max_corrupt = 0  # so many damaged records are said and left out
+    config.data.verify = "whole"  # "always": read all of a clip to check it, for its anchor too
 
     # Frozen nets: bundles or workdirs of taggers, and which net each holds.
     config.sed_bundle = ""
@@ -53,8 +56,13 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
     config.query_net = chosen["query"]
 
     config.anchors = ConfigDict()
-    config.anchors.source = "device"  # the detector inside the step; or "random"
+    config.anchors.source = "device"  # the detector inside the step; or "table" or "random"
     config.anchors.min_dbfs = -60.0  # quieter segments are passed over
+    # Of the table that `mine` wrote.
+    config.anchors.table = ""
+    config.anchors.min_score = 0.0  # labels whose best anchor is less likely are not drawn
+    config.anchors.top_k = 1  # draw among so many anchors of a label, in proportion to their scores
+    config.anchors.jitter_samples = 0  # begin up to so many samples earlier or later
 
     config.speed = None  # or arguments of training/augment.py's change_speed, for small collections
 
@@ -62,6 +70,9 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
     config.mixing.sources = 2
     config.mixing.group_size = 16  # item i is mixed with the next of its group
     config.mixing.match_energy = True
+    # "conflict_free": items change places in their group so that no mixture holds the same or a
+    # nested class twice.
+    config.mixing.order = "reference"
 
     config.query = ConfigDict()
     config.query.kind = chosen["condition"]

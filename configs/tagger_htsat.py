@@ -30,6 +30,8 @@ def get_config() -> ConfigDict:
     config.data.split = "full_train"
     config.data.order = "balanced"
     config.data.clip_seconds = 10.0
+    config.data.class_weights = ConfigDict()  # class name -> places a round; 1 if not said
+    config.data.max_corrupt = 0  # so many damaged records are said and left out
     config.data.threads = 8
 
     config.tagger = ConfigDict()

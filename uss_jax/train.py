@@ -7,11 +7,12 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from uss_jax.anchors.table import AnchorTable
 from uss_jax.errors import UserError
 from uss_jax.models.query import KINDS, QueryNet
 from uss_jax.models.tagging import TaggingNet
 from uss_jax.training import nets, run
-from uss_jax.training.bundle import Bundle, read_bundle
+from uss_jax.training.bundle import Bundle, net_hash, read_bundle
 from uss_jax.training.checkpoints import latest_step, save_tree
 from uss_jax.training.losses import LOSSES
 from uss_jax.training.mesh import make_mesh
@@ -35,10 +36,22 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
     _check(config)
     optimizer = adamw_amsgrad(make_schedule(**config.schedule), config.weight_decay)
     workdir = run.open_workdir(workdir)
-    records = run.open_records(config.data, config.sample_rate, config.seed)
+    segment_samples = round(config.segment_seconds * config.sample_rate)
+    records = run.open_records(
+        config.data,
+        config.sample_rate,
+        config.seed,
+        anchors=config.anchors,
+        mixing=config.mixing,
+        segment_samples=segment_samples,
+    )
 
     # The nets that find anchors and make conditions, and the separator that they serve.
     sed, query, frozen, trained_query = _condition_nets(config, workdir)
+    step_sed = sed
+    if records.places is not None:  # the table holds what it found
+        step_sed = None
+        _require_its_detector(records.places.table, frozen.pop("sed", None), config)
     separator = nets.build_separator(
         {**config.separator, "condition_width": nets.condition_width(query)}
     )
@@ -54,10 +67,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
     step = make_separation_step(
         separator,
         query,
-        sed,
+        step_sed,
         optimizer,
         LOSSES[config.loss],
-        segment_samples=round(config.segment_seconds * config.sample_rate),
+        segment_samples=segment_samples,
         sources=config.mixing.sources,
         group_size=config.mixing.group_size,
         match_energy=config.mixing.match_energy,
@@ -91,7 +104,9 @@ def _check(config: ConfigDict) -> None:
     run.check(config, config.mixing.group_size)
     for key, value, allowed in (
         ("loss", config.loss, LOSSES),
-        ("anchors.source", config.anchors.source, ("device", "random")),
+        ("anchors.source", config.anchors.source, ("device", "table", "random")),
+        ("mixing.order", config.mixing.order, ("reference", "conflict_free")),
+        ("data.verify", config.data.verify, ("whole", "always")),
         ("query.kind", config.query.kind, KINDS),
         ("separator.audio_channels", config.separator.audio_channels, (1,)),  # as records have
     ):
@@ -114,7 +129,9 @@ def _condition_nets(
     are used, whatever has become of the bundles.
     """
     sed, frozen = None, {}
-    if config.anchors.source == "device":
+    # With a table the detector only goes into the workdir, for those who use it as a bundle.
+    given = config.anchors.source == "table" and config.sed_bundle
+    if config.anchors.source == "device" or given:
         sed, frozen["sed"] = _source_bundle(config, workdir, "sed").sed()
         _check_net(sed, "sed", config)
         _check_rate(sed.sample_rate, config, "sed_bundle")
@@ -140,6 +157,14 @@ def _condition_nets(
     if query.adaptor_width:
         trained["params"]["adaptor"] = nets.init_adaptor(query, jax.random.key(config.seed))
     return sed, query, {**frozen, "query": tagger}, trained
+
+
+def _require_its_detector(table: AnchorTable, sed: Any, config: ConfigDict) -> None:
+    if sed is not None and net_hash(sed) != table.header["sed_hash"]:
+        raise UserError(
+            f"{config.anchors.table} was mined with another detector than config.sed_bundle="
+            f"{config.sed_bundle}; mine again with this one, or set config.sed_bundle to that one"
+        )
 
 
 def _source_bundle(config: ConfigDict, workdir: pathlib.Path, part: str) -> Bundle:

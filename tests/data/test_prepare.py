@@ -7,10 +7,11 @@ import soundfile
 import tensorflow_datasets as tfds
 
 from uss_jax.data import prepare as prepare_module
+from uss_jax.data.encodings import to_int16
 from uss_jax.data.examples import parse
 from uss_jax.data.labels import LabelledFile
-from uss_jax.data.metadata import read_sample_rate
-from uss_jax.data.prepare import ClipSettings, Skipped, prepare, prepare_clip, to_int16
+from uss_jax.data.metadata import read_encoding, read_sample_rate
+from uss_jax.data.prepare import ClipSettings, Skipped, prepare, prepare_clip
 from uss_jax.data.tfrecord import ClipReader, load_index
 from uss_jax.errors import UserError
 
@@ -47,7 +48,8 @@ def _prepare(audio, out, names=GOOD, **settings):
 
 
 def _files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """But for unfinished work, which is hidden."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_16_bit_samples_at_the_same_rate_come_through_unchanged(audio):
@@ -187,7 +189,7 @@ def test_names_that_tfds_cannot_read_are_refused(audio, tmp_path, field, value):
 
 def test_missing_or_damaged_metadata_is_said(audio, tmp_path):
     directory = _prepare(audio, tmp_path / "out").directory
-    (directory / "metadata.json").write_text(json.dumps({"sample_rate": 8000, "encoding": "flac"}))
+    (directory / "metadata.json").write_text(json.dumps({"sample_rate": 8000, "encoding": "opus"}))
     with pytest.raises(UserError, match="only pcm_s16le"):
         read_sample_rate(directory)
     (directory / "metadata.json").write_text("{")
@@ -196,3 +198,52 @@ def test_missing_or_damaged_metadata_is_said(audio, tmp_path):
     (directory / "metadata.json").unlink()
     with pytest.raises(UserError, match="sample rate of these records is unknown"):
         read_sample_rate(directory)
+
+
+def test_flac_records_hold_the_same_samples(audio, tmp_path):
+    pcm = _prepare(audio, tmp_path / "pcm")
+    flac = _prepare(
+        audio, tmp_path / "flac", settings=ClipSettings(8000, clip_seconds=1.0, encoding="flac")
+    )
+    assert read_encoding(flac.directory) == flac.index.encoding == "flac"
+    index = load_index(flac.directory, "train", verify=True)
+    ours, theirs = ClipReader(flac.directory, index), ClipReader(pcm.directory, pcm.index)
+    for record in range(len(index)):
+        np.testing.assert_array_equal(ours.read(record), theirs.read(record))
+        np.testing.assert_array_equal(ours.read(record, 100, 200), theirs.read(record, 100, 200))
+    with pytest.raises(UserError, match="has train as flac; give test another --version"):
+        _prepare(audio, tmp_path / "flac", split="test")
+
+
+def test_a_job_that_was_stopped_goes_on_with_the_shards_that_are_left(audio, tmp_path, monkeypatch):
+    names = ["none.wav", *GOOD, "silent.wav"]
+    whole = _prepare(audio, tmp_path / "whole", names, shards=4)
+    made, make = [], prepare_module.prepare_clip
+
+    def stopped(path, id, labels, settings):
+        made.append(id)
+        if id == "7.wav":
+            raise KeyboardInterrupt
+        return make(path, id, labels, settings)
+
+    monkeypatch.setattr(prepare_module, "prepare_clip", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        _prepare(audio, tmp_path / "out", names, shards=4)
+    assert not [name for name in _files(tmp_path / "out" / "toy" / "1.0.0") if "tfrecord" in name]
+    stopped_at = len(made)
+
+    def counted(path, id, labels, settings):
+        made.append(id)
+        return make(path, id, labels, settings)
+
+    monkeypatch.setattr(prepare_module, "prepare_clip", counted)
+    again = _prepare(audio, tmp_path / "out", names, shards=4)
+    assert made[stopped_at:] == names[7:]  # the first two blocks of four hold three and four
+    assert again.index.digest == whole.index.digest
+    assert again.report.read_text() == whole.report.read_text().replace("whole", "out")
+    assert not [path for path in again.directory.iterdir() if path.name.startswith(".")]
+
+    # Other settings are another job.
+    del made[:]
+    _prepare(audio, tmp_path / "out", names, shards=3)
+    assert len(made) == len(names)

@@ -47,20 +47,48 @@ def choose_anchor(
     loudness: Float[Array, "b _"] | None = None,
     min_dbfs: float = -60.0,
 ) -> tuple[Int[Array, "b"], Float[Array, "b"]]:
-    """Begin sample and score of each clip's anchor.
+    """Begin sample and score of each clip's anchor: the first of `choose_anchors`."""
+    begin, score = choose_anchors(
+        probability,
+        samples,
+        count=1,
+        clip_samples=clip_samples,
+        segment_samples=segment_samples,
+        hop_samples=hop_samples,
+        loudness=loudness,
+        min_dbfs=min_dbfs,
+    )
+    return begin[:, 0], score[:, 0]
 
-    The first frame whose score is within 1e-6 of the maximum, moved inside the clip. Probability
-    beyond the true end of a short clip counts as zero, and the anchor begins so that it fits into
-    the true samples where they are enough.
+
+def choose_anchors(
+    probability: Float[Array, "b n"],
+    samples: Int[Array, "b"],
+    *,
+    count: int,
+    clip_samples: int,
+    segment_samples: int,
+    hop_samples: int,
+    loudness: Float[Array, "b _"] | None = None,
+    min_dbfs: float = -60.0,
+) -> tuple[Int[Array, "b count"], Float[Array, "b count"]]:
+    """Begin samples and scores of each clip's anchor and of runners-up that overlap none before.
+
+    The anchor is the first frame whose score is within 1e-6 of the maximum, moved inside the clip.
+    Probability beyond the true end of a short clip counts as zero, and the anchor begins so that it
+    fits into the true samples where they are enough. Runners-up are chosen in the same way of what
+    is left; where nothing is, they repeat the anchor with the score -1.
 
     Args:
       probability: framewise probability of the clip's class.
       samples: true samples of each clip, the rest being padding.
+      count: how many.
       clip_samples: t.
       segment_samples: s.
       hop_samples: samples between frames.
       loudness: `segment_loudness` of the clips; anchors below `min_dbfs` are then passed over.
-      min_dbfs: threshold in dB of full scale; where a clip has no louder segment, its first.
+      min_dbfs: threshold in dB of full scale; where a clip has no louder segment, its first, with
+        the score -1.
     """
     frames = probability.shape[1]
     half = segment_samples // hop_samples // 2
@@ -75,9 +103,15 @@ def choose_anchor(
         loud = jnp.take_along_axis(loudness, begin_sample // hop_samples, axis=1) >= min_dbfs
         scores = jnp.where(loud, scores, -1.0)
 
-    best = jnp.argmax(scores >= jnp.max(scores, axis=1, keepdims=True) - TIE, axis=1)[:, None]
-    begin = jnp.take_along_axis(begin_sample, best, axis=1)[:, 0]
-    return begin, jnp.take_along_axis(scores, best, axis=1)[:, 0]
+    begins, best_scores = [], []
+    for _ in range(count):
+        best = jnp.argmax(scores >= jnp.max(scores, axis=1, keepdims=True) - TIE, axis=1)[:, None]
+        begin = jnp.take_along_axis(begin_sample, best, axis=1)
+        score = jnp.take_along_axis(scores, best, axis=1)
+        begins.append(jnp.where(score < 0, begins[0], begin) if begins else begin)
+        best_scores.append(score)
+        scores = jnp.where(jnp.abs(begin_sample - begin) < segment_samples, -1.0, scores)
+    return jnp.concatenate(begins, axis=1), jnp.concatenate(best_scores, axis=1)
 
 
 def segment_loudness(

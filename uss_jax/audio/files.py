@@ -5,13 +5,14 @@ Letters: c channels, t samples. Waveforms are float32 in [-1, 1].
 
 import contextlib
 import dataclasses
+import io
 import os
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import soundfile
 import soxr
-from jaxtyping import Float32
+from jaxtyping import Float32, Int16
 
 from uss_jax.atomic import replacing
 from uss_jax.errors import UserError
@@ -103,6 +104,31 @@ def _unreadable(path: str | os.PathLike, error: Exception) -> UserError:
     return UserError(
         f"{path} cannot be read as audio ({_reason(error)}); give a wav, flac, ogg or mp3 file"
     )
+
+
+def decode_bytes(data: bytes) -> Float32[np.ndarray, "c t"]:
+    """The samples of an audio file that is in memory; a ValueError when it is none."""
+    try:
+        waveform, _ = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+    except soundfile.SoundFileError as error:
+        raise ValueError(f"holds no readable audio file ({_reason(error)})") from error
+    return np.ascontiguousarray(waveform.T)
+
+
+def format_of_bytes(data: bytes) -> Format:
+    """What the header of an audio file in memory says; a ValueError when it is none."""
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            return Format(file.samplerate, file.channels, file.frames)
+    except soundfile.SoundFileError as error:
+        raise ValueError(f"holds no readable audio file ({_reason(error)})") from error
+
+
+def flac_bytes(samples: Int16[np.ndarray, " t"], sample_rate: int) -> bytes:
+    """One channel as a FLAC file in memory."""
+    memory = io.BytesIO()
+    soundfile.write(memory, samples, sample_rate, format="FLAC", subtype="PCM_16")
+    return memory.getvalue()
 
 
 def read_mono(

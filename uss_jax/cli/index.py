@@ -1,28 +1,67 @@
 """Verifies every record of a directory of TFRecord shards and writes the index the reader needs.
 
-Every checksum is checked; what is wrong is said with shard and byte.
+Every checksum is checked; what is wrong is said with shard and byte. A job that was stopped goes on
+with the shards that are left.
+
+Records of others (tf.train.Example) are read as they are. Features with usual names and kinds are
+found by themselves, TFDS's layout among them; --schema names a JSON file that says what is not, any
+of:
+  {"id": "video_id", "audio": "waveform", "labels": "mids", "encoding": "float",
+   "label_form": "mid", "sample_rate": 32000, "shards": "*.tfrecord", "split": "train"}
+  encoding    pcm_s16le, flac, wav (bytes), float, int64 (lists)
+  label_form  index (int64), mid or name (bytes)
+  shards      a pattern, where the shards are not named as TFDS does; they become the split "split"
 """
 
 import argparse
+import os
+import pathlib
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", metavar="DIR", help="directory of the shards")
-    parser.epilog = "example:\n  uss-jax index data/my_sounds/1.0.0"
+    parser.add_argument("--schema", metavar="FILE", help="JSON file, see above")
+    parser.add_argument(
+        "--workers", type=_positive, default=os.cpu_count(), help="processes; default: one a core"
+    )
+    parser.epilog = (
+        "examples:\n"
+        "  uss-jax index data/my_sounds/1.0.0\n"
+        "  uss-jax index lab/records --schema schema.json"
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, not {text!r}")
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> None:
+    from uss_jax.data.foreign import find_schema
+    from uss_jax.data.metadata import write_format
+    from uss_jax.data.schema import read_schema
     from uss_jax.data.tfrecord import build_index, splits
     from uss_jax.errors import UserError
 
-    found = splits(args.directory)
+    given = read_schema(args.schema) if args.schema else None
+    found = [given.split] if given and given.shards else splits(args.directory)
     if not found:
         raise UserError(
-            f"{args.directory} has no shards; expected names such as "
-            "mine-train.tfrecord-00000-of-00004"
+            f"{args.directory} has no shards named as mine-train.tfrecord-00000-of-00004; where "
+            'they are named otherwise, give a --schema with "shards": "*.tfrecord"'
         )
     for split in found:
-        index = build_index(args.directory, split)
+        schema, new = find_schema(args.directory, split, given)
+        if new:
+            print(
+                f"{split}: id in {schema.id!r}, audio in {schema.audio!r} ({schema.encoding}), "
+                f"labels in {schema.labels!r} ({schema.label_form}), {schema.sample_rate} Hz",
+                flush=True,
+            )
+        index = build_index(args.directory, split, schema, args.workers)
+        if new:
+            write_format(pathlib.Path(args.directory), schema.sample_rate, schema.encoding)
         gigabytes = int(index.shard_bytes.sum()) / 1e9
         print(
             f"{split}: {len(index)} records in {len(index.shards)} shards, {gigabytes:.3f} GB, "

@@ -13,6 +13,7 @@ COMMANDS = {
     "prepare": "audio files and labels to TFRecord shards and an index",
     "index": "index and verify a directory of TFRecords",
     "train-tagger": "train a tagging and sound event detection net on weak labels",
+    "mine": "find the anchors of every clip once, for training",
     "train": "train a separator; the same command resumes",
     "make-pairs": "build evaluation pairs (mixture, source) from records",
     "evaluate": "figures of a model on a data set",

@@ -2,7 +2,8 @@
 
 Recordings (wav, flac, ogg, mp3; any rate, any number of channels) become mono int16 at one sample
 rate. Longer ones are cut to their first --clip-seconds, shorter keep their length. Recordings that
-are missing, unreadable or silent are left out and listed with the reason in skipped-SPLIT.csv.
+are missing, unreadable or silent are left out and listed with the reason in skipped-SPLIT.csv. A
+job that was stopped goes on when the same command is given again.
 
 The label file has one of two forms:
   file,labels         with this header; paths relative to --audio; labels separated by ";": class
@@ -31,15 +32,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--clip-seconds", type=_seconds, default=10.0, metavar="S", help="default: 10"
     )
     parser.add_argument(
+        "--encoding",
+        choices=("pcm_s16le", "flac"),
+        default="pcm_s16le",
+        help="flac is half as large, but is read whole and slower; default: pcm_s16le",
+    )
+    parser.add_argument(
         "--shards", type=_positive, metavar="K", help="at most so many files; default: 200 MB each"
     )
     parser.add_argument(
         "--workers", type=_positive, default=os.cpu_count(), help="threads; default: one a core"
     )
+    parser.add_argument(
+        "--engine",
+        choices=("threads", "beam"),
+        default="threads",
+        help="beam: on many machines, which share the folders; the same shards",
+    )
+    parser.add_argument(
+        "beam_options", nargs="*", metavar="-- OPTION", help="options of the Beam pipeline"
+    )
     parser.epilog = (
-        "example:\n"
+        "examples:\n"
         "  uss-jax prepare --audio sounds --labels sounds/labels.csv --out data \\\n"
-        "      --name my_sounds --version 1.0.0 --split train"
+        "      --name my_sounds --version 1.0.0 --split train\n"
+        "  uss-jax prepare --audio /nfs/clips --labels unbalanced_train_segments.csv \\\n"
+        "      --out /nfs/data --name audioset --version 1.0.0 --split full_train \\\n"
+        "      --engine beam -- --runner=FlinkRunner --flink_master=head:8081 \\\n"
+        "      --parallelism=512 --environment_type=EXTERNAL --environment_config=localhost:50000\n"
+        "  where on every machine of the cluster runs, with this package installed,\n"
+        "      python -m apache_beam.runners.worker.worker_pool_main --service_port=50000"
     )
 
 
@@ -62,7 +84,15 @@ def _seconds(text: str) -> float:
 def run(args: argparse.Namespace) -> None:
     from uss_jax.data.labels import read_labels
     from uss_jax.data.prepare import ClipSettings, prepare
+    from uss_jax.errors import UserError
 
+    engine = None
+    if args.engine == "beam":
+        from uss_jax.data.beam import beam_engine
+
+        engine = beam_engine(args.beam_options)
+    elif args.beam_options:
+        raise UserError("options after -- are for --engine beam; give that too or leave them out")
     labelled = read_labels(args.labels, args.audio, args.split)
     print(f"{args.labels}: {len(labelled)} clips for split {args.split}", flush=True)
     made = prepare(
@@ -72,9 +102,10 @@ def run(args: argparse.Namespace) -> None:
         name=args.name,
         version=args.version,
         split=args.split,
-        settings=ClipSettings(args.sample_rate, args.clip_seconds),
+        settings=ClipSettings(args.sample_rate, args.clip_seconds, args.encoding),
         shards=args.shards,
         workers=args.workers,
+        engine=engine,
     )
     minutes = int(made.index.samples.sum()) / args.sample_rate / 60
     classes = len(set(made.index.label_class.tolist()))

@@ -1,18 +1,57 @@
 """The record schema: a clip as a `tf.train.Example`, without TensorFlow.
 
     id      bytes   name of the clip, UTF-8
-    audio   bytes   little-endian int16 PCM, one channel
+    audio   bytes   little-endian int16 PCM, one channel; or a FLAC file
     labels  int64   class indexes, ascending
 
-Sample rate and encoding are the same for all records of a directory: see data/metadata.py.
+Sample rate and encoding are the same for all records of a directory: see data/metadata.py. How
+records of others differ from this is said in data/schema.py.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int16
 from tensorflow_datasets.proto import tf_example_pb2
+
+from uss_jax.data.schema import Schema
+from uss_jax.errors import UserError
+from uss_jax.ontology import load_ontology
+
+# Feature names that others use, tried in this order.
+_GUESSES = {
+    "id": ("id", "clip_id", "video_id", "ytid", "YTID", "audio_id", "fname", "filename", "key"),
+    "audio": ("audio", "waveform", "samples", "pcm", "wav", "flac", "audio/encoded", "signal"),
+    "labels": ("labels", "label", "classes", "class", "mids", "label_ids", "targets", "tags"),
+}
+
+
+def guess_schema(payload: bytes, schema: Schema) -> Schema:
+    """The schema of a record that is not as `schema` has it, by the names and kinds of features.
+
+    Raises:
+      ValueError: what cannot be found.
+    """
+    feature = _features(payload)
+    found = {}
+    for what, names in _GUESSES.items():
+        name = next((name for name in names if name in feature), None)
+        if name is None:
+            raise ValueError(
+                f"has no feature that looks like its {what} (it has {sorted(feature)})"
+            )
+        found[what] = name
+    audio, labels = feature[found["audio"]], feature[found["labels"]]
+    encoding = {"float_list": "float", "int64_list": "int64"}.get(audio.WhichOneof("kind"))
+    if encoding is None:
+        begin = audio.bytes_list.value[0][:4] if audio.bytes_list.value else b""
+        encoding = {b"RIFF": "wav", b"fLaC": "flac"}.get(begin, "pcm_s16le")
+    form = "index"
+    if labels.WhichOneof("kind") == "bytes_list":
+        form = "mid" if labels.bytes_list.value[0].startswith(b"/") else "name"
+    return dataclasses.replace(schema, **found, encoding=encoding, label_form=form)
 
 
 class Clip(NamedTuple):
@@ -29,36 +68,77 @@ class Clip(NamedTuple):
     labels: tuple[int, ...]
 
 
-def serialise(id: bytes, samples: Int16[np.ndarray, " t"], labels: Sequence[int]) -> bytes:
-    """A clip as bytes; equal clips give equal bytes."""
+def serialise(id: bytes, samples: Int16[np.ndarray, " t"] | bytes, labels: Sequence[int]) -> bytes:
+    """A clip as bytes; equal clips give equal bytes. Samples that are bytes are a FLAC file."""
     example = tf_example_pb2.Example()
     feature = example.features.feature
     feature["id"].bytes_list.value.append(id)
-    feature["audio"].bytes_list.value.append(samples.astype("<i2", copy=False).tobytes())
+    audio = samples if isinstance(samples, bytes) else samples.astype("<i2", copy=False).tobytes()
+    feature["audio"].bytes_list.value.append(audio)
     feature["labels"].int64_list.value.extend(sorted(set(labels)))
     return example.SerializeToString(deterministic=True)
 
 
-def parse(payload: bytes) -> Clip:
-    """The clip in a record; a ValueError says what is not as the schema has it."""
+def parse(payload: bytes, schema: Schema | None = None) -> Clip:
+    """The clip in a record; a ValueError says what is not as the schema has it.
+
+    `audio` holds the samples as they stand in the payload.
+    """
+    schema = schema or Schema()
+    feature = _features(payload)
+    names = {"id": schema.id, "audio": schema.audio, "labels": schema.labels}
+    missing = [name for name in names.values() if name not in feature]
+    if missing:
+        raise ValueError(
+            f"has no feature {' and no '.join(map(repr, missing))} (it has {sorted(feature)})"
+        )
+    id = _one_bytes(feature, schema.id)
+    if schema.encoding == "float":
+        audio = _packed(feature, schema.audio, "float_list")
+    elif schema.encoding == "int64":
+        audio = _packed(feature, schema.audio, "int64_list")
+    else:
+        audio = _one_bytes(feature, schema.audio)
+    return Clip(id=id, audio=audio, labels=_labels(feature[schema.labels], schema))
+
+
+def _features(payload: bytes) -> Mapping[str, Any]:
     example = tf_example_pb2.Example()
     try:
         example.ParseFromString(payload)
     except Exception as error:  # protobuf's DecodeError has moved between its versions
         raise ValueError("is not a tf.train.Example") from error
-    feature = example.features.feature
-    missing = [name for name in Clip._fields if name not in feature]
-    if missing:
-        raise ValueError(
-            f"has no feature {' and no '.join(map(repr, missing))} (it has {sorted(feature)})"
-        )
-    for name in ("id", "audio"):
-        if len(feature[name].bytes_list.value) != 1:
-            raise ValueError(f"needs one bytes value in feature {name!r}")
-    if feature["labels"].WhichOneof("kind") not in ("int64_list", None):
-        raise ValueError("needs class indexes (int64) in feature 'labels'")
-    return Clip(
-        id=feature["id"].bytes_list.value[0],
-        audio=feature["audio"].bytes_list.value[0],
-        labels=tuple(feature["labels"].int64_list.value),
-    )
+    return example.features.feature
+
+
+def _one_bytes(feature: Mapping[str, Any], name: str) -> bytes:
+    if len(feature[name].bytes_list.value) != 1:
+        raise ValueError(f"needs one bytes value in feature {name!r}")
+    return feature[name].bytes_list.value[0]
+
+
+def _packed(feature: Mapping[str, Any], name: str, kind: str) -> bytes:
+    """A list of numbers as protocol buffers pack it."""
+    if feature[name].WhichOneof("kind") != kind:
+        raise ValueError(f"needs a {kind} in feature {name!r}")
+    data = getattr(feature[name], kind).SerializeToString()
+    # Before it stand a byte for the field and its length, seven bits a byte.
+    at = 1
+    while at < len(data) and data[at] >= 128:
+        at += 1
+    return data[at + 1 :]
+
+
+def _labels(feature: Any, schema: Schema) -> tuple[int, ...]:
+    kind = feature.WhichOneof("kind")
+    if schema.label_form == "index":
+        if kind not in ("int64_list", None):
+            raise ValueError(f"needs class indexes (int64) in feature {schema.labels!r}")
+        return tuple(feature.int64_list.value)
+    if kind not in ("bytes_list", None):
+        raise ValueError(f"needs {schema.label_form}s (bytes) in feature {schema.labels!r}")
+    words = [value.decode(errors="replace") for value in feature.bytes_list.value]
+    try:
+        return tuple(load_ontology().resolve(word) for word in words)
+    except UserError as error:
+        raise ValueError(f"has a label that is no class: {error}") from None

@@ -2,48 +2,65 @@
 
 dataset_info.json   splits, shards, counts: read by `tfds.builder_from_directory` and `tfds.load`
 features.json       the schema, with labels.labels.txt: the names of the classes
-metadata.json       {"sample_rate": 32000, "encoding": "pcm_s16le"}
+metadata.json       {"sample_rate": 32000, "encoding": "pcm_s16le"}, or "flac" and others
 """
 
 import json
 import os
 import pathlib
 import tempfile
+from typing import Any
 
 from uss_jax.atomic import replacing
+from uss_jax.data.encodings import ENCODINGS
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 
-ENCODING = "pcm_s16le"
 _INFO, _OURS = "dataset_info.json", "metadata.json"
 
 
 def read_sample_rate(directory: str | os.PathLike) -> int:
     """The sample rate of a directory's records, in Hz."""
+    return _format(directory)[0]
+
+
+def read_encoding(directory: str | os.PathLike) -> str:
+    """How the samples of a directory's records are stored, see data/encodings.py."""
+    return _format(directory)[1]
+
+
+def _format(directory: str | os.PathLike) -> tuple[int, str]:
     path = pathlib.Path(directory) / _OURS
     metadata = _read(path)
     if metadata is None:
         raise UserError(
             f"{path} does not exist, so the sample rate of these records is unknown; prepare them "
-            f'again, or write {{"sample_rate": 32000, "encoding": "{ENCODING}"}} into it'
+            f'again, or write {{"sample_rate": 32000, "encoding": "pcm_s16le"}} into it'
         )
     try:
         sample_rate, encoding = int(metadata["sample_rate"]), metadata["encoding"]
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path} needs the keys sample_rate (Hz) and encoding") from None
-    if encoding != ENCODING:
-        raise UserError(f"{path}: the encoding is {encoding}, only {ENCODING} can be read")
-    return sample_rate
+    if encoding not in ENCODINGS:
+        raise UserError(
+            f"{path}: the encoding is {encoding}, only {', '.join(ENCODINGS)} can be read"
+        )
+    return sample_rate, encoding
 
 
-def check_sample_rate(directory: pathlib.Path, split: str, sample_rate: int) -> None:
-    """Refuses to add a split at another sample rate than the directory's other splits."""
+def check_format(directory: pathlib.Path, split: str, sample_rate: int, encoding: str) -> None:
+    """Refuses to add a split of another sample rate or encoding than the other splits'."""
     info = _read(directory / _INFO) or {}
     others = [other["name"] for other in info.get("splits", []) if other["name"] != split]
     if others and (there := read_sample_rate(directory)) != sample_rate:
         raise UserError(
             f"{directory} has {', '.join(others)} at {there} Hz; give {split} another --version "
             f"than them, or --sample-rate {there}"
+        )
+    if others and (there := read_encoding(directory)) != encoding:
+        raise UserError(
+            f"{directory} has {', '.join(others)} as {there}; give {split} another --version than "
+            f"them, or --encoding {there}"
         )
 
 
@@ -56,6 +73,7 @@ def write_metadata(
     shard_records: list[int],
     shard_bytes: int,
     sample_rate: int,
+    encoding: str = "pcm_s16le",
 ) -> None:
     """Adds a split, or what changed in it, to the directory's metadata; other splits stay.
 
@@ -65,9 +83,10 @@ def write_metadata(
       shard_records: records in each shard, in order.
       shard_bytes: of all shards together.
       sample_rate: in Hz.
+      encoding: of the samples, `pcm_s16le` or `flac`.
     """
-    _write_features(directory, sample_rate)
-    _write(directory / _OURS, {"sample_rate": sample_rate, "encoding": ENCODING})
+    _write_features(directory, sample_rate, encoding)
+    write_format(directory, sample_rate, encoding)
     info = _read(directory / _INFO) or {}
     others = [other for other in info.get("splits", []) if other["name"] != split]
     ours = {
@@ -88,25 +107,39 @@ def write_metadata(
     )
 
 
-def _write_features(directory: pathlib.Path, sample_rate: int) -> None:
+def write_format(directory: pathlib.Path, sample_rate: int, encoding: str) -> None:
+    """Says sample rate and encoding of a directory's records."""
+    _write(directory / _OURS, {"sample_rate": sample_rate, "encoding": encoding})
+
+
+def tfds_features(sample_rate: int, encoding: str) -> Any:
+    """The record schema as TFDS knows it, a FeaturesDict."""
     import numpy as np
     import tensorflow_datasets as tfds
 
-    features = tfds.features.FeaturesDict(
+    if encoding == "flac":
+        audio = tfds.features.Scalar(dtype=np.object_, doc=f"a mono FLAC file at {sample_rate} Hz")
+    else:
+        # Bytes: TFDS's default would store every sample as an int64.
+        audio = tfds.features.Tensor(
+            shape=(None,),
+            dtype=np.int16,
+            encoding=tfds.features.Encoding.BYTES,
+            doc=f"mono PCM at {sample_rate} Hz",
+        )
+    return tfds.features.FeaturesDict(
         {
             "id": tfds.features.Text(),
-            # Bytes: TFDS's default would store every sample as an int64.
-            "audio": tfds.features.Tensor(
-                shape=(None,),
-                dtype=np.int16,
-                encoding=tfds.features.Encoding.BYTES,
-                doc=f"mono PCM at {sample_rate} Hz",
-            ),
+            "audio": audio,
             "labels": tfds.features.Sequence(
                 tfds.features.ClassLabel(names=list(load_ontology().class_names))
             ),
         }
     )
+
+
+def _write_features(directory: pathlib.Path, sample_rate: int, encoding: str) -> None:
+    features = tfds_features(sample_rate, encoding)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".features") as temporary:
         features.save_config(temporary)
         for path in pathlib.Path(temporary).iterdir():

@@ -1,4 +1,4 @@
-"""Batches of clips, read ahead by threads. The only importer of grain.
+"""Batches of clips or of their anchors, read ahead by threads. The only importer of grain.
 
 Batch n is a pure function of the order and n, for any number of hosts and threads: position n of
 the data is step n of the training, and there is no iterator state to save.
@@ -6,15 +6,20 @@ the data is step n of the training, and there is no iterator state to save.
 Letters: b clips of this host, t samples, k classes.
 """
 
+import sys
+import threading
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
 
-from uss_jax.data.tfrecord import ClipReader
+from uss_jax.data.sampling import GroupedOrder
+from uss_jax.data.tfrecord import ClipReader, DamagedRecord
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
+
+_FAR = 2**44
 
 
 @runtime_checkable
@@ -22,6 +27,15 @@ class Order(Protocol):
     """Which record and which class stand at each position; see data/sampling.py."""
 
     def draw(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+@runtime_checkable
+class Places(Protocol):
+    """Where in its clip the anchor at a position begins, and its score; see anchors/table.py."""
+
+    def place(
+        self, positions: np.ndarray, records: np.ndarray, classes: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 def batches(
@@ -36,6 +50,8 @@ def batches(
     hosts: int = 1,
     threads: int = 2,
     labels: bool = False,
+    places: Places | None = None,
+    max_corrupt: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
     """This host's part of the batches of steps start_step..stop_step - 1.
 
@@ -44,14 +60,19 @@ def batches(
       order: what stands at which position; step n takes positions n * batch_size and on.
       start_step, stop_step: steps of training.
       batch_size: clips in the batch of all hosts together.
-      clip_samples: shorter clips are followed by zeros, longer ones cut to their beginning.
+      clip_samples: shorter clips are followed by zeros, longer ones cut to their beginning; of an
+        anchor, how long it is.
       host, hosts: of the batch, this host gets the block of rows number `host` of `hosts`.
       threads: how many batches are read at a time.
       labels: also give all labels of the clips.
+      places: read the anchors that begin there, not the clips.
+      max_corrupt: so many damaged records are said and replaced by other clips; one more is an
+        error.
 
     Yields:
       audio [b, t] int16, samples [b] int32 (true length, at most t), class_index [b] int32 (what
-      was drawn), record [b] int32 and, if asked for, labels [b, k] uint8 of 0 and 1.
+      was drawn), record [b] int32; with `places` begin_sample [b] int32 and score [b] float32; of a
+      GroupedOrder conflict [b] uint8; if asked for, labels [b, k] uint8 of 0 and 1.
     """
     if batch_size % hosts:
         raise UserError(
@@ -60,16 +81,42 @@ def batches(
     if start_step >= stop_step:
         return iter(())
     rows = np.arange(host * batch_size // hosts, (host + 1) * batch_size // hosts)
+    corrupt = _Corrupt(max_corrupt)
 
     def make_batch(step: int) -> dict[str, np.ndarray]:
-        records, classes = order.draw(step * batch_size + rows)
-        audio, samples = _read_clips(reader, records, clip_samples)
-        batch = {
+        positions = step * batch_size + rows
+        batch: dict[str, np.ndarray] = {}
+        if isinstance(order, GroupedOrder):
+            records, classes, conflict = order.draw_marked(positions)
+            batch["conflict"] = conflict.astype(np.uint8)
+        else:
+            records, classes = order.draw(positions)
+        audio = np.zeros((len(rows), clip_samples), np.int16)
+        begin, score = _begins(places, positions, records, classes)
+        samples = np.zeros(len(rows), np.int32)
+        for row in range(len(rows)):
+            some = slice(row, row + 1)
+            for attempt in range(1, max_corrupt + 2):
+                length = min(int(reader.index.samples[records[row]]) - begin[row], clip_samples)
+                samples[row] = max(length, 0)
+                try:
+                    part = reader.read(int(records[row]), int(begin[row]), int(samples[row]))
+                    break
+                except DamagedRecord as error:
+                    corrupt.note(int(records[row]), error)
+                # A far position of the same order stands in: still a function of the position.
+                far = positions[some] + attempt * _FAR
+                records[some], classes[some] = order.draw(far)[:2]
+                begin[some], score[some] = _begins(places, far, records[some], classes[some])
+            audio[row, : samples[row]] = part
+        batch |= {
             "audio": audio,
             "samples": samples,
             "class_index": classes.astype(np.int32),
             "record": records.astype(np.int32),
         }
+        if places is not None:
+            batch |= {"begin_sample": begin.astype(np.int32), "score": score.astype(np.float32)}
         if labels:
             batch["labels"] = _label_matrix(reader, records)
         return batch
@@ -79,14 +126,38 @@ def batches(
     return iter(dataset.to_iter_dataset(ahead))
 
 
-def _read_clips(
-    reader: ClipReader, records: np.ndarray, clip_samples: int
+def _begins(
+    places: Places | None, positions: np.ndarray, records: np.ndarray, classes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    samples = np.minimum(reader.index.samples[records], clip_samples).astype(np.int32)
-    audio = np.zeros((len(records), clip_samples), np.int16)
-    for row, record in enumerate(records.tolist()):
-        audio[row, : samples[row]] = reader.read(record, 0, int(samples[row]))
-    return audio, samples
+    if places is None:
+        return np.zeros(len(positions), np.int64), np.zeros(len(positions), np.float32)
+    return places.place(positions, records, classes)
+
+
+class _Corrupt:
+    """Counts the damaged records of this process and says each once."""
+
+    def __init__(self, limit: int):
+        self._limit, self._records, self._lock = limit, set(), threading.Lock()
+
+    def note(self, record: int, error: DamagedRecord) -> None:
+        """Raises the error when it is one more than allowed."""
+        with self._lock:
+            if record in self._records:
+                return
+            self._records.add(record)
+            if len(self._records) > self._limit:
+                if not self._limit:
+                    raise error
+                raise DamagedRecord(
+                    f"{error} (damaged record number {len(self._records)} of this run; "
+                    f"config.data.max_corrupt allows {self._limit})"
+                ) from error
+            print(
+                f"{error}; left out, {len(self._records)} of at most {self._limit}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _label_matrix(reader: ClipReader, records: np.ndarray) -> np.ndarray:

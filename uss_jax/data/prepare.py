@@ -1,15 +1,19 @@
 """Audio files and labels to records: shards, index, metadata, and a list of what was left out.
 
-A clip becomes a record by one pure function, `prepare_clip`. Whatever runs it (here a thread pool),
-the shards are the same: record order is the label file's order, and a shard holds the clips of one
-block of its lines.
+A clip becomes a record by one pure function, `prepare_clip`. Whatever runs it, a thread pool here
+or Apache Beam on many machines, the shards are the same: record order is the label file's order,
+and a shard holds the clips of one block of its lines. A block is the unit of work: its file appears
+whole, and a finished one is not done again.
 """
 
 import concurrent.futures
 import contextlib
 import csv
 import dataclasses
+import functools
+import hashlib
 import itertools
+import json
 import os
 import pathlib
 import re
@@ -17,14 +21,15 @@ import shutil
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from jaxtyping import Float32, Int16
 from tqdm import tqdm
 
 from uss_jax.atomic import replacing
-from uss_jax.audio.files import read_mono
+from uss_jax.audio.files import flac_bytes, read_mono
+from uss_jax.data.encodings import to_int16
 from uss_jax.data.examples import serialise
 from uss_jax.data.labels import LabelledFile
-from uss_jax.data.metadata import check_sample_rate, write_metadata
+from uss_jax.data.metadata import check_format, write_metadata
+from uss_jax.data.schema import Schema
 from uss_jax.data.tfrecord import RecordIndex, RecordWriter, build_index
 from uss_jax.errors import UserError
 
@@ -41,10 +46,12 @@ class ClipSettings:
     Attributes:
       sample_rate: in Hz.
       clip_seconds: longer recordings are cut to their first so many seconds; shorter keep theirs.
+      encoding: `pcm_s16le`, of which a part can be read, or `flac`, half as large and slower.
     """
 
     sample_rate: int = 32000
     clip_seconds: float = 10.0
+    encoding: str = "pcm_s16le"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +59,6 @@ class Skipped:
     """Why there is no record of a clip."""
 
     reason: str
-
-
-def to_int16(waveform: Float32[np.ndarray, " t"]) -> Int16[np.ndarray, " t"]:
-    """Rounds [-1, 1] to 16 bits: 1 is 32768, which is cut to 32767. Divide by 32768 to go back."""
-    return np.clip(np.rint(waveform * 32768), -32768, 32767).astype(np.int16)
 
 
 def prepare_clip(
@@ -77,7 +79,8 @@ def prepare_clip(
     samples = to_int16(waveform[: round(settings.clip_seconds * settings.sample_rate)])
     if not samples.size or np.abs(waveform).max() < _SILENT_PEAK:
         return Skipped(f"{path} is silent (no sample reaches -60 dBFS)")
-    return serialise(id.encode(errors="surrogateescape"), samples, labels)
+    audio = flac_bytes(samples, settings.sample_rate) if settings.encoding == "flac" else samples
+    return serialise(id.encode(errors="surrogateescape"), audio, labels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +100,9 @@ class Prepared:
     report: pathlib.Path
 
 
+Engine = Callable[[list["Block"]], None]
+
+
 def prepare(
     labelled: list[LabelledFile],
     audio: str | os.PathLike,
@@ -108,8 +114,12 @@ def prepare(
     settings: ClipSettings,
     shards: int | None = None,
     workers: int = 1,
+    engine: Engine | None = None,
 ) -> Prepared:
     """Makes a split of records in `out`/`name`/`version`, whole or not at all.
+
+    Called again after it was stopped, with the same arguments, it goes on with the shards that were
+    not yet finished.
 
     Args:
       labelled: clips with their labels; at least one.
@@ -119,38 +129,45 @@ def prepare(
       settings: what to make of a clip.
       shards: at most so many files; None: about 200 MB each.
       workers: threads that read and convert.
+      engine: runs the blocks; None: threads of this process.
     """
     _check_names(name, version, split)
     directory = pathlib.Path(out) / name / version
-    check_sample_rate(directory, split, settings.sample_rate)
+    check_format(directory, split, settings.sample_rate, settings.encoding)
     unfinished = directory / f".unfinished-{split}"
+    schema = Schema(encoding=settings.encoding, sample_rate=settings.sample_rate)
     skipped: list[tuple[LabelledFile, str]] = []
+    blocks = _blocks(labelled, shards, settings)
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+        _keep_if_same(unfinished, repr((os.fspath(audio), settings, blocks)))
 
-        def make(item: LabelledFile) -> bytes | Skipped:
-            return prepare_clip(os.path.join(audio, item.file), item.file, item.labels, settings)
-
-        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            blocks = _blocks(labelled, shards, settings)
-            paths = _write_blocks(unfinished, blocks, make, pool, skipped)
+        jobs = [Block(unfinished, at, block, audio, settings) for at, block in enumerate(blocks)]
+        todo = [job for job in jobs if job.reasons() is None]
+        (engine or functools.partial(_run_here, workers=workers))(todo)
+        paths = []
+        for job in jobs:
+            reasons = job.reasons()
+            if reasons is None:
+                raise UserError(f"{job.path} was not made; give the same command again")
+            skipped += [(job.items[int(number)], reason) for number, reason in reasons.items()]
+            if len(reasons) < len(job.items):
+                paths.append(job.path)
         if not paths:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            _remove_if_empty(directory, directory.parent)
             raise UserError(
                 f"none of the {len(labelled)} clips could be used; the first: {skipped[0][1]}"
             )
         for at, path in enumerate(paths):
             path.rename(unfinished / f"{name}-{split}.tfrecord-{at:05d}-of-{len(paths):05d}")
-        index = build_index(unfinished, split)
+        index = build_index(unfinished, split, schema)
         _publish(unfinished, directory, split)
     except OSError as error:
         raise UserError(
             f"{directory} could not be written ({error.strerror or error}); choose --out where "
-            "there is space and permission"
+            "there is space and permission, or make some and go on with the same command"
         ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        _remove_if_empty(directory, directory.parent)
+    shutil.rmtree(unfinished, ignore_errors=True)
 
     write_metadata(
         directory,
@@ -160,6 +177,7 @@ def prepare(
         shard_records=np.bincount(index.record_shard, minlength=len(index.shards)).tolist(),
         shard_bytes=int(index.shard_bytes.sum()),
         sample_rate=settings.sample_rate,
+        encoding=settings.encoding,
     )
     report = directory / f"skipped-{split}.csv"
     _write_report(report, skipped)
@@ -189,44 +207,91 @@ def _blocks(
     return [labelled[begin:end] for begin, end in itertools.pairwise(edges)]
 
 
-def _write_blocks(
-    folder: pathlib.Path,
-    blocks: list[list[LabelledFile]],
-    make: Callable[[LabelledFile], bytes | Skipped],
-    pool: concurrent.futures.Executor,
-    skipped: list[tuple[LabelledFile, str]],
-) -> list[pathlib.Path]:
-    """Writes a file for each block that keeps any clip; adds to `skipped`."""
-    paths = []
-    total = sum(map(len, blocks))
-    with tqdm(total=total, desc="prepare", unit="clip", disable=None) as progress:
-        for at, block in enumerate(blocks):
-            path = folder / f"block-{at:05d}"
-            kept = 0
-            with RecordWriter(path) as writer:
-                for item, made in _map_in_order(pool, make, block):
-                    progress.update()
-                    if isinstance(made, Skipped):
-                        skipped.append((item, made.reason))
-                    else:
-                        writer.write(made)
-                        kept += 1
-            if kept:
-                paths.append(path)
-            else:
-                path.unlink()
-    return paths
+def _keep_if_same(unfinished: pathlib.Path, plan: str) -> None:
+    """Empties the folder of unfinished work, unless that is part of the same plan."""
+    digest = hashlib.sha256(plan.encode(errors="surrogateescape")).hexdigest()
+    path = unfinished / ".plan"
+    if not path.is_file() or path.read_text() != digest:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        path.write_text(digest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A shard to be made, on whatever machine sees the folders.
+
+    Attributes:
+      folder: of unfinished work.
+      number: of the block.
+      items: its clips.
+      audio: the folder their paths are relative to.
+      settings: what to make of a clip.
+    """
+
+    folder: pathlib.Path
+    number: int
+    items: list[LabelledFile]
+    audio: str | os.PathLike
+    settings: ClipSettings
+
+    @property
+    def path(self) -> pathlib.Path:
+        """The shard; there is none if no clip of the block can be used."""
+        return self.folder / f"block-{self.number:05d}"
+
+    @property
+    def _done(self) -> pathlib.Path:
+        return self.folder / f".block-{self.number:05d}.json"
+
+    def reasons(self) -> dict[str, str] | None:
+        """Why clips were left out, by their number; None when the block is not finished."""
+        try:
+            reasons = json.loads(self._done.read_text())
+        except (OSError, ValueError):
+            return None
+        return reasons if self.path.exists() or len(reasons) == len(self.items) else None
+
+    def make(self, pool: concurrent.futures.Executor, progress: Callable[[], object]) -> None:
+        """Makes the shard, reading clips with `pool`; calls `progress` after each."""
+
+        def make(item: LabelledFile) -> bytes | Skipped:
+            path = os.path.join(self.audio, item.file)
+            return prepare_clip(path, item.file, item.labels, self.settings)
+
+        reasons = {}
+        with replacing(self.path) as temporary, RecordWriter(temporary) as writer:
+            for number, made in enumerate(_map_in_order(pool, make, self.items)):
+                progress()
+                if isinstance(made, Skipped):
+                    reasons[str(number)] = made.reason
+                else:
+                    writer.write(made)
+        if len(reasons) == len(self.items):
+            self.path.unlink()
+        with replacing(self._done) as temporary:
+            temporary.write_text(json.dumps(reasons))
+
+
+def _run_here(blocks: list[Block], workers: int) -> None:
+    with (
+        concurrent.futures.ThreadPoolExecutor(workers) as pool,
+        tqdm(
+            total=sum(len(b.items) for b in blocks), desc="prepare", unit="clip", disable=None
+        ) as bar,
+    ):
+        for block in blocks:
+            block.make(pool, bar.update)
 
 
 def _map_in_order(
     pool: concurrent.futures.Executor,
     make: Callable[[LabelledFile], bytes | Skipped],
     items: list[LabelledFile],
-) -> Iterator[tuple[LabelledFile, bytes | Skipped]]:
+) -> Iterator[bytes | Skipped]:
     """Like `pool.map`, with few results in memory at once."""
     for begin in range(0, len(items), _CLIPS_IN_FLIGHT):
-        some = items[begin : begin + _CLIPS_IN_FLIGHT]
-        yield from zip(some, pool.map(make, some), strict=True)
+        yield from pool.map(make, items[begin : begin + _CLIPS_IN_FLIGHT])
 
 
 def _publish(unfinished: pathlib.Path, directory: pathlib.Path, split: str) -> None:
@@ -239,7 +304,7 @@ def _publish(unfinished: pathlib.Path, directory: pathlib.Path, split: str) -> N
     for old in directory.glob(f"*-{split}.tfrecord-?????-of-?????"):
         old.unlink()
     for path in sorted(unfinished.iterdir()):
-        if path.name != index:
+        if path.name != index and not path.name.startswith("."):
             os.replace(path, directory / path.name)
     os.replace(unfinished / index, directory / index)
 

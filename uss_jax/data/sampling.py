@@ -4,21 +4,26 @@ An order is a pure function of (seed, position), where position counts examples 
 training. Nothing is drawn in advance and nothing is remembered: resuming at a position, or giving
 every host its own positions, needs no state.
 
-Letters: n positions, r records, l labels, k classes.
+Letters: n positions, r records, l labels, k classes, g groups, i items of a group.
 """
 
+import functools
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Integer, UInt64
+from jaxtyping import Bool, Float, Integer, UInt64
 
 from uss_jax.errors import UserError
+from uss_jax.ontology import load_ontology
 
 _GOLDEN = 0x9E3779B97F4A7C15
 # A round sends an index anywhere with probability 1/2, else leaves it: 2**-40 never move.
 _ROUND_KEYS = np.arange(1, 41, dtype=np.uint64) * np.uint64(_GOLDEN)
 # What a key is for, so that no two permutations share one.
 _PLACES, _CLIPS, _LABELS = 1, 2, 3
+ANCHORS, JITTER, _ARRANGEMENTS = 4, 5, 6
+_RESTARTS = 8
 
 
 def _mixed(x: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
@@ -34,6 +39,14 @@ def _key(seed: int, *parts: int | np.ndarray) -> UInt64[np.ndarray, " n"]:
     for part in parts:
         key = _mixed((key + np.uint64(_GOLDEN)) ^ _mixed(np.atleast_1d(part).astype(np.uint64)))
     return key
+
+
+def uniform(
+    seed: int, what_for: int, positions: Integer[np.ndarray, " n"]
+) -> Float[np.ndarray, " n"]:
+    """A number in [0, 1) for each position."""
+    key = _key(seed, what_for, positions)
+    return (key >> np.uint64(11)) * 2.0**-53
 
 
 def permute(
@@ -162,3 +175,130 @@ class UniformOrder:
         count = (self._label_row[record + 1] - begin).astype(np.uint64)
         label = _key(self._seed, _LABELS, positions) % count
         return record, self._label_class[begin + label.astype(np.int64)].astype(np.int64)
+
+
+@runtime_checkable
+class _Order(Protocol):
+    def draw(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+class GroupedOrder:
+    """An order seen in mixing groups: which items are mixed with one they conflict with.
+
+    Item i of a group is mixed with items i + 1 ... i + sources - 1, modulo the group. Two clips
+    conflict when a label of one is a label of the other, above it or below it in the ontology: then
+    the mixture holds a sound twice, and which of the two is asked for cannot be told.
+    """
+
+    def __init__(
+        self,
+        order: _Order,
+        label_row: Integer[np.ndarray, " _"],
+        label_class: Integer[np.ndarray, " l"],
+        seed: int,
+        *,
+        group_size: int,
+        sources: int,
+        conflict_free: bool,
+    ):
+        """
+        Args:
+          order: what it is made of.
+          label_row, label_class: all labels of each record, as in RecordIndex.
+          seed: of the arrangements.
+          group_size: items of a group, which begin at multiples of it.
+          sources: of a mixture.
+          conflict_free: arrange the items of each group so that few are mixed with one they
+            conflict with, mostly none; otherwise they stay where the order has them.
+        """
+        self._order, self._seed = order, seed
+        self._label_row, self._label_class = label_row.astype(np.int64), label_class
+        self._group_size, self._sources = group_size, sources
+        self._conflict_free = conflict_free
+
+    def draw(
+        self, positions: Integer[np.ndarray, " n"]
+    ) -> tuple[Integer[np.ndarray, " n"], Integer[np.ndarray, " n"]]:
+        """The record and the class index at each position."""
+        return self.draw_marked(positions)[:2]
+
+    def draw_marked(
+        self, positions: Integer[np.ndarray, " n"]
+    ) -> tuple[Integer[np.ndarray, " n"], Integer[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+        """The record and class index at each position, and whether its mixture has a conflict."""
+        groups, of_group = np.unique(positions // self._group_size, return_inverse=True)
+        whole = groups[:, None] * self._group_size + np.arange(self._group_size)
+        records, classes = (x.reshape(whole.shape) for x in self._order.draw(whole.ravel()))
+        marked = np.zeros(whole.shape, bool)
+        for row, group in enumerate(groups.tolist()):
+            conflict = self._conflicts(records[row])
+            item = np.arange(self._group_size)
+            if self._conflict_free:
+                key = _key(self._seed, _ARRANGEMENTS, group)
+                item = arrange(conflict, self._sources, key)
+                records[row], classes[row] = records[row, item], classes[row, item]
+            marked[row] = _mixed_conflicts(conflict, item[None], self._sources)[0] > 0
+        at = positions % self._group_size
+        return records[of_group, at], classes[of_group, at], marked[of_group, at]
+
+    def _conflicts(self, records: Integer[np.ndarray, " i"]) -> Bool[np.ndarray, "i i"]:
+        counts = self._label_row[records + 1] - self._label_row[records]
+        first = np.cumsum(counts) - counts
+        place = np.repeat(self._label_row[records] - first, counts) + np.arange(counts.sum())
+        labels = self._label_class[place]
+        related = _relatives()[labels[:, None], labels]
+        # Every drawn record has a label, so that no stretch is empty.
+        return np.logical_or.reduceat(np.logical_or.reduceat(related, first, axis=0), first, 1)
+
+
+def arrange(
+    conflict: Bool[np.ndarray, "i i"], sources: int, key: UInt64[np.ndarray, "1"]
+) -> Integer[np.ndarray, " i"]:
+    """An order of a group's items in which few conflict with the next `sources` - 1.
+
+    The best swap of two items, until there is none; where that ends with conflicts, again from
+    shuffled items, and the best of all. Items that do not conflict stay where they are.
+    """
+    size = len(conflict)
+    first, second = np.triu_indices(size, 1)
+    trial = np.arange(len(first))
+    best, best_cost = np.arange(size), np.inf
+    for restart in range(_RESTARTS):
+        item = np.arange(size)
+        if restart:
+            shuffled = permute(item, size, _mixed(key + np.uint64(restart)))
+            item = shuffled.astype(np.int64)
+        cost = _mixed_conflicts(conflict, item[None], sources).sum()
+        while cost and size > 1:
+            swapped = np.tile(item, (len(first), 1))
+            swapped[trial, first], swapped[trial, second] = item[second], item[first]
+            costs = _mixed_conflicts(conflict, swapped, sources).sum(axis=1)
+            if costs.min() >= cost:
+                break
+            item, cost = swapped[np.argmin(costs)], costs.min()
+        if cost < best_cost:
+            best, best_cost = item, cost
+        if not cost:
+            break
+    return best
+
+
+def _mixed_conflicts(
+    conflict: Bool[np.ndarray, "i i"], items: Integer[np.ndarray, "g i"], sources: int
+) -> Integer[np.ndarray, "g i"]:
+    """How many pairs of the mixture at each place conflict, in several orders of the items."""
+    counts = np.zeros(items.shape, np.int64)
+    for far in range(1, sources):
+        for near in range(far):
+            counts += conflict[np.roll(items, -near, axis=1), np.roll(items, -far, axis=1)]
+    return counts
+
+
+@functools.cache
+def _relatives() -> Bool[np.ndarray, "k k"]:
+    """Whether two classes are the same, or one is above the other in the ontology."""
+    ontology = load_ontology()
+    matrix = np.zeros((len(ontology.class_mids),) * 2, bool)
+    for index in range(len(matrix)):
+        matrix[index, list(ontology.relatives(index))] = True
+    return matrix

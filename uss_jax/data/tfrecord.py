@@ -5,12 +5,15 @@ payload (4), all little-endian; the checksum is a masked crc32c. The index says 
 each clip's samples are, so that a clip, or two seconds of it, is one `pread`.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import multiprocessing
 import os
 import pathlib
 import re
+import shutil
 import struct
 import threading
 import zipfile
@@ -22,13 +25,14 @@ from jaxtyping import Int16
 from tqdm import tqdm
 
 from uss_jax.atomic import replacing
+from uss_jax.data.encodings import SAMPLE_BYTES, count_samples, decode
+from uss_jax.data.schema import Schema
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 
 FORMAT_VERSION = 1
 _HEADER = struct.Struct("<QI")  # length, its checksum
 _CHECKSUM = struct.Struct("<I")
-_BYTES_PER_SAMPLE = 2
 _OPEN_SHARDS = 512  # an ordinary process may open 1024 files
 
 
@@ -90,8 +94,14 @@ def scan_records(path: str | os.PathLike) -> Iterator[tuple[int, int, bytes]]:
             begin = end
 
 
-def _damage(path: str | os.PathLike, begin: int, what: str) -> UserError:
-    return UserError(f"{path}: the record at byte {begin} {what}; copy or prepare the shard again")
+class DamagedRecord(UserError):
+    """One record cannot be used; others can."""
+
+
+def _damage(path: str | os.PathLike, begin: int, what: str) -> DamagedRecord:
+    return DamagedRecord(
+        f"{path}: the record at byte {begin} {what}; copy or prepare the shard again"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +114,12 @@ class RecordIndex:
       shard_digest: [s] SHA-256 over every frame's offset, length and checksum.
       record_shard: [r] which shard a record is in.
       record_offset, record_bytes: [r] where in the shard its payload (a tf.train.Example) is.
-      audio_offset, audio_bytes: [r] where in the shard its PCM samples are.
+      audio_offset, audio_bytes: [r] where in the shard its samples are.
       samples: [r] how many they are.
       ids: [r] names of the clips, fixed-width bytes.
       label_row: [r + 1] record i has the labels label_class[label_row[i]:label_row[i + 1]].
       label_class: [l] class indexes, ascending within a record.
+      encoding: of the samples, see data/encodings.py.
     """
 
     shards: np.ndarray
@@ -123,6 +134,7 @@ class RecordIndex:
     ids: np.ndarray
     label_row: np.ndarray
     label_class: np.ndarray
+    encoding: str = "pcm_s16le"
 
     def __len__(self) -> int:
         return len(self.record_shard)
@@ -171,8 +183,15 @@ def _shard_names(directory: str | os.PathLike) -> list[re.Match]:
     return [match for match in map(_SHARD_NAME.fullmatch, names) if match]
 
 
-def _shards_of_split(directory: str | os.PathLike, split: str) -> list[str]:
+def shards_of_split(
+    directory: str | os.PathLike, split: str, schema: Schema | None = None
+) -> list[str]:
     """The names of a split's shards, in order; a UserError when the set has holes."""
+    if schema is not None and schema.shards is not None:
+        found = sorted(path.name for path in pathlib.Path(directory).glob(schema.shards))
+        if not found:
+            raise UserError(f"{directory} has no files {schema.shards!r}, as the schema names them")
+        return found
     matches = [match for match in _shard_names(directory) if match["split"] == split]
     if not matches:
         others = splits(directory)
@@ -196,75 +215,156 @@ def _shards_of_split(directory: str | os.PathLike, split: str) -> list[str]:
     return [match[0] for match in matches]
 
 
-def build_index(directory: str | os.PathLike, split: str) -> RecordIndex:
-    """Reads every shard of a split, verifies every checksum and writes `index-<split>.npz`."""
-    directory = pathlib.Path(directory)
-    shards = _shards_of_split(directory, split)
-    columns: dict[str, list] = {name: [] for name in (*_PER_RECORD, "record_shard", "labels")}
-    digests, where = [], {}
-    for number, shard in enumerate(tqdm(shards, desc="index", unit="shard", disable=None)):
-        digest = hashlib.sha256()
-        for offset, length, payload in scan_records(directory / shard):
-            row = _index_record(directory / shard, offset, payload)
-            first = where.setdefault(row["ids"], (shard, offset))
-            if first != (shard, offset):
-                raise UserError(
-                    f"{directory / shard}: the record at byte {offset - _HEADER.size} has the same "
-                    f"id {row['ids'].decode(errors='replace')!r} as one in {first[0]}; ids must "
-                    "differ, prepare the records again"
-                )
-            for name, value in row.items():
-                columns[name].append(value)
-            columns["record_shard"].append(number)
-            digest.update(struct.pack("<QQI", offset, length, masked_crc(payload)))
-        digests.append(digest.hexdigest())
+def build_index(
+    directory: str | os.PathLike, split: str, schema: Schema | None = None, workers: int = 1
+) -> RecordIndex:
+    """Reads every shard of a split, verifies every checksum and writes `index-<split>.npz`.
 
-    labels = columns.pop("labels")
-    index = RecordIndex(
-        **_as_arrays(
-            columns
-            | {
-                "shards": shards,
-                "shard_bytes": [(directory / shard).stat().st_size for shard in shards],
-                "shard_digest": digests,
-                "label_row": np.cumsum([0, *map(len, labels)]),
-                "label_class": [label for of_record in labels for label in of_record],
-            }
-        )
-    )
+    What was read of a shard is kept until all are, so that a job that was stopped goes on.
+
+    Args:
+      directory: where the shards are.
+      split: such as "train".
+      schema: how the records hold a clip; None: as `prepare` writes them.
+      workers: processes that read shards.
+    """
+    directory = pathlib.Path(directory)
+    shards = shards_of_split(directory, split, schema)
+    parts = directory / f".shards-of-{split}"
+    try:
+        parts.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{directory} cannot be written to ({error.strerror}), and the index goes there"
+        ) from error
+    jobs = [(directory / shard, parts / f"{shard}.npz", schema) for shard in shards]
+    with tqdm(total=len(jobs), desc="index", unit="shard", disable=None) as progress:
+        if workers == 1:
+            for job in jobs:
+                _index_shard(*job)
+                progress.update()
+        else:
+            # Fresh processes: a fork of one in which threads run may hang.
+            context = multiprocessing.get_context("spawn")
+            with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+                for _ in pool.map(_index_shard, *zip(*jobs, strict=True)):
+                    progress.update()
+    index = _join_parts(directory, shards, [part for _, part, _ in jobs], schema)
     with replacing(_index_path(directory, split)) as temporary:
         np.savez(temporary, format_version=FORMAT_VERSION, **dataclasses.asdict(index))
+    shutil.rmtree(parts, ignore_errors=True)
     return index
 
 
-def _as_arrays(columns: dict[str, list]) -> dict[str, np.ndarray]:
-    return {name: np.asarray(columns[name], dtype) for name, dtype in _DTYPES.items()}
+def _index_shard(path: pathlib.Path, part: pathlib.Path, schema: Schema | None) -> None:
+    """Writes a shard's part of the index, if there is none of the shard as it is now."""
+    made_of = _stamp(path, schema)
+    if _read_part(part, made_of) is not None:
+        return
+    columns: dict[str, list] = {name: [] for name in (*_PER_RECORD, "labels")}
+    digest = hashlib.sha256()
+    for offset, length, payload in scan_records(path):
+        for name, value in _index_record(path, offset, payload, schema).items():
+            columns[name].append(value)
+        digest.update(struct.pack("<QQI", offset, length, masked_crc(payload)))
+    labels = columns.pop("labels")
+    arrays = {name: np.asarray(values, _DTYPES[name]) for name, values in columns.items()}
+    with replacing(part) as temporary:
+        np.savez(
+            temporary,
+            made_of=made_of,
+            digest=digest.hexdigest(),
+            label_count=np.array([len(of_record) for of_record in labels], np.int64),
+            label_class=np.array([k for of_record in labels for k in of_record], np.uint16),
+            **arrays,
+        )
 
 
-def _index_record(path: pathlib.Path, offset: int, payload: bytes) -> dict:
+def _stamp(path: pathlib.Path, schema: Schema | None) -> str:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give a TFRecord file") from None
+    return f"{FORMAT_VERSION} {status.st_size} {status.st_mtime_ns} {schema}"
+
+
+def _read_part(part: pathlib.Path, made_of: str) -> dict[str, np.ndarray] | None:
+    try:
+        with open(part, "rb") as file, np.load(file) as stored:
+            columns = {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
+    return columns if str(columns["made_of"]) == made_of else None
+
+
+def _join_parts(
+    directory: pathlib.Path, shards: list[str], parts: list[pathlib.Path], schema: Schema | None
+) -> RecordIndex:
+    read = []
+    for shard, part in zip(shards, parts, strict=True):
+        columns = _read_part(part, _stamp(directory / shard, schema))
+        if columns is None:
+            raise UserError(f"{directory / shard} changed while it was indexed; index again")
+        read.append(columns)
+    joined = {name: np.concatenate([columns[name] for columns in read]) for name in _PER_RECORD}
+    counts = np.concatenate([columns["label_count"] for columns in read])
+    records = [len(columns["record_bytes"]) for columns in read]
+    index = RecordIndex(
+        shards=np.asarray(shards, np.str_),
+        shard_bytes=np.asarray([(directory / shard).stat().st_size for shard in shards], np.uint64),
+        shard_digest=np.asarray([str(columns["digest"]) for columns in read], np.str_),
+        record_shard=np.repeat(np.arange(len(shards), dtype=np.uint32), records),
+        label_row=np.concatenate([[0], np.cumsum(counts)]).astype(np.uint64),
+        label_class=np.concatenate([columns["label_class"] for columns in read]),
+        encoding="pcm_s16le" if schema is None else schema.encoding,
+        **joined,
+    )
+    _refuse_duplicates(directory, index)
+    return index
+
+
+def _refuse_duplicates(directory: pathlib.Path, index: RecordIndex) -> None:
+    order = np.argsort(index.ids, kind="stable")
+    same = np.flatnonzero(index.ids[order][1:] == index.ids[order][:-1])
+    if not same.size:
+        return
+    first, second = min((order[at : at + 2].tolist() for at in same), key=lambda pair: pair[1])
+    one, other = (
+        (directory / index.shards[index.record_shard[at]], int(index.record_offset[at]))
+        for at in (first, second)
+    )
+    raise UserError(
+        f"{other[0]}: the record at byte {other[1] - _HEADER.size} has the same id "
+        f"{index.ids[second].decode(errors='replace')!r} as the one at byte "
+        f"{one[1] - _HEADER.size} of {one[0].name}; ids must differ, prepare the records again"
+    )
+
+
+def _index_record(path: pathlib.Path, offset: int, payload: bytes, schema: Schema | None) -> dict:
     # Reading records through an index needs no protobuf; making one does.
     from uss_jax.data.examples import parse
 
+    schema = schema or Schema()
     try:
-        clip = parse(payload)
-        if not clip.audio or len(clip.audio) % _BYTES_PER_SAMPLE:
-            raise ValueError(f"has {len(clip.audio)} bytes of audio, no whole int16 samples")
+        clip = parse(payload, schema)
+        samples = count_samples(clip.audio, schema.encoding, schema.sample_rate)
         classes = len(load_ontology().class_mids)
         wrong = [label for label in clip.labels if not 0 <= label < classes]
         if wrong:
             raise ValueError(f"has the label {wrong[0]}, classes go from 0 to {classes - 1}")
+        audio_offset = offset + _find(payload, clip.audio)
     except ValueError as error:
         raise UserError(
-            f"{path}: the record at byte {offset - _HEADER.size} {error}; expected features id "
-            "(bytes), audio (bytes of int16 PCM) and labels (int64), as `uss-jax prepare` writes "
-            "them"
+            f"{path}: the record at byte {offset - _HEADER.size} {error}; expected "
+            f"{schema.id!r} (bytes), {schema.audio!r} ({schema.encoding}) and {schema.labels!r} "
+            f"({schema.label_form}); a --schema can say otherwise"
         ) from error
     return {
         "record_offset": offset,
         "record_bytes": len(payload),
-        "audio_offset": offset + _find(payload, clip.audio),
+        "audio_offset": audio_offset,
         "audio_bytes": len(clip.audio),
-        "samples": len(clip.audio) // _BYTES_PER_SAMPLE,
+        "samples": samples,
         "ids": clip.id,
         "labels": sorted(set(clip.labels)),
     }
@@ -274,8 +374,10 @@ def _find(payload: bytes, value: bytes) -> int:
     """Where `value` is in `payload`. A search for its beginning is far faster than for it all."""
     beginning = value[:64]
     at = payload.find(beginning)
-    while not payload.startswith(value, at):
+    while at >= 0 and not payload.startswith(value, at):
         at = payload.find(beginning, at + 1)
+    if at < 0:
+        raise ValueError("holds its samples one by one, not packed")
     return at
 
 
@@ -298,9 +400,10 @@ def load_index(directory: str | os.PathLike, split: str, verify: bool = False) -
         with open(path, "rb") as file, np.load(file) as stored:
             version = int(stored["format_version"])
             if version == FORMAT_VERSION:
-                index = RecordIndex(**{name: stored[name] for name in _DTYPES})
+                encoding = str(stored["encoding"]) if "encoding" in stored else "pcm_s16le"
+                index = RecordIndex(**{name: stored[name] for name in _DTYPES}, encoding=encoding)
     except FileNotFoundError:
-        _shards_of_split(directory, split)  # says so when there is nothing to index either
+        shards_of_split(directory, split)  # says so when there is nothing to index either
         raise UserError(f"{path} does not exist; {again}") from None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged ({error}); {again}") from error
@@ -340,8 +443,17 @@ class ClipReader:
       index: the index it reads through.
     """
 
-    def __init__(self, directory: str | os.PathLike, index: RecordIndex):
+    def __init__(
+        self, directory: str | os.PathLike, index: RecordIndex, verify_parts: bool = False
+    ):
+        """
+        Args:
+          directory: where the shards are.
+          index: of a split.
+          verify_parts: read all of a record and check it where only a part is asked for.
+        """
         self.index = index
+        self._verify_parts = verify_parts
         self._directory = pathlib.Path(directory)
         self._descriptors: dict[int, int] = {}
         self._lock = threading.Lock()
@@ -351,19 +463,20 @@ class ClipReader:
     ) -> Int16[np.ndarray, " t"]:
         """The samples of a clip, or `length` of them from `begin`.
 
-        Whole clips are checked against their checksum; parts cannot be, they are checked against
-        the size of the file. Damage is a UserError that names shard and byte.
+        Whole clips are checked against their checksum; parts cannot be, unless all is read (as is
+        needed for FLAC and the like); they are checked against the size of the file. Damage is a
+        UserError that names shard and byte.
         """
         samples = int(self.index.samples[record])
         length = samples - begin if length is None else length
         if not 0 <= begin <= begin + length <= samples:
             raise ValueError(f"samples {begin} to {begin + length} of a clip of {samples}")
-        if length == samples:
-            data = self._read_whole(record)
-        else:
-            offset = int(self.index.audio_offset[record]) + begin * _BYTES_PER_SAMPLE
-            data = self._pread(record, offset, length * _BYTES_PER_SAMPLE)
-        return np.frombuffer(data, "<i2")
+        encoding = self.index.encoding
+        width = SAMPLE_BYTES.get(encoding)
+        if width is not None and length < samples and not self._verify_parts:
+            offset = int(self.index.audio_offset[record]) + begin * width
+            return decode(self._pread(record, offset, length * width), encoding)
+        return decode(self._read_whole(record), encoding)[begin : begin + length]
 
     def _read_whole(self, record: int) -> memoryview:
         index = self.index

@@ -9,13 +9,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from uss_jax.anchors.table import Placement, read_table, usable, without
 from uss_jax.atomic import replacing
 from uss_jax.data.metadata import read_sample_rate
 from uss_jax.data.pipeline import batches
-from uss_jax.data.sampling import BalancedOrder, UniformOrder
+from uss_jax.data.sampling import BalancedOrder, GroupedOrder, UniformOrder
 from uss_jax.data.tfrecord import ClipReader, RecordIndex, load_index
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
@@ -36,11 +38,13 @@ class Records:
       index: of the split.
       reader: of its clips.
       order: which clip and class stand at which position.
+      places: the anchors of a table, when only they are read.
     """
 
     index: RecordIndex
     reader: ClipReader
-    order: BalancedOrder | UniformOrder
+    order: BalancedOrder | UniformOrder | GroupedOrder
+    places: Placement | None = None
 
 
 def say(text: str) -> None:
@@ -73,8 +77,24 @@ def check(config: ConfigDict, group_size: int = 1) -> None:
         )
 
 
-def open_records(section: ConfigDict, sample_rate: int, seed: int) -> Records:
-    """Opens a config's `data` section: `records`, `split` and `order`.
+def open_records(
+    section: ConfigDict,
+    sample_rate: int,
+    seed: int,
+    *,
+    anchors: ConfigDict | None = None,
+    mixing: ConfigDict | None = None,
+    segment_samples: int = 0,
+) -> Records:
+    """Opens a config's `data` section, and what its `anchors` and `mixing` say of the order.
+
+    Args:
+      section: `records`, `split`, `order` and more.
+      sample_rate: that the records must have, in Hz.
+      seed: of the order.
+      anchors: with the source `table`, only anchors are drawn that it lets through.
+      mixing: sees the order in mixing groups.
+      segment_samples: length of an anchor.
 
     Raises:
       UserError: no records, or of another sample rate than the config's.
@@ -89,10 +109,14 @@ def open_records(section: ConfigDict, sample_rate: int, seed: int) -> Records:
             f"{directory} holds clips of {found} Hz, config.sample_rate is {sample_rate}; "
             "prepare the records at that rate or choose the config made for them"
         )
+    label_row, label_class, places = index.label_row, index.label_class, None
+    if anchors is not None and anchors.source == "table":
+        places, label_row, label_class = _open_table(anchors, index, segment_samples, seed)
     if section.order == "uniform":
-        order = UniformOrder(index.label_row, index.label_class, seed)
+        order = UniformOrder(label_row, label_class, seed)
     elif section.order == "balanced":
-        order = BalancedOrder(index.label_row, index.label_class, seed)
+        weights = _class_weights(section.get("class_weights"))
+        order = BalancedOrder(label_row, label_class, seed, weights)
         if order.missing.size:
             names = load_ontology().class_names
             shown = ", ".join(names[i] for i in order.missing[:3])
@@ -102,7 +126,71 @@ def open_records(section: ConfigDict, sample_rate: int, seed: int) -> Records:
             )
     else:
         raise UserError(f"config.data.order is {section.order!r}, expected balanced or uniform")
-    return Records(index, ClipReader(directory, index), order)
+    if mixing is not None:
+        order = GroupedOrder(
+            order,
+            index.label_row,
+            index.label_class,
+            seed,
+            group_size=mixing.group_size,
+            sources=mixing.sources,
+            conflict_free=mixing.order == "conflict_free",
+        )
+    verify_parts = section.get("verify", "whole") == "always"
+    return Records(index, ClipReader(directory, index, verify_parts), order, places)
+
+
+def _open_table(
+    section: ConfigDict, index: RecordIndex, segment_samples: int, seed: int
+) -> tuple[Placement, Any, Any]:
+    """The table's anchors, and the labels of the index that have one to draw."""
+    if not section.table:
+        raise UserError("config.anchors.table is empty; give the file that `uss-jax mine` wrote")
+    table = read_table(section.table, index, segment_samples)
+    stored = table.begin_sample.shape[1]
+    if not 1 <= section.top_k <= stored:
+        raise UserError(
+            f"config.anchors.top_k={section.top_k} is not between 1 and {stored}, the anchors of "
+            f"each label in {section.table}; mine with more --candidates"
+        )
+    if section.jitter_samples < 0:
+        raise UserError(f"config.anchors.jitter_samples={section.jitter_samples} is below 0")
+    keep = usable(table, min_score=section.min_score, min_dbfs=section.min_dbfs)
+    say(
+        f"anchors of {section.table}: {int(keep.sum())} of {len(keep)} labels drawn "
+        f"(min_score {section.min_score:g}, min_dbfs {section.min_dbfs}), "
+        f"top_k {section.top_k}, jitter_samples {section.jitter_samples}"
+    )
+    if not keep.any():
+        raise UserError(
+            f"{section.table}: no anchor reaches config.anchors.min_score={section.min_score:g} "
+            f"and config.anchors.min_dbfs={section.min_dbfs}; lower them"
+        )
+    places = Placement(
+        table,
+        index,
+        seed,
+        top_k=section.top_k,
+        min_score=section.min_score,
+        jitter_samples=section.jitter_samples,
+    )
+    return places, *without(index, keep)
+
+
+def _class_weights(places: ConfigDict | None) -> np.ndarray | None:
+    """Places a round of each class, 1 where none is said."""
+    if not places:
+        return None
+    ontology = load_ontology()
+    weights = np.ones(len(ontology.class_mids), np.int64)
+    for label, count in places.items():
+        if not isinstance(count, int) or count < 0:
+            raise UserError(
+                f"config.data.class_weights[{label!r}] is {count!r}, expected a whole number from "
+                "0: places of the class in each round"
+            )
+        weights[ontology.resolve(label)] = count
+    return weights
 
 
 def open_workdir(workdir: str | os.PathLike) -> pathlib.Path:
@@ -171,6 +259,10 @@ def train_on(
         "global_batch": config.global_batch,
         "index_digest": records.index.digest,
     }
+    seconds = config.data.clip_seconds
+    if records.places is not None:
+        position["anchors_digest"] = records.places.table.digest
+        seconds = config.segment_seconds
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
             Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
@@ -194,11 +286,13 @@ def train_on(
             start_step=start,
             stop_step=config.total_steps,
             batch_size=clips_per_step,
-            clip_samples=round(config.data.clip_seconds * config.sample_rate),
+            clip_samples=round(seconds * config.sample_rate),
             host=jax.process_index(),
             hosts=jax.process_count(),
             threads=config.data.threads,
             labels=labels,
+            places=records.places,
+            max_corrupt=config.data.get("max_corrupt", 0),
         )
         fit(
             step,
@@ -227,6 +321,11 @@ def _require_same_data(saved: Mapping[str, Any], position: Mapping[str, Any]) ->
     if saved["index_digest"] != position["index_digest"]:
         raise UserError(
             "the records have changed since this run was started; start in a new workdir"
+        )
+    if saved.get("anchors_digest") != position.get("anchors_digest"):
+        raise UserError(
+            "the anchors are of another source or table than this run was started with; resume "
+            "with config.anchors as it was or start in a new workdir"
         )
 
 

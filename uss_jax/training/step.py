@@ -44,12 +44,15 @@ def find_anchors(
     Args:
       sed: the sound event detector, or None.
       sed_variables: its parameters and statistics.
-      batch: `audio` [b, t], `samples` [b], `class_index` [b].
+      batch: `audio` [b, t], `samples` [b], `class_index` [b]; with `begin_sample` and `score` [b]
+        the host has looked the anchors up in a table, and `audio` holds nothing else.
       key: for random anchors.
       segment_samples: samples of an anchor.
       min_dbfs: pass over segments below this level; None to keep them, as the reference does.
     """
     clip, samples = to_float(batch["audio"]), batch["samples"]
+    if "begin_sample" in batch:
+        return Anchors(clip, batch["begin_sample"], samples, batch["score"])
     if sed is None:
         begin = random_begin(key, samples, segment_samples=segment_samples)
         score = jnp.zeros(begin.shape, clip.dtype)
@@ -160,6 +163,8 @@ def make_separation_step(
             "anchor_score": score,
             "grad_norm": optax.tree.norm(grads),
         }
+        if "conflict" in batch:
+            metrics["conflict_share"] = jnp.mean(batch["conflict"].astype(jnp.float32))
         return _update(state, grads, statistics, optimizer), metrics
 
     return step

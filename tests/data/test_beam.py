@@ -1,0 +1,64 @@
+"""Apache Beam makes the shards that threads make (extra `beam`)."""
+
+import numpy as np
+import pytest
+import soundfile
+
+from uss_jax.data.labels import LabelledFile
+from uss_jax.data.prepare import ClipSettings, prepare
+from uss_jax.errors import UserError
+
+
+def _prepare(folder, out, **arguments):
+    names = [f"{at}.wav" for at in range(9)] + ["missing.wav"]
+    labelled = [LabelledFile(name, (at,), at + 2) for at, name in enumerate(names)]
+    return prepare(
+        labelled,
+        folder,
+        out,
+        name="toy",
+        version="1.0.0",
+        split="train",
+        settings=ClipSettings(sample_rate=8000, clip_seconds=1.0),
+        shards=4,
+        **arguments,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "sounds").mkdir()
+    for at in range(9):
+        waveform = np.random.default_rng(at).uniform(-0.9, 0.9, 800 + at)
+        soundfile.write(tmp_path / "sounds" / f"{at}.wav", waveform, 8000)
+    return tmp_path / "sounds"
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("default")  # of Beam's own
+def test_beam_makes_the_same_shards(folder, tmp_path):
+    pytest.importorskip("apache_beam")
+    from uss_jax.data.beam import beam_engine
+
+    ours = _prepare(folder, tmp_path / "threads")
+    options = ["--runner=DirectRunner", "--direct_num_workers=1"]
+    theirs = _prepare(folder, tmp_path / "beam", engine=beam_engine(options))
+    assert theirs.index.digest == ours.index.digest
+    for shard in ours.index.shards:
+        assert (theirs.directory / shard).read_bytes() == (ours.directory / shard).read_bytes()
+    assert theirs.report.read_text() == ours.report.read_text()
+
+
+def test_shards_an_engine_did_not_make_are_said(folder, tmp_path):
+    with pytest.raises(UserError, match="block-00000 was not made; give the same command again"):
+        _prepare(folder, tmp_path / "none", engine=lambda blocks: None)
+
+
+def test_without_beam_its_extra_is_named(monkeypatch):
+    import sys
+
+    from uss_jax.data.beam import beam_engine
+
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    with pytest.raises(UserError, match=r"pip install 'uss-jax\[beam\]'"):
+        beam_engine([])

@@ -1,0 +1,87 @@
+import io
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
+from tensorflow_datasets.proto import tf_example_pb2
+
+from uss_jax.audio.files import flac_bytes
+from uss_jax.data.encodings import count_samples, decode, varints
+from uss_jax.data.examples import parse
+from uss_jax.data.schema import Schema
+
+SAMPLES = np.random.default_rng(0).integers(-(2**15), 2**15, 1000).astype(np.int16)
+
+
+def _example(audio):
+    example = tf_example_pb2.Example()
+    feature = example.features.feature
+    feature["id"].bytes_list.value.append(b"a")
+    feature["labels"].int64_list.value.append(3)
+    if isinstance(audio, bytes):
+        feature["audio"].bytes_list.value.append(audio)
+    elif audio.dtype.kind == "f":
+        feature["audio"].float_list.value.extend(audio.tolist())
+    else:
+        feature["audio"].int64_list.value.extend(audio.tolist())
+    return example.SerializeToString()
+
+
+def _wav_bytes(samples, channels=1):
+    memory = io.BytesIO()
+    soundfile.write(memory, np.stack([samples] * channels, axis=1), 8000, format="WAV")
+    return memory.getvalue()
+
+
+STORED = {
+    "pcm_s16le": SAMPLES.tobytes(),
+    "flac": flac_bytes(SAMPLES, 8000),
+    "wav": _wav_bytes(SAMPLES),
+    "float": SAMPLES / np.float32(32768),
+    "int64": SAMPLES,
+}
+
+
+@pytest.mark.parametrize("encoding", STORED)
+def test_every_encoding_gives_back_the_samples(encoding):
+    clip = parse(_example(STORED[encoding]), Schema(encoding=encoding))
+    np.testing.assert_array_equal(decode(clip.audio, encoding), SAMPLES)
+    assert count_samples(clip.audio, encoding, 8000) == len(SAMPLES)
+
+
+def test_channels_are_averaged():
+    np.testing.assert_array_equal(decode(_wav_bytes(SAMPLES, 2), "wav"), SAMPLES)
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), max_size=20))
+def test_varints_are_read_as_protocol_buffers_write_them(values):
+    example = tf_example_pb2.Example()
+    example.features.feature["audio"].int64_list.value.extend(values)
+    example.features.feature["id"].bytes_list.value.append(b"a")
+    example.features.feature["labels"].int64_list.value.append(0)
+    packed = parse(example.SerializeToString(), Schema(encoding="int64")).audio if values else b""
+    assert varints(packed).tolist() == values
+
+
+@pytest.mark.parametrize(
+    ("data", "encoding", "said"),
+    [
+        (b"", "pcm_s16le", "0 bytes of audio"),
+        (b"abc", "pcm_s16le", "3 bytes of audio, no whole pcm_s16le"),
+        (b"abcdef", "float", "6 bytes of audio"),
+        (b"", "int64", "no samples"),
+        (b"RIFF rubbish", "wav", "no readable audio file"),
+        (STORED["flac"], "flac", "audio of 8000 Hz, the schema says 16000"),
+    ],
+    ids=["nothing", "odd", "half", "no numbers", "rubbish", "rate"],
+)
+def test_what_is_no_audio_is_said(data, encoding, said):
+    with pytest.raises(ValueError, match=said):
+        count_samples(data, encoding, 16000)
+
+
+def test_a_file_without_samples_is_said():
+    with pytest.raises(ValueError, match="no samples"):
+        count_samples(_wav_bytes(SAMPLES[:0]), "wav", 8000)

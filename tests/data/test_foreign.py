@@ -1,0 +1,183 @@
+import json
+
+import numpy as np
+import pytest
+from tensorflow_datasets.proto import tf_example_pb2
+
+from tests.data.test_encodings import SAMPLES, STORED
+from uss_jax.cli.main import main
+from uss_jax.data.examples import serialise
+from uss_jax.data.metadata import read_sample_rate
+from uss_jax.data.schema import Schema, read_schema
+from uss_jax.data.tfrecord import ClipReader, RecordWriter, build_index, load_index
+from uss_jax.errors import UserError
+from uss_jax.ontology import load_ontology
+
+SPEECH, DOG = (load_ontology().resolve(name) for name in ("Speech", "Dog"))
+NAMES = {"index": [DOG, SPEECH], "mid": ["/m/0bt9lr", "/m/09x0r"], "name": ["Dog", "Speech"]}
+SHARDS = ("part-1.tfrecord", "part-2.tfrecord")
+
+
+def _record(id, encoding, form, labels=None, audio_name="waveform"):
+    example = tf_example_pb2.Example()
+    feature = example.features.feature
+    feature["video_id"].bytes_list.value.append(id)
+    audio = STORED[encoding]
+    if isinstance(audio, bytes):
+        feature[audio_name].bytes_list.value.append(audio)
+    elif encoding == "float":
+        feature[audio_name].float_list.value.extend(audio.tolist())
+    else:
+        feature[audio_name].int64_list.value.extend(audio.tolist())
+    for label in NAMES[form] if labels is None else labels:
+        if isinstance(label, int):
+            feature["classes"].int64_list.value.append(label)
+        else:
+            feature["classes"].bytes_list.value.append(label.encode())
+    return example.SerializeToString()
+
+
+def _write(directory, encoding="float", form="mid", names=SHARDS, **record):
+    directory.mkdir(exist_ok=True)
+    for number, name in enumerate(names):
+        with RecordWriter(directory / name) as writer:
+            for at in range(2):
+                writer.write(_record(f"{number}é{at}".encode(), encoding, form, **record))
+    return directory
+
+
+def _schema(path, **fields):
+    path.write_text(json.dumps({"shards": "*.tfrecord", "sample_rate": 8000, **fields}))
+    return path
+
+
+def _index(directory, *words):
+    return main(["index", str(directory), "--workers", "1", *map(str, words)])
+
+
+@pytest.mark.parametrize("encoding", STORED)
+@pytest.mark.parametrize("form", NAMES)
+def test_records_of_any_encoding_and_labels_are_read_where_they_are(tmp_path, encoding, form):
+    directory = _write(tmp_path / "lab", encoding, form)
+    fields = {"id": "video_id", "audio": "waveform", "labels": "classes"}
+    schema = _schema(tmp_path / "s.json", **fields, encoding=encoding, label_form=form)
+    assert _index(directory, "--schema", schema) == 0
+    index = load_index(directory, "train", verify=True)
+    assert [id.decode() for id in index.ids] == ["0é0", "0é1", "1é0", "1é1"]
+    assert index.labels(2).tolist() == sorted([DOG, SPEECH])
+    assert read_sample_rate(directory) == 8000
+    reader = ClipReader(directory, index)
+    np.testing.assert_array_equal(reader.read(3), SAMPLES)
+    np.testing.assert_array_equal(reader.read(3, 100, 50), SAMPLES[100:150])
+    assert not [path for path in directory.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("encoding", STORED)
+def test_usual_names_are_found_without_a_schema(tmp_path, encoding, capsys):
+    names = ("lab-eval.tfrecord-00000-of-00001",)
+    directory = _write(tmp_path / "lab", encoding, "name", names=names)
+    assert _index(directory) == 1
+    assert "the sample rate of the records" in capsys.readouterr().err
+    (directory / "features.json").write_text(json.dumps({"a": {"audio": {"sampleRate": "8000"}}}))
+    assert _index(directory) == 0
+    said = f"eval: id in 'video_id', audio in 'waveform' ({encoding}), labels in 'classes' (name)"
+    assert said in capsys.readouterr().out
+    reader = ClipReader(directory, load_index(directory, "eval"))
+    np.testing.assert_array_equal(reader.read(1), SAMPLES)
+    assert _index(directory) == 0  # and again
+
+
+def test_names_that_cannot_be_guessed_are_asked_for(tmp_path, capsys):
+    names = ("lab-eval.tfrecord-00000-of-00001",)
+    directory = _write(tmp_path / "lab", names=names, audio_name="loudspeaker")
+    assert _index(directory) == 1
+    error = capsys.readouterr().err
+    assert "record at byte 0 has no feature that looks like its audio" in error
+    assert "loudspeaker" in error
+    assert "--schema" in error
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"labels": ["/m/0dgw9r"]}, 'is no class: "/m/0dgw9r" is in the ontology but not one'),
+        ({"labels": ["/m/nothing"]}, "is no class: no sound class"),
+        ({"labels": [3]}, r"needs mids \(bytes\) in feature 'classes'"),
+        ({"audio_name": "sound"}, "no feature 'waveform'"),
+        ({"encoding": "int64"}, "needs a float_list in feature 'waveform'"),
+    ],
+)
+def test_what_is_not_as_the_schema_says_is_said_with_its_place(tmp_path, record, said):
+    directory = _write(tmp_path / "lab", **record)
+    schema = Schema(
+        "video_id", "waveform", "classes", "float", "mid", sample_rate=8000, shards="*.tfrecord"
+    )
+    with pytest.raises(UserError, match=said) as error:
+        build_index(directory, "train", schema)
+    assert "part-1.tfrecord: the record at byte 0 " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "must hold an object"),
+        ('{"idd": "a"}', "there is no key 'idd'; there are id, audio"),
+        ('{"sample_rate": "8000"}', "sample_rate is '8000', expected int"),
+        ('{"encoding": "mp3"}', "encoding is 'mp3', expected pcm_s16le, flac"),
+        ('{"label_form": "words"}', "label_form is 'words', expected index, mid, name"),
+    ],
+)
+def test_bad_schemas_are_said(tmp_path, text, said):
+    (tmp_path / "s.json").write_text(text)
+    with pytest.raises(UserError, match=said) as error:
+        read_schema(tmp_path / "s.json")
+    assert str(tmp_path / "s.json") in str(error.value)
+
+
+def test_a_pattern_without_files_and_a_missing_schema_are_said(tmp_path, capsys):
+    directory = _write(tmp_path / "lab")
+    assert _index(directory, "--schema", tmp_path / "nothing.json") == 1
+    assert "nothing.json cannot be read" in capsys.readouterr().err
+    assert _index(directory) == 1
+    assert 'give a --schema with "shards"' in capsys.readouterr().err
+    assert _index(directory, "--schema", _schema(tmp_path / "s.json", shards="*.rec")) == 1
+    assert "has no files '*.rec'" in capsys.readouterr().err
+
+
+def _own(directory, shards=3):
+    directory.mkdir()
+    for number in range(shards):
+        name = f"toy-train.tfrecord-{number:05d}-of-{shards:05d}"
+        with RecordWriter(directory / name) as writer:
+            for at in range(3):
+                writer.write(serialise(b"%d.%d" % (number, at), SAMPLES[: 10 + at], [at]))
+    return directory
+
+
+def test_an_index_that_was_stopped_goes_on_with_the_shards_that_are_left(tmp_path, monkeypatch):
+    from uss_jax.data import tfrecord
+
+    directory = _own(tmp_path / "own")
+    last = directory / "toy-train.tfrecord-00002-of-00003"
+    good = last.read_bytes()
+    last.write_bytes(good[:-5])
+    with pytest.raises(UserError, match="is cut off"):
+        build_index(directory, "train")
+    last.write_bytes(good)
+    scanned, scan = [], tfrecord.scan_records
+    monkeypatch.setattr(
+        tfrecord, "scan_records", lambda path: scanned.append(path.name) or scan(path)
+    )
+    index = build_index(directory, "train")
+    assert scanned == [last.name]
+    assert index.digest == build_index(_own(tmp_path / "other"), "train").digest
+    assert not [path for path in directory.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.long
+def test_any_number_of_processes_makes_the_same_index(tmp_path):
+    one = build_index(_own(tmp_path / "one"), "train")
+    two = build_index(_own(tmp_path / "two"), "train", workers=2)
+    assert one.digest == two.digest
+    np.testing.assert_array_equal(one.ids, two.ids)

@@ -1,0 +1,125 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from uss_jax.data.sampling import BalancedOrder, GroupedOrder, UniformOrder, _key, arrange
+from uss_jax.ontology import load_ontology
+
+SEEDS = range(10)
+GROUP = 16
+
+
+def _labels(records=400, seed=0):
+    """Up to four labels a clip, some of them far more common than others."""
+    rng = np.random.default_rng(seed)
+    likely = 1 / (20 + np.arange(527))
+    rows = [
+        sorted(set(rng.choice(527, rng.integers(1, 5), p=likely / likely.sum()).tolist()))
+        for _ in range(records)
+    ]
+    return np.cumsum([0, *map(len, rows)]), np.array([k for row in rows for k in row])
+
+
+def _grouped(seed=0, conflict_free=True, sources=2, kind=BalancedOrder):
+    label_row, label_class = _labels(seed=seed)
+    order = kind(label_row, label_class, seed)
+    return order, GroupedOrder(
+        order,
+        label_row,
+        label_class,
+        seed,
+        group_size=GROUP,
+        sources=sources,
+        conflict_free=conflict_free,
+    )
+
+
+def _literal_conflicts(seed, records, sources):
+    """By the rule in words: [groups, items] whether a pair of the item's mixture conflicts."""
+    label_row, label_class = _labels(seed=seed)
+    of = lambda record: label_class[label_row[record] : label_row[record + 1]].tolist()  # noqa: E731
+    relatives = load_ontology().relatives
+    marked = np.zeros(records.shape, bool)
+    for group, item in np.ndindex(records.shape):
+        mixture = [records[group, (item + k) % GROUP] for k in range(sources)]
+        marked[group, item] = any(
+            b in relatives(a)
+            for one, other in itertools.combinations(mixture, 2)
+            for a in of(one)
+            for b in of(other)
+        )
+    return marked
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("sources", [2, 3])
+def test_marks_are_the_conflicts_and_arranging_leaves_few(seed, sources):
+    positions = np.arange(GROUP * 6)
+    shares = []
+    for conflict_free in (False, True):
+        _, grouped = _grouped(seed, conflict_free, sources)
+        records, _, marked = grouped.draw_marked(positions)
+        literal = _literal_conflicts(seed, records.reshape(-1, GROUP), sources)
+        np.testing.assert_array_equal(marked.reshape(-1, GROUP), literal)
+        shares.append(marked.mean())
+    assert shares[0] > 0.05
+    assert shares[1] < shares[0] / 4
+
+
+@pytest.mark.parametrize("kind", [BalancedOrder, UniformOrder])
+def test_items_stay_in_their_group_and_the_reference_order_stays(kind):
+    order, grouped = _grouped(kind=kind)
+    positions = np.arange(GROUP * 8)
+    before, after = (np.stack(x.draw(positions)).reshape(2, -1, GROUP) for x in (order, grouped))
+    assert (before != after).any()
+    for group in range(8):
+        assert sorted(before[:, group].T.tolist()) == sorted(after[:, group].T.tolist())
+    _, reference = _grouped(kind=kind, conflict_free=False)
+    np.testing.assert_array_equal(np.stack(reference.draw(positions)).reshape(before.shape), before)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.integers(0, 2**40), min_size=1, max_size=3))
+def test_any_position_can_be_computed_alone(positions):
+    _, grouped = _grouped()
+    together = grouped.draw_marked(np.array(positions))
+    for at, position in enumerate(positions):
+        alone = grouped.draw_marked(np.array([position]))
+        assert [column[0] for column in alone] == [column[at] for column in together]
+
+
+@pytest.mark.parametrize("hosts", [2, 4, 32])
+def test_hosts_together_see_one_order(hosts):
+    _, grouped = _grouped()
+    positions = np.arange(5 * 32, 6 * 32)
+    whole = np.stack(grouped.draw_marked(positions))
+    parts = [np.stack(grouped.draw_marked(part)) for part in np.split(positions, hosts)]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 10), st.integers(1, 3), st.integers(0, 2**32))
+def test_arranging_keeps_every_item_and_never_adds_conflicts(size, sources, seed):
+    conflict = np.random.default_rng(seed).random((size, size)) < 0.3
+    conflict = conflict | conflict.T | np.eye(size, dtype=bool)
+    cost = lambda item: sum(  # noqa: E731
+        conflict[item[(at + near) % size], item[(at + far) % size]]
+        for at in range(size)
+        for far in range(1, sources)
+        for near in range(far)
+    )
+    item = arrange(conflict, sources, _key(seed))
+    assert sorted(item.tolist()) == list(range(size))
+    assert cost(item) <= cost(np.arange(size))
+    if cost(np.arange(size)) == 0:
+        assert item.tolist() == list(range(size))
+
+
+def test_arranging_finds_the_one_free_order_of_two_kinds():
+    # Items of a kind conflict; only taking turns is free.
+    kind = np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    item = arrange(kind[:, None] == kind, 2, _key(0))
+    assert (kind[item] != np.roll(kind[item], -1)).all()

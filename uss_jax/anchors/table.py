@@ -1,0 +1,197 @@
+"""Mined anchors: where in each clip each of its labels sounds, and which of these are drawn.
+
+A table has a row for each (clip, label), in the order of the index, so that the row of a label is
+its place in the index.
+
+Letters: `r` rows, `k` anchors of a row, `n` positions of the training order.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import zipfile
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Integer
+
+from uss_jax.atomic import replacing
+from uss_jax.data.sampling import ANCHORS, JITTER, uniform
+from uss_jax.data.tfrecord import RecordIndex
+from uss_jax.errors import UserError
+
+FORMAT_VERSION = 1
+# Columns of a row, and whether there is one value for each of its anchors.
+COLUMNS = {
+    "record": (np.uint32, False),
+    "class": (np.uint16, False),
+    "begin_sample": (np.uint32, True),
+    "score": (np.float32, True),
+    "purity": (np.float16, False),
+    "rms_db": (np.float16, False),
+}
+_AGAIN = "mine again with `uss-jax mine`"
+_HEADER = ("sed_hash", "index_digest", "sample_rate", "segment_samples", "clip_samples")
+
+
+@dataclasses.dataclass(frozen=True)
+class AnchorTable:
+    """The anchors of every label of every clip.
+
+    Attributes:
+      header: `sed_hash`, `index_digest`, `sample_rate` in Hz, `segment_samples`, `clip_samples` and
+        further settings of the mining.
+      begin_sample: [r, k] the best anchor, then runners-up that overlap none before them.
+      score: [r, k] mean probability of the label; -1 where there is no such anchor.
+      purity: [r] in the best anchor, the largest mean probability of a class that is neither among
+        the clip's labels nor above or below one of them: small is pure.
+      rms_db: [r] level of the best anchor, dB of full scale.
+    """
+
+    header: dict[str, Any]
+    begin_sample: Integer[np.ndarray, "r k"]
+    score: Float[np.ndarray, "r k"]
+    purity: Float[np.ndarray, " r"]
+    rms_db: Float[np.ndarray, " r"]
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+    @property
+    def digest(self) -> str:
+        """Identifies what is in it: training that goes on needs the same anchors."""
+        digest = hashlib.sha256(json.dumps(self.header, sort_keys=True).encode())
+        for column in (self.begin_sample, self.score, self.rms_db):
+            digest.update(np.ascontiguousarray(column).tobytes())
+        return digest.hexdigest()
+
+
+def write_table(
+    path: str | os.PathLike, header: dict[str, Any], columns: dict[str, np.ndarray]
+) -> None:
+    """Writes a table, whole or not at all."""
+    typed = {name: columns[name].astype(dtype) for name, (dtype, _) in COLUMNS.items()}
+    with replacing(path) as temporary:
+        np.savez(temporary, format_version=FORMAT_VERSION, header=json.dumps(header), **typed)
+
+
+def read_header(path: str | os.PathLike) -> dict[str, Any]:
+    """What a table says of itself.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    return _read(pathlib.Path(path))[0]
+
+
+def read_table(path: str | os.PathLike, index: RecordIndex, segment_samples: int) -> AnchorTable:
+    """Reads a table that was mined for these records and this length of segments.
+
+    Raises:
+      UserError: it cannot be read, or it is for others.
+    """
+    path = pathlib.Path(path)
+    header, columns = _read(path)
+    if header["index_digest"] != index.digest:
+        raise UserError(
+            f"{path} is of other records (index digest {header['index_digest'][:12]}, here "
+            f"{index.digest[:12]}); {_AGAIN}"
+        )
+    if header["segment_samples"] != segment_samples:
+        raise UserError(
+            f"{path} has anchors of {header['segment_samples']} samples, the config "
+            f"{segment_samples}; change config.segment_seconds or {_AGAIN}"
+        )
+    lengths = {name: len(column) for name, column in columns.items()}
+    if set(lengths.values()) != {len(index.label_class)}:
+        raise UserError(f"{path} is damaged: rows {lengths}, labels {len(index.label_class)}")
+    return AnchorTable(header, **columns)
+
+
+def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    try:
+        with open(path, "rb") as file, np.load(file) as stored:
+            version = int(stored["format_version"])
+            if version != FORMAT_VERSION:
+                raise UserError(
+                    f"{path} has format {version}, this program {FORMAT_VERSION}; {_AGAIN}"
+                )
+            header = json.loads(str(stored["header"]))
+            columns = {name: stored[name] for name in COLUMNS if name not in ("record", "class")}
+        missing = [key for key in _HEADER if key not in header]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); {_AGAIN}") from error
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is not a table of anchors ({error}); {_AGAIN}") from error
+    if missing:
+        raise UserError(f"{path} does not say its {missing[0]}; {_AGAIN}")
+    return header, columns
+
+
+def usable(
+    table: AnchorTable, *, min_score: float, min_dbfs: float | None
+) -> Bool[np.ndarray, "r"]:
+    """The rows whose best anchor is likely and loud enough to be drawn."""
+    keep = table.score[:, 0] >= max(min_score, 0.0)
+    return keep if min_dbfs is None else keep & (table.rms_db >= np.float16(min_dbfs))
+
+
+def without(
+    index: RecordIndex, keep: Bool[np.ndarray, "r"]
+) -> tuple[Integer[np.ndarray, " _"], Integer[np.ndarray, " _"]]:
+    """The index's `label_row` and `label_class` less the labels that are not kept."""
+    kept_before = np.concatenate([[0], np.cumsum(keep)])
+    return kept_before[index.label_row.astype(np.int64)], index.label_class[keep]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Which of a label's anchors stands at a position: a function of seed and position.
+
+    Attributes:
+      table: of the records.
+      index: of the records.
+      seed: of the run.
+      top_k: draw among so many best anchors, in proportion to their scores.
+      min_score: runners-up below it are not drawn.
+      jitter_samples: move the begin by up to so many samples either way, inside the clip.
+    """
+
+    table: AnchorTable
+    index: RecordIndex
+    seed: int
+    top_k: int = 1
+    min_score: float = 0.0
+    jitter_samples: int = 0
+
+    def place(
+        self,
+        positions: Integer[np.ndarray, " n"],
+        records: Integer[np.ndarray, " n"],
+        classes: Integer[np.ndarray, " n"],
+    ) -> tuple[Integer[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+        """Begin samples and scores of the anchors of a label of each record."""
+        rows = self._rows(records, classes)
+        chosen = np.zeros(len(rows), np.int64)
+        if self.top_k > 1:
+            score = self.table.score[rows, : self.top_k].astype(np.float64)
+            weight = np.where(score >= max(self.min_score, 1e-9), score, 0.0).cumsum(axis=1)
+            drawn = uniform(self.seed, ANCHORS, positions) * weight[:, -1]
+            # A row without any weight keeps its best anchor.
+            chosen = np.where(weight[:, -1] > 0, (drawn[:, None] >= weight).sum(axis=1), 0)
+        begin = self.table.begin_sample[rows, chosen].astype(np.int64)
+        if self.jitter_samples:
+            width = 2 * self.jitter_samples + 1
+            move = np.floor(uniform(self.seed, JITTER, positions) * width).astype(np.int64)
+            samples = self.index.samples[records].astype(np.int64)
+            latest = np.maximum(samples - self.table.header["segment_samples"], 0)
+            begin = np.clip(begin + move - self.jitter_samples, 0, latest)
+        return begin, self.table.score[rows, chosen]
+
+    def _rows(self, records: np.ndarray, classes: np.ndarray) -> np.ndarray:
+        first = self.index.label_row[records].astype(np.int64)
+        longest = int((self.index.label_row[records + 1].astype(np.int64) - first).max())
+        at = np.minimum(first[:, None] + np.arange(longest), len(self.index.label_class) - 1)
+        return first + np.argmax(self.index.label_class[at] == classes[:, None], axis=1)

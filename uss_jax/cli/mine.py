@@ -1,0 +1,116 @@
+"""Mines the anchors of every label of every clip, once, for training with anchors.source=table.
+
+The detector runs over each clip of a split; the table says where each of the clip's labels sounds
+most, the runners-up, and how loud and how pure the best place is. A job that was stopped goes on
+where it was when the same command is given again. Several machines that share a disk can do it
+together: give each its --host of --hosts.
+
+With --show the anchors of one clip are drawn over its spectrogram instead.
+"""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--records", required=True, metavar="R", help="directory of the records")
+    parser.add_argument("--split", default="train", help="of the records; default: train")
+    parser.add_argument(
+        "--sed", required=True, metavar="BUNDLE", help="bundle or workdir that holds a detector"
+    )
+    parser.add_argument("--out", required=True, metavar="TABLE", help="the table, an .npz file")
+    parser.add_argument(
+        "--candidates", type=_positive, default=4, metavar="K", help="anchors a label; default: 4"
+    )
+    parser.add_argument(
+        "--clip-seconds",
+        type=float,
+        metavar="S",
+        help="pad or cut clips to this length, as the training config's data.clip_seconds; "
+        "default: the longest clip of the split",
+    )
+    parser.add_argument(
+        "--min-dbfs",
+        type=float,
+        default=-60.0,
+        metavar="DB",
+        help="pass over quieter segments; default: -60",
+    )
+    parser.add_argument(
+        "--batch", type=_positive, default=16, help="clips at a time on a device; default: 16"
+    )
+    parser.add_argument("--threads", type=_positive, default=4, help="that read; default: 4")
+    parser.add_argument("--host", type=int, default=0, help="number of this machine, from 0")
+    parser.add_argument("--hosts", type=_positive, default=1, help="how many share the work")
+    parser.add_argument("--show", metavar="ID", help="draw this clip of the table")
+    parser.add_argument(
+        "--picture", metavar="PNG", help="where --show draws; default: anchors.png beside TABLE"
+    )
+    parser.epilog = (
+        "example:\n"
+        "  uss-jax mine --records data/my_sounds/1.0.0 --sed runs/tagger --out anchors.npz\n"
+        "  uss-jax mine --records data/my_sounds/1.0.0 --sed runs/tagger --out anchors.npz \\\n"
+        "      --show dogs/a.wav --picture a.png"
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, not {text!r}")
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> None:
+    import jax
+    import numpy as np
+
+    from uss_jax.anchors.table import read_table
+    from uss_jax.errors import UserError
+    from uss_jax.evaluation.clips import open_records
+    from uss_jax.training.mine import MiningSettings, mine
+    from uss_jax.training.model import Model
+
+    if not args.out.endswith(".npz"):
+        raise UserError(f"--out {args.out} is not the name of an .npz file; give one")
+    if not 0 <= args.host < args.hosts:
+        raise UserError(f"--host {args.host} is not between 0 and {args.hosts - 1}")
+    model = Model(args.sed)
+    reader = open_records(args.records, args.split, model)
+    if args.show is not None:
+        from uss_jax.evaluation.anchors import draw_anchors
+
+        picture = args.picture or f"{args.out.removesuffix('.npz')}.png"
+        table = read_table(args.out, reader.index, model.segment_samples)
+        draw_anchors(reader, table, model.sed, args.show, picture)
+        print(picture)
+        return
+    longest = int(reader.index.samples.max())
+    if args.clip_seconds is not None:
+        longest = round(args.clip_seconds * model.sample_rate)
+    settings = MiningSettings(
+        sample_rate=model.sample_rate,
+        segment_samples=model.segment_samples,
+        clip_samples=max(longest, model.segment_samples),
+        candidates=args.candidates,
+        min_dbfs=args.min_dbfs,
+    )
+    written = mine(
+        reader,
+        model.sed,
+        args.out,
+        settings,
+        batch_size=args.batch * jax.local_device_count(),
+        host=args.host,
+        hosts=args.hosts,
+        threads=args.threads,
+    )
+    if not written:
+        print(f"this machine's part is done; {args.out} is written when the others' are")
+        return
+    table = read_table(args.out, reader.index, model.segment_samples)
+    best = table.score[:, 0]
+    silent = int((best < 0).sum())
+    print(
+        f"{args.out}: anchors of {len(table)} labels of {len(reader.index)} clips, median score "
+        f"{np.median(best):.3f}, median purity {np.median(table.purity.astype(np.float32)):.3f}"
+        + (f", {silent} below {args.min_dbfs:g} dBFS" if silent else "")
+    )

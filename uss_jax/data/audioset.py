@@ -1,0 +1,64 @@
+"""AudioSet and its like as a TFDS data set, of the same records that `prepare` makes.
+
+    tfds build uss_jax/data/audioset.py --manual_dir DIR
+
+DIR holds `audio/` and a label file for each split, <split>_segments.csv as AudioSet publishes them
+or <split>.csv with the columns file and labels. TFDS writes TFRecords where TensorFlow is
+installed, else with `--file_format=array_record` (extra `tfds`). It shuffles clips and cannot go on
+after a kill: for large collections there is `uss-jax prepare`, whose directories `tfds.load` reads
+as well.
+"""
+
+import logging
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from uss_jax.data.examples import parse
+from uss_jax.data.labels import read_labels
+from uss_jax.data.metadata import tfds_features
+from uss_jax.data.prepare import ClipSettings, Skipped, prepare_clip
+
+SETTINGS = ClipSettings()
+
+
+class AudioSet(tfds.core.GeneratorBasedBuilder):
+    """Weakly labelled clips, 10 s of mono at 32 kHz."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    MANUAL_DOWNLOAD_INSTRUCTIONS = (
+        "Google publishes labels, not sound. Put your recordings into audio/ and a label file for "
+        "each split beside it: <split>_segments.csv as published, or <split>.csv with the columns "
+        "file and labels."
+    )
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Weakly labelled sound.",
+            features=tfds_features(SETTINGS.sample_rate, SETTINGS.encoding),
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        files = sorted(pathlib.Path(os.fspath(dl_manager.manual_dir)).glob("*.csv"))
+        if not files:
+            raise FileNotFoundError(self.MANUAL_DOWNLOAD_INSTRUCTIONS)
+        splits = {file.stem.removesuffix("_segments"): file for file in files}
+        return {name: self._generate_examples(file, name) for name, file in splits.items()}
+
+    def _generate_examples(
+        self, labels: pathlib.Path, split: str
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        audio = labels.parent / "audio"
+        for item in read_labels(labels, audio, split):
+            made = prepare_clip(audio / item.file, item.file, item.labels, SETTINGS)
+            if isinstance(made, Skipped):
+                logging.warning("%s", made.reason)
+                continue
+            clip = parse(made)
+            samples = np.frombuffer(clip.audio, "<i2")
+            yield item.file, {"id": item.file, "audio": samples, "labels": list(clip.labels)}

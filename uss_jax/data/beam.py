@@ -1,0 +1,57 @@
+"""Preparing records on many machines. The only importer of Apache Beam (extra `beam`).
+
+Each block of clips is an element of the pipeline and one shard; workers write it where the program
+that launched them reads it, so they need the recordings and the output under the same paths (a
+network file system, or a mounted bucket).
+"""
+
+import concurrent.futures
+import dataclasses
+import logging
+import os
+
+from uss_jax.data.prepare import Block, Engine
+from uss_jax.errors import UserError
+
+
+def beam_engine(options: list[str]) -> Engine:
+    """An engine for `prepare` that runs a Beam pipeline with these options.
+
+    Raises:
+      UserError: Apache Beam is not installed.
+    """
+    try:
+        import apache_beam as beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as error:
+        raise UserError(
+            f"--engine beam needs Apache Beam ({error}); pip install 'uss-jax[beam]'"
+        ) from None
+
+    def run(blocks: list[Block]) -> None:
+        if not blocks:  # a runner would still be started
+            return
+        blocks = [_absolute(block) for block in blocks]
+        with beam.Pipeline(options=PipelineOptions(options)) as pipeline:
+            made = pipeline | beam.Create(blocks) | beam.Reshuffle() | beam.Map(_make)
+            made | "Count" >> beam.combiners.Count.Globally() | beam.Map(_say)
+
+    return run
+
+
+def _absolute(block: Block) -> Block:
+    """Workers have another current folder."""
+    audio = os.path.abspath(block.audio)
+    return dataclasses.replace(block, folder=block.folder.absolute(), audio=audio)
+
+
+def _make(block: Block) -> int:
+    # A worker may be given a block twice; what is there stays.
+    if block.reasons() is None:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            block.make(pool, lambda: None)
+    return block.number
+
+
+def _say(blocks: int) -> None:
+    logging.info("%d shards are made", blocks)

@@ -1,0 +1,68 @@
+"""How samples stand in a record, and back to int16.
+
+    pcm_s16le   bytes: little-endian int16 PCM, one channel
+    wav, flac   bytes: a whole audio file (any other that libsndfile knows will do too)
+    float       a list of floats in [-1, 1], packed: little-endian float32
+    int64       a list of integers, packed: varints; TFDS's default for audio, and the slowest
+
+Of `pcm_s16le` and `float` a part can be read without the rest.
+"""
+
+import numpy as np
+from jaxtyping import Float32, Int16, Int64
+
+from uss_jax.audio.files import decode_bytes, format_of_bytes
+
+ENCODINGS = ("pcm_s16le", "flac", "wav", "float", "int64")
+# Bytes of a sample, where all have the same.
+SAMPLE_BYTES = {"pcm_s16le": 2, "float": 4}
+
+
+def to_int16(waveform: Float32[np.ndarray, " t"]) -> Int16[np.ndarray, " t"]:
+    """Rounds [-1, 1] to 16 bits: 1 is 32768, which is cut to 32767. Divide by 32768 to go back."""
+    return np.clip(np.rint(waveform * 32768), -32768, 32767).astype(np.int16)
+
+
+def decode(data: bytes | memoryview, encoding: str) -> Int16[np.ndarray, " t"]:
+    """The samples in these bytes: whole, or of an encoding that can be cut between samples."""
+    if encoding == "pcm_s16le":
+        return np.frombuffer(data, "<i2")
+    if encoding == "float":
+        return to_int16(np.frombuffer(data, "<f4"))
+    if encoding == "int64":
+        return np.clip(varints(data), -32768, 32767).astype(np.int16)
+    return to_int16(decode_bytes(bytes(data)).mean(axis=0))
+
+
+def count_samples(data: bytes, encoding: str, sample_rate: int | None) -> int:
+    """How many samples are in these bytes.
+
+    Raises:
+      ValueError: they are not of this encoding, or a file of another sample rate.
+    """
+    if encoding in SAMPLE_BYTES:
+        count, rest = divmod(len(data), SAMPLE_BYTES[encoding])
+        if rest or not count:
+            raise ValueError(f"has {len(data)} bytes of audio, no whole {encoding} samples")
+        return count
+    if encoding == "int64":
+        count = int((np.frombuffer(data, np.uint8) < 128).sum())
+        if not count:
+            raise ValueError("has no samples in its audio")
+        return count
+    form = format_of_bytes(data)
+    if sample_rate is not None and form.sample_rate != sample_rate:
+        raise ValueError(f"holds audio of {form.sample_rate} Hz, the schema says {sample_rate}")
+    if not form.samples:
+        raise ValueError("has no samples in its audio")
+    return form.samples
+
+
+def varints(data: bytes | memoryview) -> Int64[np.ndarray, " t"]:
+    """Protocol buffers' integers: seven bits a byte, the lowest first; the last has no high bit."""
+    octets = np.frombuffer(data, np.uint8)
+    last = np.flatnonzero(octets < 128)
+    first = np.concatenate([[0], last[:-1] + 1]) if last.size else last
+    place = np.arange(len(octets)) - np.repeat(first, last - first + 1)
+    bits = (octets & 127).astype(np.uint64) << (7 * place).astype(np.uint64)
+    return np.add.reduceat(bits, first).astype(np.int64) if last.size else np.zeros(0, np.int64)

@@ -1,0 +1,353 @@
+"""Mining: the detector over every clip once, for the anchors of all labels.
+
+A part is the clips of one TFRecord shard. Hosts take every `hosts`-th part, each with a mesh of its
+own devices, so that none waits for another; parts are files, and what is there is not done again.
+The last part to be finished makes the table.
+
+Letters: `b` clips of a batch, `t` samples, `n` frames, `k` classes, `l` labels of a clip, `c`
+anchors of a label.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
+from tqdm import tqdm
+
+from uss_jax.anchors.detect import choose_anchors, segment_loudness
+from uss_jax.anchors.table import COLUMNS, read_header, write_table
+from uss_jax.atomic import replacing
+from uss_jax.data.pipeline import batches
+from uss_jax.data.tfrecord import ClipReader, RecordIndex
+from uss_jax.errors import UserError
+from uss_jax.ontology import load_ontology
+from uss_jax.training.bundle import net_hash
+from uss_jax.training.mesh import make_mesh, on_all_devices, to_devices
+from uss_jax.training.model import Net
+from uss_jax.training.step import to_float
+
+
+@dataclasses.dataclass(frozen=True)
+class MiningSettings:
+    """What is mined.
+
+    Attributes:
+      sample_rate: in Hz.
+      segment_samples: length of an anchor.
+      clip_samples: clips are padded or cut to so many, as in training.
+      candidates: anchors of each label.
+      min_dbfs: quieter segments are passed over; None to keep them.
+    """
+
+    sample_rate: int
+    segment_samples: int
+    clip_samples: int
+    candidates: int
+    min_dbfs: float | None
+
+
+def anchors_of_labels(
+    framewise: Float[Array, "b n k"],
+    clip: Float[Array, "b t"],
+    samples: Int[Array, "b"],
+    labels: Int[Array, "b l"],
+    related: Shaped[Array, "b k"],
+    *,
+    hop_samples: int,
+    segment_samples: int,
+    candidates: int,
+    min_dbfs: float | None,
+) -> dict[str, Array]:
+    """The anchors of every label of every clip, and how loud and pure the best ones are.
+
+    Args:
+      framewise: probabilities of all classes.
+      clip: the samples.
+      samples: how many of them are true.
+      labels: class indexes; clips with fewer labels repeat some.
+      related: whether a class is among a clip's labels, above one or below one.
+      hop_samples: samples between frames.
+      segment_samples: length of an anchor.
+      candidates: anchors of each label.
+      min_dbfs: as in MiningSettings.
+
+    Returns:
+      begin_sample and score [b, l, c], purity and rms_db [b, l].
+    """
+    batch, width = labels.shape
+    loudness = segment_loudness(
+        clip, samples, segment_samples=segment_samples, hop_samples=hop_samples
+    )
+    of_label = jnp.take_along_axis(framewise, labels[:, None, :], axis=2).swapaxes(1, 2)
+    begin, score = choose_anchors(
+        of_label.reshape(batch * width, -1),
+        jnp.repeat(samples, width),
+        count=candidates,
+        clip_samples=clip.shape[1],
+        segment_samples=segment_samples,
+        hop_samples=hop_samples,
+        loudness=None if min_dbfs is None else jnp.repeat(loudness, width, axis=0),
+        min_dbfs=0.0 if min_dbfs is None else min_dbfs,
+    )
+    begin = begin.reshape(batch, width, candidates)
+    best = begin[:, :, 0]
+
+    at = jnp.arange(framewise.shape[1]) * hop_samples
+    end = jnp.minimum(best + segment_samples, samples[:, None])[:, :, None]
+    inside = ((at >= best[:, :, None]) & (at <= end)).astype(framewise.dtype)
+    mean = jnp.einsum("bln,bnk->blk", inside, framewise) / jnp.sum(inside, axis=2, keepdims=True)
+    return {
+        "begin_sample": begin,
+        "score": score.reshape(batch, width, candidates),
+        "purity": jnp.max(jnp.where(related[:, None, :] > 0, 0.0, mean), axis=2),
+        "rms_db": jnp.take_along_axis(loudness, best // hop_samples, axis=1),
+    }
+
+
+@functools.partial(jax.jit, static_argnames=("module", "segment_samples", "candidates", "min_dbfs"))
+def _mine_batch(
+    module: Any,
+    variables: Any,
+    batch: dict[str, Array],
+    segment_samples: int,
+    candidates: int,
+    min_dbfs: float | None,
+) -> dict[str, Array]:
+    clip = to_float(batch["audio"])
+    return anchors_of_labels(
+        module.apply(variables, clip)["framewise"],
+        clip,
+        batch["samples"],
+        batch["labels"],
+        batch["related"],
+        hop_samples=module.hop_samples,
+        segment_samples=segment_samples,
+        candidates=candidates,
+        min_dbfs=min_dbfs,
+    )
+
+
+def mine(
+    reader: ClipReader,
+    sed: Net,
+    out: str | os.PathLike,
+    settings: MiningSettings,
+    *,
+    batch_size: int,
+    host: int = 0,
+    hosts: int = 1,
+    threads: int = 2,
+) -> bool:
+    """Mines this host's parts that are not there yet; the last host to finish writes the table.
+
+    Args:
+      reader: of the records.
+      sed: the detector.
+      out: the table's file; parts are in a folder beside it until then.
+      settings: what to mine.
+      batch_size: clips at a time on all devices of this host.
+      host, hosts: this is number `host` of so many that share `out`.
+      threads: that read batches.
+
+    Returns:
+      Whether the table is written; if not, other hosts still have parts to do.
+    """
+    index, out = reader.index, pathlib.Path(out)
+    mesh = make_mesh(jax.local_devices())
+    if batch_size % mesh.size:
+        raise UserError(
+            f"--batch {batch_size} is not divisible by {mesh.size} devices; use "
+            f"{-(-batch_size // mesh.size) * mesh.size}"
+        )
+    if not len(index.label_class):
+        raise UserError("the records have no labels, so there is nothing to mine")
+    header = {
+        "sed_hash": net_hash(sed.variables),
+        "index_digest": index.digest,
+        **dataclasses.asdict(settings),
+    }
+    if out.exists() and read_header(out) == header:
+        return True
+    parts = _make_parts_folder(out, header)
+    todo = [
+        part for part in range(host, len(index.shards), hosts) if not _part(parts, part).exists()
+    ]
+    variables = on_all_devices(sed.variables, mesh)
+    shard_ends = np.searchsorted(index.record_shard, np.arange(len(index.shards) + 1))
+    total = int(sum(shard_ends[part + 1] - shard_ends[part] for part in todo))
+    done, began = 0, time.monotonic()
+    with jax.set_mesh(mesh), tqdm(total=total, desc="mine", unit="clip", disable=None) as progress:
+        for part in todo:
+            records = np.arange(shard_ends[part], shard_ends[part + 1])
+            columns = _mine_part(
+                reader,
+                records,
+                sed.module,
+                variables,
+                settings,
+                mesh,
+                batch_size,
+                threads,
+                progress,
+            )
+            with replacing(_part(parts, part)) as temporary:
+                np.savez(temporary, **columns)
+            if progress.disable:  # a log gets lines instead of a bar
+                done += len(records)
+                rate = done / (time.monotonic() - began)
+                left = (total - done) / rate
+                print(
+                    f"mine: {done} of {total} clips, {rate:.1f} clips/s, {left:.0f} s left",
+                    flush=True,
+                )
+    if not all(_part(parts, part).exists() for part in range(len(index.shards))):
+        return False
+    _assemble(out, parts, header, index)
+    return True
+
+
+def _make_parts_folder(out: pathlib.Path, header: dict[str, Any]) -> pathlib.Path:
+    """The folder of the parts of these settings: those of others are not taken for them."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:12]
+    parts = out.with_name(f".{out.name}.parts-{digest}")
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{parts} cannot be made ({error.strerror}); choose another --out"
+        ) from error
+    return parts
+
+
+def _part(parts: pathlib.Path, number: int) -> pathlib.Path:
+    return parts / f"{number:05d}.npz"
+
+
+@dataclasses.dataclass(frozen=True)
+class _InOrder:
+    """Records one after the other; the last batch repeats the last one."""
+
+    records: Integer[np.ndarray, " r"]
+
+    def draw(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        at = np.minimum(positions, len(self.records) - 1)
+        return self.records[at], np.zeros(len(at), np.int64)
+
+
+def _mine_part(
+    reader: ClipReader,
+    records: Integer[np.ndarray, " r"],
+    module: Any,
+    variables: Any,
+    settings: MiningSettings,
+    mesh: jax.sharding.Mesh,
+    batch_size: int,
+    threads: int,
+    progress: tqdm,
+) -> dict[str, np.ndarray]:
+    """The rows of these records."""
+    found: list[tuple[np.ndarray, Any]] = []
+    rows: list[dict[str, np.ndarray]] = []
+    for batch in _label_batches(reader, records, settings, batch_size, threads):
+        clips = batch.pop("record")
+        mined = _mine_batch(
+            module,
+            variables,
+            to_devices(batch, mesh),
+            settings.segment_samples,
+            settings.candidates,
+            settings.min_dbfs,
+        )
+        found.append((clips, mined))
+        # The batch before is fetched while this one runs.
+        if len(found) > 1:
+            rows.append(_rows(reader.index, *found.pop(0)))
+            progress.update(batch_size)
+    for clips, mined in found:
+        some = clips[: len(records) - batch_size * (-(-len(records) // batch_size) - 1)]
+        rows.append(_rows(reader.index, some, mined))
+        progress.update(len(some))
+    return {name: np.concatenate([some[name] for some in rows]) for name in COLUMNS}
+
+
+def _label_batches(
+    reader: ClipReader,
+    records: Integer[np.ndarray, " r"],
+    settings: MiningSettings,
+    batch_size: int,
+    threads: int,
+) -> Iterator[dict[str, np.ndarray]]:
+    index = reader.index
+    most = int(np.diff(index.label_row.astype(np.int64)).max())
+    for batch in batches(
+        reader,
+        _InOrder(records),
+        start_step=0,
+        stop_step=-(-len(records) // batch_size),
+        batch_size=batch_size,
+        clip_samples=settings.clip_samples,
+        threads=threads,
+    ):
+        labels = np.zeros((batch_size, most), np.int32)
+        related = np.zeros((batch_size, len(load_ontology().class_mids)), np.uint8)
+        for row, record in enumerate(batch["record"].tolist()):
+            of_clip = index.labels(record)
+            labels[row, : len(of_clip)] = of_clip
+            related[row] = _related(tuple(of_clip.tolist()))
+        del batch["class_index"]
+        yield {**batch, "labels": labels, "related": related}
+
+
+@functools.lru_cache(maxsize=100_000)
+def _related(labels: tuple[int, ...]) -> Bool[np.ndarray, "k"]:
+    """Whether a class is among the labels, above one or below one."""
+    ontology = load_ontology()
+    related = np.zeros(len(ontology.class_mids), bool)
+    for label in labels:
+        related[list(ontology.relatives(label))] = True
+    return related
+
+
+def _rows(
+    index: RecordIndex, records: Integer[np.ndarray, " r"], mined: dict[str, Any]
+) -> dict[str, np.ndarray]:
+    """Of each record as many rows as it has labels."""
+    counts = np.diff(index.label_row.astype(np.int64))[records]
+    at = np.arange(mined["purity"].shape[1]) < counts[:, None]
+    columns = {name: np.asarray(column)[: len(records)][at] for name, column in mined.items()}
+    classes = [index.labels(record) for record in records.tolist()]
+    return {
+        "record": np.repeat(records, counts).astype(np.uint32),
+        "class": np.concatenate([*classes, np.zeros(0, np.uint16)]),
+        **columns,
+    }
+
+
+def _assemble(
+    out: pathlib.Path, parts: pathlib.Path, header: dict[str, Any], index: RecordIndex
+) -> None:
+    rows = []
+    try:
+        for part in range(len(index.shards)):
+            with np.load(_part(parts, part)) as stored:
+                rows.append({name: stored[name] for name in COLUMNS})
+    except FileNotFoundError:  # another host has just made the table of them
+        if out.exists() and read_header(out) == header:
+            return
+        raise
+    columns = {name: np.concatenate([some[name] for some in rows]) for name in COLUMNS}
+    if not np.array_equal(columns["class"], index.label_class):
+        raise UserError(f"{parts} holds parts that do not fit the records; remove it")
+    write_table(out, header, columns)
+    shutil.rmtree(parts, ignore_errors=True)

@@ -1,0 +1,67 @@
+"""The whole chain, small enough for two cores: `quickstart.py:part=tagger` and `part=separator`.
+
+The recipes of tagger_cnn14.py and resunet30.py at 16 kHz with small nets; launch/quickstart.sh runs
+them on the bundled sounds in minutes.
+"""
+
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict
+
+
+def get_config(argument: str = "part=separator") -> ConfigDict:
+    """The config of the tagger or of the separator."""
+    parts = {"part=tagger": _tagger, "part=separator": _separator}
+    if argument not in parts:
+        raise ValueError(f"{argument!r}: expected {' or '.join(parts)}")
+    config = parts[argument]()
+    config.seed = 0
+    config.sample_rate = 16000
+    config.data.split = "train"
+    config.data.clip_seconds = 5.0
+    config.data.threads = 1
+    # Eight minutes of sound need other help than five thousand hours.
+    config.speed = None
+    config.log_every_steps = 50
+    config.checkpoint_every_steps = 350
+    return config
+
+
+def _base(name: str) -> ConfigDict:
+    return runpy.run_path(str(pathlib.Path(__file__).with_name(name)))["get_config"]()
+
+
+def _tagger() -> ConfigDict:
+    config = _base("tagger_cnn14.py")
+    config.total_steps = 700
+    config.global_batch = 8
+    config.tagger.n_fft = 512
+    config.tagger.hop_samples = 320
+    config.tagger.mel_bins = 32
+    config.tagger.f_max = 7500.0
+    config.tagger.channels = (16, 32, 64, 128)
+    config.outputs = ("clipwise", "tagging")
+    config.noise = ConfigDict(dict(least_snr_db=10.0, most_snr_db=60.0))
+    config.mixup_alpha = 0.2
+    config.spec_augment.time_width = 16
+    config.spec_augment.mel_width = 4
+    config.schedule = ConfigDict(
+        dict(name="cosine", learning_rate=5e-3, warm_up_steps=50, total_steps=700)
+    )
+    return config
+
+
+def _separator() -> ConfigDict:
+    config = _base("resunet30.py")
+    config.total_steps = 450
+    config.global_batch = 8
+    config.mixing.group_size = 8
+    config.query.kind = "embedding"
+    config.separator.n_fft = 512
+    config.separator.hop_samples = 256
+    config.separator.channels = (8, 16, 32, 64)
+    config.schedule = ConfigDict(
+        dict(name="cosine", learning_rate=4e-3, warm_up_steps=50, total_steps=450)
+    )
+    return config

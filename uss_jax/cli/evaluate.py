@@ -7,6 +7,8 @@ planted   whether anchors contain sounds planted at known places
 
 import argparse
 
+from uss_jax.cli.arguments import natural, positive
+
 _HELP = {
     "pairs": "separate pairs with several queries; SDR and SI-SDR beside trivial answers",
     "tagging": "mAP and AUC of the tagging net and the detector of a model",
@@ -51,7 +53,7 @@ def _add_pairs(suite: argparse.ArgumentParser) -> None:
     suite.add_argument("--bank", metavar="FILE.npz", help="store the averaged vectors")
     suite.add_argument(
         "--examples",
-        type=_count,
+        type=natural,
         default=0,
         metavar="N",
         help="write sounds and pictures of N pairs, evenly spaced by rank of their SDRi",
@@ -67,24 +69,12 @@ def _add_pairs(suite: argparse.ArgumentParser) -> None:
 def _add_planted(suite: argparse.ArgumentParser) -> None:
     suite.add_argument("--split", default="test", help="of the records; default: test")
     suite.add_argument(
-        "--clips", type=_positive, default=200, metavar="N", help="on each background; default: 200"
+        "--clips", type=positive, default=200, metavar="N", help="on each background; default: 200"
     )
-    suite.add_argument("--seed", type=_count, default=0, help="of every choice; default: 0")
+    suite.add_argument("--seed", type=natural, default=0, help="of every choice; default: 0")
     suite.epilog = (
         "example:\n  uss-jax evaluate planted --model runs/tagger --data data/my_sounds/1.0.0"
     )
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0, not {text!r}")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if _count(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, not {text!r}")
-    return int(text)
 
 
 def run(args: argparse.Namespace) -> None:

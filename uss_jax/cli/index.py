@@ -17,24 +17,20 @@ import argparse
 import os
 import pathlib
 
+from uss_jax.cli.arguments import positive
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", metavar="DIR", help="directory of the shards")
     parser.add_argument("--schema", metavar="FILE", help="JSON file, see above")
     parser.add_argument(
-        "--workers", type=_positive, default=os.cpu_count(), help="processes; default: one a core"
+        "--workers", type=positive, default=os.cpu_count(), help="processes; default: one a core"
     )
     parser.epilog = (
-        "examples:\n"
+        "example:\n"
         "  uss-jax index data/my_sounds/1.0.0\n"
         "  uss-jax index lab/records --schema schema.json"
     )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, not {text!r}")
-    return int(text)
 
 
 def run(args: argparse.Namespace) -> None:

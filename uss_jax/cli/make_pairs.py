@@ -8,6 +8,8 @@ same records, detector and seed give the same pairs.
 
 import argparse
 
+from uss_jax.cli.arguments import natural, positive
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--records", required=True, metavar="R", help="directory of the records")
@@ -17,9 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
     parser.add_argument(
-        "--per-class", type=_positive, default=100, metavar="N", help="default: 100, as published"
+        "--per-class", type=positive, default=100, metavar="N", help="default: 100, as published"
     )
-    parser.add_argument("--seed", type=_seed, default=0, help="of every choice; default: 0")
+    parser.add_argument("--seed", type=natural, default=0, help="of every choice; default: 0")
     parser.add_argument(
         "--groups",
         metavar="CSV",
@@ -31,18 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  uss-jax make-pairs --records data/my_sounds/1.0.0 --split test --sed runs/tagger \\\n"
         "      --out pairs"
     )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, not {text!r}")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0, not {text!r}")
-    return int(text)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -10,6 +10,8 @@ With --show the anchors of one clip are drawn over its spectrogram instead.
 
 import argparse
 
+from uss_jax.cli.arguments import positive
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--records", required=True, metavar="R", help="directory of the records")
@@ -19,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, metavar="TABLE", help="the table, an .npz file")
     parser.add_argument(
-        "--candidates", type=_positive, default=4, metavar="K", help="anchors a label; default: 4"
+        "--candidates", type=positive, default=4, metavar="K", help="anchors a label; default: 4"
     )
     parser.add_argument(
         "--clip-seconds",
@@ -36,11 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pass over quieter segments; default: -60",
     )
     parser.add_argument(
-        "--batch", type=_positive, default=16, help="clips at a time on a device; default: 16"
+        "--batch", type=positive, default=16, help="clips at a time on a device; default: 16"
     )
-    parser.add_argument("--threads", type=_positive, default=4, help="that read; default: 4")
+    parser.add_argument("--threads", type=positive, default=4, help="that read; default: 4")
     parser.add_argument("--host", type=int, default=0, help="number of this machine, from 0")
-    parser.add_argument("--hosts", type=_positive, default=1, help="how many share the work")
+    parser.add_argument("--hosts", type=positive, default=1, help="how many share the work")
     parser.add_argument("--show", metavar="ID", help="draw this clip of the table")
     parser.add_argument(
         "--picture", metavar="PNG", help="where --show draws; default: anchors.png beside TABLE"
@@ -51,12 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  uss-jax mine --records data/my_sounds/1.0.0 --sed runs/tagger --out anchors.npz \\\n"
         "      --show dogs/a.wav --picture a.png"
     )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, not {text!r}")
-    return int(text)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -17,6 +17,8 @@ The label file has one of two forms:
 import argparse
 import os
 
+from uss_jax.cli.arguments import positive
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--audio", required=True, metavar="DIR", help="folder of the recordings")
@@ -26,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--version", required=True, help="of the data set, such as 1.0.0")
     parser.add_argument("--split", required=True, help="such as train")
     parser.add_argument(
-        "--sample-rate", type=_positive, default=32000, metavar="HZ", help="default: 32000"
+        "--sample-rate", type=positive, default=32000, metavar="HZ", help="default: 32000"
     )
     parser.add_argument(
         "--clip-seconds", type=_seconds, default=10.0, metavar="S", help="default: 10"
@@ -38,10 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="flac is half as large, but is read whole and slower; default: pcm_s16le",
     )
     parser.add_argument(
-        "--shards", type=_positive, metavar="K", help="at most so many files; default: 200 MB each"
+        "--shards", type=positive, metavar="K", help="at most so many files; default: 200 MB each"
     )
     parser.add_argument(
-        "--workers", type=_positive, default=os.cpu_count(), help="threads; default: one a core"
+        "--workers", type=positive, default=os.cpu_count(), help="threads; default: one a core"
     )
     parser.add_argument(
         "--engine",
@@ -53,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "beam_options", nargs="*", metavar="-- OPTION", help="options of the Beam pipeline"
     )
     parser.epilog = (
-        "examples:\n"
+        "example:\n"
         "  uss-jax prepare --audio sounds --labels sounds/labels.csv --out data \\\n"
         "      --name my_sounds --version 1.0.0 --split train\n"
         "  uss-jax prepare --audio /nfs/clips --labels unbalanced_train_segments.csv \\\n"
@@ -63,12 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  where on every machine of the cluster runs, with this package installed,\n"
         "      python -m apache_beam.runners.worker.worker_pool_main --service_port=50000"
     )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, not {text!r}")
-    return int(text)
 
 
 def _seconds(text: str) -> float:

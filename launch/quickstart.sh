@@ -35,7 +35,7 @@ step "A tagging and detection net, from weak labels" train-tagger \
 step "What it can tell of recordings it never heard" evaluate tagging --model "$runs/tagger" \
     --data "$records" --out "$runs/tagging.json"
 step "Whether its anchors contain sounds planted at known places" evaluate planted \
-    --model "$runs/tagger" --data "$records" --split train --clips 60 --seed "$seed" \
+    --model "$runs/tagger" --data "$records" --split train --clips 50 --seed "$seed" \
     --out "$runs/planted.json"
 step "A separator, of anchors that the tagger finds" train \
     --config configs/quickstart.py:part=separator --workdir "$runs/separator" \

@@ -58,7 +58,7 @@ def draw_anchors(
     axes[0].set_title(id, fontsize=11)
     first = int(index.label_row[record])
     seconds = table.header["segment_samples"] / rate
-    times = np.arange(len(framewise)) * sed.module.hop_samples / rate
+    times = np.arange(len(framewise)) * sed.module.frame_hop_samples / rate
     for number, (axis, label) in enumerate(zip(axes[1:], labels, strict=True)):
         row, colour = first + number, f"C{number % 10}"
         curve = framewise[:, label]

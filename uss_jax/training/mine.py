@@ -131,7 +131,7 @@ def _mine_batch(
         batch["samples"],
         batch["labels"],
         batch["related"],
-        hop_samples=module.hop_samples,
+        hop_samples=module.frame_hop_samples,
         segment_samples=segment_samples,
         candidates=candidates,
         min_dbfs=min_dbfs,

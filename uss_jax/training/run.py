@@ -29,6 +29,11 @@ from uss_jax.training.metrics import MetricsWriter
 from uss_jax.training.state import TrainState, parameter_count
 from uss_jax.training.step import Step
 
+# What decides, with seed, batch, records and anchors, which clips meet in which step.
+_DRAWING = ("data.order", "data.class_weights", "data.clip_seconds", "mixup_alpha")
+_DRAWING += ("mixing.sources", "mixing.group_size", "mixing.order", "mixing.match_energy")
+_DRAWING += ("anchors.min_score", "anchors.min_dbfs", "anchors.top_k", "anchors.jitter_samples")
+
 
 @dataclasses.dataclass(frozen=True)
 class Records:
@@ -271,7 +276,9 @@ def train_on(
         start = checkpoints.latest_step or 0
         if start:
             say(f"resuming after step {start}")
-            _require_same_nets(read_bundle(workdir).config, json.loads(json.dumps(about)))
+            saved = read_bundle(workdir).config
+            _require_same_nets(saved, json.loads(json.dumps(about)))
+            _require_same_drawing(saved["training"], json.loads(config.to_json_best_effort()))
             _require_same_data(checkpoints.position(start), position)
             state = checkpoints.restore(start, state)
         writer = None
@@ -327,6 +334,21 @@ def _require_same_data(saved: Mapping[str, Any], position: Mapping[str, Any]) ->
             "the anchors are of another source or table than this run was started with; resume "
             "with config.anchors as it was or start in a new workdir"
         )
+
+
+def _require_same_drawing(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises a UserError that names the first key that says otherwise which clips come when."""
+    for key in _DRAWING:
+        values = []
+        for value in (saved, wanted):
+            for part in key.split("."):
+                value = value.get(part) if isinstance(value, Mapping) else None
+            values.append(value)
+        if values[0] != values[1]:
+            raise UserError(
+                f"this run was started with config.{key}={values[0]}, not {values[1]}; resume with "
+                "the config it was started with or start in a new workdir"
+            )
 
 
 def _require_same_nets(saved: Any, wanted: Any, where: str = "") -> None:

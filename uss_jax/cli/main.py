@@ -18,6 +18,7 @@ COMMANDS = {
     "make-pairs": "build evaluation pairs (mixture, source) from records",
     "evaluate": "figures of a model on a data set",
     "separate": "separate recordings",
+    "query": "make and list stored queries",
     "convert": "PANNs and bytedance/uss checkpoints to bundles",
 }
 

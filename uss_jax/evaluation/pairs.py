@@ -254,6 +254,7 @@ def bank_of_averages(model: Model, averages: dict[int, Float[np.ndarray, " d"]])
         vectors=np.stack(list(averages.values())),
         kind=model.query.module.kind,
         net_hash=model.query_hash,
+        how="averaged over anchors of a split's clips, at most 100 of a class",
     )
 
 

@@ -208,12 +208,14 @@ class Bank:
       vectors: [n, d].
       kind: `one_hot`, `soft` or `embedding`.
       net_hash: of the query net that made them.
+      how: in words, for people.
     """
 
     name: tuple[str, ...]
     vectors: Float[np.ndarray, "n d"]
     kind: str
     net_hash: str
+    how: str = ""
 
     def select(self, names: Sequence[str], where: str) -> list[int]:
         """Where the names are in the bank, in any case or as in file names.
@@ -230,7 +232,7 @@ class Bank:
 
 
 def write_bank(path: str | os.PathLike, bank: Bank) -> None:
-    """Writes an .npz file with `name`, `vectors`, `kind` and `net_hash`."""
+    """Writes an .npz file with `name`, `vectors`, `kind`, `net_hash` and `how`."""
     require_npz(path)
     with replacing(path) as temporary:
         np.savez(
@@ -239,6 +241,7 @@ def write_bank(path: str | os.PathLike, bank: Bank) -> None:
             vectors=bank.vectors.astype(np.float32),
             kind=bank.kind,
             net_hash=bank.net_hash,
+            how=bank.how,
         )
 
 
@@ -248,8 +251,8 @@ def require_npz(path: str | os.PathLike) -> None:
         raise UserError(f"{path}: name a query bank something.npz")
 
 
-def read_bank(path: str | os.PathLike, model: Model) -> Bank:
-    """Reads a bank whose vectors the model understands."""
+def load_bank(path: str | os.PathLike) -> Bank:
+    """Reads a bank, whatever model it was made with."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             bank = Bank(
@@ -257,14 +260,26 @@ def read_bank(path: str | os.PathLike, model: Model) -> Bank:
                 vectors=np.asarray(stored["vectors"], np.float32),
                 kind=str(stored["kind"]),
                 net_hash=str(stored["net_hash"]),
+                how=str(stored["how"]) if "how" in stored else "",
             )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{path} cannot be read as a query bank ({error}); it needs the arrays name, vectors, "
-            "kind and net_hash, as `uss-jax evaluate pairs --bank` writes them"
+            "kind and net_hash, as `uss-jax query make` writes them"
         ) from error
+    if bank.vectors.ndim != 2 or len(bank.vectors) != len(bank.name):
+        raise UserError(
+            f"{path} holds vectors of shape {bank.vectors.shape} for {len(bank.name)} names; make "
+            "it again"
+        )
+    return bank
+
+
+def read_bank(path: str | os.PathLike, model: Model) -> Bank:
+    """Reads a bank whose vectors the model understands."""
+    bank = load_bank(path)
     width = model.separator.module.condition_width
-    if bank.vectors.ndim != 2 or bank.vectors.shape != (len(bank.name), width):
+    if bank.vectors.shape[1] != width:
         raise UserError(
             f"{path} holds vectors of shape {bank.vectors.shape} for {len(bank.name)} names, "
             f"{model.path} takes conditions of width {width}; make the bank with this model"

@@ -1,0 +1,72 @@
+"""Stored queries: vectors made of example recordings, to be used with `uss-jax separate --query`.
+
+make   a vector of each folder (or single recording), named after it: silence removed, averaged over
+       each recording's segments, then over recordings
+list   what a bank holds
+"""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="query_command", required=True, metavar="make|list")
+    make = commands.add_parser("make", help="make a bank", allow_abbrev=False)
+    make.add_argument("bank", metavar="BANK.npz", help="file to write")
+    make.add_argument("examples", nargs="+", metavar="FOLDER", help="recordings of one sound each")
+    make.add_argument("--model", required=True, metavar="B", help="bundle or workdir")
+    make.add_argument("--overwrite", action="store_true", help="replace BANK.npz")
+    show = commands.add_parser("list", help="say what a bank holds", allow_abbrev=False)
+    show.add_argument("bank", metavar="BANK.npz")
+    parser.epilog = (
+        "example:\n"
+        "  uss-jax query make sounds.npz doorbells/ my_dog.wav --model uss\n"
+        "  uss-jax query list sounds.npz\n"
+        "  uss-jax separate street.wav --model uss --query sounds.npz --out separated"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.query_command == "list":
+        _list(args.bank)
+    else:
+        _make(args)
+
+
+def _list(path: str) -> None:
+    from uss_jax.separation.queries import load_bank
+
+    bank = load_bank(path)
+    print(
+        f"{path}: {len(bank.name)} vectors of width {bank.vectors.shape[1]}, kind {bank.kind}, "
+        f"of query net {bank.net_hash[:12]}, {bank.how or 'made in an unknown way'}"
+    )
+    for name in bank.name:
+        print(f"  {name}")
+
+
+def _make(args: argparse.Namespace) -> None:
+    import pathlib
+
+    import numpy as np
+
+    from uss_jax.errors import UserError
+    from uss_jax.separation.queries import Bank, require_npz, vector_of_recordings, write_bank
+    from uss_jax.training.model import Model
+
+    require_npz(args.bank)
+    if pathlib.Path(args.bank).exists() and not args.overwrite:
+        raise UserError(f"{args.bank} exists; give --overwrite to replace it")
+    names = [pathlib.Path(example).resolve().stem for example in args.examples]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f'two examples are called "{min(twice)}"; rename one of them')
+    model = Model(args.model)
+    vectors = [vector_of_recordings(model, example) for example in args.examples]
+    bank = Bank(
+        tuple(names),
+        np.stack(vectors),
+        model.query.module.kind,
+        model.query_hash,
+        "averaged over example recordings without their silence",
+    )
+    write_bank(args.bank, bank)
+    print(f"{args.bank}: {len(names)} vectors")

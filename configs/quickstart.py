@@ -32,7 +32,7 @@ def _base(name: str) -> ConfigDict:
 
 def _tagger() -> ConfigDict:
     config = _base("tagger_cnn14.py")
-    config.total_steps = 950
+    config.total_steps = 1000
     config.global_batch = 8
     config.tagger.n_fft = 512
     config.tagger.hop_samples = 320
@@ -46,14 +46,14 @@ def _tagger() -> ConfigDict:
     config.spec_augment.time_width = 16
     config.spec_augment.mel_width = 4
     config.schedule = ConfigDict(
-        dict(name="cosine", learning_rate=5e-3, warm_up_steps=50, total_steps=950)
+        dict(name="cosine", learning_rate=5e-3, warm_up_steps=50, total_steps=1000)
     )
     return config
 
 
 def _separator() -> ConfigDict:
     config = _base("resunet30.py")
-    config.total_steps = 400
+    config.total_steps = 500
     config.global_batch = 6
     config.mixing.group_size = 6
     # Eight minutes of sound need other help than five thousand hours.
@@ -63,6 +63,6 @@ def _separator() -> ConfigDict:
     config.separator.hop_samples = 256
     config.separator.channels = (8, 16, 32, 64)
     config.schedule = ConfigDict(
-        dict(name="cosine", learning_rate=4e-3, warm_up_steps=50, total_steps=400)
+        dict(name="cosine", learning_rate=4e-3, warm_up_steps=50, total_steps=500)
     )
     return config

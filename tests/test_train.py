@@ -125,8 +125,8 @@ def _records(path, **metadata):
         ({"log_every_steps": 0}, "config.log_every_steps is 0, expected at least 1"),
         ({"loss": "l2"}, "config.loss is 'l2', expected l1_wav or l1_wav_l1_sp"),
         (
-            {"anchors.source": "table"},
-            "config.anchors.source is 'table', expected device or random",
+            {"anchors.source": "shelf"},
+            "config.anchors.source is 'shelf', expected device or table",
         ),
         ({"query.kind": "words"}, "config.query.kind is 'words', expected one_hot or soft or"),
         ({"query.adaptor_width": 9, "query.shortcut": True}, "needs query.adaptor_width=527"),
@@ -154,8 +154,8 @@ def test_what_cannot_run_is_said_before_the_first_step(place, tmp_path, changed,
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"outputs": ("tags",)}, "config.outputs is ('tags',), expected some of"),
-        ({"outputs": ()}, "config.outputs is (), expected some of"),
+        ({"outputs": ("tags",)}, "config.outputs is ('tags',); probabilities of a clip"),
+        ({"outputs": ()}, "config.outputs is (); probabilities of a clip"),
         ({"tagger.dtype": "int8"}, "sed.model.dtype is 'int8', expected float32 or bfloat16"),
         ({"schedule.name": "none"}, "config.schedule.name is 'none'"),
     ],

@@ -278,8 +278,8 @@ def train_on(
             say(f"resuming after step {start}")
             saved = read_bundle(workdir).config
             _require_same_nets(saved, json.loads(json.dumps(about)))
-            _require_same_drawing(saved["training"], json.loads(config.to_json_best_effort()))
             _require_same_data(checkpoints.position(start), position)
+            _require_same_drawing(saved["training"], json.loads(config.to_json_best_effort()))
             state = checkpoints.restore(start, state)
         writer = None
         if first_host:

@@ -234,10 +234,10 @@ def make_tagging_step(
 
 def _at_other_speed(batch: Batch, key: Array, speed: dict[str, float] | None) -> Batch:
     """The batch with float audio and, if asked for, each clip faster or slower."""
-    audio, samples = to_float(batch["audio"]), batch["samples"]
-    if speed is not None:
-        key = jax.random.fold_in(key, 0)
-        audio, samples = change_speed(key, audio, samples, **speed)
+    audio = to_float(batch["audio"])
+    if speed is None:
+        return {**batch, "audio": audio}
+    audio, samples = change_speed(jax.random.fold_in(key, 0), audio, batch["samples"], **speed)
     return {**batch, "audio": audio, "samples": samples}
 
 

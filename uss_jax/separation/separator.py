@@ -125,7 +125,7 @@ def separate_blocks(
     """
     net = model.separator
     pending: list[tuple[int, np.ndarray, int]] = []  # index, samples, how many of them are true
-    jobs: list[tuple[int, Target, int]] = []  # place in pending, target, its number
+    jobs: list[tuple[int, int, np.ndarray]] = []  # place in pending, number of target, condition
 
     def flush() -> Iterator[np.ndarray]:
         estimates = {}
@@ -133,9 +133,9 @@ def separate_blocks(
             some = jobs[begin : begin + batch_size]
             filled = some + some[-1:] * (batch_size - len(some))
             windows = np.stack([pending[place][1] for place, _, _ in filled])
-            conditions = np.stack([_condition(layout, t, pending[p][0]) for p, t, _ in filled])
+            conditions = np.stack([condition for _, _, condition in filled])
             separated = _separate(net.module, net.variables, windows, conditions)
-            for (place, _, number), estimate in zip(some, np.asarray(separated), strict=False):
+            for (place, number, _), estimate in zip(some, np.asarray(separated), strict=False):
                 estimates[place, number] = estimate
         for place, (index, window, true) in enumerate(pending):
             first, last = _kept(layout, index, true)
@@ -149,11 +149,10 @@ def separate_blocks(
         jobs.clear()
 
     for index, (true, window) in enumerate(_windows(blocks, layout)):
-        jobs += [
-            (len(pending), target, number)
-            for number, target in enumerate(targets)
-            if _active_rows(layout, target, index).size
-        ]
+        for number, target in enumerate(targets):
+            rows = _active_rows(layout, target, index)
+            if rows.size:
+                jobs.append((len(pending), number, _condition(target, rows)))
         pending.append((index, window, true))
         if len(jobs) >= batch_size or len(pending) >= batch_size:
             yield from flush()
@@ -212,10 +211,10 @@ def _active_rows(layout: Layout, target: Target, index: int) -> np.ndarray:
     return rows[target.active[rows]]
 
 
-def _condition(layout: Layout, target: Target, index: int) -> Float[np.ndarray, " d"]:
+def _condition(target: Target, rows: np.ndarray) -> Float[np.ndarray, " d"]:
     if len(target.conditions) == 1:
         return target.conditions[0]
-    return target.conditions[_active_rows(layout, target, index)].mean(axis=0)
+    return target.conditions[rows].mean(axis=0)
 
 
 def _gate(layout: Layout, target: Target, begin: int, samples: int) -> Float32[np.ndarray, " t"]:
@@ -230,7 +229,7 @@ def _gate(layout: Layout, target: Target, begin: int, samples: int) -> Float32[n
     active = target.active[segment].astype(np.float64)
     if not layout.fade:
         return active.astype(np.float32)
-    # Distance in samples to the nearest active one, by the largest of shifted ramps.
+    # Distance in samples to the nearest active one.
     ones = np.flatnonzero(active)
     if not ones.size:
         return np.zeros(samples, np.float32)

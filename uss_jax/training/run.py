@@ -259,6 +259,7 @@ def train_on(
         "segment_seconds": config.segment_seconds,
         **nets,
     }
+    training = json.loads(config.to_json_best_effort())
     position = {
         "seed": config.seed,
         "global_batch": config.global_batch,
@@ -279,12 +280,11 @@ def train_on(
             saved = read_bundle(workdir).config
             _require_same_nets(saved, json.loads(json.dumps(about)))
             _require_same_data(checkpoints.position(start), position)
-            _require_same_drawing(saved["training"], json.loads(config.to_json_best_effort()))
+            _require_same_drawing(saved["training"], training)
             state = checkpoints.restore(start, state)
         writer = None
         if first_host:
             with replacing(workdir / "config.json") as temporary:
-                training = json.loads(config.to_json_best_effort())
                 temporary.write_text(json.dumps({**about, "training": training}, indent=2) + "\n")
             writer = stack.enter_context(MetricsWriter(workdir, start, config.total_steps, kind))
         feed = batches(

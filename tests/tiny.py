@@ -10,6 +10,7 @@ from uss_jax.data.examples import serialise
 from uss_jax.data.metadata import write_metadata
 from uss_jax.data.tfrecord import RecordIndex, RecordWriter, build_index
 from uss_jax.models.cnn14 import Cnn14
+from uss_jax.models.htsat import HTSAT
 from uss_jax.models.resunet import ResUNet
 from uss_jax.training.bundle import write_bundle
 from uss_jax.training.nets import fields_of
@@ -20,6 +21,18 @@ SEGMENT = int(RATE * SEGMENT_SECONDS)
 TAGGER = Cnn14(
     sample_rate=RATE, n_fft=256, hop_samples=80, mel_bins=16, f_max=4000.0, channels=(4, 4, 6)
 )
+TINY_HTSAT = HTSAT(
+    sample_rate=RATE,
+    n_fft=256,
+    hop_samples=80,
+    mel_bins=16,
+    f_max=4000.0,
+    image_size=64,
+    token_width=8,
+    depths=(2, 1),
+    heads=(2, 4),
+)
+ONE_BLOCK = TINY_HTSAT.clone(depths=(1,), heads=(2,))  # for what compiles long
 # Tiny nets take longer to compile than to run.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"

@@ -5,7 +5,6 @@ import pytest
 import soundfile
 
 from tests import tiny
-from tests.training.test_either_tagging_net import ONE_BLOCK, variables_of
 from uss_jax.cli.main import main
 from uss_jax.models.resunet import ResUNet
 from uss_jax.training.bundle import write_bundle
@@ -18,7 +17,7 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("query")
     tiny.write_separator(place / "cnn14", "embedding")
     separator = ResUNet(n_fft=128, hop_samples=64, channels=(4, 4), condition_width=527)
-    model = {"model": fields_of(ONE_BLOCK)}
+    model = {"model": fields_of(tiny.ONE_BLOCK)}
     config = {
         "kind": "separator",
         "sample_rate": tiny.RATE,
@@ -27,7 +26,7 @@ def place(tmp_path_factory):
         "query": {"kind": "soft", **model},
         "sed": model,
     }
-    tagger = variables_of(ONE_BLOCK)
+    tagger = tiny.tagger_variables(net=tiny.ONE_BLOCK)
     variables = tiny.random_variables(separator, (1, 1, 640), (1, 527))
     write_bundle(place / "htsat", config, {"separator": variables, "query": tagger, "sed": tagger})
     for name, waveform in (("bell", tiny.tone(900, 1)), ("wind", tiny.noise(0, 0.7))):

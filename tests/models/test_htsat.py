@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.golden.weights import relative_index, shift_mask
-from tests.tiny import random_variables
+from tests.tiny import TINY_HTSAT, random_variables
 from uss_jax.models.cnn14 import Cnn14, Cnn14DecisionLevelMax
 from uss_jax.models.htsat import (
     HTSAT,
@@ -20,18 +20,7 @@ from uss_jax.models.htsat import (
 )
 from uss_jax.models.tagging import TaggingNet
 
-TINY = HTSAT(
-    sample_rate=8000,
-    n_fft=256,
-    hop_samples=80,
-    mel_bins=16,
-    f_max=4000.0,
-    image_size=64,
-    token_width=8,
-    depths=(2, 1),
-    heads=(2, 4),
-    classes=5,
-)
+TINY = TINY_HTSAT.clone(classes=5)
 CAPACITY = 256  # frames of its image
 QUICKLY = {"xla_backend_optimization_level": 0}  # what runs a few times only
 

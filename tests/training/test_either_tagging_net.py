@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 
 from tests.tiny import (
+    ONE_BLOCK,
     RATE,
     SEGMENT,
     SEGMENT_SECONDS,
     TAGGER,
+    TINY_HTSAT,
     noise,
     random_variables,
+    tagger_variables,
     tone,
     write_records,
 )
@@ -25,7 +28,6 @@ from uss_jax.evaluation.clips import Chosen, mine
 from uss_jax.evaluation.planted import evaluate_planted
 from uss_jax.evaluation.tagging import evaluate_tagging
 from uss_jax.models.cnn14 import Cnn14DecisionLevelMax
-from uss_jax.models.htsat import HTSAT
 from uss_jax.models.resunet import ResUNet
 from uss_jax.separation.queries import vector_of_recordings
 from uss_jax.train import train
@@ -39,36 +41,16 @@ from uss_jax.training.state import create_state
 from uss_jax.training.step import make_separation_step, make_tagging_step
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-TINY_HTSAT = HTSAT(
-    sample_rate=RATE,
-    n_fft=256,
-    hop_samples=80,
-    mel_bins=16,
-    f_max=4000.0,
-    image_size=64,
-    token_width=8,
-    depths=(2, 1),
-    heads=(2, 4),
-)
-ONE_BLOCK = TINY_HTSAT.clone(depths=(1,), heads=(2,))  # for what compiles long
 NETS = {"cnn14": TAGGER, "htsat": TINY_HTSAT}
 LOW, HIGH = 10, 400  # two classes
 CLIPS, CLIP_SECONDS = 16, 2.0
 QUICKLY = {"xla_backend_optimization_level": 0}  # what runs a few times only
 
 
-def variables_of(net):
-    """Random variables whose probabilities differ between sounds."""
-    variables = random_variables(net, (1, RATE))
-    variables["batch_stats"]["bn0"]["mean"][:] = -40.0  # dB, as log-mel is
-    variables["batch_stats"]["bn0"]["var"][:] = 400.0
-    return variables
-
-
 def write_tagger(path, net):
     model = {"model": fields_of(net)}
     config = {"kind": "tagger", "sample_rate": RATE, "segment_seconds": SEGMENT_SECONDS}
-    variables = variables_of(net)
+    variables = tagger_variables(net=net)
     write_bundle(
         path, {**config, "query": model, "sed": model}, {"query": variables, "sed": variables}
     )
@@ -152,7 +134,7 @@ def test_recordings_are_made_into_queries(name, tmp_path):
         "separator": fields_of(separator),
         "query": {"kind": "embedding", "model": fields_of(net)},
     }
-    write_bundle(tmp_path / "bundle", config, {"query": variables_of(net)})
+    write_bundle(tmp_path / "bundle", config, {"query": tagger_variables(net=net)})
     write_wav(tmp_path / "query.wav", tone(400, 1.2)[None], RATE)
     vector = vector_of_recordings(Model(tmp_path / "bundle"), tmp_path / "query.wav")
     assert vector.shape == (net.embedding_width,)
@@ -186,7 +168,7 @@ def test_a_separator_steps_with_it_as_query_net_and_detector(name):
         {"separator": fresh["batch_stats"], "query": {}},
         optimizer,
     )
-    tagger = variables_of(net)
+    tagger = tagger_variables(net=net)
     frozen = {"sed": tagger, "query": {item: {"tagger": tagger[item]} for item in tagger}}
     batch = {
         "audio": np.stack([waveform for _, waveform, _ in sounds()][:4]),
@@ -259,7 +241,7 @@ def test_htsat_learns_to_tell_two_sounds_from_noise():
         net, optimizer, outputs=("clipwise",), mixup_alpha=None, spec_augment_stripes=None
     )
     step = jax.jit(step, compiler_options=QUICKLY)
-    fresh = variables_of(net)
+    fresh = tagger_variables(net=net)
     state = create_state({"tagger": fresh["params"]}, {"tagger": fresh["batch_stats"]}, optimizer)
     _, waveforms, labels = zip(*sounds(), strict=True)
     empty = [noise(CLIPS + i, CLIP_SECONDS, 0.01 * 2**i) for i in range(CLIPS // 2)]

@@ -31,6 +31,7 @@ def fit(
     writer: MetricsWriter | None,
     log_every_steps: int,
     checkpoint_every_steps: int,
+    max_skipped_steps: int = 1,
 ) -> TrainState:
     """Steps until `total_steps`, from wherever the state stands.
 
@@ -46,11 +47,12 @@ def fit(
       position: what a checkpoint says of the data after so many steps.
       writer: of metrics; None on all hosts but the first.
       log_every_steps: steps between reports, beside one at each checkpoint; the loss reported is
-        the mean since the last.
+        the mean since the last, of steps that were not skipped.
       checkpoint_every_steps: steps between checkpoints; the last step always has one.
+      max_skipped_steps: so many in a row that the step had to skip are an error.
 
     Raises:
-      UserError: the loss is no longer a number; the last checkpoint stays as it is.
+      UserError: too many steps were skipped; there is a checkpoint of the last good state.
     """
     jitted = jax.jit(step, donate_argnums=0)
     losses: list[jax.Array] = []
@@ -68,13 +70,17 @@ def fit(
             due = done % checkpoint_every_steps == 0 or done == total_steps
             if due or done % log_every_steps == 0:
                 values = {name: float(value) for name, value in metrics.items()}
-                values["loss"] = float(np.mean(jax.device_get(losses)))
-                for name in ("loss", "grad_norm"):
-                    if not math.isfinite(values[name]):
-                        raise UserError(
-                            f"the {name} is {values[name]} by step {done}; lower "
-                            "config.schedule.learning_rate or look for broken clips, and resume"
-                        )
+                finite = [loss for loss in jax.device_get(losses) if math.isfinite(loss)]
+                values["loss"] = float(np.mean(finite)) if finite else math.nan
+                if values["skipped_in_a_row"] >= max_skipped_steps:
+                    # The state is that of the last good step, and goes on after the clips read.
+                    checkpoints.save(done, state, position(done))
+                    raise UserError(
+                        f"loss or gradient were no numbers in {values['skipped_in_a_row']:.0f} "
+                        f"steps up to step {done}, which were skipped; the last good state is "
+                        "saved: lower config.schedule.learning_rate or look for broken clips, "
+                        "and resume"
+                    )
                 elapsed = time.monotonic() - began
                 values["steps_per_second"] = len(losses) / elapsed
                 values["input_wait_share"] = waited / elapsed

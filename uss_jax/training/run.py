@@ -24,7 +24,7 @@ from uss_jax.ontology import load_ontology
 from uss_jax.training.bundle import FORMAT_VERSION, read_bundle
 from uss_jax.training.checkpoints import Checkpoints
 from uss_jax.training.loop import fit
-from uss_jax.training.mesh import on_all_devices
+from uss_jax.training.mesh import lay_out, on_all_devices
 from uss_jax.training.metrics import MetricsWriter
 from uss_jax.training.state import TrainState, parameter_count
 from uss_jax.training.step import Step
@@ -32,7 +32,11 @@ from uss_jax.training.step import Step
 # What decides, with seed, batch, records and anchors, which clips meet in which step.
 _DRAWING = ("data.order", "data.class_weights", "data.clip_seconds", "mixup_alpha")
 _DRAWING += ("mixing.sources", "mixing.group_size", "mixing.order", "mixing.match_energy")
+_DRAWING += ("mixing.all_targets", "mixing.silent_share", "accumulate")
 _DRAWING += ("anchors.min_score", "anchors.min_dbfs", "anchors.top_k", "anchors.jitter_samples")
+
+_AT_LEAST_ONE = ("total_steps", "global_batch", "accumulate", "max_skipped_steps")
+_AT_LEAST_ONE += ("log_every_steps", "checkpoint_every_steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,25 +64,29 @@ def say(text: str) -> None:
 
 def check(config: ConfigDict, group_size: int = 1) -> None:
     """Raises a UserError where the numbers of a config do not fit each other or the devices."""
-    for key in ("total_steps", "global_batch", "log_every_steps", "checkpoint_every_steps"):
-        if config[key] < 1:
+    for key in _AT_LEAST_ONE:
+        if config.get(key, 1) < 1:
             raise UserError(f"config.{key} is {config[key]}, expected at least 1")
     if config.segment_seconds > config.data.clip_seconds:
         raise UserError(
             f"config.segment_seconds={config.segment_seconds} is longer than "
             f"config.data.clip_seconds={config.data.clip_seconds}; change one of them"
         )
-    devices = jax.device_count()
-    if config.global_batch % devices:
-        lower = config.global_batch // devices * devices
+    parts = config.get("accumulate", 1)
+    divisor, said = jax.device_count() * parts, f"{jax.device_count()} devices"
+    if parts > 1:
+        said += f" in each of config.accumulate={parts} parts"
+    if config.global_batch % divisor:
+        lower = config.global_batch // divisor * divisor
         raise UserError(
-            f"config.global_batch={config.global_batch} is not divisible by {devices} devices; use "
-            f"{' or '.join(str(n) for n in (lower, lower + devices) if n)}"
+            f"config.global_batch={config.global_batch} is not divisible by {said}; use "
+            f"{' or '.join(str(n) for n in (lower, lower + divisor) if n)}"
         )
-    if config.global_batch % group_size:
+    if config.global_batch % (group_size * parts):
+        in_parts = f" in each of config.accumulate={parts} parts" if parts > 1 else ""
         raise UserError(
             f"config.global_batch={config.global_batch} is not divisible by "
-            f"config.mixing.group_size={group_size}; change one of them"
+            f"config.mixing.group_size={group_size}{in_parts}; change one of them"
         )
 
 
@@ -140,6 +148,7 @@ def open_records(
             group_size=mixing.group_size,
             sources=mixing.sources,
             conflict_free=mixing.order == "conflict_free",
+            sets=mixing.all_targets,
         )
     verify_parts = section.get("verify", "whole") == "always"
     return Records(index, ClipReader(directory, index, verify_parts), order, places)
@@ -273,7 +282,7 @@ def train_on(
         checkpoints = stack.enter_context(
             Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
         )
-        state = on_all_devices(state, mesh)
+        state = lay_out(state, config.get("sharding", ()), mesh)
         start = checkpoints.latest_step or 0
         if start:
             say(f"resuming after step {start}")
@@ -314,6 +323,7 @@ def train_on(
             writer=writer,
             log_every_steps=config.log_every_steps,
             checkpoint_every_steps=config.checkpoint_every_steps,
+            max_skipped_steps=config.max_skipped_steps,
         )
 
 

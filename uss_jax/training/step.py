@@ -81,6 +81,15 @@ def find_anchors(
     )
 
 
+def query_variables(frozen: Any, params: Any, batch_stats: Any) -> Any:
+    """The query net's variables, frozen and trained ones together."""
+    fixed = frozen.get("query", {"params": {}, "batch_stats": {}})
+    return {
+        "params": {**fixed["params"], **params["query"]},
+        "batch_stats": {**fixed["batch_stats"], **batch_stats["query"]},
+    }
+
+
 def make_separation_step(
     separator: ResUNet,
     query: QueryNet,
@@ -101,13 +110,6 @@ def make_separation_step(
     the nets that do not train (`sed`, and `query` where it is frozen), `key` is the run's key.
     `speed` holds the arguments of `change_speed` for the clips; None to leave them.
     """
-
-    def query_variables(frozen: Any, params: Any, batch_stats: Any) -> Any:
-        fixed = frozen.get("query", {"params": {}, "batch_stats": {}})
-        return {
-            "params": {**fixed["params"], **params["query"]},
-            "batch_stats": {**fixed["batch_stats"], **batch_stats["query"]},
-        }
 
     def step(state: TrainState, frozen: Any, batch: Batch, key: Array):
         key = jax.random.fold_in(key, state.step)
@@ -152,16 +154,20 @@ def make_separation_step(
                 "separator": updates["batch_stats"],
                 "query": {k: query_updates["batch_stats"][k] for k in trained},
             }
-            return jnp.mean(per_item), (per_item, statistics)
+            improvement = _sdr_improvement(estimate[:, 0], target, mixture)
+            return jnp.mean(per_item), (per_item, improvement, statistics)
 
-        (_, (per_item, statistics)), grads = jax.value_and_grad(objective, has_aux=True)(
-            state.params
-        )
-        loss_mean, score = jnp.mean(jnp.stack([per_item, anchors.score]), axis=1)
+        (_, (per_item, improvement, statistics)), grads = jax.value_and_grad(
+            objective, has_aux=True
+        )(state.params)
+        per_item = jnp.stack([per_item, improvement, anchors.score])
+        loss_mean, sdri, score = jnp.mean(per_item, axis=1)
         metrics = {
             "loss": loss_mean,
+            "sdri": sdri,
             "anchor_score": score,
             "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(state.params),
         }
         if "conflict" in batch:
             metrics["conflict_share"] = jnp.mean(batch["conflict"].astype(jnp.float32))
@@ -226,10 +232,22 @@ def make_tagging_step(
         (_, (per_item, statistics)), grads = jax.value_and_grad(objective, has_aux=True)(
             state.params
         )
-        metrics = {"loss": jnp.mean(per_item), "grad_norm": optax.tree.norm(grads)}
+        metrics = {
+            "loss": jnp.mean(per_item),
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(state.params),
+        }
         return _update(state, grads, statistics, optimizer), metrics
 
     return step
+
+
+def _sdr_improvement(
+    estimate: Float[Array, "b t"], target: Float[Array, "b t"], mixture: Float[Array, "b t"]
+) -> Float[Array, "b"]:
+    """SDR of the estimate less that of the mixture, in dB; the target's energy cancels."""
+    before, now = (jnp.mean(jnp.square(x - target), axis=1) for x in (mixture, estimate))
+    return 10 * jnp.log10(jnp.maximum(before, 1e-10) / jnp.maximum(now, 1e-10))
 
 
 def _at_other_speed(batch: Batch, key: Array, speed: dict[str, float] | None) -> Batch:

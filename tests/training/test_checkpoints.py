@@ -65,7 +65,8 @@ def _update(state, x):
     def loss(params):
         return jnp.mean(jnp.square(x @ params["net"]["kernel"]))
 
-    updates, opt_state = OPTIMIZER.update(jax.grad(loss)(state.params), state.opt_state)
+    grads = jax.grad(loss)(state.params)
+    updates, opt_state = OPTIMIZER.update(grads, state.opt_state, state.params)
     params = jax.tree.map(jnp.add, state.params, updates)
     return TrainState(state.step + 1, params, state.batch_stats, opt_state)
 

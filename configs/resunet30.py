@@ -43,6 +43,7 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
     config.data.records = ""  # the folder that `prepare` or `index` wrote
     config.data.split = SPLITS[chosen["data"]]
     config.data.order = "balanced"  # or "uniform" over clips
+    config.data.share = 1.0  # of the clips; a larger share holds those of a smaller one
     config.data.clip_seconds = 10.0
     config.data.threads = 16
     config.data.workers = 0  # processes, where one cannot decode fast enough
@@ -117,5 +118,13 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
 
     config.log_every_steps = 100
     config.checkpoint_every_steps = 10_000
-    config.keep_checkpoints = 3
+    config.keep_checkpoints = 3  # the newest
+    config.keep_best = 1  # and those of the highest SDRi of an evaluation
+
+    config.eval = ConfigDict()
+    config.eval.pairs = ""  # a folder of pairs, as `make-pairs` writes them; none if empty
+    config.eval.every_steps = 10_000
+
+    config.profile = ConfigDict()
+    config.profile.steps = ()  # (first, last): the profiler's trace of them goes to the workdir
     return config

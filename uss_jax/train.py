@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 
 from uss_jax.anchors.table import AnchorTable
 from uss_jax.errors import UserError
+from uss_jax.evaluation.live import make_evaluation, workdir_averages
+from uss_jax.evaluation.pairs import find_pairs
 from uss_jax.models.norm import SCOPES
 from uss_jax.models.query import KINDS, QueryNet
 from uss_jax.models.resunet import ResUNet
@@ -19,6 +21,7 @@ from uss_jax.models.tagging import TaggingNet
 from uss_jax.training import nets, run
 from uss_jax.training.bundle import Bundle, net_hash, read_bundle
 from uss_jax.training.checkpoints import latest_step, save_tree
+from uss_jax.training.loop import Evaluate
 from uss_jax.training.losses import LOSSES
 from uss_jax.training.mesh import check_rules, make_mesh, replicated
 from uss_jax.training.optim import adamw_amsgrad, clipped, make_schedule
@@ -40,7 +43,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
     # Devices, optimiser and records.
     mesh = make_mesh()
     _check(config)
-    optimizer, _ = _optimizer(config)
+    optimizer, schedule = _optimizer(config)
     workdir = run.open_workdir(workdir)
     segment_samples = round(config.segment_seconds * config.sample_rate)
     records = run.open_records(
@@ -76,6 +79,29 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
         run.say(f"batch norms see {part} items at a time: config.accumulate={config.accumulate}")
     step = _step(config, separator, query, step_sed, optimizer, mesh)
 
+    # Figures of pairs now and then.
+    pairs = find_pairs(config.eval.pairs) if config.eval.pairs else []
+
+    def evaluation(frozen: Any) -> Evaluate:
+        averages = None
+        if sed is not None and config.query.kind != "one_hot" and not trained_query["params"]:
+            averages = workdir_averages(workdir, config.data.records, config.data.split, pairs)
+        run.say(
+            f"{len(pairs)} pairs every {config.eval.every_steps} steps, by the conditions of their "
+            f"sources{' and averaged ones' if averages else ''}"
+        )
+        return make_evaluation(
+            separator,
+            query,
+            frozen,
+            pairs,
+            averages,
+            mesh=mesh,
+            sample_rate=config.sample_rate,
+            batch_size=config.global_batch,
+            threads=config.data.threads,
+        )
+
     # The loop, from where the run stands.
     sections = {
         "separator": nets.fields_of(separator),
@@ -95,6 +121,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
         kind="separator",
         nets=sections,
         clips_per_step=config.global_batch,
+        learning_rate=schedule,
+        evaluation=evaluation if pairs else None,
     )
 
 
@@ -205,6 +233,10 @@ def _check(config: ConfigDict) -> None:
         if value not in allowed:
             expected = " or ".join(map(str, allowed))
             raise UserError(f"config.{key} is {value!r}, expected {expected}")
+    if config.eval.pairs and config.eval.every_steps < 1:
+        raise UserError(
+            f"config.eval.every_steps is {config.eval.every_steps}, expected at least 1"
+        )
     _norm_scope(config)
     check_rules(config.sharding)
     mixing = config.mixing

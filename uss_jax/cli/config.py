@@ -23,7 +23,18 @@ def add_config_arguments(
     parser.add_argument(
         "--workdir", required=workdir_required, help="where the run lives; resumes if it does"
     )
-    parser.epilog = f"example:\n  {example}"
+    hosts = parser.add_argument_group(
+        "several hosts",
+        "The same command runs on each. TPU pods, SLURM job steps and the environment variables "
+        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID need no words; elsewhere:",
+    )
+    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
+    hosts.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    hosts.add_argument("--process", type=int, metavar="I", help="number of this one, from 0")
+    parser.epilog = (
+        f"example:\n  {example}\n\nexit status: 0 done, 1 an error that is said, 143 stopped by "
+        "SIGTERM after saving (the same command resumes)"
+    )
 
 
 def load_config(location: str, overrides: list[str]) -> ConfigDict:

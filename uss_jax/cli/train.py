@@ -26,8 +26,10 @@ def run(args: argparse.Namespace) -> None:
     """Trains."""
     from uss_jax.cli.config import load_config
     from uss_jax.train import dry_run, train
+    from uss_jax.training.hosts import join_hosts
 
     config = load_config(args.config, args.config_overrides)
+    join_hosts(args.coordinator, args.processes, args.process)
     if args.dry_run:
         print("\n".join(dry_run(config)))
         return

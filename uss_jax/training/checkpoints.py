@@ -1,7 +1,9 @@
 """Trees of arrays on disk: checkpoints and the parts of bundles. The only importer of orbax."""
 
+import dataclasses
 import os
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +19,27 @@ _ITEMS = ("params", "batch_stats", "opt_state", "ema", "skipped")
 _DAMAGE = (OSError, ValueError, KeyError, AttributeError)
 
 
+def _sdri(figures: Mapping[str, float] | None) -> float:
+    return (figures or {}).get("sdri", -np.inf)
+
+
+@dataclasses.dataclass
+class _NewestAndBest:
+    """Which checkpoints stay: orbax asks it after each save."""
+
+    newest: int | None
+    best: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = set(steps if self.newest is None else steps[-self.newest :])
+        evaluated = [c for c in checkpoints if _sdri(c.metrics) > -np.inf]
+        evaluated.sort(key=lambda checkpoint: _sdri(checkpoint.metrics), reverse=True)
+        kept |= {checkpoint.step for checkpoint in evaluated[: self.best]}
+        return [step in kept for step in steps]
+
+
 class Checkpoints:
     """The checkpoints of a run, written in the background, whole or not at all.
 
@@ -24,17 +47,21 @@ class Checkpoints:
     function of it and the records, never an iterator's state.
     """
 
-    def __init__(self, directory: str | os.PathLike, keep: int | None):
+    def __init__(self, directory: str | os.PathLike, keep: int | None, keep_best: int = 0):
         """Opens the folder; to write, makes it if needed and clears what a kill left half done.
 
         Args:
           directory: the checkpoints' folder.
           keep: how many of the newest to keep; None to read only.
+          keep_best: how many of the highest SDRi to keep besides.
         """
         self._directory = pathlib.Path(directory).absolute()
         writing = keep is not None
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=writing, cleanup_tmp_directories=writing
+            preservation_policy=_NewestAndBest(keep, keep_best),
+            best_fn=_sdri,  # without it no figures are written
+            create=writing,
+            cleanup_tmp_directories=writing,
         )
         # Without handlers a manager that has not yet written knows no shapes.
         handlers = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
@@ -48,12 +75,31 @@ class Checkpoints:
         """Step of the newest checkpoint, None when there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
-        """Copies the state to the host and returns; files are written meanwhile."""
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        position: dict[str, Any],
+        figures: Mapping[str, float] | None = None,
+    ) -> None:
+        """Copies the state to the host and returns; files are written meanwhile.
+
+        Args:
+          step: steps done.
+          state: of the run.
+          position: of the data.
+          figures: of an evaluation, if there was one; `sdri` decides which checkpoints are best.
+        """
         items = {name: ocp.args.StandardSave(tree) for name, tree in _parts(state).items()}
         self._manager.save(
-            step, args=ocp.args.Composite(**items, position=ocp.args.JsonSave(position))
+            step,
+            args=ocp.args.Composite(**items, position=ocp.args.JsonSave(position)),
+            metrics=dict(figures or {}),
         )
+
+    def figures(self, step: int) -> dict[str, float]:
+        """Those of the evaluation at a step; empty where there was none."""
+        return dict(self._manager.metrics(step) or {})
 
     def position(self, step: int) -> dict[str, Any]:
         """The data position saved at a step."""

@@ -5,11 +5,12 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -23,14 +24,15 @@ from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 from uss_jax.training.bundle import FORMAT_VERSION, read_bundle
 from uss_jax.training.checkpoints import Checkpoints
-from uss_jax.training.loop import fit
+from uss_jax.training.loop import Evaluate, fit
 from uss_jax.training.mesh import lay_out, on_all_devices
 from uss_jax.training.metrics import MetricsWriter
 from uss_jax.training.state import TrainState, parameter_count
 from uss_jax.training.step import Step
+from uss_jax.training.throughput import Throughput, Trace
 
 # What decides, with seed, batch, records and anchors, which clips meet in which step.
-_DRAWING = ("data.order", "data.class_weights", "data.clip_seconds", "mixup_alpha")
+_DRAWING = ("data.order", "data.class_weights", "data.share", "data.clip_seconds", "mixup_alpha")
 _DRAWING += ("mixing.sources", "mixing.group_size", "mixing.order", "mixing.match_energy")
 _DRAWING += ("mixing.all_targets", "mixing.silent_share", "accumulate")
 _DRAWING += ("anchors.min_score", "anchors.min_dbfs", "anchors.top_k", "anchors.jitter_samples")
@@ -67,6 +69,11 @@ def check(config: ConfigDict, group_size: int = 1) -> None:
     for key in _AT_LEAST_ONE:
         if config.get(key, 1) < 1:
             raise UserError(f"config.{key} is {config[key]}, expected at least 1")
+    steps = config.profile.steps
+    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+        raise UserError(
+            f"config.profile.steps is {tuple(steps)}, expected (first, last) of the steps to trace"
+        )
     if config.segment_seconds > config.data.clip_seconds:
         raise UserError(
             f"config.segment_seconds={config.segment_seconds} is longer than "
@@ -122,9 +129,11 @@ def open_records(
             f"{directory} holds clips of {found} Hz, config.sample_rate is {sample_rate}; "
             "prepare the records at that rate or choose the config made for them"
         )
-    label_row, label_class, places = index.label_row, index.label_class, None
+    drawn, places = _of_share(index, section.get("share", 1.0), seed), None
     if anchors is not None and anchors.source == "table":
-        places, label_row, label_class = _open_table(anchors, index, segment_samples, seed)
+        places, usable_anchors = _open_table(anchors, index, segment_samples, seed)
+        drawn &= usable_anchors
+    label_row, label_class = without(index, drawn)
     if section.order == "uniform":
         order = UniformOrder(label_row, label_class, seed)
     elif section.order == "balanced":
@@ -156,8 +165,8 @@ def open_records(
 
 def _open_table(
     section: ConfigDict, index: RecordIndex, segment_samples: int, seed: int
-) -> tuple[Placement, Any, Any]:
-    """The table's anchors, and the labels of the index that have one to draw."""
+) -> tuple[Placement, np.ndarray]:
+    """The table's anchors, and which labels of the index have one to draw."""
     if not section.table:
         raise UserError("config.anchors.table is empty; give the file that `uss-jax mine` wrote")
     table = read_table(section.table, index, segment_samples)
@@ -188,7 +197,17 @@ def _open_table(
         min_score=section.min_score,
         jitter_samples=section.jitter_samples,
     )
-    return places, *without(index, keep)
+    return places, keep
+
+
+def _of_share(index: RecordIndex, share: float, seed: int) -> np.ndarray:
+    """Which labels are those of a share of the clips; a larger share has these and more."""
+    if not 0 < share <= 1:
+        raise UserError(f"config.data.share={share} is not above 0 and at most 1")
+    drawn = np.random.default_rng(seed).random(len(index)) < share
+    if not drawn.any():
+        raise UserError(f"config.data.share={share} of {len(index)} clips is none; raise it")
+    return np.repeat(drawn, np.diff(index.label_row.astype(np.int64)))
 
 
 def _class_weights(places: ConfigDict | None) -> np.ndarray | None:
@@ -234,7 +253,9 @@ def train_on(
     kind: str,
     nets: Mapping[str, Any],
     clips_per_step: int,
+    learning_rate: Callable[[int], Any],
     labels: bool = False,
+    evaluation: Callable[[Any], Evaluate] | None = None,
 ) -> None:
     """Goes on where the workdir stands, or begins, and steps until `config.total_steps`.
 
@@ -250,7 +271,10 @@ def train_on(
       kind: `separator` or `tagger`.
       nets: sections of config.json that make the workdir readable as a bundle.
       clips_per_step: clips in the batch of all hosts together.
+      learning_rate: of the update after so many.
       labels: whether the step needs all labels of the clips.
+      evaluation: from the frozen variables on the devices to what gives a state's figures every
+        `config.eval.every_steps`.
 
     Raises:
       UserError: the workdir's run has other nets, data or seed.
@@ -280,7 +304,9 @@ def train_on(
         seconds = config.segment_seconds
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
-            Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
+            Checkpoints(
+                workdir / "checkpoints", config.keep_checkpoints, config.get("keep_best", 0)
+            )
         )
         state = lay_out(state, config.get("sharding", ()), mesh)
         start = checkpoints.latest_step or 0
@@ -311,10 +337,12 @@ def train_on(
             places=records.places,
             max_corrupt=config.data.get("max_corrupt", 0),
         )
+        frozen = on_all_devices(frozen, mesh)
+        multihost_utils.sync_global_devices("the workdir is written")
         fit(
             step,
             state,
-            on_all_devices(frozen, mesh),
+            frozen,
             feed,
             key=on_all_devices(key, mesh),
             mesh=mesh,
@@ -322,9 +350,14 @@ def train_on(
             checkpoints=checkpoints,
             position=lambda done: {**position, "examples_seen": done * clips_per_step},
             writer=writer,
+            throughput=Throughput(workdir, start, config.global_batch),
+            trace=Trace(workdir / "profile", *(config.profile.steps or (0, 0))),
+            learning_rate=learning_rate,
             log_every_steps=config.log_every_steps,
             checkpoint_every_steps=config.checkpoint_every_steps,
             max_skipped_steps=config.max_skipped_steps,
+            evaluate=evaluation and evaluation(frozen),
+            evaluate_every_steps=config.eval.every_steps if evaluation else 0,
         )
 
 

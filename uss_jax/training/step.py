@@ -81,6 +81,15 @@ def find_anchors(
     )
 
 
+def query_variables(frozen: Any, params: Any, batch_stats: Any) -> Any:
+    """The query net's variables, frozen and trained ones together."""
+    fixed = frozen.get("query", {"params": {}, "batch_stats": {}})
+    return {
+        "params": {**fixed["params"], **params["query"]},
+        "batch_stats": {**fixed["batch_stats"], **batch_stats["query"]},
+    }
+
+
 def make_separation_step(
     separator: ResUNet,
     query: QueryNet,
@@ -125,13 +134,6 @@ def make_separation_step(
       ema_decay: of the moving average of parameters, if the state has one.
       gather: makes parameters whole, where the state's are split over devices.
     """
-
-    def query_variables(frozen: Any, params: Any, batch_stats: Any) -> Any:
-        fixed = frozen.get("query", {"params": {}, "batch_stats": {}})
-        return {
-            "params": {**fixed["params"], **params["query"]},
-            "batch_stats": {**fixed["batch_stats"], **batch_stats["query"]},
-        }
 
     def gradient(params: Any, batch_stats: Any, frozen: Any, batch: Batch, key: Array):
         """Gradient, new statistics and metrics of a batch or a part of it."""
@@ -316,6 +318,14 @@ def make_tagging_step(
         return _update(state, grads, statistics, {"loss": jnp.mean(per_item)}, optimizer)
 
     return step
+
+
+def _sdr_improvement(
+    estimate: Float[Array, "b t"], target: Float[Array, "b t"], mixture: Float[Array, "b t"]
+) -> Float[Array, "b"]:
+    """SDR of the estimate less that of the mixture, in dB; the target's energy cancels."""
+    before, now = (jnp.mean(jnp.square(x - target), axis=1) for x in (mixture, estimate))
+    return 10 * jnp.log10(jnp.maximum(before, 1e-10) / jnp.maximum(now, 1e-10))
 
 
 def _at_other_speed(batch: Batch, key: Array, speed: dict[str, float] | None) -> Batch:

@@ -125,6 +125,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
         nets=sections,
         clips_per_step=config.global_batch,
         learning_rate=schedule,
+        dtype=config.separator.dtype,
         evaluation=evaluation if pairs else None,
     )
 

@@ -62,7 +62,7 @@ def _fit(
             checkpoints=checkpoints,
             position=lambda done: {"done": done},
             writer=writer,
-            throughput=Throughput(workdir, 0, 8),
+            throughput=Throughput(workdir, 0, 8, 1, "float32"),
             trace=Trace(workdir / "profile", *trace),
             learning_rate=options.pop("learning_rate", lambda done: 1 / (1 + done)),
             log_every_steps=log,

@@ -79,8 +79,7 @@ def fit(
                 batch = to_devices(next(batches), mesh)
             if compiled is None:
                 jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-                with throughput.compiling():
-                    compiled = jitted.lower(state, frozen, batch, key).compile()
+                compiled = throughput.compile(jitted, state, frozen, batch, key)
             trace.before(done, state)
             state, metrics = compiled(state, frozen, batch, key)
             throughput.step()
@@ -112,6 +111,7 @@ def fit(
             if due:
                 checkpoints.save(done, state, position(done), figures)
             if stopping:
+                checkpoints.wait()  # while a second notice still does no harm
                 raise Stopped(f"stopped by SIGTERM and saved after step {done}; run it again")
             losses = []
             throughput.go()

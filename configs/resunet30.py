@@ -75,6 +75,10 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
     # "conflict_free": items change places in their group so that no mixture holds the same or a
     # nested class twice.
     config.mixing.order = "reference"
+    # Every `sources` items share one mixture, each of them a target of it.
+    config.mixing.all_targets = False
+    # So many items ask for a class that is not in their mixture, their target silence.
+    config.mixing.silent_share = 0.0
 
     config.query = ConfigDict()
     config.query.kind = chosen["condition"]
@@ -92,12 +96,25 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
     config.separator.film_gain = False
     config.separator.dtype = "float32"  # or "bfloat16" inside the U-Net
 
-    config.loss = "l1_wav"  # or "l1_wav_l1_sp"
+    config.loss = "l1_wav"  # or "l1_wav_l1_sp", "si_sdr", "snr_threshold"
     config.weight_decay = 0.0
+    config.clip_norm = 0.0  # greatest global norm of a gradient; 0 for any
+    config.ema_decay = 0.0  # of a moving average of parameters, which is then used; 0 for none
+    # Steps are skipped whose loss or gradient are no numbers; so many in a row stop the run.
+    config.max_skipped_steps = 10
     config.schedule = ConfigDict()
     config.schedule.name = "constant_warm_up"
     config.schedule.learning_rate = 1e-3
     config.schedule.warm_up_steps = 10_000
+
+    # How a step is done.
+    config.accumulate = 1  # parts of the batch, one after the other, if it does not fit at once
+    # Batch norm over the global batch, or "replica", a device's part, or so many items ("16").
+    config.batch_norm = "global"
+    config.remat = False  # True: compute the residual blocks twice instead of keeping their maps
+    # (regular expression, "fsdp" or "replicate") of names such as params/separator/.../kernel: fsdp
+    # splits an array, its moments and average over the devices. See training/mesh.py.
+    config.sharding = ()
 
     config.log_every_steps = 100
     config.checkpoint_every_steps = 10_000

@@ -61,6 +61,9 @@ def get_config() -> ConfigDict:
     config.schedule.learning_rate = 1e-3
     config.schedule.warm_up_steps = 0
 
+    # Steps are skipped whose loss or gradient are no numbers; so many in a row stop the run.
+    config.max_skipped_steps = 10
+
     config.log_every_steps = 100
     config.checkpoint_every_steps = 10_000
     config.keep_checkpoints = 3

@@ -69,6 +69,9 @@ def get_config() -> ConfigDict:
     config.schedule.boundaries = tuple(epoch * EPOCH_STEPS for epoch in (1, 2, 11, 21))
     config.schedule.scales = (0.05, 0.1, 0.2, 0.1, 0.05)
 
+    # Steps are skipped whose loss or gradient are no numbers; so many in a row stop the run.
+    config.max_skipped_steps = 10
+
     config.log_every_steps = 100
     config.checkpoint_every_steps = 10_000
     config.keep_checkpoints = 3

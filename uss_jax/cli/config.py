@@ -10,7 +10,9 @@ from ml_collections import ConfigDict
 from uss_jax.errors import UserError
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, example: str) -> None:
+def add_config_arguments(
+    parser: argparse.ArgumentParser, example: str, *, workdir_required: bool = True
+) -> None:
     """Adds the arguments every training command has; `example` is one to show."""
     parser.add_argument(
         "--config",
@@ -18,7 +20,9 @@ def add_config_arguments(parser: argparse.ArgumentParser, example: str) -> None:
         metavar="FILE[:ARGUMENT]",
         help="a Python file with get_config(); any leaf can be set with --config.key=value",
     )
-    parser.add_argument("--workdir", required=True, help="where the run lives; resumes if it does")
+    parser.add_argument(
+        "--workdir", required=workdir_required, help="where the run lives; resumes if it does"
+    )
     hosts = parser.add_argument_group(
         "several hosts",
         "The same command runs on each. TPU pods, SLURM job steps and the environment variables "

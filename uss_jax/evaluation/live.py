@@ -99,13 +99,13 @@ def _figures(
 ) -> dict[str, Float[jax.Array, "b"]]:
     """Figures of each pair of a batch; NaN where its class has no averaged condition."""
     variables = {
-        "params": state.params["separator"],
+        "params": state.averaged["separator"],
         "batch_stats": state.batch_stats["separator"],
     }
     mixture, source = batch["mixture"], batch["source"]
     conditions = {
         "": query.apply(
-            query_variables(frozen, state.params, state.batch_stats), source, batch["class_index"]
+            query_variables(frozen, state.averaged, state.batch_stats), source, batch["class_index"]
         )
     }
     if averaged:

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from uss_jax.errors import UserError
 from uss_jax.training.state import TrainState
 
-_ITEMS = ("params", "batch_stats", "opt_state")
+_ITEMS = ("params", "batch_stats", "opt_state", "ema", "skipped")
 # What orbax raises where files are missing or cut short.
 _DAMAGE = (OSError, ValueError, KeyError, AttributeError)
 
@@ -89,7 +90,7 @@ class Checkpoints:
           position: of the data.
           figures: of an evaluation, if there was one; `sdri` decides which checkpoints are best.
         """
-        items = {name: ocp.args.StandardSave(getattr(state, name)) for name in _ITEMS}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in _parts(state).items()}
         self._manager.save(
             step,
             args=ocp.args.Composite(**items, position=ocp.args.JsonSave(position)),
@@ -110,13 +111,21 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint is of another model; names the first differing entry.
         """
-        for name in _ITEMS:
-            require_same_layout(getattr(like, name), self._tree(step, name), name, f"step {step}")
-        abstract = {name: jax.tree.map(_abstract, getattr(like, name)) for name in _ITEMS}
+        saved = self.items(step)
+        # A moving average that begins now begins at the parameters.
+        source = {"ema": "params"} if "ema" not in saved else {}
+        abstract = {}
+        for name, tree in _parts(like).items():
+            found = self._tree(step, source.get(name, name))
+            require_same_layout(tree, found, name, f"step {step}")
+            if name not in source:
+                abstract[name] = jax.tree.map(_abstract, tree)
         items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-        restored = self._restore(step, **items)
+        restored = dict(self._restore(step, **items))
+        if like.ema and "ema" in source:
+            restored["ema"] = jax.tree.map(jnp.copy, restored["params"])
         count = jax.device_put(np.int32(step), like.step.sharding)
-        return TrainState(step=count, **{name: restored[name] for name in _ITEMS})
+        return like.replace(step=count, **{name: restored[name] for name in _parts(like)})
 
     def read(self, step: int, item: str, like: Any = None) -> Any:
         """One item of a step, such as `params`, without the others.
@@ -137,6 +146,10 @@ class Checkpoints:
         require_same_layout(like, found, item, f"step {step}")
         items = {item: ocp.args.StandardRestore(jax.tree.map(_abstract, like))}
         return self._restore(step, **items)[item]
+
+    def items(self, step: int) -> set[str]:
+        """Names of what a step holds, of the parts of a state: `ema` for one."""
+        return {name for name in _ITEMS if (self._directory / str(step) / name).is_dir()}
 
     def _tree(self, step: int, item: str) -> Any:
         """Shapes of an item."""
@@ -200,6 +213,12 @@ def load_tree(path: str | os.PathLike) -> Any:
             raise UserError(
                 f"{path} is not a readable set of parameters; copy or make it again"
             ) from error
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    """The parts of a state that have arrays, by name, besides the step."""
+    trees = {name: getattr(state, name) for name in _ITEMS}
+    return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
 
 
 def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:

@@ -41,6 +41,7 @@ def fit(
     learning_rate: Callable[[int], Any],
     log_every_steps: int,
     checkpoint_every_steps: int,
+    max_skipped_steps: int = 1,
     evaluate: Evaluate | None = None,
     evaluate_every_steps: int = 0,
 ) -> TrainState:
@@ -61,13 +62,14 @@ def fit(
       trace: of the profiler.
       learning_rate: of the update after so many.
       log_every_steps: steps between reports, beside one at each checkpoint; the loss reported is
-        the mean since the last.
+        the mean since the last, of steps that were not skipped.
       checkpoint_every_steps: steps between checkpoints; the last step always has one.
+      max_skipped_steps: so many in a row that the step had to skip are an error.
       evaluate: figures of a state, on all hosts together; `sdri` is what makes a checkpoint best.
       evaluate_every_steps: steps between evaluations, each with a checkpoint; 0 for none.
 
     Raises:
-      UserError: the loss is no longer a number; the last checkpoint stays as it is.
+      UserError: too many steps were skipped; there is a checkpoint of the last good state.
       Stopped: a notice to stop was heard; there is a checkpoint of the step it came in.
     """
     losses: list[jax.Array] = []
@@ -96,14 +98,17 @@ def fit(
             if not (due or done % log_every_steps == 0):
                 continue
             values = {name: float(value) for name, value in metrics.items()}
-            values["loss"] = float(np.mean(jax.device_get(losses)))
-            values["learning_rate"] = float(learning_rate(done - 1))
-            for name in ("loss", "grad_norm"):
-                if not math.isfinite(values[name]):
-                    raise UserError(
-                        f"the {name} is {values[name]} by step {done}; lower "
-                        "config.schedule.learning_rate or look for broken clips, and resume"
-                    )
+            finite = [loss for loss in jax.device_get(losses) if math.isfinite(loss)]
+            values["loss"] = float(np.mean(finite)) if finite else math.nan
+            values["learning_rate"] = float(learning_rate(done - 1 - int(values["skipped_steps"])))
+            if values["skipped_in_a_row"] >= max_skipped_steps:
+                # The state is that of the last good step, and goes on after the clips read.
+                checkpoints.save(done, state, position(done))
+                raise UserError(
+                    f"loss or gradient were no numbers in {values['skipped_in_a_row']:.0f} steps "
+                    f"up to step {done}, which were skipped; the last good state is saved: lower "
+                    "config.schedule.learning_rate or look for broken clips, and resume"
+                )
             values |= throughput.report(done)
             figures = evaluate(state) if evaluating else {}
             if writer is not None:

@@ -25,7 +25,7 @@ from uss_jax.ontology import load_ontology
 from uss_jax.training.bundle import FORMAT_VERSION, read_bundle
 from uss_jax.training.checkpoints import Checkpoints
 from uss_jax.training.loop import Evaluate, fit
-from uss_jax.training.mesh import on_all_devices
+from uss_jax.training.mesh import lay_out, on_all_devices
 from uss_jax.training.metrics import MetricsWriter
 from uss_jax.training.state import TrainState, parameter_count
 from uss_jax.training.step import Step
@@ -34,7 +34,11 @@ from uss_jax.training.throughput import Throughput, Trace
 # What decides, with seed, batch, records and anchors, which clips meet in which step.
 _DRAWING = ("data.order", "data.class_weights", "data.share", "data.clip_seconds", "mixup_alpha")
 _DRAWING += ("mixing.sources", "mixing.group_size", "mixing.order", "mixing.match_energy")
+_DRAWING += ("mixing.all_targets", "mixing.silent_share", "accumulate")
 _DRAWING += ("anchors.min_score", "anchors.min_dbfs", "anchors.top_k", "anchors.jitter_samples")
+
+_AT_LEAST_ONE = ("total_steps", "global_batch", "accumulate", "max_skipped_steps")
+_AT_LEAST_ONE += ("log_every_steps", "checkpoint_every_steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +66,8 @@ def say(text: str) -> None:
 
 def check(config: ConfigDict, group_size: int = 1) -> None:
     """Raises a UserError where the numbers of a config do not fit each other or the devices."""
-    for key in ("total_steps", "global_batch", "log_every_steps", "checkpoint_every_steps"):
-        if config[key] < 1:
+    for key in _AT_LEAST_ONE:
+        if config.get(key, 1) < 1:
             raise UserError(f"config.{key} is {config[key]}, expected at least 1")
     steps = config.profile.steps
     if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
@@ -75,17 +79,21 @@ def check(config: ConfigDict, group_size: int = 1) -> None:
             f"config.segment_seconds={config.segment_seconds} is longer than "
             f"config.data.clip_seconds={config.data.clip_seconds}; change one of them"
         )
-    devices = jax.device_count()
-    if config.global_batch % devices:
-        lower = config.global_batch // devices * devices
+    parts = config.get("accumulate", 1)
+    divisor, said = jax.device_count() * parts, f"{jax.device_count()} devices"
+    if parts > 1:
+        said += f" in each of config.accumulate={parts} parts"
+    if config.global_batch % divisor:
+        lower = config.global_batch // divisor * divisor
         raise UserError(
-            f"config.global_batch={config.global_batch} is not divisible by {devices} devices; use "
-            f"{' or '.join(str(n) for n in (lower, lower + devices) if n)}"
+            f"config.global_batch={config.global_batch} is not divisible by {said}; use "
+            f"{' or '.join(str(n) for n in (lower, lower + divisor) if n)}"
         )
-    if config.global_batch % group_size:
+    if config.global_batch % (group_size * parts):
+        in_parts = f" in each of config.accumulate={parts} parts" if parts > 1 else ""
         raise UserError(
             f"config.global_batch={config.global_batch} is not divisible by "
-            f"config.mixing.group_size={group_size}; change one of them"
+            f"config.mixing.group_size={group_size}{in_parts}; change one of them"
         )
 
 
@@ -149,6 +157,7 @@ def open_records(
             group_size=mixing.group_size,
             sources=mixing.sources,
             conflict_free=mixing.order == "conflict_free",
+            sets=mixing.all_targets,
         )
     verify_parts = section.get("verify", "whole") == "always"
     return Records(index, ClipReader(directory, index, verify_parts), order, places)
@@ -247,6 +256,7 @@ def train_on(
     learning_rate: Callable[[int], Any],
     dtype: str,
     labels: bool = False,
+    counted: Step | None = None,
     evaluation: Callable[[Any], Evaluate] | None = None,
 ) -> None:
     """Goes on where the workdir stands, or begins, and steps until `config.total_steps`.
@@ -266,6 +276,7 @@ def train_on(
       learning_rate: of the update after so many.
       dtype: in which the net that trains mostly computes.
       labels: whether the step needs all labels of the clips.
+      counted: the step without `remat`, whose operations count; `step` where there is none.
       evaluation: from the frozen variables on the devices to what gives a state's figures every
         `config.eval.every_steps`.
 
@@ -302,7 +313,7 @@ def train_on(
                 workdir / "checkpoints", config.keep_checkpoints, config.get("keep_best", 0)
             )
         )
-        state = on_all_devices(state, mesh)
+        state = lay_out(state, config.get("sharding", ()), mesh)
         start = checkpoints.latest_step or 0
         if start:
             say(f"resuming after step {start}")
@@ -331,7 +342,9 @@ def train_on(
             places=records.places,
             max_corrupt=config.data.get("max_corrupt", 0),
         )
-        throughput = Throughput(workdir, start, config.global_batch, parameters, dtype)
+        throughput = Throughput(
+            workdir, start, config.global_batch, parameters, dtype, counted or step
+        )
         if throughput.peak is None:
             say("the peak of this device is not known, so there is no FLOP utilisation")
         frozen = on_all_devices(frozen, mesh)
@@ -352,6 +365,7 @@ def train_on(
             learning_rate=learning_rate,
             log_every_steps=config.log_every_steps,
             checkpoint_every_steps=config.checkpoint_every_steps,
+            max_skipped_steps=config.max_skipped_steps,
             evaluate=evaluation and evaluation(frozen),
             evaluate_every_steps=config.eval.every_steps if evaluation else 0,
         )

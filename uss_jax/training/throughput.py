@@ -12,6 +12,7 @@ import jax
 
 from uss_jax.atomic import replacing
 from uss_jax.training.cost import model_flops, peak_flops
+from uss_jax.training.step import Step
 
 LEDGER = "throughput.json"
 
@@ -30,6 +31,7 @@ class Throughput:
         global_batch: int,
         parameters: int,
         dtype: str,
+        counted: Step,
     ):
         """On every host; the first keeps the ledger, in which earlier starts stay.
 
@@ -39,7 +41,9 @@ class Throughput:
           global_batch: items of a step on all devices together.
           parameters: that train.
           dtype: in which most is computed, "float32" or "bfloat16".
+          counted: the step, of which the operations are those of the model.
         """
+        self._counted = counted
         self._workdir = pathlib.Path(workdir)
         self._earlier = read_ledger(workdir)
         self._global_batch = global_batch
@@ -66,7 +70,7 @@ class Throughput:
         began = time.monotonic()
         compiled = jitted.lower(*arguments).compile()
         self._about["compile_seconds"] = time.monotonic() - began
-        self._flops = self._about["flops_per_step"] = model_flops(jitted, *arguments)
+        self._flops = self._about["flops_per_step"] = model_flops(self._counted, *arguments)
         self.go()
         return compiled
 

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# N processes of one run on this host, which share its GPUs or are CPU devices of their own:
+# N processes of one run on this host, which share its GPUs or have CPU devices of their own:
 #   bash launch/local.sh N train --config F --workdir D ...
+# JAX_PLATFORMS=cpu leaves the GPUs alone, JAX_NUM_CPU_DEVICES=K gives each process K devices, and
+# PYTHON=P takes another Python than the one in .venv.
 set -euo pipefail
 [[ "${1:-}" =~ ^[1-9][0-9]*$ && $# -ge 2 ]] || {
     echo "usage: bash launch/local.sh N COMMAND ..., such as 2 train --config F --workdir D" >&2
@@ -10,7 +12,8 @@ processes=$1
 shift
 python="${PYTHON:-$(dirname "$0")/../.venv/bin/python}"
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
+gpus=0
+[ "${JAX_PLATFORMS:-}" = cpu ] || gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 if [ "$gpus" -gt 0 ] && [ $((gpus % processes)) -ne 0 ]; then
     echo "$gpus GPUs cannot be shared evenly by $processes processes; give another number" >&2
     exit 2

@@ -122,6 +122,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
         nets=sections,
         clips_per_step=config.global_batch,
         learning_rate=schedule,
+        dtype=config.separator.dtype,
+        counted=_step(config, separator, query, step_sed, optimizer, mesh, remat=False),
         evaluation=evaluation if pairs else None,
     )
 

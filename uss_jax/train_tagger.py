@@ -76,6 +76,7 @@ def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
         nets={"sed": model, "query": model},
         clips_per_step=clips_per_step,
         learning_rate=schedule,
+        dtype=config.tagger.dtype,
         labels=True,
     )
 

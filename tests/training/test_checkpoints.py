@@ -122,6 +122,23 @@ def test_reading_items_needs_no_model(tmp_path):
     assert isinstance(params["net"]["kernel"], np.ndarray)
 
 
+def test_parameters_alone_go_to_other_devices_in_another_dtype(tmp_path):
+    _write(tmp_path / "c", 5, width=8)
+    mesh = make_mesh(jax.devices()[:4])
+    split = NamedSharding(mesh, PartitionSpec(None, "data"))
+    like = lambda width: {  # noqa: E731
+        "net": {"kernel": jax.ShapeDtypeStruct((2, width), jnp.bfloat16, sharding=split)},
+        "query": {},
+    }
+    with Checkpoints(tmp_path / "c", keep=None) as checkpoints:
+        kernel = checkpoints.read(5, "params", like(8))["net"]["kernel"]
+        with pytest.raises(UserError, match=r"params/net/kernel is \(2, 8\), the config's"):
+            checkpoints.read(5, "params", like(4))
+    wanted = np.asarray(_state(width=8).params["net"]["kernel"]).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(kernel, wanted)
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 2)}
+
+
 def test_a_folder_without_checkpoints_has_no_latest_step(tmp_path):
     assert latest_step(tmp_path / "nowhere") is None
     assert not (tmp_path / "nowhere").exists()

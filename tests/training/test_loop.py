@@ -32,6 +32,7 @@ def _fit(
     checkpoint=100,
     loss=None,
     skipped=None,
+    stop=10,
     trace=(0, 0),
     **options,
 ):
@@ -41,7 +42,7 @@ def _fit(
 
     def batch(i):
         values = {"x": i, "loss": loss.get(i, i), "grad_norm": 1}
-        values["skipped_in_a_row"] = skipped.get(i, 0)
+        values |= {"skipped_in_a_row": skipped.get(i, 0), "skipped_steps": len(skipped)}
         return {name: np.full(8, value, np.float32) for name, value in values.items()}
 
     tree = lambda: {"total": jnp.float32(0)}  # noqa: E731
@@ -63,11 +64,12 @@ def _fit(
             checkpoints=checkpoints,
             position=lambda done: {"done": done},
             writer=writer,
-            throughput=Throughput(workdir, 0, 8),
+            throughput=Throughput(workdir, 0, 8, 1, "float32", _step),
             trace=Trace(workdir / "profile", *trace),
             learning_rate=options.pop("learning_rate", lambda done: 1 / (1 + done)),
             log_every_steps=log,
             checkpoint_every_steps=checkpoint,
+            max_skipped_steps=stop,
             **options,
         )
 
@@ -99,7 +101,7 @@ def test_reports_means_since_the_last_report_at_logs_checkpoints_and_the_end(tmp
 def test_a_run_gone_wrong_stops_with_the_last_good_state_saved(tmp_path):
     skipped = {8: 1, 9: 2, 10: 3, 11: 4}
     with pytest.raises(UserError, match=r"no numbers in 4 steps up to step 11, .* saved"):
-        _fit(tmp_path, log=1, checkpoint=5, skipped=skipped, max_skipped_steps=4)
+        _fit(tmp_path, log=1, checkpoint=5, skipped=skipped, stop=4)
     assert _saved(tmp_path) == [5, 10, 11]
     with Checkpoints(tmp_path / "checkpoints", keep=100) as checkpoints:
         assert checkpoints.position(11) == {"done": 11}

@@ -127,10 +127,25 @@ class Checkpoints:
         count = jax.device_put(np.int32(step), like.step.sharding)
         return like.replace(step=count, **{name: restored[name] for name in _parts(like)})
 
-    def read(self, step: int, item: str) -> Any:
-        """One item of a step as host arrays, whatever its structure."""
-        items = {item: ocp.args.StandardRestore(_on_host(self._tree(step, item)))}
-        return jax.tree.map(np.asarray, self._restore(step, **items)[item])
+    def read(self, step: int, item: str, like: Any = None) -> Any:
+        """One item of a step, such as `params`, without the others.
+
+        Args:
+          step: of the checkpoint.
+          item: its name.
+          like: arrays or `jax.ShapeDtypeStruct`s that say how to lay it out over devices, and in
+            which dtypes; without, it comes as host arrays, whatever its structure.
+
+        Raises:
+          UserError: the item is of another model than `like`; names the first differing entry.
+        """
+        found = self._tree(step, item)
+        if like is None:
+            items = {item: ocp.args.StandardRestore(_on_host(found))}
+            return jax.tree.map(np.asarray, self._restore(step, **items)[item])
+        require_same_layout(like, found, item, f"step {step}")
+        items = {item: ocp.args.StandardRestore(jax.tree.map(_abstract, like))}
+        return self._restore(step, **items)[item]
 
     def items(self, step: int) -> set[str]:
         """Names of what a step holds, of the parts of a state: `ema` for one."""
@@ -153,6 +168,10 @@ class Checkpoints:
         return UserError(
             f"{self._directory / str(step)} is damaged; move it away to use the checkpoint before"
         )
+
+    def wait(self) -> None:
+        """Until what is being written is whole."""
+        self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for what is being written."""

@@ -81,8 +81,7 @@ def fit(
                 batch = to_devices(next(batches), mesh)
             if compiled is None:
                 jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-                with throughput.compiling():
-                    compiled = jitted.lower(state, frozen, batch, key).compile()
+                compiled = throughput.compile(jitted, state, frozen, batch, key)
             trace.before(done, state)
             state, metrics = compiled(state, frozen, batch, key)
             throughput.step()
@@ -92,6 +91,8 @@ def fit(
 
             stopping = notice.heard(done) and done < total_steps
             evaluating = evaluate_every_steps and done % evaluate_every_steps == 0 and not stopping
+            # Before a checkpoint there is a report too, so that none is written of a run that has
+            # gone wrong.
             due = done % checkpoint_every_steps == 0 or done == total_steps
             due = due or evaluating or stopping
             if not (due or done % log_every_steps == 0):
@@ -99,15 +100,14 @@ def fit(
             values = {name: float(value) for name, value in metrics.items()}
             finite = [loss for loss in jax.device_get(losses) if math.isfinite(loss)]
             values["loss"] = float(np.mean(finite)) if finite else math.nan
-            values["learning_rate"] = float(learning_rate(done - 1))
+            values["learning_rate"] = float(learning_rate(done - 1 - int(values["skipped_steps"])))
             if values["skipped_in_a_row"] >= max_skipped_steps:
                 # The state is that of the last good step, and goes on after the clips read.
                 checkpoints.save(done, state, position(done))
                 raise UserError(
-                    f"loss or gradient were no numbers in {values['skipped_in_a_row']:.0f} "
-                    f"steps up to step {done}, which were skipped; the last good state is "
-                    "saved: lower config.schedule.learning_rate or look for broken clips, "
-                    "and resume"
+                    f"loss or gradient were no numbers in {values['skipped_in_a_row']:.0f} steps "
+                    f"up to step {done}, which were skipped; the last good state is saved: lower "
+                    "config.schedule.learning_rate or look for broken clips, and resume"
                 )
             values |= throughput.report(done)
             figures = evaluate(state) if evaluating else {}
@@ -116,6 +116,7 @@ def fit(
             if due:
                 checkpoints.save(done, state, position(done), figures)
             if stopping:
+                checkpoints.wait()  # while a second notice still does no harm
                 raise Stopped(f"stopped by SIGTERM and saved after step {done}; run it again")
             losses = []
             throughput.go()

@@ -254,7 +254,9 @@ def train_on(
     nets: Mapping[str, Any],
     clips_per_step: int,
     learning_rate: Callable[[int], Any],
+    dtype: str,
     labels: bool = False,
+    counted: Step | None = None,
     evaluation: Callable[[Any], Evaluate] | None = None,
 ) -> None:
     """Goes on where the workdir stands, or begins, and steps until `config.total_steps`.
@@ -272,7 +274,9 @@ def train_on(
       nets: sections of config.json that make the workdir readable as a bundle.
       clips_per_step: clips in the batch of all hosts together.
       learning_rate: of the update after so many.
+      dtype: in which the net that trains mostly computes.
       labels: whether the step needs all labels of the clips.
+      counted: the step without `remat`, whose operations count; `step` where there is none.
       evaluation: from the frozen variables on the devices to what gives a state's figures every
         `config.eval.every_steps`.
 
@@ -280,8 +284,9 @@ def train_on(
       UserError: the workdir's run has other nets, data or seed.
     """
     first_host = jax.process_index() == 0
+    parameters = parameter_count(state.params)
     say(
-        f"{kind} of {parameter_count(state.params) / 1e6:.1f} M parameters, "
+        f"{kind} of {parameters / 1e6:.1f} M parameters, "
         f"{len(records.index)} clips, global batch {config.global_batch} on "
         f"{jax.device_count()} devices ({jax.devices()[0].device_kind})"
     )
@@ -337,6 +342,11 @@ def train_on(
             places=records.places,
             max_corrupt=config.data.get("max_corrupt", 0),
         )
+        throughput = Throughput(
+            workdir, start, config.global_batch, parameters, dtype, counted or step
+        )
+        if throughput.peak is None:
+            say("the peak of this device is not known, so there is no FLOP utilisation")
         frozen = on_all_devices(frozen, mesh)
         multihost_utils.sync_global_devices("the workdir is written")
         fit(
@@ -350,7 +360,7 @@ def train_on(
             checkpoints=checkpoints,
             position=lambda done: {**position, "examples_seen": done * clips_per_step},
             writer=writer,
-            throughput=Throughput(workdir, start, config.global_batch),
+            throughput=throughput,
             trace=Trace(workdir / "profile", *(config.profile.steps or (0, 0))),
             learning_rate=learning_rate,
             log_every_steps=config.log_every_steps,

@@ -5,38 +5,59 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
 from uss_jax.atomic import replacing
+from uss_jax.training.cost import model_flops, peak_flops
+from uss_jax.training.step import Step
 
 LEDGER = "throughput.json"
 
 
 class Throughput:
-    """Times the steps of a run since it was started, less compiling, evaluating and saving."""
+    """Times the steps of a run since it was started, less compiling, evaluating and saving.
 
-    def __init__(self, workdir: str | os.PathLike, start_step: int, global_batch: int):
+    Attributes:
+      peak: FLOP/s that a device can do, None if not known.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        start_step: int,
+        global_batch: int,
+        parameters: int,
+        dtype: str,
+        counted: Step,
+    ):
         """On every host; the first keeps the ledger, in which earlier starts stay.
 
         Args:
           workdir: of the run.
           start_step: steps done already.
           global_batch: items of a step on all devices together.
+          parameters: that train.
+          dtype: in which most is computed, "float32" or "bfloat16".
+          counted: the step, of which the operations are those of the model.
         """
+        self._counted = counted
         self._workdir = pathlib.Path(workdir)
         self._earlier = read_ledger(workdir)
         self._global_batch = global_batch
+        device = jax.devices()[0].device_kind
+        self.peak = peak_flops(device, dtype)
         self._about = {
             "start_step": start_step,
-            "device": jax.devices()[0].device_kind,
+            "device": device,
             "devices": jax.device_count(),
             "hosts": jax.process_count(),
             "global_batch": global_batch,
+            "parameters": parameters,
+            "dtype": dtype,
         }
-        self._compile_seconds = 0.0
         self._all = (0, 0.0, 0.0)  # steps, seconds, seconds waited for batches
         self.go()
 
@@ -44,13 +65,14 @@ class Throughput:
         """Begins a stretch of steps; what has passed since the last report does not count."""
         self._began, self._steps, self._waited = time.monotonic(), 0, 0.0
 
-    @contextlib.contextmanager
-    def compiling(self) -> Iterator[None]:
-        """Around the compilation; a stretch begins after it."""
+    def compile(self, jitted: Callable, *arguments: Any) -> jax.stages.Compiled:
+        """The step, compiled, its operations counted; a stretch begins after it."""
         began = time.monotonic()
-        yield
-        self._compile_seconds = time.monotonic() - began
+        compiled = jitted.lower(*arguments).compile()
+        self._about["compile_seconds"] = time.monotonic() - began
+        self._flops = self._about["flops_per_step"] = model_flops(self._counted, *arguments)
         self.go()
+        return compiled
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -80,15 +102,18 @@ class Throughput:
         return metrics
 
     def _rates(self, steps: int, seconds: float, waited: float) -> dict[str, float]:
-        return {
+        rates = {
             "items_per_second": steps * self._global_batch / seconds,
             "step_seconds": seconds / steps,
             "input_wait_share": waited / seconds,
         }
+        if self.peak is not None:  # else there is nothing to be a share of
+            flops = self._flops * steps / seconds
+            rates["flop_utilisation"] = flops / (self.peak * jax.device_count())
+        return rates
 
     def _write(self, step: int) -> None:
         entry = {**self._about, "step": step, **self._rates(*self._all)}
-        entry["compile_seconds"] = self._compile_seconds
         with replacing(self._workdir / LEDGER) as temporary:
             temporary.write_text(json.dumps([*self._earlier, entry], indent=2) + "\n")
 

@@ -320,14 +320,6 @@ def make_tagging_step(
     return step
 
 
-def _sdr_improvement(
-    estimate: Float[Array, "b t"], target: Float[Array, "b t"], mixture: Float[Array, "b t"]
-) -> Float[Array, "b"]:
-    """SDR of the estimate less that of the mixture, in dB; the target's energy cancels."""
-    before, now = (jnp.mean(jnp.square(x - target), axis=1) for x in (mixture, estimate))
-    return 10 * jnp.log10(jnp.maximum(before, 1e-10) / jnp.maximum(now, 1e-10))
-
-
 def _at_other_speed(batch: Batch, key: Array, speed: dict[str, float] | None) -> Batch:
     """The batch with float audio and, if asked for, each clip faster or slower."""
     audio = to_float(batch["audio"])

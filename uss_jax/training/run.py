@@ -34,7 +34,7 @@ from uss_jax.training.throughput import Throughput, Trace
 # What decides, with seed, batch, records and anchors, which clips meet in which step.
 _DRAWING = ("data.order", "data.class_weights", "data.share", "data.clip_seconds", "mixup_alpha")
 _DRAWING += ("mixing.sources", "mixing.group_size", "mixing.order", "mixing.match_energy")
-_DRAWING += ("mixing.all_targets", "mixing.silent_share", "accumulate")
+_DRAWING += ("mixing.all_targets",)
 _DRAWING += ("anchors.min_score", "anchors.min_dbfs", "anchors.top_k", "anchors.jitter_samples")
 
 _AT_LEAST_ONE = ("total_steps", "global_batch", "accumulate", "max_skipped_steps")

@@ -34,7 +34,31 @@ def _apply(module: nn.Module, variables: Any, *arrays: Array) -> Any:
     return module.apply(variables, *arrays)
 
 
-class Model:
+class _Uses:
+    """What can be asked of a separator with its query net."""
+
+    separator: Net
+    query: Net
+
+    def condition(
+        self, waveform: Float[np.ndarray, "b s"], class_index: Int[np.ndarray, "b"]
+    ) -> Float[Array, "b d"]:
+        """The conditions of clean targets and their classes."""
+        return self.query(jnp.asarray(waveform), jnp.asarray(class_index))
+
+    def adapt(self, vectors: Float[np.ndarray, "b _"]) -> Float[np.ndarray, "b d"]:
+        """The conditions of vectors such as the tagging net gives: behind the adaptor, if any."""
+        net = self.query
+        return np.asarray(net.module.apply(net.variables, jnp.asarray(vectors), method="adapt"))
+
+    def separate(
+        self, mixture: Float[np.ndarray, "b t"], condition: Float[Array | np.ndarray, "b d"]
+    ) -> Float[Array, "b t"]:
+        """The estimates of a batch of one-channel mixtures."""
+        return self.separator(jnp.asarray(mixture)[:, None], jnp.asarray(condition))[:, 0]
+
+
+class Model(_Uses):
     """The nets of a bundle or training workdir, each read when first used.
 
     Attributes:
@@ -77,8 +101,7 @@ class Model:
         """
         if self.query.module.tagger is None:
             return self.sed
-        parts = self.query.variables.items()
-        return Net(self.query.module.tagger, {k: v["tagger"] for k, v in parts if "tagger" in v})
+        return _tagger_of(self.query)
 
     @functools.cached_property
     def sed(self) -> Net:
@@ -91,19 +114,30 @@ class Model:
         """Identifies the query net: vectors of another one mean nothing to this separator."""
         return net_hash(self.query.variables)
 
-    def condition(
-        self, waveform: Float[np.ndarray, "b s"], class_index: Int[np.ndarray, "b"]
-    ) -> Float[Array, "b d"]:
-        """The conditions of clean targets and their classes."""
-        return self.query(jnp.asarray(waveform), jnp.asarray(class_index))
 
-    def adapt(self, vectors: Float[np.ndarray, "b _"]) -> Float[np.ndarray, "b d"]:
-        """The conditions of vectors such as the tagging net gives: behind the adaptor, if any."""
-        net = self.query
-        return np.asarray(net.module.apply(net.variables, jnp.asarray(vectors), method="adapt"))
+@dataclasses.dataclass(frozen=True)
+class LiveModel(_Uses):
+    """Nets with the variables of a run that goes on.
 
-    def separate(
-        self, mixture: Float[np.ndarray, "b t"], condition: Float[Array | np.ndarray, "b d"]
-    ) -> Float[Array, "b t"]:
-        """The estimates of a batch of one-channel mixtures."""
-        return self.separator(jnp.asarray(mixture)[:, None], jnp.asarray(condition))[:, 0]
+    Attributes:
+      path: what to call it in messages.
+      sample_rate: in Hz.
+      segment_samples: length of the segments it is trained on.
+      separator, query: as in `Model`.
+    """
+
+    path: str
+    sample_rate: int
+    segment_samples: int
+    separator: Net
+    query: Net
+
+    @property
+    def tagger(self) -> Net:
+        """The query net's tagging net; there is none where conditions are `one_hot`."""
+        return _tagger_of(self.query)
+
+
+def _tagger_of(query: Net) -> Net:
+    parts = query.variables.items()
+    return Net(query.module.tagger, {k: v["tagger"] for k, v in parts if "tagger" in v})

@@ -13,7 +13,7 @@ from uss_jax.data.tfrecord import ClipReader, load_index
 from uss_jax.errors import UserError
 from uss_jax.evaluation import scoring
 from uss_jax.evaluation.averages import class_averages, file_averages
-from uss_jax.evaluation.pairs import evaluate_folder, find_pairs, sources_by_class
+from uss_jax.evaluation.pairs import find_pairs, sources_by_class
 from uss_jax.evaluation.scoring import (
     AVERAGE,
     CLASS,
@@ -29,7 +29,7 @@ from uss_jax.evaluation.summary import bootstrap_interval
 from uss_jax.ontology import load_ontology
 from uss_jax.separation.queries import read_bank
 from uss_jax.training.mesh import make_mesh
-from uss_jax.training.model import LiveModel, Model
+from uss_jax.training.model import Model
 
 SPEECH, DOG, BARK, PIANO = (load_ontology().resolve(n) for n in ("Speech", "Dog", "Bark", "Piano"))
 SOURCES = {SPEECH: lambda i: tone(200 + 50 * i, 0.5), DOG: lambda i: noise(i, 0.5)}
@@ -156,18 +156,6 @@ def test_what_another_model_has_left_is_not_used(place, tmp_path):
     pairs = find_pairs(place / "pairs")
     figures, _ = score(Model(place / "soft"), pairs, unfinished=unfinished)
     assert np.isfinite(figures[ORACLE]["sdr"]).all()
-
-
-def test_a_run_in_training_measures_itself_as_its_bundle_would(place):
-    model = Model(place / "soft")
-    live = LiveModel("live", RATE, SEGMENT, model.separator, model.query)
-    assert evaluate_folder(live, place / "pairs") == evaluate_folder(model, place / "pairs")
-    pairs = find_pairs(place / "pairs")
-    sdri = score(model, pairs)[0][ORACLE]["sdri"]
-    labels = np.array([pair.class_index for pair in pairs])
-    expected = np.mean([np.median(sdri[labels == label]) for label in SOURCES])
-    found = evaluate_folder(model, place / "pairs")[ORACLE]["sdri"]
-    assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_averages_of_files_are_per_file_then_over_files(place, tmp_path):

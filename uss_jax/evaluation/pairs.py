@@ -14,13 +14,11 @@ from jaxtyping import Float
 from uss_jax.audio.files import audio_format, read_mono, resampled_length, write_wav
 from uss_jax.errors import UserError
 from uss_jax.evaluation.make_pairs import MANIFEST
-from uss_jax.evaluation.metrics import SEPARATION_FIGURES
 from uss_jax.evaluation.picture import write_picture
-from uss_jax.evaluation.scoring import ORACLE, Figures, Item, Row, score
-from uss_jax.evaluation.summary import summarise
+from uss_jax.evaluation.scoring import ORACLE, Figures, Item, Row
 from uss_jax.ontology import load_ontology
 from uss_jax.separation.names import safe_name
-from uss_jax.training.model import LiveModel, Model
+from uss_jax.training.model import Model
 
 # Programs that cut or resample may differ by a frame; more than this is another recording.
 _TOLERATED_SECONDS = 0.05
@@ -118,28 +116,6 @@ def sources_by_class(directory: str | os.PathLike) -> dict[str, list[pathlib.Pat
     for pair in find_pairs(directory):
         files.setdefault(pair.label, []).append(pair.source)
     return files
-
-
-def evaluate_folder(
-    model: Model | LiveModel,
-    folder: str | os.PathLike,
-    averages: dict[str, Float[np.ndarray, " d"]] | None = None,
-) -> dict[str, dict[str, float]]:
-    """Row name -> figure name -> dB, median within a class and then mean over classes.
-
-    For a run that measures itself while it trains; `uss-jax evaluate pairs` tells more.
-
-    Args:
-      model: the nets.
-      folder: of pairs.
-      averages: a condition for each class name, if there are any.
-    """
-    pairs = find_pairs(folder)
-    figures, _ = score(model, pairs, averages)
-    return {
-        summary["query"]: {name: summary[name] for name in SEPARATION_FIGURES if name in summary}
-        for summary in summarise(pairs, figures, intervals=False)
-    }
 
 
 def write_examples(

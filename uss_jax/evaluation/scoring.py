@@ -18,7 +18,6 @@ import functools
 import hashlib
 import json
 import os
-import pathlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -30,12 +29,13 @@ from jaxtyping import Array, Bool, Float, Integer
 from tqdm import tqdm
 
 from uss_jax.errors import UserError
+from uss_jax.evaluation.finished import Finished
 from uss_jax.evaluation.metrics import FLOOR, separation_figures
 from uss_jax.models.resunet import ResUNet
 from uss_jax.ontology import load_ontology
 from uss_jax.training.bundle import net_hash
 from uss_jax.training.mesh import batch_sharded, make_mesh, on_all_devices, replicated
-from uss_jax.training.model import LiveModel, Model, Net
+from uss_jax.training.model import Model, Net
 
 ORACLE, AVERAGE, CLASS = "oracle", "class average", "class vector"
 SHUFFLED, IDENTITY = "shuffled oracle", "target alone"
@@ -155,7 +155,7 @@ def _ahead(function: Callable[[int], Any], arguments: Sequence[int]) -> Iterator
 
 
 def score(
-    model: Model | LiveModel,
+    model: Model,
     items: Sequence[Item],
     averages: dict[str, Float[np.ndarray, " d"]] | None = None,
     *,
@@ -179,14 +179,14 @@ def score(
     separator = _everywhere(model.separator, batches.mesh)
     with jax.set_mesh(batches.mesh):
         rows = _rows(model, batches, averages)
-        log = _Log(unfinished, model, items, rows, batches.size)
-        which = [number for number in range(len(batches.places)) if number not in log.done]
+        finished = Finished(unfinished, _identity(model, items, rows, batches.size))
+        which = [number for number in range(len(batches.places)) if number not in finished.done]
         for number, sides in batches.read(("mixture", "source"), which, "evaluate"):
             at = batches.places[number]
-            log.add(number, _score_batch(separator, batches, rows, at, *sides))
-    figures = log.figures(batches.places, len(items))
+            finished.add(number, _score_batch(separator, batches, rows, at, *sides))
+    figures = _together(finished, batches.places, len(items))
     _require_numbers(model, items, rows, figures)
-    log.remove()
+    finished.remove()
     return figures, {row.name: row for row in rows}
 
 
@@ -261,7 +261,7 @@ def _score_batch(
 
 
 def _rows(
-    model: Model | LiveModel,
+    model: Model,
     batches: Batches,
     averages: dict[str, Float[np.ndarray, " d"]] | None,
 ) -> list[Row]:
@@ -291,9 +291,7 @@ def _rows(
     return [row for row in rows if row.exists.any()]
 
 
-def oracle_conditions(
-    model: Model | LiveModel, batches: Batches
-) -> tuple[Float[np.ndarray, "n d"], list[str]]:
+def oracle_conditions(model: Model, batches: Batches) -> tuple[Float[np.ndarray, "n d"], list[str]]:
     """The conditions of the clean sources, and a digest of each source's samples."""
     query = _everywhere(model.query, batches.mesh)
     conditions: list[Any] = [None] * len(batches.items)
@@ -309,7 +307,7 @@ def oracle_conditions(
     return np.stack(conditions), digests
 
 
-def _class_vectors(model: Model | LiveModel, batches: Batches, width: int) -> Row:
+def _class_vectors(model: Model, batches: Batches, width: int) -> Row:
     """The tagging probability of the class in the mixture, all others zero (the reference's way).
 
     Nothing is asked for (the reference would not separate) where an item has no AudioSet class.
@@ -385,70 +383,35 @@ def _relatives(label: Hashable) -> set[Hashable]:
     return set(load_ontology().relatives(label)) if isinstance(label, int) else {label}
 
 
-class _Log:
-    """The figures of finished batches, in memory and in a file of JSON lines."""
+def _identity(
+    model: Model, items: Sequence[Item], rows: Sequence[Row], batch_size: int
+) -> Iterator[bytes]:
+    """What the figures of a batch depend on."""
+    yield net_hash(model.separator.variables).encode()
+    yield json.dumps([batch_size, [item.name for item in items]]).encode()
+    for row in rows:
+        yield row.name.encode() + row.conditions.tobytes() + row.exists.tobytes()
 
-    def __init__(
-        self,
-        path: str | os.PathLike | None,
-        model: Model | LiveModel,
-        items: Sequence[Item],
-        rows: Sequence[Row],
-        batch_size: int,
-    ):
-        """Reads what a stopped run of the same model, items and conditions has left."""
-        self.done: dict[int, dict[str, Figures]] = {}
-        self._path = None if path is None else pathlib.Path(path)
-        if self._path is None:
-            return
-        digest = hashlib.sha256(net_hash(model.separator.variables).encode())
-        digest.update(json.dumps([batch_size, [item.name for item in items]]).encode())
-        for row in rows:
-            digest.update(row.name.encode() + row.conditions.tobytes() + row.exists.tobytes())
-        header = json.dumps({"run": digest.hexdigest()})
-        lines = self._path.read_text().split("\n") if self._path.is_file() else []
-        if lines[:1] == [header]:
-            for line in lines[1:-1]:  # what follows the last newline was cut off
-                number, found = json.loads(line)
-                self.done[number] = found
-            lines = lines[:-1]
-        else:
-            lines = [header]
-        try:
-            self._path.write_text("\n".join(lines) + "\n")
-        except OSError as error:
-            raise UserError(f"{self._path} could not be written ({error.strerror})") from error
 
-    def add(self, number: int, found: dict[str, Figures]) -> None:
-        """Keeps a batch."""
-        self.done[number] = found
-        if self._path is not None and jax.process_index() == 0:
-            line = {row: {k: v.tolist() for k, v in of.items()} for row, of in found.items()}
-            with self._path.open("a") as file:
-                file.write(json.dumps([number, line]) + "\n")
-
-    def figures(self, places: Sequence[Integer[np.ndarray, "_"]], count: int) -> dict[str, Figures]:
-        """The figures of all items, in their order."""
-        together: dict[str, Figures] = {}
-        for name in _ORDER:
-            for number, found in self.done.items():
-                for figure, values in found.get(name, {}).items():
-                    of_row = together.setdefault(name, {})
-                    of_row.setdefault(figure, np.full(count, np.nan, np.float32))
-                    of_row[figure][places[number]] = values
-        return together
-
-    def remove(self) -> None:
-        """The run has come to its end."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
+def _together(
+    finished: Finished, places: Sequence[Integer[np.ndarray, "_"]], count: int
+) -> dict[str, Figures]:
+    """The figures of all items, in their order."""
+    together: dict[str, Figures] = {}
+    for name in _ORDER:
+        for number, found in finished.done.items():
+            for figure, values in found.get(name, {}).items():
+                of_row = together.setdefault(name, {})
+                of_row.setdefault(figure, np.full(count, np.nan, np.float32))
+                of_row[figure][places[number]] = values
+    return together
 
 
 _ORDER = (ORACLE, AVERAGE, CLASS, SHUFFLED, IDENTITY, HALF, MIXTURE)
 
 
 def _require_numbers(
-    model: Model | LiveModel,
+    model: Model,
     items: Sequence[Item],
     rows: Iterable[Row],
     figures: dict[str, Figures],

@@ -35,8 +35,6 @@ def summarise(
     items: Sequence[Item],
     figures: dict[str, Figures],
     group: str | None = None,
-    *,
-    intervals: bool = True,
 ) -> list[Summary]:
     """A summary of each row: median within a class, then mean over classes; and plain means.
 
@@ -44,7 +42,6 @@ def summarise(
       items: as scored.
       figures: as scored.
       group: only the items of this group.
-      intervals: whether to give bootstrap intervals.
     """
     labels = np.array([item.label for item in items])
     of_group = np.array([group is None or item.group == group for item in items])
@@ -65,7 +62,7 @@ def summarise(
                 "intervals": {
                     figure: bootstrap_interval(by_figure[figure][use], classes)
                     for figure in _WITH_INTERVALS
-                    if intervals and figure in here
+                    if figure in here
                 },
                 "plain_mean": {
                     figure: float(np.mean(by_figure[figure][use])) for figure in medians

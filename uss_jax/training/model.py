@@ -34,31 +34,7 @@ def _apply(module: nn.Module, variables: Any, *arrays: Array) -> Any:
     return module.apply(variables, *arrays)
 
 
-class _Uses:
-    """What can be asked of a separator with its query net."""
-
-    separator: Net
-    query: Net
-
-    def condition(
-        self, waveform: Float[np.ndarray, "b s"], class_index: Int[np.ndarray, "b"]
-    ) -> Float[Array, "b d"]:
-        """The conditions of clean targets and their classes."""
-        return self.query(jnp.asarray(waveform), jnp.asarray(class_index))
-
-    def adapt(self, vectors: Float[np.ndarray, "b _"]) -> Float[np.ndarray, "b d"]:
-        """The conditions of vectors such as the tagging net gives: behind the adaptor, if any."""
-        net = self.query
-        return np.asarray(net.module.apply(net.variables, jnp.asarray(vectors), method="adapt"))
-
-    def separate(
-        self, mixture: Float[np.ndarray, "b t"], condition: Float[Array | np.ndarray, "b d"]
-    ) -> Float[Array, "b t"]:
-        """The estimates of a batch of one-channel mixtures."""
-        return self.separator(jnp.asarray(mixture)[:, None], jnp.asarray(condition))[:, 0]
-
-
-class Model(_Uses):
+class Model:
     """The nets of a bundle or training workdir, each read when first used.
 
     Attributes:
@@ -101,7 +77,8 @@ class Model(_Uses):
         """
         if self.query.module.tagger is None:
             return self.sed
-        return _tagger_of(self.query)
+        parts = self.query.variables.items()
+        return Net(self.query.module.tagger, {k: v["tagger"] for k, v in parts if "tagger" in v})
 
     @functools.cached_property
     def sed(self) -> Net:
@@ -114,30 +91,19 @@ class Model(_Uses):
         """Identifies the query net: vectors of another one mean nothing to this separator."""
         return net_hash(self.query.variables)
 
+    def condition(
+        self, waveform: Float[np.ndarray, "b s"], class_index: Int[np.ndarray, "b"]
+    ) -> Float[Array, "b d"]:
+        """The conditions of clean targets and their classes."""
+        return self.query(jnp.asarray(waveform), jnp.asarray(class_index))
 
-@dataclasses.dataclass(frozen=True)
-class LiveModel(_Uses):
-    """Nets with the variables of a run that goes on.
+    def adapt(self, vectors: Float[np.ndarray, "b _"]) -> Float[np.ndarray, "b d"]:
+        """The conditions of vectors such as the tagging net gives: behind the adaptor, if any."""
+        net = self.query
+        return np.asarray(net.module.apply(net.variables, jnp.asarray(vectors), method="adapt"))
 
-    Attributes:
-      path: what to call it in messages.
-      sample_rate: in Hz.
-      segment_samples: length of the segments it is trained on.
-      separator, query: as in `Model`.
-    """
-
-    path: str
-    sample_rate: int
-    segment_samples: int
-    separator: Net
-    query: Net
-
-    @property
-    def tagger(self) -> Net:
-        """The query net's tagging net; there is none where conditions are `one_hot`."""
-        return _tagger_of(self.query)
-
-
-def _tagger_of(query: Net) -> Net:
-    parts = query.variables.items()
-    return Net(query.module.tagger, {k: v["tagger"] for k, v in parts if "tagger" in v})
+    def separate(
+        self, mixture: Float[np.ndarray, "b t"], condition: Float[Array | np.ndarray, "b d"]
+    ) -> Float[Array, "b t"]:
+        """The estimates of a batch of one-channel mixtures."""
+        return self.separator(jnp.asarray(mixture)[:, None], jnp.asarray(condition))[:, 0]

@@ -21,9 +21,10 @@ from tqdm import tqdm
 from uss_jax.audio.files import read_audio, resample
 from uss_jax.errors import UserError
 from uss_jax.evaluation.averages import Averages, file_averages
+from uss_jax.evaluation.finished import Finished
 from uss_jax.evaluation.scoring import MIXTURE
 from uss_jax.evaluation.suites.mixing import require_files
-from uss_jax.evaluation.suites.recordings import Finished, Values, answers, require_package
+from uss_jax.evaluation.suites.recordings import Values, answers, identity, require_package
 from uss_jax.training.model import Model
 
 STEMS = ("vocals", "drums", "bass", "other")
@@ -66,7 +67,8 @@ def score_songs(
     """
     require_package("museval", _NAME)
     test = songs(folder, "test")
-    finished = Finished(unfinished, model, averages, [str(song) for song in test] + [str(legacy)])
+    names = [str(song) for song in test] + [str(legacy)]
+    finished = Finished(unfinished, identity(model, averages, names))
     for song in tqdm(test, "songs", disable=None):
         if song.name not in finished.done:
             finished.add(song.name, _score_song(model, song, averages, legacy))

@@ -3,13 +3,10 @@
 Letters: `c` channels, `t` samples, `d` width of the condition.
 """
 
-import hashlib
 import importlib
 import json
-import pathlib
 import types
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float32
@@ -61,35 +58,12 @@ def answers(
     return found
 
 
-class Finished:
-    """The figures of finished recordings, in a file, so that a run that was stopped goes on."""
-
-    def __init__(self, path: pathlib.Path, model: Model, averages: Averages, names: Sequence[str]):
-        """Reads what a run of the same model, conditions and recordings has left."""
-        digest = hashlib.sha256(net_hash(model.separator.variables).encode())
-        digest.update(json.dumps([list(names), sorted(averages)]).encode())
-        for _, vector in sorted(averages.items()):
-            digest.update(np.asarray(vector, np.float32).tobytes())
-        self._header, self._path = {"run": digest.hexdigest()}, path
-        self.done: dict[str, Any] = {}
-        lines = path.read_text().split("\n")[:-1] if path.is_file() else []
-        if lines and json.loads(lines[0]) == self._header:
-            self.done = dict(json.loads(line) for line in lines[1:])
-        self._write()
-
-    def _write(self) -> None:
-        lines = [json.dumps(self._header), *(json.dumps(one) for one in self.done.items())]
-        self._path.write_text("\n".join(lines) + "\n")
-
-    def add(self, name: str, found: Any) -> None:
-        """Keeps a recording's figures."""
-        self.done[name] = found
-        with self._path.open("a") as file:
-            file.write(json.dumps([name, found]) + "\n")
-
-    def remove(self) -> None:
-        """The run has come to its end."""
-        self._path.unlink(missing_ok=True)
+def identity(model: Model, averages: Averages, names: Sequence[str]) -> Iterator[bytes]:
+    """What the figures of recordings depend on, for `Finished`."""
+    yield net_hash(model.separator.variables).encode()
+    yield json.dumps([list(names), sorted(averages)]).encode()
+    for _, vector in sorted(averages.items()):
+        yield np.asarray(vector, np.float32).tobytes()
 
 
 def require_package(name: str, what: str) -> types.ModuleType:

@@ -19,9 +19,10 @@ from tqdm import tqdm
 from uss_jax.audio.files import read_mono
 from uss_jax.errors import UserError
 from uss_jax.evaluation.averages import Averages, file_averages
+from uss_jax.evaluation.finished import Finished
 from uss_jax.evaluation.scoring import MIXTURE
 from uss_jax.evaluation.suites.mixing import require_files
-from uss_jax.evaluation.suites.recordings import Finished, Values, answers, require_package
+from uss_jax.evaluation.suites.recordings import Values, answers, identity, require_package
 from uss_jax.evaluation.suites.speech import RATE, speech_figures
 from uss_jax.training.model import Model
 
@@ -67,7 +68,8 @@ def score_sentences(
     """
     require_package("pesq", _NAME)
     test = sentences(folder)
-    finished = Finished(unfinished, model, averages, [str(clean) for clean, _ in test])
+    names = [str(clean) for clean, _ in test]
+    finished = Finished(unfinished, identity(model, averages, names))
     for clean, noisy in tqdm(test, "sentences", disable=None):
         if clean.name not in finished.done:
             finished.add(clean.name, _score_sentence(model, clean, noisy, averages))

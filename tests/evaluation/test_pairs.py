@@ -231,6 +231,8 @@ def test_results_hold_every_row_group_and_class(place, tmp_path, capsys):
     medians = rows[ORACLE, "all"]["classes"]["medians"]
     assert results["sdri"] == pytest.approx(np.mean([m["sdri"] for m in medians.values()]))
     assert set(medians) == {"Speech", "Dog", "Piano"}
+    assert results["leakage"] == rows[SHUFFLED, "all"]["level"]
+    assert results["identity_sdr"] == rows[IDENTITY, "all"]["sdr"]
     low, high = results["intervals"]["sdri"]
     assert low <= results["sdri"] <= high
     with open(tmp_path / "results.csv", newline="") as file:

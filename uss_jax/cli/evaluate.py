@@ -19,7 +19,7 @@ _HELP = {
     "fsdkaggle2018": "mixtures of FSDKaggle2018, 41 classes; SDR and SI-SDR",
     "fsd50k": "mixtures of FSD50K, 200 classes; SDR and SI-SDR",
     "slakh2100": "windows of Slakh2100's songs; SDR and SI-SDR",
-    "musdb18": "songs of MUSDB18-HQ, 4 stems; SDR by museval",
+    "musdb18": "songs of MUSDB18-HQ, 4 stems; SDR as museval gives it",
     "voicebank_demand": "sentences of Voicebank-Demand; PESQ, SSNR, CSIG, CBAK, COVL",
 }
 _DATA = {
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     made["musdb18"].add_argument(
         "--legacy",
         action="store_true",
-        help="also give the figure of museval with reference and estimate swapped",
+        help="also give the figure with reference and estimate swapped, as the reference does",
     )
     parser.epilog = (
         "example:\n"

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from uss_jax.atomic import replacing
 from uss_jax.evaluation.metrics import SEPARATION_FIGURES, class_medians
-from uss_jax.evaluation.scoring import CLASS, HALF, ORACLE, Figures, Item
+from uss_jax.evaluation.scoring import CLASS, HALF, IDENTITY, ORACLE, SHUFFLED, Figures, Item
 from uss_jax.evaluation.table import format_table, markdown_table
 from uss_jax.ontology import load_ontology
 
@@ -126,11 +126,15 @@ def headline(summaries: list[Summary]) -> dict[str, Any]:
     """The results that stand for the whole run: the oracle's, beside half the mixture."""
     rows = {summary["query"]: summary for summary in summaries if summary["group"] == "all"}
     first = rows[ORACLE]
+    leaked = rows.get(SHUFFLED)
     return {
         "query": ORACLE,
         **{figure: first[figure] for figure in SEPARATION_FIGURES},
         "intervals": first["intervals"],
         "baseline_sdri": rows[HALF]["sdri"],
+        # What is let through when the sound asked for is absent, in dB of the mixture's energy.
+        "leakage": None if leaked is None else leaked["level"],
+        "identity_sdr": rows[IDENTITY]["sdr"],
         "classes": first["classes"],
     }
 

@@ -14,6 +14,7 @@ from uss_jax.cli.main import main
 from uss_jax.training.bundle import read_bundle
 from uss_jax.training.model import Model
 from uss_jax.weights import export
+from uss_jax.weights.inspection import inspect
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,9 @@ def test_safetensors_hold_every_tensor(bundle, tmp_path, capsys):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["separator"] == read_bundle(bundle).config["separator"]
     assert "Licence" in (tmp_path / "out" / "README.md").read_text()
+    said = inspect(tmp_path / "out")
+    assert said[0].endswith("exported separator, 8000 Hz, condition soft")
+    assert said[-1].endswith(config["hashes"]["sed"])
 
 
 def test_orbax_in_bfloat16_is_a_bundle(bundle, tmp_path):

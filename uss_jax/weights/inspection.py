@@ -19,9 +19,7 @@ from uss_jax.training.bundle import Bundle, net_hash, read_bundle
 from uss_jax.training.checkpoints import latest_step
 
 _PARTS = ("separator", "query", "adaptor", "sed")
-_KINDS = (
-    "a bundle or workdir, a checkpoint of one, a folder of records, an anchor table or a query bank"
-)
+_KINDS = "a bundle, workdir, export, checkpoint, folder of records, anchor table or query bank"
 
 
 def inspect(path: str | os.PathLike) -> list[str]:
@@ -35,11 +33,24 @@ def inspect(path: str | os.PathLike) -> list[str]:
         return _of_npz(path)
     if path.parent.name == "checkpoints" and path.name.isdigit():
         return [f"{path}: checkpoint of step {path.name}", *_of_model(path.parent.parent)]
+    if (path / "model.safetensors").is_file() or (path / "separate.stablehlo").is_file():
+        return _of_export(path)
     if (path / "config.json").is_file():
         return _of_model(path)
     if (path / "metadata.json").is_file():
         return list(_of_records(path))
     raise UserError(f"{path} is nothing that can be inspected; give {_KINDS}")
+
+
+def _of_export(path: pathlib.Path) -> list[str]:
+    config = read_bundle(path).config
+    files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".stablehlo"))
+    return [
+        f"{path}: exported separator, {config['sample_rate']} Hz, condition "
+        f"{config['query']['kind']}",
+        *(f"  {file.name}: {file.stat().st_size / 1e6:.1f} MB" for file in files),
+        *(f"  {part}: sha256 {digest}" for part, digest in config["hashes"].items()),
+    ]
 
 
 def _of_model(path: pathlib.Path) -> list[str]:

@@ -29,7 +29,7 @@ def answers(
     sources: Mapping[str, Float32[np.ndarray, "c t"]],
     sample_rate: int,
     averages: Averages,
-    oracles: Mapping[str, Float32[np.ndarray, "t"]],
+    oracles: Mapping[str, Float32[np.ndarray, "_"]],
 ) -> dict[tuple[str, str], Float32[np.ndarray, "c t"]]:
     """(row, label) -> what each way of asking gives for a recording.
 

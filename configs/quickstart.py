@@ -21,6 +21,7 @@ def get_config(argument: str = "part=separator") -> ConfigDict:
     config.data.split = "train"
     config.data.clip_seconds = 5.0
     config.data.threads = 1
+    config.data.workers = 0
     config.log_every_steps = 50
     config.checkpoint_every_steps = 500
     return config

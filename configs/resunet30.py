@@ -45,6 +45,7 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
     config.data.order = "balanced"  # or "uniform" over clips
     config.data.clip_seconds = 10.0
     config.data.threads = 16
+    config.data.workers = 0  # processes, where one cannot decode fast enough
     config.data.class_weights = ConfigDict()  # class name -> places a round; 1 if not said
     config.data.max_corrupt = 0  # so many damaged records are said and left out
     config.data.verify = "whole"  # "always": read all of a clip to check it, for its anchor too

@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     config.data.order = "balanced"
     config.data.clip_seconds = 10.0
     config.data.threads = 8
+    config.data.workers = 0  # processes, where one cannot decode fast enough
     config.data.class_weights = ConfigDict()  # class name -> places a round; 1 if not said
     config.data.max_corrupt = 0  # so many damaged records are said and left out
 

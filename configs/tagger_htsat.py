@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     config.data.class_weights = ConfigDict()  # class name -> places a round; 1 if not said
     config.data.max_corrupt = 0  # so many damaged records are said and left out
     config.data.threads = 8
+    config.data.workers = 0  # processes, where one cannot decode fast enough
 
     config.tagger = ConfigDict()
     config.tagger.net = "htsat"

@@ -13,19 +13,20 @@ from collections.abc import Callable
 
 import numpy as np
 
-SAMPLES = {"separate": 64000, "train": 64000, "tag": 320000}
-BATCH = 2
+SAMPLES = {"separate": 64000, "train": 64000, "tag": 320000, "long": 960000}
+BLOCK = 64000
 
 Job = Callable[[], np.ndarray]
 
 
 def inputs(job: str) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """State dict, waveform [2, t] and condition [2, 527] of a job."""
+    """State dict, waveform [b, t] and condition [b, 527] of a job."""
     from tests.golden.inputs import make_batch
     from tests.golden.weights import build_state_dict
 
-    waveform = make_batch(f"benchmark/{job}", BATCH, SAMPLES[job])
-    condition = np.random.default_rng(0).random((BATCH, 527), np.float32)
+    batch = 1 if job == "long" else 2
+    waveform = make_batch(f"benchmark/{job}", batch, SAMPLES[job])
+    condition = np.random.default_rng(0).random((batch, 527), np.float32)
     layout = "cnn14" if job == "tag" else "resunet30_cond527"
     return build_state_dict(layout, fixed=False), waveform, condition
 
@@ -49,8 +50,13 @@ def torch_job(job: str) -> Job:
         with torch.inference_mode():
             return net(waveform[:, None], condition).numpy()
 
+    def separate_long():
+        with torch.inference_mode():
+            blocks = [net(block[:, None], condition) for block in waveform.split(BLOCK, dim=1)]
+            return torch.cat(blocks, dim=2).numpy()
+
     if job != "train":
-        return tag if job == "tag" else separate
+        return {"tag": tag, "separate": separate, "long": separate_long}[job]
     net.train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.0, amsgrad=True)
     target = waveform[:, None].roll(1, 0)
@@ -91,6 +97,9 @@ def jax_job(job: str) -> Job:
         separate = jax.jit(net.apply)
         return lambda: np.asarray(separate(variables, waveform[:, None], condition))
 
+    if job == "long":
+        return lambda: separate_long(net, variables, np.asarray(waveform), np.asarray(condition))
+
     optimizer = adamw_amsgrad(1e-3)
     target = jnp.roll(waveform[:, None], 1, 0)
 
@@ -119,6 +128,23 @@ def jax_job(job: str) -> Job:
         return np.asarray(loss)
 
     return train
+
+
+def separate_long(net, variables, waveform, condition) -> np.ndarray:
+    """A recording as `uss-jax separate` takes it, in windows or (by environment) in blocks."""
+    from types import SimpleNamespace
+
+    from uss_jax.separation.separator import Layout, Target, separate_blocks
+
+    separator = SimpleNamespace(module=net, variables=variables)
+    model = SimpleNamespace(separator=separator, sample_rate=32000, segment_samples=BLOCK)
+    if "USS_JAX_BENCHMARK_BLOCKS" in os.environ:
+        layout = Layout.blocks(model)
+    else:
+        layout = Layout.windows(model, waveform.shape[1])
+    targets = [Target("sound", condition, np.array([True]))]
+    pieces = separate_blocks(model, layout, [waveform], targets, batch_size=1)
+    return np.concatenate(list(pieces), axis=2)
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -167,7 +168,7 @@ def test_an_index_that_was_stopped_goes_on_with_the_shards_that_are_left(tmp_pat
     last.write_bytes(good)
     scanned, scan = [], tfrecord.scan_records
     monkeypatch.setattr(
-        tfrecord, "scan_records", lambda path: scanned.append(path.name) or scan(path)
+        tfrecord, "scan_records", lambda path: scanned.append(os.path.basename(path)) or scan(path)
     )
     index = build_index(directory, "train")
     assert scanned == [last.name]

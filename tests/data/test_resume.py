@@ -20,7 +20,7 @@ BATCH, GROUP, SEGMENT = 32, 8, 40
 PROGRAM = """
 import sys
 from tests.data.test_resume import digest, feed
-for batch in feed(sys.argv[1], 0, 10**9, threads=3):
+for batch in feed(sys.argv[1], 0, 10**9, threads=3, workers=int(sys.argv[2])):
     print(digest([batch]), flush=True)
 """
 
@@ -87,8 +87,9 @@ def digest(parts):
 
 
 @pytest.mark.long
-def test_a_run_killed_in_the_middle_goes_on_with_the_same_batches(directory):
-    words = [sys.executable, "-c", PROGRAM, str(directory)]
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_killed_in_the_middle_goes_on_with_the_same_batches(directory, workers):
+    words = [sys.executable, "-c", PROGRAM, str(directory), str(workers)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as killed:
         try:
             before = [killed.stdout.readline().strip() for _ in range(5)]

@@ -8,7 +8,7 @@ import tensorboardX.record_writer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uss_jax.data import tfrecord
+from uss_jax.data import storage
 from uss_jax.data.examples import serialise
 from uss_jax.data.tfrecord import (
     ClipReader,
@@ -143,7 +143,7 @@ def test_reader_gives_whole_clips_and_parts(records):
 
 
 def test_many_threads_read_through_few_descriptors(records, monkeypatch):
-    monkeypatch.setattr(tfrecord, "_OPEN_SHARDS", 1)
+    monkeypatch.setattr(storage, "_OPEN_FILES", 1)
     reader = ClipReader(records, build_index(records, "train"))
     wrong = []
 

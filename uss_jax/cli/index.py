@@ -15,13 +15,12 @@ of:
 
 import argparse
 import os
-import pathlib
 
 from uss_jax.cli.arguments import positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", metavar="DIR", help="directory of the shards")
+    parser.add_argument("directory", metavar="DIR", help="directory of the shards, or its URL")
     parser.add_argument("--schema", metavar="FILE", help="JSON file, see above")
     parser.add_argument(
         "--workers", type=positive, default=os.cpu_count(), help="processes; default: one a core"
@@ -57,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
             )
         index = build_index(args.directory, split, schema, args.workers)
         if new:
-            write_format(pathlib.Path(args.directory), schema.sample_rate, schema.encoding)
+            write_format(args.directory, schema.sample_rate, schema.encoding)
         gigabytes = int(index.shard_bytes.sum()) / 1e9
         print(
             f"{split}: {len(index)} records in {len(index.shards)} shards, {gigabytes:.3f} GB, "

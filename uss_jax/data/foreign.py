@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import os
-import pathlib
 from typing import Any
 
 from uss_jax.data.examples import guess_schema, parse
 from uss_jax.data.metadata import read_encoding, read_sample_rate
 from uss_jax.data.schema import Schema
+from uss_jax.data.storage import Folder, open_folder
 from uss_jax.data.tfrecord import scan_records, shards_of_split
 from uss_jax.errors import UserError
 
@@ -24,13 +24,14 @@ def find_schema(
     Raises:
       UserError: it cannot be found out; says what to write into a schema.
     """
-    directory = pathlib.Path(directory)
-    if given is None and (directory / "metadata.json").exists():
+    folder = open_folder(directory)
+    names = shards_of_split(directory, split, given or Schema())
+    if given is None and "metadata.json" in folder.sizes():
         rate, encoding = read_sample_rate(directory), read_encoding(directory)
         schema, known = Schema(encoding=encoding, sample_rate=rate), True
     else:
         schema, known = given or Schema(), False
-    shard = directory / shards_of_split(directory, split, schema)[0]
+    shard = f"{folder}/{names[0]}"
     offset, _, payload = next(scan_records(shard))
     if given is None:
         try:
@@ -42,7 +43,7 @@ def find_schema(
             if not known:
                 schema = _guess(payload, schema, f"{shard}: the record at byte {offset - 12}")
     if schema.sample_rate is None:
-        rate = _tfds_sample_rate(directory / "features.json")
+        rate = _tfds_sample_rate(folder)
         if rate is None:
             raise UserError(
                 f"the sample rate of the records in {directory} is nowhere said; give a --schema "
@@ -59,10 +60,11 @@ def _guess(payload: bytes, schema: Schema, where: str) -> Schema:
         raise UserError(f"{where} {error}; say what is what with a --schema") from None
 
 
-def _tfds_sample_rate(path: pathlib.Path) -> int | None:
+def _tfds_sample_rate(folder: Folder) -> int | None:
     """What TFDS's own description of an audio feature says, if there is one."""
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))
+        with folder.open("features.json") as file:
+            described = json.load(file)
     except (OSError, ValueError):
         return None
     rates = list(_values(described, "sampleRate"))

@@ -11,8 +11,8 @@ import pathlib
 import tempfile
 from typing import Any
 
-from uss_jax.atomic import replacing
 from uss_jax.data.encodings import ENCODINGS
+from uss_jax.data.storage import Folder, open_folder
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 
@@ -30,8 +30,9 @@ def read_encoding(directory: str | os.PathLike) -> str:
 
 
 def _format(directory: str | os.PathLike) -> tuple[int, str]:
-    path = pathlib.Path(directory) / _OURS
-    metadata = _read(path)
+    folder = open_folder(directory)
+    path = f"{folder}/{_OURS}"
+    metadata = _read(folder, _OURS)
     if metadata is None:
         raise UserError(
             f"{path} does not exist, so the sample rate of these records is unknown; prepare them "
@@ -50,7 +51,7 @@ def _format(directory: str | os.PathLike) -> tuple[int, str]:
 
 def check_format(directory: pathlib.Path, split: str, sample_rate: int, encoding: str) -> None:
     """Refuses to add a split of another sample rate or encoding than the other splits'."""
-    info = _read(directory / _INFO) or {}
+    info = _read(open_folder(directory), _INFO) or {}
     others = [other["name"] for other in info.get("splits", []) if other["name"] != split]
     if others and (there := read_sample_rate(directory)) != sample_rate:
         raise UserError(
@@ -87,7 +88,7 @@ def write_metadata(
     """
     _write_features(directory, sample_rate, encoding)
     write_format(directory, sample_rate, encoding)
-    info = _read(directory / _INFO) or {}
+    info = _read(open_folder(directory), _INFO) or {}
     others = [other for other in info.get("splits", []) if other["name"] != split]
     ours = {
         "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
@@ -96,7 +97,8 @@ def write_metadata(
         "shardLengths": [str(records) for records in shard_records],
     }
     _write(
-        directory / _INFO,
+        open_folder(directory),
+        _INFO,
         {
             "description": f"Weakly labelled sound, mono at {sample_rate} Hz.",
             "fileFormat": "tfrecord",
@@ -107,9 +109,9 @@ def write_metadata(
     )
 
 
-def write_format(directory: pathlib.Path, sample_rate: int, encoding: str) -> None:
+def write_format(directory: str | os.PathLike, sample_rate: int, encoding: str) -> None:
     """Says sample rate and encoding of a directory's records."""
-    _write(directory / _OURS, {"sample_rate": sample_rate, "encoding": encoding})
+    _write(open_folder(directory), _OURS, {"sample_rate": sample_rate, "encoding": encoding})
 
 
 def tfds_features(sample_rate: int, encoding: str) -> Any:
@@ -146,17 +148,18 @@ def _write_features(directory: pathlib.Path, sample_rate: int, encoding: str) ->
             os.replace(path, directory / path.name)
 
 
-def _read(path: pathlib.Path) -> dict | None:
+def _read(folder: Folder, name: str) -> dict | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with folder.open(name) as file:
+            return json.load(file)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} is damaged ({error}); delete it and prepare every split again"
+            f"{folder}/{name} is damaged ({error}); delete it and prepare every split again"
         ) from error
 
 
-def _write(path: pathlib.Path, content: dict) -> None:
-    with replacing(path) as temporary:
+def _write(folder: Folder, name: str, content: dict) -> None:
+    with folder.replacing(name) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,18 +1,21 @@
-"""Batches of clips or of their anchors, read ahead by threads. The only importer of grain.
+"""Batches of clips or of their anchors, read ahead. The only importer of grain.
 
-Batch n is a pure function of the order and n, for any number of hosts and threads: position n of
-the data is step n of the training, and there is no iterator state to save.
+Batch n is a pure function of the order and n, for any number of hosts, workers and threads:
+position n of the data is step n of the training, and there is no iterator state to save.
 
 Letters: b clips of this host, t samples, k classes.
 """
 
+import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
+from absl import flags
 
 from uss_jax.data.sampling import GroupedOrder
 from uss_jax.data.tfrecord import ClipReader, DamagedRecord
@@ -49,6 +52,7 @@ def batches(
     host: int = 0,
     hosts: int = 1,
     threads: int = 2,
+    workers: int = 0,
     labels: bool = False,
     places: Places | None = None,
     max_corrupt: int = 0,
@@ -63,7 +67,8 @@ def batches(
       clip_samples: shorter clips are followed by zeros, longer ones cut to their beginning; of an
         anchor, how long it is.
       host, hosts: of the batch, this host gets the block of rows number `host` of `hosts`.
-      threads: how many batches are read at a time.
+      threads: how many batches are read at a time, in each process.
+      workers: processes that read, where one is too slow (FLAC); 0: only this one.
       labels: also give all labels of the clips.
       places: read the anchors that begin there, not the clips.
       max_corrupt: so many damaged records are said and replaced by other clips; one more is an
@@ -123,7 +128,27 @@ def batches(
 
     dataset = grain.MapDataset.range(start_step, stop_step).map(make_batch)
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
-    return iter(dataset.to_iter_dataset(ahead))
+    dataset = dataset.to_iter_dataset(ahead)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # grain reads flags of its own, ours are no absl program
+            flags.FLAGS.mark_as_parsed()
+        # Each takes every `workers`-th step; the steps come in order all the same.
+        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=threads + 1)
+        dataset = dataset.mp_prefetch(options, _end_with_parent)
+    return iter(dataset)
+
+
+def _end_with_parent(worker: int, workers: int) -> None:
+    """In a worker: a run that is killed leaves none behind, waiting for it."""
+    del worker, workers
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _begins(
@@ -139,6 +164,9 @@ class _Corrupt:
 
     def __init__(self, limit: int):
         self._limit, self._records, self._lock = limit, set(), threading.Lock()
+
+    def __reduce__(self) -> tuple:
+        return _Corrupt, (self._limit,)  # another process counts for itself
 
     def note(self, record: int, error: DamagedRecord) -> None:
         """Raises the error when it is one more than allowed."""

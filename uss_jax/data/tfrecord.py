@@ -7,15 +7,13 @@ each clip's samples are, so that a clip, or two seconds of it, is one `pread`.
 
 import concurrent.futures
 import dataclasses
+import fnmatch
 import functools
 import hashlib
 import multiprocessing
 import os
-import pathlib
 import re
-import shutil
 import struct
-import threading
 import zipfile
 from collections.abc import Iterator
 
@@ -24,16 +22,15 @@ import numpy as np
 from jaxtyping import Int16
 from tqdm import tqdm
 
-from uss_jax.atomic import replacing
 from uss_jax.data.encodings import SAMPLE_BYTES, count_samples, decode
 from uss_jax.data.schema import Schema
+from uss_jax.data.storage import Folder, open_folder, split_path
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 
 FORMAT_VERSION = 1
 _HEADER = struct.Struct("<QI")  # length, its checksum
 _CHECKSUM = struct.Struct("<I")
-_OPEN_SHARDS = 512  # an ordinary process may open 1024 files
 
 
 def masked_crc(data: bytes) -> int:
@@ -66,9 +63,11 @@ def scan_records(path: str | os.PathLike) -> Iterator[tuple[int, int, bytes]]:
 
     Damage is a UserError that names the shard and the byte where the bad frame begins.
     """
+    directory, name = split_path(path)
+    folder = open_folder(directory)
     try:
-        size = os.path.getsize(path)
-        file = open(path, "rb", buffering=1 << 20)  # noqa: SIM115, closed below
+        size = folder.size(name)
+        file = folder.open(name)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); give a TFRecord file") from None
     with file:
@@ -174,13 +173,16 @@ def splits(directory: str | os.PathLike) -> list[str]:
 
 
 def _shard_names(directory: str | os.PathLike) -> list[re.Match]:
+    return [match for match in map(_SHARD_NAME.fullmatch, _names(directory)) if match]
+
+
+def _names(directory: str | os.PathLike) -> list[str]:
     try:
-        names = sorted(os.listdir(directory))
+        return sorted(open_folder(directory).sizes())
     except OSError as error:
         raise UserError(
             f"{directory} cannot be read ({error.strerror}); give a directory of TFRecord shards"
         ) from None
-    return [match for match in map(_SHARD_NAME.fullmatch, names) if match]
 
 
 def shards_of_split(
@@ -188,7 +190,7 @@ def shards_of_split(
 ) -> list[str]:
     """The names of a split's shards, in order; a UserError when the set has holes."""
     if schema is not None and schema.shards is not None:
-        found = sorted(path.name for path in pathlib.Path(directory).glob(schema.shards))
+        found = fnmatch.filter(_names(directory), schema.shards)
         if not found:
             raise UserError(f"{directory} has no files {schema.shards!r}, as the schema names them")
         return found
@@ -228,16 +230,10 @@ def build_index(
       schema: how the records hold a clip; None: as `prepare` writes them.
       workers: processes that read shards.
     """
-    directory = pathlib.Path(directory)
+    folder = open_folder(directory)
     shards = shards_of_split(directory, split, schema)
-    parts = directory / f".shards-of-{split}"
-    try:
-        parts.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{directory} cannot be written to ({error.strerror}), and the index goes there"
-        ) from error
-    jobs = [(directory / shard, parts / f"{shard}.npz", schema) for shard in shards]
+    parts = f".shards-of-{split}"
+    jobs = [(os.fspath(directory), shard, f"{parts}/{shard}.npz", schema) for shard in shards]
     with tqdm(total=len(jobs), desc="index", unit="shard", disable=None) as progress:
         if workers == 1:
             for job in jobs:
@@ -249,18 +245,20 @@ def build_index(
             with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
                 for _ in pool.map(_index_shard, *zip(*jobs, strict=True)):
                     progress.update()
-    index = _join_parts(directory, shards, [part for _, part, _ in jobs], schema)
-    with replacing(_index_path(directory, split)) as temporary:
+    index = _join_parts(folder, shards, [part for _, _, part, _ in jobs], schema)
+    with folder.replacing(_index_name(split)) as temporary:
         np.savez(temporary, format_version=FORMAT_VERSION, **dataclasses.asdict(index))
-    shutil.rmtree(parts, ignore_errors=True)
+    folder.remove(parts)
     return index
 
 
-def _index_shard(path: pathlib.Path, part: pathlib.Path, schema: Schema | None) -> None:
+def _index_shard(directory: str, shard: str, part: str, schema: Schema | None) -> None:
     """Writes a shard's part of the index, if there is none of the shard as it is now."""
-    made_of = _stamp(path, schema)
-    if _read_part(part, made_of) is not None:
+    folder = open_folder(directory)
+    made_of = _stamp(folder, shard, schema)
+    if _read_part(folder, part, made_of) is not None:
         return
+    path = f"{folder}/{shard}"
     columns: dict[str, list] = {name: [] for name in (*_PER_RECORD, "labels")}
     digest = hashlib.sha256()
     for offset, length, payload in scan_records(path):
@@ -269,7 +267,7 @@ def _index_shard(path: pathlib.Path, part: pathlib.Path, schema: Schema | None) 
         digest.update(struct.pack("<QQI", offset, length, masked_crc(payload)))
     labels = columns.pop("labels")
     arrays = {name: np.asarray(values, _DTYPES[name]) for name, values in columns.items()}
-    with replacing(part) as temporary:
+    with folder.replacing(part) as temporary:
         np.savez(
             temporary,
             made_of=made_of,
@@ -280,38 +278,44 @@ def _index_shard(path: pathlib.Path, part: pathlib.Path, schema: Schema | None) 
         )
 
 
-def _stamp(path: pathlib.Path, schema: Schema | None) -> str:
+def _stamp(folder: Folder, shard: str, schema: Schema | None) -> str:
     try:
-        status = path.stat()
+        return f"{FORMAT_VERSION} {folder.stamp(shard)} {schema}"
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give a TFRecord file") from None
-    return f"{FORMAT_VERSION} {status.st_size} {status.st_mtime_ns} {schema}"
+        raise UserError(
+            f"{folder}/{shard} cannot be read ({error.strerror}); give a TFRecord file"
+        ) from None
 
 
-def _read_part(part: pathlib.Path, made_of: str) -> dict[str, np.ndarray] | None:
+def _read_part(folder: Folder, part: str, made_of: str) -> dict[str, np.ndarray] | None:
     try:
-        with open(part, "rb") as file, np.load(file) as stored:
-            columns = {name: stored[name] for name in stored.files}
+        columns = _read_arrays(folder, part)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return None
     return columns if str(columns["made_of"]) == made_of else None
 
 
+def _read_arrays(folder: Folder, name: str) -> dict[str, np.ndarray]:
+    with folder.open(name) as file, np.load(file) as stored:
+        return {key: stored[key] for key in stored.files}
+
+
 def _join_parts(
-    directory: pathlib.Path, shards: list[str], parts: list[pathlib.Path], schema: Schema | None
+    folder: Folder, shards: list[str], parts: list[str], schema: Schema | None
 ) -> RecordIndex:
     read = []
     for shard, part in zip(shards, parts, strict=True):
-        columns = _read_part(part, _stamp(directory / shard, schema))
+        columns = _read_part(folder, part, _stamp(folder, shard, schema))
         if columns is None:
-            raise UserError(f"{directory / shard} changed while it was indexed; index again")
+            raise UserError(f"{folder}/{shard} changed while it was indexed; index again")
         read.append(columns)
     joined = {name: np.concatenate([columns[name] for columns in read]) for name in _PER_RECORD}
     counts = np.concatenate([columns["label_count"] for columns in read])
     records = [len(columns["record_bytes"]) for columns in read]
+    sizes = folder.sizes()
     index = RecordIndex(
         shards=np.asarray(shards, np.str_),
-        shard_bytes=np.asarray([(directory / shard).stat().st_size for shard in shards], np.uint64),
+        shard_bytes=np.asarray([sizes[shard] for shard in shards], np.uint64),
         shard_digest=np.asarray([str(columns["digest"]) for columns in read], np.str_),
         record_shard=np.repeat(np.arange(len(shards), dtype=np.uint32), records),
         label_row=np.concatenate([[0], np.cumsum(counts)]).astype(np.uint64),
@@ -319,28 +323,28 @@ def _join_parts(
         encoding="pcm_s16le" if schema is None else schema.encoding,
         **joined,
     )
-    _refuse_duplicates(directory, index)
+    _refuse_duplicates(folder, index)
     return index
 
 
-def _refuse_duplicates(directory: pathlib.Path, index: RecordIndex) -> None:
+def _refuse_duplicates(folder: Folder, index: RecordIndex) -> None:
     order = np.argsort(index.ids, kind="stable")
     same = np.flatnonzero(index.ids[order][1:] == index.ids[order][:-1])
     if not same.size:
         return
     first, second = min((order[at : at + 2].tolist() for at in same), key=lambda pair: pair[1])
     one, other = (
-        (directory / index.shards[index.record_shard[at]], int(index.record_offset[at]))
+        (index.shards[index.record_shard[at]], int(index.record_offset[at]) - _HEADER.size)
         for at in (first, second)
     )
     raise UserError(
-        f"{other[0]}: the record at byte {other[1] - _HEADER.size} has the same id "
+        f"{folder}/{other[0]}: the record at byte {other[1]} has the same id "
         f"{index.ids[second].decode(errors='replace')!r} as the one at byte "
-        f"{one[1] - _HEADER.size} of {one[0].name}; ids must differ, prepare the records again"
+        f"{one[1]} of {one[0]}; ids must differ, prepare the records again"
     )
 
 
-def _index_record(path: pathlib.Path, offset: int, payload: bytes, schema: Schema | None) -> dict:
+def _index_record(path: str, offset: int, payload: bytes, schema: Schema | None) -> dict:
     # Reading records through an index needs no protobuf; making one does.
     from uss_jax.data.examples import parse
 
@@ -381,8 +385,8 @@ def _find(payload: bytes, value: bytes) -> int:
     return at
 
 
-def _index_path(directory: pathlib.Path, split: str) -> pathlib.Path:
-    return directory / f"index-{split}.npz"
+def _index_name(split: str) -> str:
+    return f"index-{split}.npz"
 
 
 def load_index(directory: str | os.PathLike, split: str, verify: bool = False) -> RecordIndex:
@@ -393,15 +397,15 @@ def load_index(directory: str | os.PathLike, split: str, verify: bool = False) -
       split: such as "train".
       verify: read every shard and compare its digest and checksums too.
     """
-    directory = pathlib.Path(directory)
-    path = _index_path(directory, split)
-    again = f"run `uss-jax index {directory}`"
+    folder = open_folder(directory)
+    path = f"{folder}/{_index_name(split)}"
+    again = f"run `uss-jax index {folder}`"
     try:
-        with open(path, "rb") as file, np.load(file) as stored:
-            version = int(stored["format_version"])
-            if version == FORMAT_VERSION:
-                encoding = str(stored["encoding"]) if "encoding" in stored else "pcm_s16le"
-                index = RecordIndex(**{name: stored[name] for name in _DTYPES}, encoding=encoding)
+        stored = _read_arrays(folder, _index_name(split))
+        version = int(stored["format_version"])
+        if version == FORMAT_VERSION:
+            encoding = str(stored.get("encoding", "pcm_s16le"))
+            index = RecordIndex(**{name: stored[name] for name in _DTYPES}, encoding=encoding)
     except FileNotFoundError:
         shards_of_split(directory, split)  # says so when there is nothing to index either
         raise UserError(f"{path} does not exist; {again}") from None
@@ -409,30 +413,29 @@ def load_index(directory: str | os.PathLike, split: str, verify: bool = False) -
         raise UserError(f"{path} is damaged ({error}); {again}") from error
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format {version}, this program {FORMAT_VERSION}; {again}")
-    for shard, size in zip(index.shards, index.shard_bytes, strict=True):
-        _check_size(directory / shard, int(size))
+    sizes = folder.sizes()
+    for shard, size in zip(index.shards.tolist(), index.shard_bytes.tolist(), strict=True):
+        _check_size(folder, shard, sizes.get(shard), size)
     if verify:
         for shard, expected in zip(index.shards, index.shard_digest, strict=True):
             digest = hashlib.sha256()
-            for offset, length, payload in scan_records(directory / shard):
+            for offset, length, payload in scan_records(f"{folder}/{shard}"):
                 digest.update(struct.pack("<QQI", offset, length, masked_crc(payload)))
             if digest.hexdigest() != expected:
-                raise UserError(f"{directory / shard} changed since it was indexed; {again}")
+                raise UserError(f"{folder}/{shard} changed since it was indexed; {again}")
     return index
 
 
-def _check_size(path: pathlib.Path, expected: int) -> None:
-    try:
-        size = os.stat(path).st_size
-    except OSError as error:
+def _check_size(folder: Folder, shard: str, size: int | None, expected: int) -> None:
+    if size is None:
         raise UserError(
-            f"{path} is in the index but cannot be read ({error.strerror}); copy the shard there "
-            f"or run `uss-jax index {path.parent}`"
-        ) from None
+            f"{folder}/{shard} is in the index but is not there; copy the shard there or run "
+            f"`uss-jax index {folder}`"
+        )
     if size != expected:
         raise UserError(
-            f"{path} has {size} bytes, it had {expected} when it was indexed; copy the shard again "
-            f"or run `uss-jax index {path.parent}`"
+            f"{folder}/{shard} has {size} bytes, it had {expected} when it was indexed; copy the "
+            f"shard again or run `uss-jax index {folder}`"
         )
 
 
@@ -454,9 +457,8 @@ class ClipReader:
         """
         self.index = index
         self._verify_parts = verify_parts
-        self._directory = pathlib.Path(directory)
-        self._descriptors: dict[int, int] = {}
-        self._lock = threading.Lock()
+        self._folder = open_folder(directory)
+        self._checked: set[int] = set()
 
     def read(
         self, record: int, begin: int = 0, length: int | None = None
@@ -483,46 +485,31 @@ class ClipReader:
         offset, size = int(index.record_offset[record]), int(index.record_bytes[record])
         payload = self._pread(record, offset, size)
         if masked_crc(payload) != _CHECKSUM.unpack(self._pread(record, offset + size, 4))[0]:
-            path = self._directory / index.shards[index.record_shard[record]]
-            raise _damage(path, offset - _HEADER.size, "has a wrong checksum")
+            raise _damage(self._path(record), offset - _HEADER.size, "has a wrong checksum")
         begin = int(index.audio_offset[record]) - offset
         return memoryview(payload)[begin : begin + int(index.audio_bytes[record])]
 
     def _pread(self, record: int, offset: int, size: int) -> bytes:
-        shard = int(self.index.record_shard[record])
-        path = self._directory / self.index.shards[shard]
+        index, number = self.index, int(self.index.record_shard[record])
+        shard = str(index.shards[number])
         try:
-            descriptor, keep = self._open(shard, path)
-            try:
-                data = os.pread(descriptor, size, offset)
-            finally:
-                if not keep:
-                    os.close(descriptor)
+            if number not in self._checked:
+                expected = int(index.shard_bytes[number])
+                _check_size(self._folder, shard, self._folder.size(shard), expected)
+                self._checked.add(number)
+            data = self._folder.read(shard, offset, size)
         except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}); copy it again") from error
+            raise UserError(
+                f"{self._path(record)} cannot be read ({error.strerror}); copy it again"
+            ) from error
         if len(data) < size:
-            raise _damage(path, int(self.index.record_offset[record]) - _HEADER.size, "is cut off")
+            begin = int(index.record_offset[record]) - _HEADER.size
+            raise _damage(self._path(record), begin, "is cut off")
         return data
 
-    def _open(self, shard: int, path: pathlib.Path) -> tuple[int, bool]:
-        """A file descriptor, and whether it stays open for the next read of the shard."""
-        with self._lock:
-            if shard in self._descriptors:
-                return self._descriptors[shard], True
-            descriptor = os.open(path, os.O_RDONLY)
-            keep = len(self._descriptors) < _OPEN_SHARDS
-            if keep:
-                self._descriptors[shard] = descriptor
-        if os.fstat(descriptor).st_size != int(self.index.shard_bytes[shard]):
-            _check_size(path, int(self.index.shard_bytes[shard]))
-        return descriptor, keep
+    def _path(self, record: int) -> str:
+        return f"{self._folder}/{self.index.shards[self.index.record_shard[record]]}"
 
     def close(self) -> None:
         """Closes the shards; reading opens them again."""
-        with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
-
-    def __del__(self) -> None:
-        self.close()
+        self._folder.close()

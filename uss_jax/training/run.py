@@ -106,7 +106,7 @@ def open_records(
     """
     if not section.records:
         raise UserError("config.data.records is empty; give the folder that `prepare` wrote")
-    directory = pathlib.Path(section.records)
+    directory = section.records
     index = load_index(directory, section.split)
     found = read_sample_rate(directory)
     if found != sample_rate:
@@ -297,6 +297,7 @@ def train_on(
             host=jax.process_index(),
             hosts=jax.process_count(),
             threads=config.data.threads,
+            workers=config.data.get("workers", 0),
             labels=labels,
             places=records.places,
             max_corrupt=config.data.get("max_corrupt", 0),

@@ -1,0 +1,219 @@
+"""Folders of shards, on disk or in a bucket (gs://, s3://, ...). The only importer of fsspec.
+
+fsspec, not etils.epath: it can ask for bytes a to b of an object in one request from many threads;
+epath opens an object and seeks, which fetches whole blocks ahead and needs a handle a thread.
+"""
+
+import contextlib
+import io
+import os
+import pathlib
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
+
+from uss_jax.atomic import replacing
+from uss_jax.errors import UserError
+
+_OPEN_FILES = 512  # an ordinary process may open 1024
+_READ_AHEAD = 1 << 20
+
+
+@runtime_checkable
+class Folder(Protocol):
+    """A folder of files. Failures are OSErrors, with a `strerror` for people; its text its path."""
+
+    def sizes(self) -> dict[str, int]:
+        """The files right inside, by name, with their sizes in bytes."""
+        ...
+
+    def size(self, name: str) -> int:
+        """Of a file, in bytes."""
+        ...
+
+    def stamp(self, name: str) -> str:
+        """Differs when a file was changed."""
+        ...
+
+    def open(self, name: str) -> io.IOBase:
+        """A file, to be read from its beginning."""
+        ...
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """Part of a file, less at its end. Many threads may read at once."""
+        ...
+
+    def replacing(self, name: str) -> contextlib.AbstractContextManager[pathlib.Path]:
+        """Yields a local path to write; `name` appears whole when the block succeeds."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Removes a folder inside, if it is there."""
+        ...
+
+    def close(self) -> None:
+        """Gives back what is open; reading opens it again."""
+        ...
+
+
+def open_folder(path: str | os.PathLike) -> Folder:
+    """The folder at a path, or at a URL such as gs://bucket/records.
+
+    Raises:
+      UserError: the URL is of a kind that nothing installed here can read.
+    """
+    return BucketFolder(os.fspath(path)) if "://" in os.fspath(path) else DiskFolder(path)
+
+
+def split_path(path: str | os.PathLike) -> tuple[str, str]:
+    """(folder, name) of a file."""
+    folder, _, name = os.fspath(path).rpartition("/")
+    return folder or ("/" if os.fspath(path).startswith("/") else "."), name
+
+
+class DiskFolder:
+    """A folder of this machine; files stay open between reads."""
+
+    def __init__(self, path: str | os.PathLike):
+        self._path = pathlib.Path(path)
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def __str__(self) -> str:
+        return str(self._path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self._path}  # another process opens its own files
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["path"])
+
+    def sizes(self) -> dict[str, int]:
+        with os.scandir(self._path) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+
+    def size(self, name: str) -> int:
+        return (self._path / name).stat().st_size
+
+    def stamp(self, name: str) -> str:
+        status = (self._path / name).stat()
+        return f"{status.st_size} {status.st_mtime_ns}"
+
+    def open(self, name: str) -> io.IOBase:
+        return open(self._path / name, "rb", buffering=_READ_AHEAD)
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        descriptor, keep = self._descriptor(name)
+        try:
+            return os.pread(descriptor, size, offset)
+        finally:
+            if not keep:
+                os.close(descriptor)
+
+    def _descriptor(self, name: str) -> tuple[int, bool]:
+        """A file descriptor, and whether it stays open for the next read."""
+        with self._lock:
+            if name in self._descriptors:
+                return self._descriptors[name], True
+            descriptor = os.open(self._path / name, os.O_RDONLY)
+            keep = len(self._descriptors) < _OPEN_FILES
+            if keep:
+                self._descriptors[name] = descriptor
+            return descriptor, keep
+
+    @contextlib.contextmanager
+    def replacing(self, name: str) -> Iterator[pathlib.Path]:
+        with replacing(self._path / name) as temporary:
+            temporary.parent.mkdir(exist_ok=True)
+            yield temporary
+
+    def remove(self, name: str) -> None:
+        shutil.rmtree(self._path / name, ignore_errors=True)
+
+    def close(self) -> None:
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class BucketFolder:
+    """A folder of an object store; every read is a request of just its bytes."""
+
+    def __init__(self, url: str):
+        import fsspec
+
+        self._url = url.rstrip("/")
+        try:
+            self._files, self._path = fsspec.url_to_fs(self._url)
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"{url} cannot be opened ({error}); install the fsspec package for it, such as "
+                "gcsfs for gs:// or s3fs for s3://"
+            ) from None
+
+    def __str__(self) -> str:
+        return self._url
+
+    def sizes(self) -> dict[str, int]:
+        with self._as_os_errors():
+            listed = self._files.ls(self._path, detail=True)
+        return {
+            entry["name"].rpartition("/")[2]: int(entry["size"])
+            for entry in listed
+            if entry["type"] == "file"
+        }
+
+    def size(self, name: str) -> int:
+        with self._as_os_errors():
+            return int(self._files.size(f"{self._path}/{name}"))
+
+    def stamp(self, name: str) -> str:
+        with self._as_os_errors():
+            return str(self._files.ukey(f"{self._path}/{name}"))
+
+    def open(self, name: str) -> io.IOBase:
+        with self._as_os_errors():
+            return self._files.open(f"{self._path}/{name}", "rb", block_size=8 * _READ_AHEAD)
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        with self._as_os_errors():
+            return self._files.cat_file(f"{self._path}/{name}", start=offset, end=offset + size)
+
+    @contextlib.contextmanager
+    def replacing(self, name: str) -> Iterator[pathlib.Path]:
+        with tempfile.TemporaryDirectory() as temporary:
+            path = pathlib.Path(temporary) / split_path(name)[1]
+            yield path
+            try:
+                with self._as_os_errors():
+                    self._files.put_file(os.fspath(path), f"{self._path}/{name}")
+            except OSError as error:
+                raise UserError(
+                    f"{self._url}/{name} could not be written ({error.strerror or error}); see "
+                    "that the bucket exists and may be written to"
+                ) from error
+
+    def remove(self, name: str) -> None:
+        with contextlib.suppress(OSError), self._as_os_errors():
+            self._files.rm(f"{self._path}/{name}", recursive=True)
+
+    def close(self) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def _as_os_errors(self) -> Iterator[None]:
+        """Each store has errors of its own."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise FileNotFoundError(2, "No such file or directory", str(error)) from error
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(5, f"{type(error).__name__}: {error}") from error

@@ -64,9 +64,9 @@ class Pair:
             )
         return min(lengths)
 
-    def read(self, side: str, sample_rate: int) -> Float[np.ndarray, " t"]:
-        """The samples of a file, as many as both have."""
-        return read_mono(getattr(self, side), sample_rate)[: self.samples(sample_rate)]
+    def read(self, side: str, sample_rate: int) -> Float[np.ndarray, " _"]:
+        """The samples of one of the files."""
+        return read_mono(getattr(self, side), sample_rate)
 
 
 def find_pairs(directory: str | os.PathLike) -> list[Pair]:
@@ -141,7 +141,9 @@ def write_examples(
     pictures = []
     for example, at in enumerate(ranked[(quantiles * len(items)).astype(int)].tolist(), start=1):
         item = items[at]
-        mixture, source = (item.read(side, model.sample_rate) for side in ("mixture", "source"))
+        samples = item.samples(model.sample_rate)
+        sides = (item.read(side, model.sample_rate) for side in ("mixture", "source"))
+        mixture, source = (side[:samples] for side in sides)
         estimate = np.asarray(model.separate(mixture[None], rows[ORACLE].conditions[at][None]))[0]
         values = {figure: of[at] for figure, of in figures[ORACLE].items()}
         panels = {

@@ -70,8 +70,8 @@ class Item(Protocol):
     def samples(self, sample_rate: int) -> int:
         """Its length at a sample rate, told without reading it all."""
 
-    def read(self, side: str, sample_rate: int) -> Float[np.ndarray, " t"]:
-        """The "mixture" or the "source"."""
+    def read(self, side: str, sample_rate: int) -> Float[np.ndarray, " _"]:
+        """The "mixture" or the "source"; what is longer than `samples` does not count."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +93,14 @@ class Batches:
     """Items in batches of one shape each, on all devices.
 
     Items of one length are batched together; the last batch of a length repeats its last item.
+
+    Attributes:
+      items: all of them.
+      sample_rate: at which they are read.
+      mesh: the devices.
+      size: rows of a batch, on all devices together.
+      places: of each batch, which items are in it.
+      samples: of each batch, its items' length.
     """
 
     def __init__(self, items: Sequence[Item], sample_rate: int):
@@ -106,11 +114,11 @@ class Batches:
         by_length = collections.defaultdict(list)
         for at, item in enumerate(items):
             by_length[item.samples(sample_rate)].append(at)
-        self.places = [
-            np.array(same[first : first + self.size])
-            for _, same in sorted(by_length.items())
-            for first in range(0, len(same), self.size)
-        ]
+        self.places, self.samples = [], []
+        for samples, same in sorted(by_length.items()):
+            for first in range(0, len(same), self.size):
+                self.places.append(np.array(same[first : first + self.size]))
+                self.samples.append(samples)
 
     def filled(self, at: Integer[np.ndarray, " m"]) -> Integer[np.ndarray, " b"]:
         """The places of a batch, its last one repeated up to the batch's size."""
@@ -134,8 +142,12 @@ class Batches:
 
         def load(number: int) -> list[Waveforms]:
             items = [self.items[at] for at in self.places[number]]
-            waveforms = [[item.read(side, self.sample_rate) for item in items] for side in sides]
-            return [np.stack(side + side[-1:] * (self.size - len(side))) for side in waveforms]
+            missing = self.size - len(items)
+            waveforms = []
+            for side in sides:
+                read = [i.read(side, self.sample_rate)[: self.samples[number]] for i in items]
+                waveforms.append(np.stack(read + read[-1:] * missing))
+            return waveforms
 
         loaded = _ahead(load, which)
         yield from tqdm(zip(which, loaded, strict=True), what, len(which), disable=None)
@@ -251,6 +263,7 @@ def _score_batch(
     found[HALF] = _figures(source, mixture / 2, mixture)
     found[MIXTURE] = _figures(source, mixture, mixture)
     exists = {row.name: row.exists[at] for row in rows}
+    exists[IDENTITY] = exists[ORACLE]
     return {
         name: {
             figure: np.where(exists.get(name, True), np.asarray(of)[: len(at)], np.nan)

@@ -27,7 +27,7 @@ from uss_jax.errors import UserError
 from uss_jax.models.query import QueryNet
 from uss_jax.models.resunet import ResUNet
 from uss_jax.training.bundle import Bundle, Variables, net_hash, read_bundle, write_bundle
-from uss_jax.training.checkpoints import save_tree
+from uss_jax.training.checkpoints import latest_step, save_tree
 from uss_jax.training.mesh import make_mesh
 
 FORMATS = ("orbax", "safetensors", "stablehlo")
@@ -116,7 +116,7 @@ def export(
             unfinished.mkdir()
         difference = _require_same(live, writers[form](), f"the {form} export of {bundle.path}")
         if form != "orbax":
-            config = {**bundle.config, "hashes": {p: net_hash(v) for p, v in parts.items()}}
+            config = {**_config(bundle), "hashes": {p: net_hash(v) for p, v in parts.items()}}
             (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (unfinished / "README.md").write_text(_read_me(bundle, form, window))
         unfinished.rename(out)
@@ -136,13 +136,20 @@ def _has(bundle: Bundle, part: str) -> bool:
     return part in bundle.config
 
 
+def _config(bundle: Bundle) -> dict[str, Any]:
+    """The bundle's config and, of a run, how far it had come."""
+    step = latest_step(bundle.path / "checkpoints")
+    return bundle.config if step is None else {**bundle.config, "step": step}
+
+
 def _rate(bundle: Bundle) -> int:
     return int(bundle.config["sample_rate"])
 
 
 def _cast(variables: Variables, dtype: str) -> Variables:
     params = jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype)), variables["params"])
-    return {"params": params, "batch_stats": variables.get("batch_stats", {})}
+    statistics = variables.get("batch_stats")  # an adaptor has none
+    return {"params": params, "batch_stats": statistics} if statistics else {"params": params}
 
 
 def _inputs(separator: ResUNet, window: int) -> dict[str, np.ndarray]:
@@ -192,8 +199,7 @@ def _orbax(
         )
     foreign = bundle.path / "foreign.safetensors"
     kept = load_file(foreign) if foreign.is_file() else None
-    config = {k: v for k, v in bundle.config.items() if k not in ("format_version", "hashes")}
-    write_bundle(folder, config, parts, kept)
+    write_bundle(folder, _config(bundle), parts, kept)
     if shards > 1:
         mesh = make_mesh(jax.devices()[:shards])
         for part, variables in parts.items():

@@ -56,7 +56,7 @@ def _of_export(path: pathlib.Path) -> list[str]:
 def _of_model(path: pathlib.Path) -> list[str]:
     bundle = read_bundle(path)
     config = bundle.config
-    is_workdir = "training" in config
+    is_workdir = (path / "checkpoints").is_dir()
     lines = [
         f"{path}: {config['kind']} {'workdir' if is_workdir else 'bundle'}, "
         f"{config['sample_rate']} Hz, segments of {config['segment_seconds']:g} s"
@@ -74,8 +74,8 @@ def _of_model(path: pathlib.Path) -> list[str]:
         with safe_open(foreign, "np") as file:
             count = len(list(file.keys()))
         lines.append(f"{foreign.name}: {count} tensors of a foreign checkpoint, kept verbatim")
-    if is_workdir:
-        lines += _history(path, config["training"])
+    if "training" in config:
+        lines += _history(path, config)
     return lines
 
 
@@ -104,8 +104,9 @@ def _of_part(bundle: Bundle, part: str) -> Iterator[str]:
     yield from (f"  {name:<18}{size:>12,}" for name, size in sizes.items())
 
 
-def _history(path: pathlib.Path, training: dict[str, Any]) -> Iterator[str]:
-    step = latest_step(path / "checkpoints")
+def _history(path: pathlib.Path, config: dict[str, Any]) -> Iterator[str]:
+    training = config["training"]
+    step = config.get("step") or latest_step(path / "checkpoints")
     total = training.get("total_steps")
     yield f"trained: {step or 0:,} of {total:,} steps, global batch {training.get('global_batch')}"
     data = training.get("data", {})

@@ -79,8 +79,8 @@ def test_marks_of_sets_are_those_of_the_mixture_that_they_share(conflict_free):
     drawn = [x.reshape(-1, GROUP) for x in grouped.draw_marked(np.arange(GROUP * 6))]
     literal = _literal_marks(0, *drawn[:2], 4, sets=True)
     np.testing.assert_array_equal(drawn[2:], literal)
-    assert conflict_free or literal[0].any()
-    assert 0 < literal[1].mean() < 1
+    assert conflict_free or 0 < literal[0].mean() < 1
+    assert literal[1].mean() < 1  # some hold what their neighbours ask for
 
 
 @pytest.mark.parametrize("kind", [BalancedOrder, UniformOrder])

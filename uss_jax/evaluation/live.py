@@ -18,9 +18,10 @@ from jaxtyping import Float
 from uss_jax.atomic import replacing
 from uss_jax.audio.files import read_mono
 from uss_jax.errors import UserError
+from uss_jax.evaluation.averages import class_averages
 from uss_jax.evaluation.clips import open_records
 from uss_jax.evaluation.metrics import class_medians, separation_figures
-from uss_jax.evaluation.pairs import Pair, class_averages
+from uss_jax.evaluation.pairs import Pair
 from uss_jax.models.query import QueryNet
 from uss_jax.models.resunet import ResUNet
 from uss_jax.training.mesh import replicated, to_devices

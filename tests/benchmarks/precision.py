@@ -18,10 +18,10 @@ from uss_jax.cli.main import main as uss_jax
 from uss_jax.data.labels import read_labels
 from uss_jax.data.prepare import ClipSettings, prepare
 
-RATE, CLIP_SECONDS = 16000, 5.0
+RATE, CLIP_SECONDS = 8000, 2.0
 CONFIG = {
     "sample_rate": RATE,
-    "segment_seconds": 1.0,
+    "segment_seconds": 0.5,
     "global_batch": 8,
     "mixing.group_size": 8,
     "data.split": "train",
@@ -29,9 +29,9 @@ CONFIG = {
     "data.threads": 1,
     "anchors.source": "random",
     "query.kind": "one_hot",
-    "separator.n_fft": 512,
-    "separator.hop_samples": 256,
-    "separator.channels": (8, 16, 32),
+    "separator.n_fft": 256,
+    "separator.hop_samples": 128,
+    "separator.channels": (8, 16),
     "schedule.learning_rate": 4e-3,
     "schedule.warm_up_steps": 10,
     "log_every_steps": 1,

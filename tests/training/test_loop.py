@@ -20,7 +20,7 @@ def _step(state, frozen, batch, key):
     """Adds the batch's mean; metrics come with the batch."""
     del frozen, key
     params = {"total": state.params["total"] + jnp.mean(batch["x"])}
-    metrics = {name: jnp.mean(batch[name]) for name in ("loss", "grad_norm", "skipped_in_a_row")}
+    metrics = {name: jnp.mean(value) for name, value in batch.items() if name != "x"}
     return TrainState(state.step + 1, params, state.batch_stats, state.opt_state), metrics
 
 

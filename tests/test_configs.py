@@ -6,6 +6,7 @@ After a change on purpose: `python -m tests.test_configs` writes the expanded co
 import dataclasses
 import json
 import pathlib
+import runpy
 
 import jax
 import pytest
@@ -20,6 +21,7 @@ from uss_jax.training.nets import build_sed, build_separator, layout
 from uss_jax.training.optim import make_schedule
 from uss_jax.training.state import parameter_count
 
+ABLATIONS = runpy.run_path(str(CONFIGS / "ablations.py"))["ABLATIONS"]
 EXPANDED = pathlib.Path(__file__).parent / "golden_configs"
 SHIPPED = [
     "resunet30.py",
@@ -32,6 +34,7 @@ SHIPPED = [
     "tagger_htsat.py",
     "quickstart.py:part=tagger",
     "quickstart.py:part=separator",
+    *(f"ablations.py:{name}" for name in ABLATIONS),
 ]
 
 

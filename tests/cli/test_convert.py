@@ -2,8 +2,9 @@ import json
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
+from tests.golden.weights import build_state_dict, fixed_buffer
 from tests.weights.test_torch import (
     SEPARATOR_FIELDS,
     TAGGER_FIELDS,
@@ -11,6 +12,7 @@ from tests.weights.test_torch import (
     separator_variables,
     tagger_variables,
 )
+from uss_jax.audio.mel import mel_matrix
 from uss_jax.cli.main import main
 from uss_jax.training.bundle import read_bundle
 from uss_jax.weights.torch import LIGHTNING_PREFIXES, state_dict_of
@@ -140,3 +142,74 @@ def test_an_existing_folder_is_not_written_into(tmp_path, capsys):
     source = save(tmp_path / "mine.pth", tagger_state_dict(1))
     assert run(source, tmp_path, "--kind", "cnn14") == 1
     assert "exists already" in capsys.readouterr().err
+
+
+def whole_state_dict():
+    """As `lightning_state_dict`, with the tensors that have no counterpart here."""
+    whole = lightning_state_dict()
+    for name in list(whole):
+        if name.endswith("running_mean"):
+            whole[name.replace("running_mean", "num_batches_tracked")] = np.array(5)
+    for prefix in ("query_net.base.", "anchor_segment_detector.sed_model."):
+        kernel = fixed_buffer((513, 1, 1024), "stft_real")
+        whole[f"{prefix}spectrogram_extractor.stft.conv_real.weight"] = kernel
+        whole[f"{prefix}spectrogram_extractor.stft.conv_imag.weight"] = kernel + 1
+        front_end = ("sample_rate", "n_fft", "mel_bins", "f_min", "f_max")
+        melw = mel_matrix(**{name: TAGGER_FIELDS[name] for name in front_end})
+        whole[f"{prefix}logmel_extractor.melW"] = melw.astype(np.float32)
+    n_fft = SEPARATOR_FIELDS["n_fft"]
+    real = fixed_buffer((n_fft // 2 + 1, 1, n_fft), "stft_real")
+    whole["ss_model.base.stft.conv_real.weight"] = real
+    for at, name in enumerate(("stft.conv_imag", "istft.conv_real", "istft.conv_imag")):
+        whole[f"ss_model.base.{name}.weight"] = real + at
+    whole["ss_model.base.istft.ola_window"] = np.ones(n_fft, np.float32)
+    for i in range(1, len(SEPARATOR_FIELDS["channels"]) + 1):
+        for leaf in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            whole[f"ss_model.base.decoder_block{i}.bn2.{leaf}"] = np.full(3, i, np.float32)
+        for leaf in ("weight", "bias"):
+            whole[f"ss_model.film.decoder_block{i}->beta2.{leaf}"] = np.full(2, i, np.float32)
+    return whole
+
+
+def test_a_bundle_of_a_uss_checkpoint_becomes_the_same_checkpoint(tmp_path):
+    state_dict = whole_state_dict()
+    source = save(tmp_path / "uss.ckpt", state_dict, "state_dict")
+    assert run(source, tmp_path / "bundle") == 0
+    assert run(tmp_path / "bundle", tmp_path / "back.ckpt") == 0
+    content = torch.load(tmp_path / "back.ckpt", weights_only=True)
+    assert {"epoch", "global_step", "pytorch-lightning_version"} < content.keys()
+    back = content["state_dict"]
+    assert back.keys() == state_dict.keys()
+    for name, array in state_dict.items():
+        assert back[name].numpy().tobytes() == np.array(array).tobytes(), name
+        assert tuple(back[name].shape) == np.shape(array)
+
+
+def test_bundles_that_cannot_be_whole_again_are_refused(tmp_path, capsys):
+    state_dict = whole_state_dict()
+    source = save(tmp_path / "uss.ckpt", state_dict, "state_dict")
+    assert run(source, tmp_path / "bundle") == 0
+    assert run(tmp_path / "bundle", tmp_path / "back") == 1
+    assert "is not named so" in capsys.readouterr().err
+    kept = load_file(tmp_path / "bundle" / "foreign.safetensors")
+    kept.pop("query/query_net.base.logmel_extractor.melW")
+    save_file(kept, tmp_path / "bundle" / "foreign.safetensors")
+    assert run(tmp_path / "bundle", tmp_path / "back.ckpt") == 1
+    assert "lacks query_net.base.logmel_extractor.melW (1 tensors" in capsys.readouterr().err
+    (tmp_path / "bundle" / "foreign.safetensors").unlink()
+    assert run(tmp_path / "bundle", tmp_path / "back.ckpt") == 1
+    assert "has no foreign.safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "back.ckpt").exists()
+
+
+@pytest.mark.long
+def test_the_golden_checkpoint_comes_back_bit_by_bit(tmp_path):
+    state_dict = build_state_dict("lit_separation_cond2048")
+    assert len(state_dict) == 501
+    source = save(tmp_path / "uss.ckpt", state_dict, "state_dict")
+    assert run(source, tmp_path / "bundle") == 0
+    assert run(tmp_path / "bundle", tmp_path / "back.ckpt") == 0
+    back = torch.load(tmp_path / "back.ckpt", weights_only=True, mmap=True)["state_dict"]
+    assert back.keys() == state_dict.keys()
+    for name, array in state_dict.items():
+        assert back[name].numpy().tobytes() == array.tobytes(), name

@@ -7,7 +7,9 @@ import soundfile
 
 from tests.tiny import RATE, SEGMENT, noise, tone, write_records, write_tagger
 from uss_jax.cli.main import main
-from uss_jax.data.tfrecord import ClipReader, load_index
+from uss_jax.data.index import load_index
+from uss_jax.data.reader import ClipReader
+from uss_jax.data.sampling import BalancedOrder
 from uss_jax.errors import UserError
 from uss_jax.evaluation.clips import Chosen, mine
 from uss_jax.evaluation.make_pairs import draw_pairs, mixed_pairs, read_groups
@@ -15,6 +17,7 @@ from uss_jax.ontology import load_ontology
 from uss_jax.training.model import Model
 
 SPEECH, DOG, BARK, PIANO = (load_ontology().resolve(n) for n in ("Speech", "Dog", "Bark", "Piano"))
+_CSR = ("label_row", "label_class")
 CLIPS = [
     ("speech.wav", tone(200, 1.0), [SPEECH]),
     ("dog.wav", noise(1, 0.3), [DOG]),  # shorter than a segment
@@ -91,6 +94,24 @@ def test_partners_share_no_label_nor_branch(made):
         assert int(row["partner_class_index"]) in labels[row["partner_id"]]
         for label in labels[row["id"]]:
             assert not load_ontology().relatives(label) & set(labels[row["partner_id"]])
+
+
+def test_the_reference_s_partner_is_the_next_of_another_class(place, tmp_path):
+    assert _make(place, tmp_path / "out", "--pairing", "reference") == 0
+    order = BalancedOrder(*(load_index(place / "records", "test").__dict__[n] for n in _CSR), 0)
+    records, classes = order.draw(np.arange(4 * order.round_length))
+    ids = [id for id, _, _ in CLIPS]
+    drawn = [(ids[record], int(label)) for record, label in zip(records, classes, strict=True)]
+    expected = []
+    for at, (id, label) in enumerate(drawn):
+        further = drawn[at + 1 :] + drawn[:at]
+        partner = next(other for other in further if other[0] != id and other[1] != label)
+        expected.append((label, id, *partner))
+    found = [
+        (int(r["class_index"]), r["id"], r["partner_id"], int(r["partner_class_index"]))
+        for r in _manifest(tmp_path / "out")
+    ]
+    assert found == sorted(expected, key=lambda row: row[0])
 
 
 def test_checksums_are_of_the_samples(made):

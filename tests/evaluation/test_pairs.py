@@ -1,5 +1,7 @@
+import csv
 import json
 
+import jax
 import numpy as np
 import pytest
 import soundfile
@@ -7,22 +9,27 @@ import soundfile
 from tests.tiny import RATE, SEGMENT, noise, tone, write_records, write_separator
 from uss_jax.audio.files import write_wav
 from uss_jax.cli.main import main
-from uss_jax.data.tfrecord import ClipReader, load_index
+from uss_jax.data.index import load_index
+from uss_jax.data.reader import ClipReader
 from uss_jax.errors import UserError
-from uss_jax.evaluation.pairs import (
+from uss_jax.evaluation import scoring
+from uss_jax.evaluation.averages import class_averages, file_averages
+from uss_jax.evaluation.pairs import find_pairs, sources_by_class
+from uss_jax.evaluation.scoring import (
     AVERAGE,
-    BATCH_SIZE,
+    CLASS,
     HALF,
+    IDENTITY,
     MIXTURE,
     ORACLE,
     SHUFFLED,
-    class_averages,
-    evaluate_pairs,
-    find_pairs,
-    unrelated_pairs,
+    score,
+    unrelated_items,
 )
+from uss_jax.evaluation.summary import bootstrap_interval
 from uss_jax.ontology import load_ontology
 from uss_jax.separation.queries import read_bank
+from uss_jax.training.mesh import make_mesh
 from uss_jax.training.model import Model
 
 SPEECH, DOG, BARK, PIANO = (load_ontology().resolve(n) for n in ("Speech", "Dog", "Bark", "Piano"))
@@ -72,15 +79,20 @@ def _evaluate(place, kind, out, *more):
 @pytest.mark.parametrize("kind", ["one_hot", "soft", "embedding"])
 def test_figures_are_those_of_the_estimates(place, kind):
     model, pairs = Model(place / kind), find_pairs(place / "pairs")
-    figures, rows = evaluate_pairs(model, pairs)
-    assert list(figures) == [ORACLE, SHUFFLED, HALF, MIXTURE]
+    figures, rows = score(model, pairs)
+    asked = [ORACLE, CLASS] if kind == "soft" else [ORACLE]
+    assert list(figures) == [*asked, SHUFFLED, IDENTITY, HALF, MIXTURE]
     for at, pair in enumerate(pairs):
         source, _ = soundfile.read(pair.source, dtype="float32")
         mixture, _ = soundfile.read(pair.mixture, dtype="float32")
-        label = np.full(BATCH_SIZE, pair.class_index, np.int32)
-        condition = model.condition(np.tile(source, (BATCH_SIZE, 1)), label)
+        condition = model.condition(source[None], np.array([pair.class_index], np.int32))
         np.testing.assert_allclose(rows[ORACLE].conditions[at], condition[0], atol=1e-6)
-        estimate = np.asarray(model.separate(np.tile(mixture, (BATCH_SIZE, 1)), condition))[0]
+        estimate = np.asarray(model.separate(mixture[None], condition))[0]
+        alone = np.asarray(model.separate(source[None], condition))[0]
+        assert figures[IDENTITY]["sdr"][at] == pytest.approx(_sdr(source, alone), abs=1e-3)
+        assert figures[ORACLE]["level"][at] == pytest.approx(
+            10 * np.log10(np.mean(estimate**2) / np.mean(mixture**2)), abs=1e-3
+        )
         improvement = _sdr(source, estimate) - _sdr(source, mixture)
         assert figures[ORACLE]["sdri"][at] == pytest.approx(improvement, abs=1e-3)
         assert figures[HALF]["sdri"][at] == pytest.approx(
@@ -89,9 +101,84 @@ def test_figures_are_those_of_the_estimates(place, kind):
         assert figures[MIXTURE]["sdri"][at] == pytest.approx(0, abs=1e-6)
 
 
+def test_a_class_vector_is_the_probability_of_the_class_in_the_mixture(place):
+    model, pairs = Model(place / "soft"), find_pairs(place / "pairs")
+    figures, rows = score(model, pairs)
+    mixture, _ = soundfile.read(pairs[0].mixture, dtype="float32")
+    condition = np.zeros(527, np.float32)
+    label = pairs[0].class_index
+    condition[label] = model.tagger(mixture[None])["clipwise"][0, label]
+    np.testing.assert_allclose(rows[CLASS].conditions[0], condition, atol=1e-6)
+    source, _ = soundfile.read(pairs[0].source, dtype="float32")
+    estimate = np.asarray(model.separate(mixture[None], condition[None]))[0]
+    assert figures[CLASS]["sdr"][0] == pytest.approx(_sdr(source, estimate), abs=1e-3)
+
+
+def test_one_device_gives_the_same_figures_as_eight(place, monkeypatch):
+    model, pairs = Model(place / "soft"), find_pairs(place / "pairs")
+    assert jax.device_count() == 8
+    eight, _ = score(model, pairs)
+    monkeypatch.setattr(scoring, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    one, _ = score(model, pairs)
+    for row in one:
+        for figure in one[row]:
+            np.testing.assert_allclose(one[row][figure], eight[row][figure], atol=1e-4)
+
+
+def test_a_stopped_run_goes_on_and_gives_the_same(place, tmp_path, monkeypatch):
+    model, pairs = Model(place / "soft"), find_pairs(place / "pairs")
+    whole, _ = score(model, pairs)
+    measured, unfinished = [], tmp_path / "unfinished"
+    real = scoring._score_batch
+
+    def stopping(*arguments):
+        if len(measured) == 1:
+            raise KeyboardInterrupt
+        measured.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(scoring, "_score_batch", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        score(model, pairs, unfinished=unfinished)
+    with unfinished.open("a") as file:
+        file.write("[1, {")  # as a kill in the middle of a line would
+    monkeypatch.setattr(scoring, "_score_batch", lambda *a: (measured.append(2), real(*a))[1])
+    again, _ = score(model, pairs, unfinished=unfinished)
+    assert measured == [1, 2]  # nine pairs are two batches of eight devices
+    assert not unfinished.exists()
+    for row in whole:
+        for figure in whole[row]:
+            np.testing.assert_array_equal(again[row][figure], whole[row][figure])
+
+
+def test_what_another_model_has_left_is_not_used(place, tmp_path):
+    unfinished = tmp_path / "unfinished"
+    unfinished.write_text('{"run": "of another"}\n[0, {}]\n')
+    pairs = find_pairs(place / "pairs")
+    figures, _ = score(Model(place / "soft"), pairs, unfinished=unfinished)
+    assert np.isfinite(figures[ORACLE]["sdr"]).all()
+
+
+def test_averages_of_files_are_per_file_then_over_files(place, tmp_path):
+    model = Model(place / "embedding")
+    short, long = noise(7, 0.3), noise(8, 1.0)  # a segment is half a second
+    long[: SEGMENT // 2] = 0
+    for name, waveform in (("a", short), ("b", long)):
+        write_wav(tmp_path / f"{name}.wav", waveform[None], RATE)
+    files = {"Dog": [tmp_path / "a.wav", tmp_path / "b.wav"]}
+    segments = np.stack([np.resize(short, SEGMENT), long[:SEGMENT], long[SEGMENT:]])
+    vectors = np.asarray(model.condition(segments, np.zeros(3, np.int32)))
+    expected = (vectors[0] + (vectors[1] + vectors[2]) / 2) / 2
+    found = file_averages(model, files, without_silence=False)["Dog"]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    without = file_averages(model, files, without_silence=True)["Dog"]
+    assert np.abs(without - expected).max() > 1e-4
+    assert file_averages(Model(place / "one_hot"), files, without_silence=False) == {}
+
+
 def test_shuffled_queries_are_of_unrelated_classes(place):
     pairs = find_pairs(place / "pairs")
-    _, rows = evaluate_pairs(Model(place / "one_hot"), pairs)
+    _, rows = score(Model(place / "one_hot"), pairs)
     asked = rows[SHUFFLED].conditions.argmax(axis=1)
     for pair, label in zip(pairs, asked.tolist(), strict=True):
         assert label in set(SOURCES) - {pair.class_index}
@@ -101,10 +188,16 @@ def test_a_query_of_the_same_sound_is_no_shuffled_one():
     # The first and third source are one clip with two labels; Bark is below Dog.
     classes, digests = [SPEECH, SPEECH, PIANO, DOG, BARK], ["x", "y", "x", "z", "w"]
     for _ in range(2):
-        chosen = unrelated_pairs(classes, digests)
+        chosen = unrelated_items(classes, digests)
         assert {classes[at] for at in chosen[:3]} <= {DOG, BARK}
         assert {classes[at] for at in chosen[3:]} <= {SPEECH, PIANO}
-    assert unrelated_pairs([DOG, BARK], ["x", "y"]).tolist() == [-1, -1]
+    assert unrelated_items([DOG, BARK], ["x", "y"]).tolist() == [-1, -1]
+
+
+def test_a_shuffled_query_asks_for_nothing_that_is_in_the_mixture():
+    classes, digests = [SPEECH, DOG, PIANO], ["x", "y", "z"]
+    assert unrelated_items(classes, digests, [BARK, None, DOG]).tolist()[::2] == [2, 0]
+    assert unrelated_items(["bass", "drums", "bass"], digests).tolist()[::2] == [1, 1]
 
 
 def test_class_averages_are_means_over_the_anchors_of_clips(place):
@@ -139,6 +232,18 @@ def test_results_hold_every_row_group_and_class(place, tmp_path, capsys):
     medians = rows[ORACLE, "all"]["classes"]["medians"]
     assert results["sdri"] == pytest.approx(np.mean([m["sdri"] for m in medians.values()]))
     assert set(medians) == {"Speech", "Dog", "Piano"}
+    assert results["leakage"] == rows[SHUFFLED, "all"]["level"]
+    assert results["identity_sdr"] == rows[IDENTITY, "all"]["sdr"]
+    low, high = results["intervals"]["sdri"]
+    assert low <= results["sdri"] <= high
+    with open(tmp_path / "results.csv", newline="") as file:
+        lines = {line["class"]: line for line in csv.DictReader(file)}
+    assert set(lines) == {"Speech", "Dog", "Piano"}
+    assert lines["Dog"]["branch"] == "Animal"
+    assert float(lines["Dog"]["oracle: sdri"]) == pytest.approx(medians["Dog"]["sdri"], abs=1e-4)
+    assert lines["Piano"]["class average: sdri"] == ""
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert "| oracle |" in (tmp_path / "results.md").read_text()
     for word in (ORACLE, AVERAGE, SHUFFLED, HALF, MIXTURE, "rare"):
         assert word in printed
 
@@ -162,7 +267,7 @@ def test_examples_are_the_quantiles(place, tmp_path):
     stem = names[0].removesuffix(".png")
     assert names == [f"{stem}.png", *(f"{stem}_{w}.wav" for w in ("estimate", "mixture", "target"))]
     assert (tmp_path / "out" / names[0]).read_bytes().startswith(b"\x89PNG")
-    figures, _ = evaluate_pairs(Model(place / "soft"), find_pairs(place / "pairs"))
+    figures, _ = score(Model(place / "soft"), find_pairs(place / "pairs"))
     target, _ = soundfile.read(tmp_path / "out" / f"{stem}_target.wav", dtype="float32")
     estimate, rate = soundfile.read(tmp_path / "out" / f"{stem}_estimate.wav", dtype="float32")
     mixture, _ = soundfile.read(tmp_path / "out" / f"{stem}_mixture.wav", dtype="float32")
@@ -177,7 +282,7 @@ def test_pairs_at_another_rate_are_resampled(place, tmp_path):
     waveform = np.random.default_rng(0).standard_normal(16000) / 10
     for name in ("1_source.wav", "1_mixture.wav"):
         soundfile.write(folder / name, waveform, 32000)
-    figures, _ = evaluate_pairs(Model(place / "soft"), find_pairs(tmp_path / "pairs"))
+    figures, _ = score(Model(place / "soft"), find_pairs(tmp_path / "pairs"))
     assert np.isfinite(figures[ORACLE]["sdr"]).all()
     assert SHUFFLED not in figures  # there is no pair of another class
 
@@ -198,17 +303,52 @@ def test_folders_that_hold_no_pairs_are_refused(tmp_path):
         find_pairs(_folder(tmp_path / "b", "class_id=3/1mixture.wav"))
 
 
-def test_pairs_of_unequal_length_are_refused(place, tmp_path):
+def test_pairs_may_differ_in_length_and_subtype(place, tmp_path):
     _folder(tmp_path, "class_id=3/1mixture.wav", "class_id=3/1source.wav")
-    _folder(tmp_path, "class_id=4/1mixture.wav", "class_id=4/1source.wav", seconds=0.4)
-    with pytest.raises(UserError, match=r"4/1mixture.wav lasts 0.4 s, the pairs before 0.5 s"):
-        evaluate_pairs(Model(place / "soft"), find_pairs(tmp_path))
+    folder = tmp_path / "class_id=4"
+    folder.mkdir()
+    source, other = tone(300, 0.4), noise(3, 0.41)
+    soundfile.write(folder / "1.source.wav", source, RATE, subtype="PCM_16")
+    soundfile.write(folder / "1.mixture.wav", source + other[: len(source)], RATE, "PCM_24")
+    soundfile.write(folder / "2.source.wav", source, RATE, subtype="DOUBLE")
+    longer = other.copy()
+    longer[: len(source)] += source
+    soundfile.write(folder / "2.mixture.wav", longer, RATE, subtype="FLOAT")
+    figures, _ = score(Model(place / "soft"), find_pairs(tmp_path))
+    assert figures[MIXTURE]["sdr"].shape == (3,)
+    # The same but for the rounding of 16 bits.
+    assert figures[ORACLE]["sdr"][1] == pytest.approx(figures[ORACLE]["sdr"][2], abs=0.05)
+
+
+def test_a_source_of_another_length_than_its_mixture_is_refused(place, tmp_path):
+    _folder(tmp_path, "class_id=3/1mixture.wav")
+    _folder(tmp_path, "class_id=3/1source.wav", seconds=0.4)
+    with pytest.raises(UserError, match=r"1mixture.wav lasts 0.5 s, 1source.wav 0.4 s"):
+        score(Model(place / "soft"), find_pairs(tmp_path))
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say():
+    rng, inside = np.random.default_rng(0), 0
+    classes = np.repeat(np.arange(4), 40)
+    for _ in range(60):
+        low, high = bootstrap_interval(rng.standard_normal(160), classes)
+        inside += low <= 0 <= high
+    assert inside >= 51  # 57 of 60 expected
+
+
+def test_averages_over_the_sources_of_other_pairs(place, tmp_path):
+    out = tmp_path / "r.json"
+    assert _evaluate(place, "soft", out, "--train-pairs", place / "pairs") == 0
+    rows = {(row["query"], row["group"]): row for row in json.loads(out.read_text())["rows"]}
+    assert rows[AVERAGE, "all"]["pairs"] == 9
+    assert set(sources_by_class(place / "pairs")) == {"Speech", "Dog", "Piano"}
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--bank", "b.npz"], "give --train-records too"),
+        (["--bank", "b.npz"], "give --train-records or --train-pairs too"),
+        (["--train-pairs", "p", "--train-records", "r"], "give one"),
         (["--bank", "b", "--train-records", "r"], "something.npz"),
         (["--examples", "2"], "needs --out-dir"),
         (["--out", "nowhere/r.json"], "make it first"),

@@ -71,6 +71,19 @@ def read_audio(
     return next(read_blocks(path, max(round(seconds * sample_rate), 1))), sample_rate
 
 
+def read_segment(
+    path: str | os.PathLike, begin_sample: int, samples: int
+) -> Float32[np.ndarray, "c t"]:
+    """Reads so many samples from one on, fewer at the file's end, without what is before."""
+    with _opened(path) as file:
+        if not 0 <= begin_sample < file.frames:
+            raise UserError(
+                f"{path} has {file.frames} samples, so none at {begin_sample}; get it again"
+            )
+        file.seek(begin_sample)
+        return _read(path, file, samples, begin_sample)[0]
+
+
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[soundfile.SoundFile]:
     _check_is_file(path)

@@ -3,9 +3,10 @@
 IN is one file, or two: a tagging net and a detector, which share the bundle then. A USS checkpoint
 holds its separator, query net and detector and becomes a separator bundle; PANNs' Cnn14 and
 Cnn14_DecisionLevelMax become a tagger bundle with a query net, a detector ("sed"), or both; HTS-AT
-becomes one in which it is both.
+becomes one in which it is both. The other way, IN is a bundle of a USS checkpoint and OUT a .ckpt,
+which the original program loads with strict=True.
 
-Reading the files needs PyTorch (pip install 'uss-jax[torch]'), and runs nothing they name.
+Both need PyTorch (pip install 'uss-jax[torch]'); nothing that a file names is run.
 """
 
 import argparse
@@ -23,8 +24,8 @@ _SEGMENT_SECONDS = 2.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("inputs", nargs="+", metavar="IN", help=".pth or .ckpt file")
-    parser.add_argument("out", metavar="OUT", help="folder of the bundle")
+    parser.add_argument("inputs", nargs="+", metavar="IN", help=".pth or .ckpt file, or a bundle")
+    parser.add_argument("out", metavar="OUT", help="folder of the bundle, or a .ckpt")
     parser.add_argument(
         "--kind",
         action="append",
@@ -35,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "example:\n"
         "  uss-jax convert 'Cnn14_mAP=0.431.pth' 'Cnn14_DecisionLevelMax_mAP=0.385.pth' panns\n"
         "  uss-jax convert HTSAT_AudioSet_Saved_1.ckpt htsat\n"
-        "  uss-jax convert net.pth tagger --kind cnn14"
+        "  uss-jax convert net.pth tagger --kind cnn14\n"
+        "  uss-jax convert uss uss.ckpt"
     )
 
 
@@ -44,6 +46,9 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.training.bundle import write_bundle
     from uss_jax.weights.unpickle import read_checkpoint
 
+    if len(args.inputs) == 1 and pathlib.Path(args.inputs[0]).is_dir():
+        _write_back(args.inputs[0], args.out)
+        return
     kinds = args.kind or [None] * len(args.inputs)
     if len(kinds) != len(args.inputs):
         raise UserError(f"{len(kinds)} --kind for {len(args.inputs)} files; give one for each")
@@ -68,6 +73,19 @@ def run(args: argparse.Namespace) -> None:
     }
     write_bundle(args.out, config, {name: part.variables for name, part in parts.items()}, foreign)
     print(f"{args.out}: a {config['kind']} bundle with {', '.join(sorted(parts))}")
+
+
+def _write_back(path: str, out: str) -> None:
+    """A bundle to a Lightning checkpoint."""
+    from uss_jax.errors import UserError
+    from uss_jax.training.bundle import read_bundle
+    from uss_jax.weights.lightning import lightning_state_dict, write_lightning
+
+    if not out.endswith(".ckpt"):
+        raise UserError(f"{path} is a folder and becomes a .ckpt; {out} is not named so")
+    state_dict = lightning_state_dict(read_bundle(path))
+    write_lightning(out, state_dict)
+    print(f"{out}: {len(state_dict)} tensors")
 
 
 def _guess_kind(path: str, state_dict: dict) -> str:

@@ -3,6 +3,9 @@
 pairs     separation: SDR and SI-SDR of pairs in the layout of `uss-jax make-pairs`
 tagging   mean average precision and ROC AUC on labelled records
 planted   whether anchors contain sounds planted at known places
+
+fsdkaggle2018, fsd50k, slakh2100, musdb18 and voicebank_demand take the folder of a data set as its
+publisher unpacks it, check that it is whole, and score it as published.
 """
 
 import argparse
@@ -13,6 +16,16 @@ _HELP = {
     "pairs": "separate pairs with several queries; SDR and SI-SDR beside trivial answers",
     "tagging": "mAP and AUC of the tagging net and the detector of a model",
     "planted": "share of mined anchors that contain a planted sound, random ones beside it",
+    "fsdkaggle2018": "mixtures of FSDKaggle2018, 41 classes; SDR and SI-SDR",
+    "fsd50k": "mixtures of FSD50K, 200 classes; SDR and SI-SDR",
+    "slakh2100": "windows of Slakh2100's songs; SDR and SI-SDR",
+    "musdb18": "songs of MUSDB18-HQ, 4 stems; SDR as museval gives it",
+    "voicebank_demand": "sentences of Voicebank-Demand; PESQ, SSNR, CSIG, CBAK, COVL",
+}
+_DATA = {
+    "pairs": "folder of the pairs",
+    "tagging": "directory of the records",
+    "planted": "directory of the records",
 }
 
 
@@ -28,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             allow_abbrev=False,
         )
         suite.add_argument("--model", required=True, metavar="B", help="bundle or workdir")
-        data = "folder of the pairs" if name == "pairs" else "directory of the records"
+        data = _DATA.get(name, "folder of the data set")
         suite.add_argument("--data", required=True, metavar="DIR", help=data)
         suite.add_argument(
             "--out", default="results.json", metavar="FILE", help="default: results.json"
@@ -36,6 +49,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_pairs(made["pairs"])
     made["tagging"].add_argument("--split", default="test", help="of the records; default: test")
     _add_planted(made["planted"])
+    made["fsd50k"].add_argument(
+        "--labels",
+        choices=("first", "all"),
+        default="first",
+        help="ask for the first label of a recording, as published, or for each of them",
+    )
+    made["slakh2100"].add_argument(
+        "--by",
+        choices=("plugin", "instrument"),
+        default="plugin",
+        help="what a class is: the plugin's name, as published, or General MIDI's instrument",
+    )
+    made["musdb18"].add_argument(
+        "--legacy",
+        action="store_true",
+        help="also give the figure with reference and estimate swapped, as the reference does",
+    )
     parser.epilog = (
         "example:\n"
         "  uss-jax evaluate pairs --model runs/separator --data pairs --out results.json\n\n"
@@ -50,6 +80,11 @@ def _add_pairs(suite: argparse.ArgumentParser) -> None:
         help="records over whose anchors a vector for each class is averaged",
     )
     suite.add_argument("--split", default="train", help="of --train-records; default: train")
+    suite.add_argument(
+        "--train-pairs",
+        metavar="DIR",
+        help="instead, a folder of pairs over whose sources it is averaged, as published",
+    )
     suite.add_argument("--bank", metavar="FILE.npz", help="store the averaged vectors")
     suite.add_argument(
         "--examples",

@@ -17,9 +17,12 @@ COMMANDS = {
     "train": "train a separator; the same command resumes",
     "make-pairs": "build evaluation pairs (mixture, source) from records",
     "evaluate": "figures of a model on a data set",
+    "compare": "our figures beside the published ones",
     "separate": "separate recordings",
     "query": "make and list stored queries",
-    "convert": "PANNs and bytedance/uss checkpoints to bundles",
+    "convert": "PANNs and bytedance/uss checkpoints to bundles, and back",
+    "export": "a separator as orbax, safetensors or StableHLO",
+    "inspect": "what a bundle, checkpoint, records directory or anchor table is",
 }
 
 

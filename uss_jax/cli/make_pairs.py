@@ -2,8 +2,9 @@
 
 For each class of the split, --per-class sources are taken: the 2-second anchor of a clip, found by
 the detector as in training. Each is mixed, at equal energy, with an anchor of a clip of unrelated
-classes. Written as DIR/class_id=K/NUMBER.source.wav and NUMBER.mixture.wav, with manifest.csv. The
-same records, detector and seed give the same pairs.
+classes or, with --pairing reference, of the next clip drawn. Written as
+DIR/class_id=K/NUMBER.source.wav and NUMBER.mixture.wav, with manifest.csv. The same records,
+detector and seed give the same pairs.
 """
 
 import argparse
@@ -22,6 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--per-class", type=positive, default=100, metavar="N", help="default: 100, as published"
     )
     parser.add_argument("--seed", type=natural, default=0, help="of every choice; default: 0")
+    parser.add_argument(
+        "--pairing",
+        choices=("conflict_free", "reference"),
+        default="conflict_free",
+        help="the second sound: of a clip of unrelated labels (default), or the next one drawn",
+    )
     parser.add_argument(
         "--groups",
         metavar="CSV",
@@ -50,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         groups=groups,
         overwrite=args.overwrite,
+        pairing=args.pairing,
     )
     print(f"{args.out}: {made.pairs} pairs of {made.classes} classes")
     if made.without_partner:

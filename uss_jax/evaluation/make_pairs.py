@@ -6,26 +6,28 @@ The layout is the published one, `class_id=K/<i>.source.wav` and `<i>.mixture.wa
 
 import csv
 import dataclasses
-import hashlib
 import os
 import pathlib
 import shutil
 from collections.abc import Iterable
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from tqdm import tqdm
 
 from uss_jax.anchors.mix import GAIN_RANGE
 from uss_jax.audio.files import write_wav
+from uss_jax.data.index import RecordIndex
+from uss_jax.data.reader import ClipReader
 from uss_jax.data.sampling import BalancedOrder
-from uss_jax.data.tfrecord import ClipReader, RecordIndex
 from uss_jax.errors import UserError
 from uss_jax.evaluation.clips import MIN_DBFS, Chosen, MinedAnchors, mine, read_segments
+from uss_jax.evaluation.scoring import samples_digest
 from uss_jax.ontology import load_ontology
 from uss_jax.training.model import Model
 
 MANIFEST = "manifest.csv"
+PAIRINGS = ("conflict_free", "reference")
 _COLUMNS = (
     "file",
     "class_index",
@@ -68,12 +70,13 @@ def make_pairs(
     seed: int,
     groups: dict[str, str],
     overwrite: bool,
+    pairing: str = PAIRINGS[0],
 ) -> MadePairs:
     """Makes pairs of a split, equally many for each of its classes; the folder appears whole.
 
     A pair's source is the anchor of a clip's class, found as in training. Its mixture adds the
-    anchor of another clip, no label of which is a label of this one, above it or below it in the
-    ontology, scaled to the same energy over the segment: as good as all mixtures have 0 dB SDR.
+    anchor of another clip, scaled to the same energy over the segment: as good as all mixtures have
+    0 dB SDR.
 
     Args:
       reader: of the split's records.
@@ -83,10 +86,11 @@ def make_pairs(
       seed: of every choice.
       groups: by id of the source's clip, for the manifest.
       overwrite: whether a folder of pairs that is there already goes.
+      pairing: one of PAIRINGS, see `draw_pairs`.
     """
     out = pathlib.Path(out)
     _check_free(out, overwrite)
-    source, partner, without_partner = draw_pairs(reader.index, per_class, seed)
+    source, partner, without_partner = draw_pairs(reader.index, per_class, seed, pairing)
     table = _mine_distinct(reader, model, source, partner)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}")
     try:
@@ -117,14 +121,21 @@ def make_pairs(
     return MadePairs(len(rows), classes, without_partner, silent)
 
 
-def draw_pairs(index: RecordIndex, per_class: int, seed: int) -> tuple[Chosen, Chosen, int]:
+def draw_pairs(
+    index: RecordIndex, per_class: int, seed: int, pairing: str = PAIRINGS[0]
+) -> tuple[Chosen, Chosen, int]:
     """(sources, partners, how many sources were left out for want of a partner).
 
     Sources follow the balanced order: each class equally often, each of its clips once before any
-    twice. A partner is an unrelated clip of a class drawn first, so that partners are balanced too.
+    twice. With the pairing "conflict_free" a partner is a clip none of whose labels is a label of
+    the source's clip, above it or below it in the ontology, of a class drawn first, so that
+    partners are balanced too. With "reference" it is the next source of another clip and class,
+    whatever else it is labelled.
     """
     order = BalancedOrder(index.label_row, index.label_class, seed)
     records, classes = order.draw(np.arange(per_class * order.round_length))
+    if pairing == "reference":
+        return _next_ones(records, classes)
     arranged = np.argsort(classes, kind="stable")  # pairs are numbered class by class
     records, classes = records[arranged], classes[arranged]
     clips = _Clips(index)
@@ -142,6 +153,30 @@ def draw_pairs(index: RecordIndex, per_class: int, seed: int) -> tuple[Chosen, C
         Chosen(records[found].astype(np.int64), classes[found].astype(np.int64)),
         Chosen(chosen[:, 0], chosen[:, 1]),
         int((~found).sum()),
+    )
+
+
+def _next_ones(
+    records: Integer[np.ndarray, " n"], classes: Integer[np.ndarray, " n"]
+) -> tuple[Chosen, Chosen, int]:
+    """Each drawn source with the next one of another clip and class."""
+    partners = np.full(len(records), -1)
+    for at in range(len(records)):
+        for step in range(1, len(records)):  # mostly one step
+            other = (at + step) % len(records)
+            if records[other] != records[at] and classes[other] != classes[at]:
+                partners[at] = other
+                break
+    if (partners < 0).all():
+        raise UserError("the split has one clip or one class only; a mixture needs two of each")
+    arranged = np.argsort(classes, kind="stable")
+    arranged = arranged[partners[arranged] >= 0]
+    records, classes = records.astype(np.int64), classes.astype(np.int64)
+    chosen = partners[arranged]
+    return (
+        Chosen(records[arranged], classes[arranged]),
+        Chosen(records[chosen], classes[chosen]),
+        int((partners < 0).sum()),
     )
 
 
@@ -234,11 +269,6 @@ def mixed_pairs(
     energy, other = (np.mean(np.square(side), axis=1) for side in (source, partner))
     gain = np.clip(np.sqrt(energy / np.maximum(other, 1e-10)), *GAIN_RANGE)
     return source + partner * gain[:, None].astype(np.float32)
-
-
-def samples_digest(waveform: Float[np.ndarray, " s"]) -> str:
-    """SHA-256 of the samples as little-endian float32."""
-    return hashlib.sha256(waveform.astype("<f4").tobytes()).hexdigest()
 
 
 def read_groups(path: str | os.PathLike) -> dict[str, str]:

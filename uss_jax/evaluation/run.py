@@ -2,20 +2,45 @@
 
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import uss_jax
+from uss_jax.atomic import replacing
 from uss_jax.errors import UserError
-from uss_jax.evaluation import pairs as pairs_suite
+from uss_jax.evaluation.averages import (
+    Averages,
+    bank_of_averages,
+    by_name,
+    class_averages,
+    file_averages,
+    source_averages,
+)
 from uss_jax.evaluation.clips import open_records
+from uss_jax.evaluation.pairs import find_pairs, sources_by_class, write_examples
 from uss_jax.evaluation.planted import (
     EVENT_SECONDS,
     SNR_DB,
     evaluate_planted,
     format_planted,
 )
-from uss_jax.evaluation.table import write_results
+from uss_jax.evaluation.scoring import Figures, Item, Row, score
+from uss_jax.evaluation.suites import (
+    fsd50k,
+    fsdkaggle2018,
+    musdb18,
+    slakh2100,
+    voicebank_demand,
+)
+from uss_jax.evaluation.summary import (
+    format_summaries,
+    headline,
+    summarise,
+    write_class_plot,
+    write_class_table,
+    write_markdown,
+)
+from uss_jax.evaluation.table import format_table, markdown_table, write_results
 from uss_jax.evaluation.tagging import evaluate_tagging, format_tagging
 from uss_jax.separation.queries import require_npz, write_bank
 from uss_jax.training.model import Model
@@ -26,59 +51,78 @@ Results = dict[str, Any]
 def run_pairs(
     model: Model,
     data: str,
+    out: str,
     *,
     train_records: str | None,
     split: str,
+    train_pairs: str | None,
     bank: str | None,
     examples: int,
     out_dir: str | None,
 ) -> tuple[Results, str]:
-    """Separation of pairs; see evaluation/pairs.py. Returns results and a table."""
-    if bank and not train_records:
-        raise UserError("--bank stores averages over training clips; give --train-records too")
+    """Separation of pairs; see evaluation/scoring.py. Returns results and a table."""
+    if train_records and train_pairs:
+        raise UserError("--train-records and --train-pairs both give class averages; give one")
+    if bank and not (train_records or train_pairs):
+        raise UserError(
+            "--bank stores averages over training clips; give --train-records or --train-pairs too"
+        )
     if bank:
         require_npz(bank)
     if examples and not out_dir:
         raise UserError("--examples needs --out-dir, the folder to write them to")
-    pairs = pairs_suite.find_pairs(data)
-    averages = None
+    pairs = find_pairs(data)
+    averages, how = {}, {"train_records": train_records, "split": split if train_records else None}
     if train_records:
         reader = open_records(train_records, split, model)
         classes = sorted({pair.class_index for pair in pairs})
-        averages = pairs_suite.class_averages(model, reader, classes)
-    figures, rows = pairs_suite.evaluate_pairs(model, pairs, averages)
-    groups = sorted({pair.group for pair in pairs if pair.group})
-    summaries = pairs_suite.summarise(pairs, figures)
-    for group in groups:
-        summaries += pairs_suite.summarise(pairs, figures, group)
-    text = [pairs_suite.format_summaries(summaries)]
+        averages = by_name(class_averages(model, reader, classes))
+    if train_pairs:
+        how = {"train_pairs": train_pairs}
+        averages = file_averages(model, sources_by_class(train_pairs), without_silence=False)
+    results, text, (figures, rows) = score_items(model, pairs, averages, out)
     if averages and bank:
-        write_bank(bank, pairs_suite.bank_of_averages(model, averages))
+        stored = bank_of_averages(model, averages, f"averaged over {train_records or train_pairs}")
+        write_bank(bank, stored)
         text.append(f"{bank}: vectors of {len(averages)} classes")
     if examples and out_dir:
-        pictures = pairs_suite.write_examples(model, pairs, figures, rows, examples, out_dir)
+        pictures = write_examples(model, pairs, figures, rows, examples, out_dir)
         text += [f"{picture}: sounds beside it" for picture in pictures]
-    half = next(row for row in summaries if row["query"] == pairs_suite.HALF)
-    headline = {key: summaries[0][key] for key in ("query", "sdr", "sdri", "si_sdr", "si_sdri")}
+    return {**results, "how": how}, "\n\n".join(text)
+
+
+def score_items(
+    model: Model, items: Sequence[Item], averages: Averages, out: str
+) -> tuple[Results, list[str], tuple[dict[str, Figures], dict[str, Row]]]:
+    """Scores items; beside `out` it writes a CSV file, a plot and Markdown, all of the same name.
+
+    Returns:
+      results, paragraphs to print, and what was scored.
+    """
+    path = pathlib.Path(out)
+    figures, rows = score(model, items, averages, unfinished=_beside(out, ".unfinished"))
+    summaries = summarise(items, figures)
+    for group in sorted({item.group for item in items if item.group}):
+        summaries += summarise(items, figures, group)
+    write_class_table(path.with_suffix(".csv"), items, summaries)
+    write_class_plot(path.with_suffix(".png"), items, summaries)
+    write_markdown(path.with_suffix(".md"), f"{model.path}", summaries)
     results = {
         "condition": model.query.module.kind,
-        **headline,
-        "baseline_sdri": half["sdri"],
-        "classes": summaries[0]["classes"],
+        **headline(summaries),
         "rows": summaries,
-        "how": {"train_records": train_records, "split": split if train_records else None},
     }
-    return results, "\n\n".join(text)
+    return results, [format_summaries(summaries)], (figures, rows)
 
 
-def run_tagging(model: Model, data: str, *, split: str) -> tuple[Results, str]:
+def run_tagging(model: Model, data: str, out: str, *, split: str) -> tuple[Results, str]:
     """Tagging of records; see evaluation/tagging.py."""
     summaries = evaluate_tagging(model, open_records(data, split, model))
     return {"rows": summaries, "how": {"split": split}}, format_tagging(summaries)
 
 
 def run_planted(
-    model: Model, data: str, *, split: str, clips: int, seed: int
+    model: Model, data: str, out: str, *, split: str, clips: int, seed: int
 ) -> tuple[Results, str]:
     """Anchors of planted events; see evaluation/planted.py."""
     summaries = evaluate_planted(model, open_records(data, split, model), clips=clips, seed=seed)
@@ -92,10 +136,99 @@ def run_planted(
     return {"rows": summaries, "how": how}, format_planted(summaries)
 
 
+def run_fsdkaggle2018(model: Model, data: str, out: str) -> tuple[Results, str]:
+    """Mixtures of FSDKaggle2018; see evaluation/suites/fsdkaggle2018.py."""
+    return _run_items(model, out, lambda split: fsdkaggle2018.items(pathlib.Path(data), split), {})
+
+
+def run_fsd50k(model: Model, data: str, out: str, *, labels: str) -> tuple[Results, str]:
+    """Mixtures of FSD50K; see evaluation/suites/fsd50k.py."""
+
+    def items(split: str) -> Sequence[Item]:
+        return fsd50k.items(pathlib.Path(data), split, all_labels=labels == "all")
+
+    return _run_items(model, out, items, {"labels": labels})
+
+
+def run_slakh2100(model: Model, data: str, out: str, *, by: str) -> tuple[Results, str]:
+    """Windows of Slakh2100; see evaluation/suites/slakh2100.py."""
+
+    def items(split: str) -> Sequence[Item]:
+        return slakh2100.items(pathlib.Path(data), split, by=by)
+
+    return _run_items(model, out, items, {"by": by})
+
+
+def _run_items(
+    model: Model, out: str, items: Callable[[str], Sequence[Item]], how: Results
+) -> tuple[Results, str]:
+    """Scores the test split, with averages over the sources of the training split's items."""
+    test = items("test")
+    averages = source_averages(model, items("train"))
+    results, text, _ = score_items(model, test, averages, out)
+    return {**results, "how": how}, "\n\n".join(text)
+
+
+def run_musdb18(model: Model, data: str, out: str, *, legacy: bool) -> tuple[Results, str]:
+    """Songs of MUSDB18-HQ; see evaluation/suites/musdb18.py."""
+    folder = pathlib.Path(data)
+    musdb18.songs(folder, "test")
+    averages = musdb18.stem_averages(model, folder)
+    unfinished = _beside(out, ".unfinished")
+    rows = musdb18.score_songs(model, folder, averages, unfinished, legacy=legacy)
+    figures = ("sdr", "sdri", *(("legacy_sdr",) if legacy else ()))
+    cells = [
+        (row["query"], *(row[f] for f in figures), *(row["stems"][s]["sdr"] for s in musdb18.STEMS))
+        for row in rows
+    ]
+    header = ("", *figures, *(f"{stem} sdr" for stem in musdb18.STEMS))
+    return _whole(model, out, rows, header, cells, {"legacy": legacy}, "dB; median over songs")
+
+
+def run_voicebank_demand(model: Model, data: str, out: str) -> tuple[Results, str]:
+    """Sentences of Voicebank-Demand; see evaluation/suites/voicebank_demand.py."""
+    folder = pathlib.Path(data)
+    voicebank_demand.sentences(folder)
+    averages = voicebank_demand.speech_average(model, folder)
+    rows = voicebank_demand.score_sentences(model, folder, averages, _beside(out, ".unfinished"))
+    figures = ("pesq", "ssnr", "csig", "cbak", "covl")
+    cells = [(row["query"], *(row[figure] for figure in figures)) for row in rows]
+    return _whole(model, out, rows, ("", *figures), cells, {}, "means over sentences; SSNR in dB")
+
+
+def _beside(out: str, ending: str) -> pathlib.Path:
+    path = pathlib.Path(out)
+    return path.with_name(f".{path.name}{ending}")
+
+
+def _whole(
+    model: Model,
+    out: str,
+    rows: Sequence[Results],
+    header: Sequence[str],
+    cells: Sequence[Sequence[Any]],
+    how: Results,
+    explanation: str,
+) -> tuple[Results, str]:
+    """Results and text of a suite of whole recordings, and their table as Markdown."""
+    lines = [f"# {model.path}", "", *markdown_table(header, cells), "", explanation]
+    with replacing(pathlib.Path(out).with_suffix(".md")) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    first = {key: value for key, value in rows[0].items() if isinstance(value, float)}
+    results = {"condition": model.query.module.kind, "query": rows[0]["query"], **first}
+    text = f"{format_table(header, cells)}\n\n{explanation}"
+    return {**results, "rows": list(rows), "how": how}, text
+
+
 SUITES: dict[str, Callable[..., tuple[Results, str]]] = {
     "pairs": run_pairs,
     "tagging": run_tagging,
     "planted": run_planted,
+    "fsdkaggle2018": run_fsdkaggle2018,
+    "fsd50k": run_fsd50k,
+    "slakh2100": run_slakh2100,
+    "musdb18": run_musdb18,
+    "voicebank_demand": run_voicebank_demand,
 }
 
 
@@ -112,7 +245,7 @@ def evaluate(suite: str, model_path: str, data: str, out: str, **options: Any) -
     if not pathlib.Path(out).absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder to write it to; make it first")
     model = Model(model_path)
-    results, text = SUITES[suite](model, data, **options)
+    results, text = SUITES[suite](model, data, out, **options)
     how = {"data": os.fspath(data), "uss_jax": uss_jax.__version__, **results.pop("how")}
     write_results(out, {"suite": suite, "model": os.fspath(model_path), **results, "how": how})
     return text

@@ -19,6 +19,15 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str | int | floa
     return "\n".join(lines)
 
 
+def markdown_table(
+    header: Sequence[str], rows: Sequence[Sequence[str | int | float | None]]
+) -> list[str]:
+    """The lines of a Markdown table: the first column to the left, numbers to the right."""
+    lines = [list(header), ["---", *["---:"] * (len(header) - 1)]]
+    lines += [[_cell(value) for value in row] for row in rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
 def _cell(value: str | int | float | None) -> str:
     if value is None:
         return "-"

@@ -16,10 +16,11 @@ from ml_collections import ConfigDict
 
 from uss_jax.anchors.table import Placement, read_table, usable, without
 from uss_jax.atomic import replacing
+from uss_jax.data.index import RecordIndex, load_index
 from uss_jax.data.metadata import read_sample_rate
 from uss_jax.data.pipeline import batches
+from uss_jax.data.reader import ClipReader
 from uss_jax.data.sampling import BalancedOrder, GroupedOrder, UniformOrder
-from uss_jax.data.tfrecord import ClipReader, RecordIndex, load_index
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 from uss_jax.training.bundle import FORMAT_VERSION, read_bundle
@@ -34,7 +35,7 @@ from uss_jax.training.throughput import Throughput, Trace
 # What decides, with seed, batch, records and anchors, which clips meet in which step.
 _DRAWING = ("data.order", "data.class_weights", "data.share", "data.clip_seconds", "mixup_alpha")
 _DRAWING += ("mixing.sources", "mixing.group_size", "mixing.order", "mixing.match_energy")
-_DRAWING += ("mixing.all_targets", "mixing.silent_share", "accumulate")
+_DRAWING += ("mixing.all_targets",)
 _DRAWING += ("anchors.min_score", "anchors.min_dbfs", "anchors.top_k", "anchors.jitter_samples")
 
 _AT_LEAST_ONE = ("total_steps", "global_batch", "accumulate", "max_skipped_steps")

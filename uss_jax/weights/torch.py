@@ -122,7 +122,8 @@ _HTSAT_FOREIGN = re.compile(
     r".*\.num_batches_tracked|(spectrogram_extractor|logmel_extractor)\..*"
     r"|layers\..*\.(relative_position_index|attn_mask)|head\.(weight|bias)",
 )
-_LIGHTNING_FOREIGN = ("anchor_segment_detector.anchor_segment_scorer.smooth_filter",)
+# The detector's moving average, a tensor of the whole checkpoint.
+SMOOTHING = "anchor_segment_detector.anchor_segment_scorer.smooth_filter"
 
 # What the arrays of a tagging net do not tell: the front ends that PANNs published, by n_fft.
 _FRONT_ENDS = {
@@ -217,7 +218,7 @@ def convert_resunet(state_dict: StateDict, fields: Fields | None = None) -> Conv
 
 def convert_lightning(state_dict: StateDict) -> dict[str, Converted]:
     """A whole training checkpoint: "separator", and "sed" and "query" where it holds them."""
-    parts, problems, known = {}, [], set(_LIGHTNING_FOREIGN)
+    parts, problems, known = {}, [], {SMOOTHING}
     for part, prefix in LIGHTNING_PREFIXES.items():
         members = {name: state_dict[name] for name in state_dict if name.startswith(prefix)}
         known.update(members)
@@ -229,7 +230,7 @@ def convert_lightning(state_dict: StateDict) -> dict[str, Converted]:
         _finish(parts[part], problems)
     # Every foreign tensor belongs to some part; the detector's smoothing goes with the detector.
     owner = parts.get("sed", parts["separator"])
-    owner.foreign.update({n: state_dict[n] for n in _LIGHTNING_FOREIGN if n in state_dict})
+    owner.foreign.update({n: state_dict[n] for n in (SMOOTHING,) if n in state_dict})
     return parts
 
 

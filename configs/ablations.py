@@ -1,0 +1,67 @@
+"""The paper's ablations and ours: `ablations.py:NAME`, a few lines each on resunet30.py.
+
+configs/README.md lists them with what they answer. The base is resunet30.py:condition=soft,
+data=balanced; all else is equal, so that the runs of two names can be compared:
+
+    uss-jax train --config configs/ablations.py:sources=3 --workdir runs/sources3 \
+        --config.data.records=/data/audioset/1.0.0 --config.sed_bundle=panns \
+        --config.query_bundle=panns
+"""
+
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict
+
+_NARROW, _WIDE = (16, 32, 64, 128, 192, 192), (48, 96, 192, 384, 576, 576)
+
+# name -> leaf of the config -> value
+ABLATIONS = {
+    # What the separator is told.
+    "condition=one_hot": {"query.kind": "one_hot"},
+    "condition=soft": {},
+    "condition=embedding": {"query.kind": "embedding"},
+    # What becomes of the query net.
+    "query=frozen": {},
+    "query=finetuned": {"query.finetune": True},
+    "query=adaptor": {"query.adaptor_width": 512},
+    "query=shortcut": {"query.adaptor_width": 527, "query.shortcut": True},
+    # Where anchors come from, and how long they are.
+    "anchors=device": {},
+    "anchors=random": {"anchors.source": "random"},
+    "segment=0.5": {"segment_seconds": 0.5},
+    "segment=1": {"segment_seconds": 1.0},
+    "segment=2": {},
+    "segment=4": {"segment_seconds": 4.0},
+    "segment=6": {"segment_seconds": 6.0},
+    "segment=8": {"segment_seconds": 8.0},
+    "segment=10": {"segment_seconds": 10.0},
+    # What is mixed.
+    "sources=2": {},
+    "sources=3": {"mixing.sources": 3},
+    "sources=4": {"mixing.sources": 4},
+    "energy=matched": {},
+    "energy=as_recorded": {"mixing.match_energy": False},
+    "order=conflict_free": {"mixing.order": "conflict_free"},
+    # The net.
+    "depth=30": {},
+    "depth=60": {"separator.blocks_per_level": 2},
+    "width=half": {"separator.channels": _NARROW},
+    "width=1.5": {"separator.channels": _WIDE},
+    "film=gain": {"separator.film_gain": True},
+    # What is learnt from.
+    "loss=l1_wav": {},
+    "loss=l1_wav_l1_sp": {"loss": "l1_wav_l1_sp"},
+    "data=balanced": {},
+    "data=full": {"data.split": "full_train"},
+}
+
+
+def get_config(argument: str = "condition=soft") -> ConfigDict:
+    """The base config with the changes of one ablation."""
+    if argument not in ABLATIONS:
+        raise ValueError(f"{argument!r}: expected one of {', '.join(ABLATIONS)}")
+    base = runpy.run_path(str(pathlib.Path(__file__).with_name("resunet30.py")))
+    config = base["get_config"]("condition=soft,data=balanced")
+    config.update_from_flattened_dict(ABLATIONS[argument])
+    return config

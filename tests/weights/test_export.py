@@ -1,0 +1,126 @@
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file
+
+from tests.tiny import RATE, SEGMENT, write_separator
+from uss_jax.cli.main import main
+from uss_jax.training.bundle import read_bundle
+from uss_jax.training.model import Model
+from uss_jax.weights import export
+from uss_jax.weights.inspection import inspect
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return write_separator(tmp_path_factory.mktemp("bundle") / "soft", "soft")
+
+
+def _export(bundle, form, out, *words):
+    words = ["export", bundle, "--format", form, "--out", out, *words]
+    return main([str(word) for word in words])
+
+
+def _flat(bundle, part="separator"):
+    return flatten_dict(read_bundle(bundle).variables(part), sep="/")
+
+
+def test_safetensors_hold_every_tensor(bundle, tmp_path, capsys):
+    assert _export(bundle, "safetensors", tmp_path / "out") == 0
+    assert "differs from the model by" in capsys.readouterr().out
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for part in ("separator", "query", "sed"):
+        for name, array in _flat(bundle, part).items():
+            np.testing.assert_array_equal(stored.pop(f"{part}/{name}"), array)
+    assert not stored
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["separator"] == read_bundle(bundle).config["separator"]
+    assert "Licence" in (tmp_path / "out" / "README.md").read_text()
+    said = inspect(tmp_path / "out")
+    assert said[0].endswith("exported separator, 8000 Hz, condition soft")
+    assert said[-1].endswith(config["hashes"]["sed"])
+
+
+def test_orbax_in_bfloat16_is_a_bundle(bundle, tmp_path):
+    assert _export(bundle, "orbax", tmp_path / "out", "--dtype", "bfloat16") == 0
+    originals = _flat(bundle)
+    for name, array in _flat(tmp_path / "out").items():
+        original = originals[name]
+        if name.startswith("params"):
+            assert array.dtype == jax.numpy.bfloat16
+            original = original.astype(jax.numpy.bfloat16)
+        np.testing.assert_array_equal(array, original)
+    mixture = np.random.default_rng(0).standard_normal((1, SEGMENT)).astype(np.float32)
+    condition = np.full((1, 527), 0.1, np.float32)
+    exact = np.asarray(Model(bundle).separate(mixture, condition))
+    close = np.asarray(Model(tmp_path / "out").separate(mixture, condition))
+    assert 0 < np.abs(exact - close).max() < 0.05 * np.abs(exact).max()  # 8 bits of mantissa
+
+
+def test_sharded_orbax_holds_the_same_in_pieces(bundle, tmp_path):
+    assert _export(bundle, "orbax", tmp_path / "out", "--shards", "4") == 0
+    for part in ("separator", "query", "sed"):
+        stored = _flat(tmp_path / "out", part)
+        for name, array in _flat(bundle, part).items():
+            np.testing.assert_array_equal(stored[name], array)
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(tmp_path / "out" / "separator").item_metadata.tree
+    kernel = tree["params"]["encoder_block1"]["conv_block1"]["conv2"]["kernel"]
+    assert kernel.shape == (3, 3, 4, 4)
+    assert kernel.storage.write_shape == (3, 3, 1, 4)
+
+
+def test_stablehlo_runs_without_this_package(bundle, tmp_path):
+    assert _export(bundle, "stablehlo", tmp_path / "out", "--window-seconds", "0.75") == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *("README.md", "condition.stablehlo", "config.json", "separate.stablehlo"),
+    ]
+    rng = np.random.default_rng(3)
+    recording = rng.standard_normal((3, SEGMENT)).astype(np.float32)
+    mixture = rng.standard_normal((3, int(0.75 * RATE))).astype(np.float32)
+    np.savez(tmp_path / "in.npz", recording=recording, mixture=mixture)
+    program = (
+        "import sys, numpy, jax\n"
+        "folder = sys.argv[1]\n"
+        "arrays = numpy.load(folder + '/in.npz')\n"
+        "read = lambda n: jax.export.deserialize(bytearray(open(folder + n, 'rb').read()))\n"
+        "condition = read('/out/condition.stablehlo').call(arrays['recording'])\n"
+        "estimate = read('/out/separate.stablehlo').call(arrays['mixture'], condition)\n"
+        "numpy.save(folder + '/out.npy', estimate)\n"
+        "assert 'uss_jax' not in sys.modules\n"
+    )
+    # In isolation the repository is not on the path either.
+    subprocess.run([sys.executable, "-I", "-c", program, str(tmp_path)], check=True)
+    model = Model(bundle)
+    condition = model.condition(recording, np.zeros(3, np.int32))
+    expected = np.asarray(model.separate(mixture, condition))
+    found = np.load(tmp_path / "out.npy")
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_an_export_that_gives_something_else_is_not_kept(bundle, tmp_path, monkeypatch, capsys):
+    real = export.load_file
+
+    def spoiled(path):
+        return {name: array * np.float32(1.1) for name, array in real(path).items()}
+
+    monkeypatch.setattr(export, "load_file", spoiled)
+    assert _export(bundle, "safetensors", tmp_path / "out") == 1
+    assert "differs from the model by" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_exported_is_said(bundle, tmp_path, capsys):
+    assert _export(bundle, "orbax", bundle) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert _export(bundle, "orbax", tmp_path / "out", "--shards", "99") == 1
+    assert "JAX_NUM_CPU_DEVICES=99" in capsys.readouterr().err
+    assert _export(bundle, "stablehlo", tmp_path / "out", "--dtype", "bfloat16") == 1
+    assert "give no --dtype" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

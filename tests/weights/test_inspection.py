@@ -1,0 +1,79 @@
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from tests.tiny import RATE, noise, write_records, write_separator
+from uss_jax.anchors.table import COLUMNS, write_table
+from uss_jax.cli.main import main
+from uss_jax.errors import UserError
+from uss_jax.separation.queries import Bank, write_bank
+from uss_jax.training.bundle import read_bundle
+from uss_jax.training.checkpoints import save_tree
+from uss_jax.training.state import parameter_count
+from uss_jax.weights.inspection import inspect
+
+
+def test_a_bundle(tmp_path, capsys):
+    path = write_separator(tmp_path / "soft", "soft")
+    save_file({"separator/x": np.zeros(2, np.float32)}, path / "foreign.safetensors")
+    assert main(["inspect", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert f"{RATE} Hz" in printed
+    assert "condition: soft" in printed
+    assert "1 tensors of a foreign checkpoint" in printed
+    config = read_bundle(path).config
+    for part in ("separator", "query", "sed"):
+        params = read_bundle(path).variables(part)["params"]
+        assert f"{parameter_count(params):,} parameters, sha256 {config['hashes'][part]}" in printed
+        for module in params:
+            assert f"  {module} " in printed
+    assert "damaged" not in printed
+
+
+def test_a_changed_bundle_is_noticed(tmp_path):
+    path = write_separator(tmp_path / "one_hot", "one_hot")
+    changed = read_bundle(path).variables("separator")
+    changed["params"]["after_conv"]["bias"] = changed["params"]["after_conv"]["bias"] + 1
+    save_tree(path / "separator", changed)
+    assert len([line for line in inspect(path) if "changed or is damaged" in line]) == 1
+
+
+def test_a_workdir_tells_its_history(tmp_path):
+    path = write_separator(tmp_path / "run", "one_hot")
+    config = json.loads((path / "config.json").read_text())
+    data = {"records": "data/x", "split": "train"}
+    config["training"] = {"total_steps": 5000, "global_batch": 16, "seed": 7, "data": data}
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "metrics.jsonl").write_text('{"step": 1, "loss": 9}\n{"step": 20, "loss": 0.5}\n')
+    text = "\n".join(inspect(path))
+    assert "0 of 5,000 steps, global batch 16" in text
+    assert "data: data/x (train), seed 7" in text
+    assert "metrics of step 20: loss 0.5" in text
+
+
+def test_records_tables_and_banks(tmp_path):
+    index = write_records(tmp_path / "records", "test", [("a", noise(1, 0.9), [72, 3])])
+    text = "\n".join(inspect(tmp_path / "records"))
+    assert "8000 Hz" in text
+    assert "test: 1 clips, 0.00 h, 2 labels of 2 classes, 1 shards" in text
+    assert index.digest in text
+
+    columns = {name: np.zeros((3, 1) if many else 3) for name, (_, many) in COLUMNS.items()}
+    keys = ("sed_hash", "index_digest", "sample_rate", "segment_samples", "clip_samples")
+    write_table(tmp_path / "anchors.npz", dict.fromkeys(keys, 12), columns)
+    assert inspect(tmp_path / "anchors.npz")[0].endswith("anchor table, 3 rows")
+
+    write_bank(tmp_path / "b.npz", Bank(("Dog",), np.zeros((1, 6)), "embedding", "abc", "by hand"))
+    text = "\n".join(inspect(tmp_path / "b.npz"))
+    assert "1 vectors of width 6" in text
+    assert "by hand" in text
+
+
+def test_anything_else_is_refused(tmp_path):
+    with pytest.raises(UserError, match="nothing that can be inspected"):
+        inspect(tmp_path)
+    (tmp_path / "x.npz").write_text("no")
+    with pytest.raises(UserError, match="cannot be read"):
+        inspect(tmp_path / "x.npz")

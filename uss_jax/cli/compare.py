@@ -1,0 +1,31 @@
+"""Lays the results in workdirs beside the published figures: the paper's table, a column for each.
+
+The results are those that `uss-jax evaluate SUITE --out WORKDIR/SUITE.json` wrote, in the folder or
+one below. What is missing is said, with the command that gives it.
+"""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="folders that hold results")
+    parser.add_argument("--out", metavar="FILE.md", help="also write the table as Markdown")
+    parser.epilog = "example:\n  uss-jax compare runs/soft runs/embedding --out comparison.md"
+
+
+def run(args: argparse.Namespace) -> None:
+    from uss_jax.atomic import replacing
+    from uss_jax.evaluation.comparison import compare
+    from uss_jax.evaluation.table import format_table, markdown_table
+
+    header, rows, missing = compare(args.workdirs)
+    print(format_table(header, rows))
+    if missing:
+        print("\nmissing:\n  " + "\n  ".join(missing))
+    if args.out:
+        lines = ["# Beside the published figures", "", *markdown_table(header, rows)]
+        if missing:
+            lines += ["", "Missing:", "", *(f"    {line}" for line in missing)]
+        with replacing(args.out) as temporary:
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        print(f"\n{args.out}: the same as Markdown")

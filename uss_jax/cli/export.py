@@ -1,0 +1,59 @@
+"""Writes a separator in another form: for other programs, other machines, or other meshes.
+
+orbax        a bundle like the one given, its arrays whole or divided (--shards), in float32 or
+             bfloat16 (--dtype)
+safetensors  one file of all tensors
+stablehlo    the functions themselves: mixture and condition to estimate, for any batch and a window
+             of fixed length, and recording to condition; they need jax alone, on cpu, cuda or tpu
+
+Each is run beside the model on noise before it is called done.
+"""
+
+import argparse
+
+from uss_jax.cli.arguments import positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", metavar="BUNDLE", help="bundle or workdir of a separator")
+    parser.add_argument("--format", required=True, choices=("orbax", "safetensors", "stablehlo"))
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of stored parameters; default: float32",
+    )
+    parser.add_argument(
+        "--shards",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="orbax: divide every array over N devices; default: 1, whole",
+    )
+    parser.add_argument(
+        "--window-seconds",
+        type=float,
+        metavar="S",
+        help="stablehlo: length of a window; default: that of a segment, 2 s as published",
+    )
+    parser.epilog = (
+        "example:\n"
+        "  uss-jax export uss --format stablehlo --out uss_stablehlo\n"
+        "  JAX_NUM_CPU_DEVICES=8 uss-jax export runs/soft --format orbax --shards 8 --out soft8"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from uss_jax.training.bundle import read_bundle
+    from uss_jax.weights.export import export
+
+    checked = export(
+        read_bundle(args.bundle),
+        args.format,
+        args.out,
+        dtype=args.dtype,
+        shards=args.shards,
+        window_seconds=args.window_seconds,
+    )
+    print(f"{args.out}: {args.format}; {checked}")

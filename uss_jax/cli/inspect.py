@@ -1,0 +1,18 @@
+"""Says what a path is: a bundle, workdir, checkpoint, records directory, anchor table, query bank.
+
+Of a model: its condition, the parameters of every module, hashes (computed anew), licence, and how
+it was trained.
+"""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH")
+    parser.epilog = "example:\n  uss-jax inspect runs/soft"
+
+
+def run(args: argparse.Namespace) -> None:
+    from uss_jax.weights.inspection import inspect
+
+    print("\n".join(inspect(args.path)))

@@ -1,0 +1,147 @@
+"""One condition for each class, averaged over training recordings.
+
+Letters: `d` width of the condition, `t` samples of a recording.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Float
+from tqdm import tqdm
+
+from uss_jax.audio.files import read_mono
+from uss_jax.data.reader import ClipReader
+from uss_jax.evaluation.clips import BATCH_SIZE, MIN_DBFS, Chosen, mine, read_segments
+from uss_jax.evaluation.scoring import Item
+from uss_jax.ontology import load_ontology
+from uss_jax.separation.queries import Bank, remove_silence
+from uss_jax.training.model import Model
+
+# A class average is settled long before this many clips; AudioSet's largest classes have a million.
+_CLIPS_OF_AVERAGE = 100
+_SEGMENTS_AT_A_TIME = 16
+
+Averages = dict[str, Float[np.ndarray, " d"]]
+
+
+def file_averages(
+    model: Model, files: Mapping[str, Sequence[str | os.PathLike]], *, without_silence: bool
+) -> Averages:
+    """The condition of each label: the mean over its files of the mean over a file's segments.
+
+    The reference's way; a last short segment is repeated to full length. None for a model that
+    knows classes only, which no recording describes.
+
+    Args:
+      model: gives the conditions.
+      files: of each label.
+      without_silence: drop silent tenths of a second first, as the reference does with recordings
+        of whole songs and sentences. Files of nothing but silence are passed over.
+    """
+
+    def read(path: str | os.PathLike) -> Float[np.ndarray, " t"]:
+        waveform = read_mono(path, model.sample_rate)
+        return remove_silence(waveform, model.sample_rate) if without_silence else waveform
+
+    return _averages(model, {label: map(read, paths) for label, paths in files.items()})
+
+
+def source_averages(model: Model, items: Sequence[Item]) -> Averages:
+    """The condition of each label over the sources of a training split's items; see above."""
+    by_label: dict[str, list[Item]] = {}
+    for item in items:
+        by_label.setdefault(item.label, []).append(item)
+    sources = {
+        label: (item.read("source", model.sample_rate) for item in same)
+        for label, same in by_label.items()
+    }
+    return _averages(model, sources)
+
+
+def _averages(model: Model, recordings: Mapping[str, Iterable[np.ndarray]]) -> Averages:
+    if model.query.module.kind == "one_hot":
+        return {}
+    averages = {}
+    for label, waveforms in tqdm(recordings.items(), "class averages", disable=None):
+        vectors = _vectors(model, waveforms)
+        if vectors:
+            averages[label] = np.mean(vectors, axis=0)
+    return averages
+
+
+def _vectors(model: Model, waveforms: Iterable[np.ndarray]) -> list[Float[np.ndarray, " d"]]:
+    """The mean condition of each recording, segments of several recordings in one batch."""
+    batch = -(-_SEGMENTS_AT_A_TIME // jax.device_count()) * jax.device_count()
+    sums: dict[int, np.ndarray] = {}
+    counts: dict[int, int] = {}
+    waiting: list[tuple[int, np.ndarray]] = []
+
+    def flush() -> None:
+        some = waiting[:batch]
+        segments = np.stack([segment for _, segment in some + some[-1:] * (batch - len(some))])
+        found = np.asarray(model.condition(segments, np.zeros(batch, np.int32)))
+        for (number, _), vector in zip(some, found, strict=False):
+            sums[number] = sums.get(number, 0) + vector.astype(np.float64)
+            counts[number] = counts.get(number, 0) + 1
+        del waiting[:batch]
+
+    length = model.segment_samples
+    for number, waveform in enumerate(waveforms):
+        for begin in range(0, len(waveform), length):
+            waiting.append((number, np.resize(waveform[begin : begin + length], length)))
+        while len(waiting) >= batch:
+            flush()
+    while waiting:
+        flush()
+    return [(sums[number] / counts[number]).astype(np.float32) for number in sorted(sums)]
+
+
+def class_averages(
+    model: Model, reader: ClipReader, classes: Sequence[int]
+) -> dict[int, Float[np.ndarray, " d"]]:
+    """The mean condition of each class's clips' anchors; classes without clips are left out.
+
+    At most 100 clips of a class, always the same; anchors below -60 dBFS do not count.
+    """
+    index = reader.index
+    labels_of_record = np.diff(index.label_row.astype(np.int64))
+    record_of_label = np.repeat(np.arange(len(index)), labels_of_record)
+    records = []
+    for label in classes:
+        clips = record_of_label[index.label_class == label]
+        keep = np.random.default_rng(label).permutation(len(clips))[:_CLIPS_OF_AVERAGE]
+        records.append(clips[np.sort(keep)])
+    if not sum(map(len, records)):
+        return {}
+    chosen = Chosen(np.concatenate(records), np.repeat(classes, [len(some) for some in records]))
+    anchors = mine(reader, chosen, model.sed, model.segment_samples)
+
+    conditions, loud = [], []
+    for first in range(0, len(chosen.records), BATCH_SIZE):
+        at = np.minimum(np.arange(first, first + BATCH_SIZE), len(chosen.records) - 1)
+        segments = read_segments(reader, chosen.records[at], anchors.at(at), model.segment_samples)
+        conditions.append(model.condition(segments, chosen.classes[at].astype(np.int32)))
+        loud.append(np.mean(np.square(segments), axis=1) >= 10 ** (MIN_DBFS / 10))
+    conditions = np.concatenate(conditions)[: len(chosen.records)]
+    loud = np.concatenate(loud)[: len(chosen.records)]
+    counts = {label: loud & (chosen.classes == label) for label in classes}
+    return {label: conditions[rows].mean(axis=0) for label, rows in counts.items() if rows.any()}
+
+
+def by_name(averages: Mapping[int, Float[np.ndarray, " d"]]) -> Averages:
+    """The averages of class indexes by the classes' names."""
+    names = load_ontology().class_names
+    return {names[label]: vector for label, vector in averages.items()}
+
+
+def bank_of_averages(model: Model, averages: Averages, how: str) -> Bank:
+    """The averages as a query bank, named by class."""
+    return Bank(
+        name=tuple(averages),
+        vectors=np.stack(list(averages.values())),
+        kind=model.query.module.kind,
+        net_hash=model.query_hash,
+        how=how,
+    )

@@ -1,0 +1,37 @@
+"""FSDKaggle2018: 41 classes of Freesound's recordings (https://zenodo.org/records/2552860).
+
+As its three archives unpack:
+
+    FSDKaggle2018.audio_train/*.wav    FSDKaggle2018.audio_test/*.wav
+    FSDKaggle2018.meta/train_post_competition.csv                  fname,label,manually_verified,...
+    FSDKaggle2018.meta/test_post_competition_scoring_clips.csv     fname,label,usage,...
+
+Published: SDRi of two-second mixtures of two recordings at equal energy, 100 of each class, asked
+for by the condition averaged over the sources of such mixtures of the training split.
+"""
+
+import pathlib
+
+from uss_jax.evaluation.suites.mixing import (
+    Mixed,
+    Recording,
+    class_index_of,
+    mixed_neighbours,
+    read_table,
+    require_files,
+)
+
+_TABLES = {"train": "train_post_competition.csv", "test": "test_post_competition_scoring_clips.csv"}
+
+
+def items(folder: pathlib.Path, split: str) -> list[Mixed]:
+    """The mixtures of a split, `train` or `test`, checked to be there."""
+    table = folder / "FSDKaggle2018.meta" / _TABLES[split]
+    audio = folder / f"FSDKaggle2018.audio_{split}"
+    require_files([table, audio], "FSDKaggle2018")
+    recordings = [
+        Recording(audio / row["fname"], (row["label"],), (class_index_of(row["label"]),))
+        for row in read_table(table, ("fname", "label"))
+    ]
+    require_files([recording.path for recording in recordings], "FSDKaggle2018")
+    return mixed_neighbours(recordings)

@@ -1,0 +1,141 @@
+"""MUSDB18-HQ: songs and their four stems (https://zenodo.org/records/3338373).
+
+As its archive unpacks:
+
+    train/<song>/    test/<song>/    each with
+        mixture.wav    vocals.wav    drums.wav    bass.wav    other.wav    (stereo, 44.1 kHz)
+
+Figures: SDR of BSSEval v4 (museval) in windows of one second side by side, the median over the
+windows of a song, then over songs. The reference hands museval the estimate as reference and the
+reference as estimate; `legacy` gives that figure too, to be compared with published ones.
+
+The distortion filters of BSSEval v4 split the error into parts whose sum they do not change, so its
+SDR needs none of them (a test holds ours to museval's); museval itself needs ffmpeg to be imported.
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float32
+from tqdm import tqdm
+
+from uss_jax.audio.files import read_audio, resample
+from uss_jax.errors import UserError
+from uss_jax.evaluation.averages import Averages, file_averages
+from uss_jax.evaluation.finished import Finished
+from uss_jax.evaluation.scoring import MIXTURE
+from uss_jax.evaluation.suites.mixing import require_files
+from uss_jax.evaluation.suites.recordings import Values, answers, identity
+from uss_jax.training.model import Model
+
+STEMS = ("vocals", "drums", "bass", "other")
+_NAME = "MUSDB18-HQ"
+
+
+def songs(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
+    """The songs of a split, `train` or `test`, checked to be whole."""
+    require_files([folder / split], _NAME)
+    found = sorted(path for path in (folder / split).iterdir() if path.is_dir())
+    if not found:
+        raise UserError(f"{folder / split} has no song; unpack {_NAME} again")
+    require_files([s / f"{name}.wav" for s in found for name in ("mixture", *STEMS)], _NAME)
+    return found
+
+
+def stem_averages(model: Model, folder: pathlib.Path) -> Averages:
+    """The condition of each stem over the training songs, silence removed, as published."""
+    train = songs(folder, "train")
+    files = {stem: [song / f"{stem}.wav" for song in train] for stem in STEMS}
+    return file_averages(model, files, without_silence=True)
+
+
+def score_songs(
+    model: Model,
+    folder: pathlib.Path,
+    averages: Averages,
+    unfinished: pathlib.Path,
+    *,
+    legacy: bool,
+) -> list[dict[str, object]]:
+    """For each row and stem the median SDR over songs, and its gain over the mixture's.
+
+    Args:
+      model: separates.
+      folder: of the data set.
+      averages: a condition of each stem.
+      unfinished: where to keep the figures of finished songs.
+      legacy: whether to give the swapped figure too.
+    """
+    test = songs(folder, "test")
+    names = [str(song) for song in test] + [str(legacy)]
+    finished = Finished(unfinished, identity(model, averages, names))
+    for song in tqdm(test, "songs", disable=None):
+        if song.name not in finished.done:
+            finished.add(song.name, _score_song(model, song, averages, legacy))
+    per_song = [finished.done[song.name] for song in test]
+    finished.remove()
+    return _summary(per_song)
+
+
+def _score_song(
+    model: Model, song: pathlib.Path, averages: Averages, legacy: bool
+) -> dict[str, Values]:
+    """ "row/stem" -> figure -> median over the song's windows."""
+    mixture, rate = read_audio(song / "mixture.wav")
+    sources = {stem: read_audio(song / f"{stem}.wav")[0] for stem in STEMS}
+    alone = {
+        stem: resample(source.mean(axis=0), rate, model.sample_rate)
+        for stem, source in sources.items()
+    }
+    found = {}
+    for (row, stem), estimate in answers(model, mixture, sources, rate, averages, alone).items():
+        values = {"sdr": median_sdr(sources[stem], estimate, rate)}
+        if legacy:
+            values["legacy_sdr"] = median_sdr(estimate, sources[stem], rate)
+        found[f"{row}/{stem}"] = values
+    return found
+
+
+def median_sdr(
+    reference: Float32[np.ndarray, "c t"], estimate: Float32[np.ndarray, "c t"], sample_rate: int
+) -> float:
+    """The median over whole windows of one second of 10 log10 of sum(ref^2) / sum((est - ref)^2).
+
+    Windows in which the sum of the channels of either is silent do not count; NaN without others.
+    """
+    count = reference.shape[1] // sample_rate
+    sides = [
+        side[:, : count * sample_rate].astype(np.float64).reshape(len(side), count, sample_rate)
+        for side in (reference, estimate)
+    ]
+    heard = np.all([np.any(side.sum(axis=0), axis=1) for side in sides], axis=0)
+    signal = np.square(sides[0]).sum(axis=(0, 2))[heard]
+    error = np.square(sides[1] - sides[0]).sum(axis=(0, 2))[heard]
+    with np.errstate(divide="ignore"):  # a perfect estimate is infinitely good
+        return float(np.median(10 * np.log10(signal / error))) if heard.any() else float("nan")
+
+
+def _summary(per_song: Sequence[dict[str, Values]]) -> list[dict[str, object]]:
+    rows: dict[str, dict[str, dict[str, float]]] = {}
+    for name in per_song[0]:
+        row, stem = name.split("/")
+        figures = {}
+        for figure in per_song[0][name]:
+            values = [song[name][figure] for song in per_song]
+            figures[figure] = float(np.nanmedian(values))
+        of_mixture = [song[f"{MIXTURE}/{stem}"]["sdr"] for song in per_song]
+        gains = np.array([song[name]["sdr"] for song in per_song]) - np.array(of_mixture)
+        figures["sdri"] = float(np.nanmedian(gains))
+        rows.setdefault(row, {})[stem] = figures
+    return [
+        {
+            "query": row,
+            "stems": stems,
+            **{
+                figure: float(np.mean([of[figure] for of in stems.values()]))
+                for figure in next(iter(stems.values()))
+            },
+        }
+        for row, stems in rows.items()
+    ]

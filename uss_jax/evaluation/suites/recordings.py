@@ -1,0 +1,76 @@
+"""Whole recordings: separated as `uss-jax separate` does, measured by a data set's own figures.
+
+Letters: `c` channels, `t` samples, `d` width of the condition.
+"""
+
+import importlib
+import json
+import types
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float32
+
+from uss_jax.errors import UserError
+from uss_jax.evaluation.averages import Averages
+from uss_jax.evaluation.scoring import AVERAGE, HALF, MIXTURE, ORACLE
+from uss_jax.separation.queries import Vectors, recording_vector
+from uss_jax.separation.recordings import Separator
+from uss_jax.training.bundle import net_hash
+from uss_jax.training.model import Model
+
+Values = dict[str, float]
+ROWS = (ORACLE, AVERAGE, HALF, MIXTURE)
+
+
+def answers(
+    model: Model,
+    mixture: Float32[np.ndarray, "c t"],
+    sources: Mapping[str, Float32[np.ndarray, "c t"]],
+    sample_rate: int,
+    averages: Averages,
+    oracles: Mapping[str, Float32[np.ndarray, "_"]],
+) -> dict[tuple[str, str], Float32[np.ndarray, "c t"]]:
+    """(row, label) -> what each way of asking gives for a recording.
+
+    Args:
+      model: separates.
+      mixture: the recording.
+      sources: label -> what is in it.
+      sample_rate: of both, in Hz.
+      averages: label -> condition.
+      oracles: label -> the source as one channel at the model's rate.
+    """
+    vectors = {}
+    if model.query.module.kind == "one_hot":
+        raise UserError(
+            f"{model.path} knows AudioSet's classes only; this data set asks by recordings"
+        )
+    for label in sources:
+        vectors[f"{ORACLE}/{label}"] = recording_vector(model, oracles[label])
+        if label in averages:
+            vectors[f"{AVERAGE}/{label}"] = averages[label]
+    separated = Separator(model).separate(mixture, sample_rate, Vectors(vectors))
+    found = {tuple(name.split("/", 1)): estimate for name, estimate in separated.items()}
+    for label in sources:
+        found[HALF, label] = mixture / 2
+        found[MIXTURE, label] = mixture
+    return found
+
+
+def identity(model: Model, averages: Averages, names: Sequence[str]) -> Iterator[bytes]:
+    """What the figures of recordings depend on, for `Finished`."""
+    yield net_hash(model.separator.variables).encode()
+    yield json.dumps([list(names), sorted(averages)]).encode()
+    for _, vector in sorted(averages.items()):
+        yield np.asarray(vector, np.float32).tobytes()
+
+
+def require_package(name: str, what: str) -> types.ModuleType:
+    """A package of the extra `suites`, or a UserError that says how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"{what} needs the package {name}: pip install 'uss-jax[suites]'"
+        ) from error

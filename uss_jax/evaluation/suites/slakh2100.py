@@ -1,0 +1,91 @@
+"""Slakh2100: songs of virtual instruments (https://zenodo.org/records/4599666).
+
+As its archive unpacks (https://github.com/ethman/slakh-utils):
+
+    train/TrackXXXXX/    validation/TrackXXXXX/    test/TrackXXXXX/    each with
+        mix.flac    stems/SNN.flac    metadata.yaml
+
+`metadata.yaml` has under `stems` for each SNN its `plugin_name` (a patch of a synthesiser) and
+`midi_program_name` (the instrument of General MIDI). Some stems were never rendered and have no
+file. Published: SDRi by plugin name of two-second windows of the true mixtures in which the source
+peaks above 0.1, up to 100 of each name that has more than 10.
+"""
+
+import collections
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import yaml
+from tqdm import tqdm
+
+from uss_jax.audio.files import audio_format, read_blocks
+from uss_jax.errors import UserError
+from uss_jax.evaluation.suites.mixing import (
+    PER_CLASS,
+    SECONDS,
+    SEED,
+    Window,
+    class_index_of,
+    require_files,
+)
+
+NAMES = {"plugin": "plugin_name", "instrument": "midi_program_name"}
+_LEAST_PEAK = 0.1
+_LEAST_WINDOWS = 10
+
+
+def items(folder: pathlib.Path, split: str, *, by: str = "plugin") -> list[Window]:
+    """The windows of a split, checked to be there.
+
+    Args:
+      folder: of the data set.
+      split: `train` or `test`.
+      by: a key of NAMES: what a class is.
+    """
+    require_files([folder / split], "Slakh2100")
+    tracks = sorted(path for path in (folder / split).iterdir() if path.is_dir())
+    require_files([t / name for t in tracks for name in ("metadata.yaml", "mix.flac")], "Slakh2100")
+    found: dict[str, list[Window]] = collections.defaultdict(list)
+    for track in tqdm(tracks, f"windows of {split}", disable=None):
+        for stem, about in _stems(track / "metadata.yaml").items():
+            source = track / "stems" / f"{stem}.flac"
+            label = about.get(NAMES[by])
+            if label and source.is_file():
+                found[label] += _windows(source, track / "mix.flac", label, by)
+    random = np.random.RandomState(SEED)
+    chosen: list[Window] = []
+    for windows in found.values():
+        if len(windows) >= PER_CLASS:
+            places = random.choice(np.arange(len(windows)), size=PER_CLASS, replace=False)
+            windows = [windows[place] for place in places]
+        if len(windows) > _LEAST_WINDOWS:
+            chosen += windows
+    if not chosen:
+        raise UserError(
+            f"no source in {folder / split} peaks above {_LEAST_PEAK} in more than "
+            f"{_LEAST_WINDOWS} windows; is this Slakh2100?"
+        )
+    return chosen
+
+
+def _stems(path: pathlib.Path) -> Mapping[str, Mapping[str, Any]]:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))["stems"]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"{path} has no readable list of stems; unpack the track again") from error
+
+
+def _windows(source: pathlib.Path, mixture: pathlib.Path, label: str, by: str) -> list[Window]:
+    """The windows of a stem in which it is loud enough, end to end from its beginning."""
+    rate = audio_format(source).sample_rate
+    length = int(SECONDS * rate)
+    windows = []
+    for number, block in enumerate(read_blocks(source, length)):
+        whole = block.shape[1] == length
+        if whole and np.abs(block.mean(axis=0)).max() > _LEAST_PEAK:
+            begin = number * SECONDS
+            index = class_index_of(label) if by == "instrument" else None
+            windows.append(Window(f"{source}@{begin:g}", label, index, source, mixture, begin))
+    return windows

@@ -1,0 +1,106 @@
+"""Voicebank-Demand: noisy sentences (https://datashare.ed.ac.uk/handle/10283/2791).
+
+As its archives unpack:
+
+    clean_trainset_28spk_wav/*.wav    noisy_trainset_28spk_wav/*.wav
+    clean_testset_wav/*.wav           noisy_testset_wav/*.wav    (the same names, 48 kHz)
+
+The paper's copy names the first two `clean_trainset_wav`, `noisy_trainset_wav`; both are taken.
+Figures at 16 kHz, means over sentences: PESQ (wide band), SSNR, CSIG, CBAK and COVL, of speech
+asked for by the condition averaged over the training sentences, silence removed.
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from uss_jax.audio.files import read_mono
+from uss_jax.errors import UserError
+from uss_jax.evaluation.averages import Averages, file_averages
+from uss_jax.evaluation.finished import Finished
+from uss_jax.evaluation.scoring import MIXTURE
+from uss_jax.evaluation.suites.mixing import require_files
+from uss_jax.evaluation.suites.recordings import Values, answers, identity, require_package
+from uss_jax.evaluation.suites.speech import RATE, speech_figures
+from uss_jax.training.model import Model
+
+SPEECH = "Speech"
+_NAME = "Voicebank-Demand"
+
+
+def sentences(folder: pathlib.Path) -> list[tuple[pathlib.Path, pathlib.Path]]:
+    """(clean, noisy) files of the test set, checked to be there."""
+    clean = folder / "clean_testset_wav"
+    require_files([clean, folder / "noisy_testset_wav"], _NAME)
+    found = [
+        (path, folder / "noisy_testset_wav" / path.name) for path in sorted(clean.glob("*.wav"))
+    ]
+    if not found:
+        raise UserError(f"{clean} has no sentence; unpack {_NAME} again")
+    require_files([noisy for _, noisy in found], _NAME)
+    return found
+
+
+def speech_average(model: Model, folder: pathlib.Path) -> Averages:
+    """The condition of speech over the clean training sentences, silence removed, as published."""
+    folders = sorted(folder.glob("clean_trainset*_wav"))
+    files = sorted(folders[0].glob("*.wav")) if folders else []
+    if not files:
+        raise UserError(
+            f"{folder} has no clean_trainset_28spk_wav/*.wav to average the condition of speech "
+            f"over; unpack {_NAME} again"
+        )
+    return file_averages(model, {SPEECH: files}, without_silence=True)
+
+
+def score_sentences(
+    model: Model, folder: pathlib.Path, averages: Averages, unfinished: pathlib.Path
+) -> list[dict[str, object]]:
+    """For each row the mean of every figure over the test sentences, and its gain over the noisy.
+
+    Args:
+      model: separates.
+      folder: of the data set.
+      averages: the condition of speech.
+      unfinished: where to keep the figures of finished sentences.
+    """
+    require_package("pesq", _NAME)
+    test = sentences(folder)
+    names = [str(clean) for clean, _ in test]
+    finished = Finished(unfinished, identity(model, averages, names))
+    for clean, noisy in tqdm(test, "sentences", disable=None):
+        if clean.name not in finished.done:
+            finished.add(clean.name, _score_sentence(model, clean, noisy, averages))
+    per_sentence = [finished.done[clean.name] for clean, _ in test]
+    finished.remove()
+    return _summary(per_sentence)
+
+
+def _score_sentence(
+    model: Model, clean: pathlib.Path, noisy: pathlib.Path, averages: Averages
+) -> dict[str, Values]:
+    """Row -> figures."""
+    mixture = read_mono(noisy, RATE)[None]
+    source = read_mono(clean, RATE)
+    if abs(len(source) - mixture.shape[1]) > RATE // 100:
+        raise UserError(f"{clean} and {noisy} are not equally long; unpack {_NAME} again")
+    length = min(len(source), mixture.shape[1])
+    source, mixture = source[:length], mixture[:, :length]
+    alone = {SPEECH: read_mono(clean, model.sample_rate)}
+    found = answers(model, mixture, {SPEECH: source[None]}, RATE, averages, alone)
+    return {row: speech_figures(source, estimate[0]) for (row, _), estimate in found.items()}
+
+
+def _summary(per_sentence: Sequence[dict[str, Values]]) -> list[dict[str, object]]:
+    summaries = []
+    for row in per_sentence[0]:
+        figures: dict[str, object] = {"query": row}
+        for figure in per_sentence[0][row]:
+            values = np.array([sentence[row][figure] for sentence in per_sentence])
+            before = np.array([sentence[MIXTURE][figure] for sentence in per_sentence])
+            figures[figure] = float(np.mean(values))
+            figures[f"{figure}_gain"] = float(np.mean(values - before))
+        summaries.append(figures)
+    return summaries

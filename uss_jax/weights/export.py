@@ -1,0 +1,321 @@
+"""Other forms of a model: orbax (whole or sharded), safetensors, StableHLO.
+
+Each is written beside its place, read back, run on noise and held to the live model, and only then
+takes its place. Each carries the model's config with its licence, and how to load it.
+
+Letters: `b` batch, `t` samples of a window, `d` width of the condition.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float
+from safetensors.numpy import load_file, save_file
+
+from uss_jax.errors import UserError
+from uss_jax.models.query import QueryNet
+from uss_jax.models.resunet import ResUNet
+from uss_jax.training.bundle import Bundle, Variables, net_hash, read_bundle, write_bundle
+from uss_jax.training.checkpoints import latest_step, save_tree
+from uss_jax.training.mesh import make_mesh
+
+FORMATS = ("orbax", "safetensors", "stablehlo")
+DTYPES = ("float32", "bfloat16")
+# Of the largest sample: what another order of float32 sums leaves.
+_TOLERANCE = 1e-4
+_PARTS = ("separator", "query", "adaptor", "sed")
+_ROWS = 2
+
+_LOAD = {
+    "orbax": """A bundle: `uss-jax separate --model` and all other commands take it. Without them,
+`orbax.checkpoint.StandardCheckpointer().restore(absolute_path_of_a_part)` reads a part.
+""",
+    "safetensors": """`safetensors.numpy.load_file("model.safetensors")`; names are
+part/collection/layer/.../leaf, convolutions are HWIO, dense layers (in, out).
+""",
+    "stablehlo": """    import jax
+    read = lambda name: jax.export.deserialize(bytearray(open(name, "rb").read()))
+    separated = read("separate.stablehlo").call(mixture, condition)
+
+mixture [b, {samples}] float32 at {rate} Hz, condition [b, {width}] float32, any b; needs jax alone.
+{condition}""",
+}
+_CONDITION = {
+    "one_hot": "The condition is 1 for the class asked for and 0 elsewhere.",
+    "soft": '`read("condition.stablehlo").call(recording)` makes conditions of recordings of the '
+    "sound asked for, [b, {samples}].",
+}
+_CONDITION["embedding"] = _CONDITION["soft"]
+
+# Runs an exported function in a bare process.
+_RUN = """
+import sys, numpy, jax
+inputs = numpy.load(sys.argv[2])
+exported = jax.export.deserialize(bytearray(open(sys.argv[1], "rb").read()))
+numpy.save(sys.argv[3], exported.call(*(inputs[name] for name in sorted(inputs.files))))
+assert not [name for name in sys.modules if name.split(".")[0] in ("uss_jax", "flax")]
+"""
+
+
+def export(
+    bundle: Bundle,
+    form: str,
+    out: str | os.PathLike,
+    *,
+    dtype: str = DTYPES[0],
+    shards: int = 1,
+    window_seconds: float | None = None,
+) -> str:
+    """Writes another form of a model; the folder appears whole, and only if it runs as the model.
+
+    Args:
+      bundle: a separator's.
+      form: one of FORMATS.
+      out: a folder that does not exist yet.
+      dtype: of stored parameters; batch statistics stay float32.
+      shards: for orbax: pieces over which every large array is divided, as on so many devices.
+      window_seconds: for stablehlo: length of a window; that of a segment when None.
+
+    Returns:
+      What was checked, for people.
+    """
+    out = pathlib.Path(out)
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another name or remove it first")
+    if form == "stablehlo":
+        _require_flatbuffers()
+        if dtype != DTYPES[0]:
+            raise UserError("stablehlo holds the function as it runs; give no --dtype")
+    separator, _ = bundle.separator()
+    parts = {p: bundle.variables(p) for p in _PARTS if _has(bundle, p)}
+    parts = {p: _cast(variables, dtype) for p, variables in parts.items()}
+    window = round((window_seconds or bundle.config["segment_seconds"]) * _rate(bundle))
+    inputs = _inputs(separator, window)
+    live = _live(separator, parts["separator"], inputs)
+
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
+    writers: dict[str, Callable[[], Float[np.ndarray, "b t"]]] = {
+        "orbax": lambda: _orbax(bundle, parts, unfinished, shards, inputs),
+        "safetensors": lambda: _safetensors(separator, parts, unfinished, inputs),
+        "stablehlo": lambda: _stablehlo(bundle, parts, unfinished, window, inputs),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if form != "orbax":
+            unfinished.mkdir()
+        difference = _require_same(live, writers[form](), f"the {form} export of {bundle.path}")
+        if form != "orbax":
+            config = {**_config(bundle), "hashes": {p: net_hash(v) for p, v in parts.items()}}
+            (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (unfinished / "README.md").write_text(_read_me(bundle, form, window))
+        unfinished.rename(out)
+    except OSError as error:
+        raise UserError(f"{out} could not be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return f"run on noise, it differs from the model by {difference:.1e} of the largest sample"
+
+
+def _has(bundle: Bundle, part: str) -> bool:
+    query = bundle.config.get("query", {})
+    if part == "query":
+        return query.get("model") is not None
+    if part == "adaptor":
+        return bool(query.get("adaptor_width"))
+    return part in bundle.config
+
+
+def _config(bundle: Bundle) -> dict[str, Any]:
+    """The bundle's config and, of a run, how far it had come."""
+    step = latest_step(bundle.path / "checkpoints")
+    return bundle.config if step is None else {**bundle.config, "step": step}
+
+
+def _rate(bundle: Bundle) -> int:
+    return int(bundle.config["sample_rate"])
+
+
+def _cast(variables: Variables, dtype: str) -> Variables:
+    params = jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype)), variables["params"])
+    statistics = variables.get("batch_stats")  # an adaptor has none
+    return {"params": params, "batch_stats": statistics} if statistics else {"params": params}
+
+
+def _inputs(separator: ResUNet, window: int) -> dict[str, np.ndarray]:
+    """A mixture of every channel as a row, and conditions; named in the order of arguments."""
+    rng = np.random.default_rng(0)
+    shape = (_ROWS, separator.audio_channels, window)
+    mixture = 0.1 * rng.standard_normal(shape).astype(np.float32)
+    condition = rng.uniform(size=(_ROWS, separator.condition_width)).astype(np.float32)
+    return {"0": mixture[:, 0] if separator.audio_channels == 1 else mixture, "1": condition}
+
+
+def _separate(separator: ResUNet, variables: Variables, mixture: Any, condition: Any) -> Any:
+    """Mixtures [b, t], or [b, channels, t] of a net of several channels, to estimates alike."""
+    mono = separator.audio_channels == 1
+    estimate = separator.apply(variables, mixture[:, None] if mono else mixture, condition)
+    return estimate[:, 0] if mono else estimate
+
+
+def _live(
+    separator: ResUNet, variables: Variables, inputs: Mapping[str, np.ndarray]
+) -> Float[np.ndarray, "..."]:
+    run = jax.jit(lambda v, m, c: _separate(separator, v, m, c))
+    return np.asarray(run(variables, inputs["0"], inputs["1"]))
+
+
+def _require_same(live: np.ndarray, exported: np.ndarray, what: str) -> float:
+    """The largest difference as a share of the largest sample; refuses more than rounding."""
+    peak = float(np.abs(live).max())
+    difference = float(np.abs(live - exported).max()) / max(peak, 1e-10)
+    if not difference <= _TOLERANCE:
+        raise UserError(f"{what} differs from the model by {difference:.1e}, so it was not kept")
+    return difference
+
+
+def _orbax(
+    bundle: Bundle,
+    parts: Mapping[str, Variables],
+    folder: pathlib.Path,
+    shards: int,
+    inputs: Mapping[str, np.ndarray],
+) -> np.ndarray:
+    """A bundle, read back and run."""
+    if shards > jax.device_count():
+        raise UserError(
+            f"--shards {shards} needs as many devices, there are {jax.device_count()}; without "
+            f"accelerators set JAX_NUM_CPU_DEVICES={shards}"
+        )
+    foreign = bundle.path / "foreign.safetensors"
+    kept = load_file(foreign) if foreign.is_file() else None
+    write_bundle(folder, _config(bundle), parts, kept)
+    if shards > 1:
+        mesh = make_mesh(jax.devices()[:shards])
+        for part, variables in parts.items():
+            save_tree(folder / part, jax.tree.map(lambda x: _divided(x, mesh), variables))
+    separator, variables = read_bundle(folder).separator()
+    return _live(separator, variables, inputs)
+
+
+def _divided(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Over the devices along its longest axis that divides by their number; else a copy on each."""
+    axes = [axis for axis, size in enumerate(array.shape) if size % mesh.size == 0]
+    spec = [None] * array.ndim
+    if axes:
+        spec[max(axes, key=lambda axis: array.shape[axis])] = mesh.axis_names[0]
+    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def _safetensors(
+    separator: ResUNet,
+    parts: Mapping[str, Variables],
+    folder: pathlib.Path,
+    inputs: Mapping[str, np.ndarray],
+) -> np.ndarray:
+    """One file of all parts, read back and run."""
+    path = folder / "model.safetensors"
+    flat = flatten_dict(dict(parts), sep="/")
+    save_file({name: np.ascontiguousarray(array) for name, array in flat.items()}, path)
+    variables = unflatten_dict(load_file(path), sep="/")["separator"]
+    return _live(separator, variables, inputs)
+
+
+def _stablehlo(
+    bundle: Bundle,
+    parts: Mapping[str, Variables],
+    folder: pathlib.Path,
+    window: int,
+    inputs: Mapping[str, np.ndarray],
+) -> np.ndarray:
+    """The functions themselves, parameters included, run in a process without this package."""
+    separator, _ = bundle.separator()
+    constants = jax.tree.map(jnp.asarray, parts["separator"])
+    (b,) = jax.export.symbolic_shape("b")
+    shapes = [
+        jax.ShapeDtypeStruct((b, *array.shape[1:]), array.dtype)
+        for _, array in sorted(inputs.items())
+    ]
+    _write_function(
+        folder / "separate.stablehlo",
+        lambda mixture, condition: _separate(separator, constants, mixture, condition),
+        shapes,
+    )
+    if "query" in parts:
+        query, variables = bundle.query()
+        variables = jax.tree.map(jnp.asarray, variables)
+        segment = round(bundle.config["segment_seconds"] * _rate(bundle))
+        recording = 0.1 * np.random.default_rng(1).standard_normal((_ROWS, segment))
+        path = folder / "condition.stablehlo"
+        _write_function(
+            path,
+            lambda recording: _condition(query, variables, recording),
+            [jax.ShapeDtypeStruct((b, segment), np.float32)],
+        )
+        recording = recording.astype(np.float32)
+        live = jax.jit(lambda v, x: _condition(query, v, x))(variables, recording)
+        _require_same(np.asarray(live), _run_alone(path, {"0": recording}), str(path))
+    return _run_alone(folder / "separate.stablehlo", inputs)
+
+
+def _condition(query: QueryNet, variables: Variables, recording: Any) -> Any:
+    classes = jnp.zeros(recording.shape[0], jnp.int32)  # a recording tells by itself
+    return query.apply(variables, recording, classes)
+
+
+def _write_function(
+    path: pathlib.Path, function: Callable[..., Any], shapes: list[jax.ShapeDtypeStruct]
+) -> None:
+    platforms = ("cpu", "cuda", "tpu")
+    path.write_bytes(jax.export.export(jax.jit(function), platforms=platforms)(*shapes).serialize())
+
+
+def _run_alone(path: pathlib.Path, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The output of an exported function in a fresh process on the CPU."""
+    given, given_back = path.with_suffix(".in.npz"), path.with_suffix(".out.npy")
+    np.savez(given, **inputs)
+    # -I: neither the working directory nor PYTHONPATH can bring this package in.
+    command = [sys.executable, "-I", "-c", _RUN, str(path), str(given), str(given_back)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise UserError(f"{path.name} did not run in a process of its own: {ran.stderr[-500:]}")
+    found = np.load(given_back)
+    given.unlink()
+    given_back.unlink()
+    return found
+
+
+def _require_flatbuffers() -> None:
+    try:
+        import flatbuffers  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "stablehlo needs the package flatbuffers: pip install 'uss-jax[export]'"
+        ) from error
+
+
+def _read_me(bundle: Bundle, form: str, window: int) -> str:
+    config = bundle.config
+    segment = round(config["segment_seconds"] * _rate(bundle))
+    about = {
+        "samples": window,
+        "rate": _rate(bundle),
+        "width": bundle.separator()[0].condition_width,
+        "condition": _CONDITION[config["query"]["kind"]].format(samples=segment) + "\n",
+    }
+    licence = config.get("licence", "as the recordings it was trained on allow")
+    return (
+        f"# A separator as {form}\n\nWritten by uss-jax; config.json says what it is.\n\n"
+        f"Licence of the parameters: {licence}\n\n{_LOAD[form].format(**about)}"
+    )

@@ -1,0 +1,150 @@
+"""What a path is: a bundle, workdir, checkpoint, query bank, records directory or anchor table."""
+
+import json
+import os
+import pathlib
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from uss_jax.anchors.table import read_header
+from uss_jax.data.index import load_index, splits
+from uss_jax.data.metadata import read_encoding, read_sample_rate
+from uss_jax.errors import UserError
+from uss_jax.separation.queries import load_bank
+from uss_jax.training.bundle import Bundle, net_hash, read_bundle
+from uss_jax.training.checkpoints import latest_step
+
+_PARTS = ("separator", "query", "adaptor", "sed")
+_KINDS = "a bundle, workdir, export, checkpoint, folder of records, anchor table or query bank"
+
+
+def inspect(path: str | os.PathLike) -> list[str]:
+    """Lines for people.
+
+    Raises:
+      UserError: it is none of what this program writes.
+    """
+    path = pathlib.Path(path)
+    if path.suffix == ".npz" and path.is_file():
+        return _of_npz(path)
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        return [f"{path}: checkpoint of step {path.name}", *_of_model(path.parent.parent)]
+    if (path / "model.safetensors").is_file() or (path / "separate.stablehlo").is_file():
+        return _of_export(path)
+    if (path / "config.json").is_file():
+        return _of_model(path)
+    if (path / "metadata.json").is_file():
+        return list(_of_records(path))
+    raise UserError(f"{path} is nothing that can be inspected; give {_KINDS}")
+
+
+def _of_export(path: pathlib.Path) -> list[str]:
+    config = read_bundle(path).config
+    files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".stablehlo"))
+    return [
+        f"{path}: exported separator, {config['sample_rate']} Hz, condition "
+        f"{config['query']['kind']}",
+        *(f"  {file.name}: {file.stat().st_size / 1e6:.1f} MB" for file in files),
+        *(f"  {part}: sha256 {digest}" for part, digest in config["hashes"].items()),
+    ]
+
+
+def _of_model(path: pathlib.Path) -> list[str]:
+    bundle = read_bundle(path)
+    config = bundle.config
+    is_workdir = (path / "checkpoints").is_dir()
+    lines = [
+        f"{path}: {config['kind']} {'workdir' if is_workdir else 'bundle'}, "
+        f"{config['sample_rate']} Hz, segments of {config['segment_seconds']:g} s"
+    ]
+    if "query" in config:
+        lines.append(f"condition: {config['query'].get('kind', 'soft')}{_adaptor(config)}")
+    if "licence" in config:
+        lines.append(f"licence: {config['licence']}")
+    for part in _PARTS:
+        lines += _of_part(bundle, part)
+    foreign = path / "foreign.safetensors"
+    if foreign.is_file():
+        from safetensors import safe_open
+
+        with safe_open(foreign, "np") as file:
+            count = len(list(file.keys()))
+        lines.append(f"{foreign.name}: {count} tensors of a foreign checkpoint, kept verbatim")
+    if "training" in config:
+        lines += _history(path, config)
+    return lines
+
+
+def _adaptor(config: dict[str, Any]) -> str:
+    width = config["query"].get("adaptor_width")
+    return f" through an adaptor of width {width}" if width else ""
+
+
+def _of_part(bundle: Bundle, part: str) -> Iterator[str]:
+    """A part's size, its modules, and its hash, held to the one in the config."""
+    section = bundle.config.get("query" if part == "adaptor" else part)
+    absent = section is None or (part == "query" and section.get("model") is None)
+    if absent or (part == "adaptor" and not section.get("adaptor_width")):
+        return
+    variables = bundle.variables(part)
+    sizes: dict[str, int] = {}
+    for name, leaf in flatten_dict(variables["params"]).items():
+        sizes[name[0]] = sizes.get(name[0], 0) + int(np.size(leaf))
+    found = net_hash(variables)
+    said = bundle.config.get("hashes", {}).get(part, found)
+    fields = section.get("model", section) if part != "adaptor" else {}
+    net = fields.get("net", "ResUNet" if part == "separator" else part)
+    yield f"{part}: {net}, {sum(sizes.values()):,} parameters, sha256 {found}"
+    if said != found:
+        yield f"  not what config.json says ({said}): the bundle was changed or is damaged"
+    yield from (f"  {name:<18}{size:>12,}" for name, size in sizes.items())
+
+
+def _history(path: pathlib.Path, config: dict[str, Any]) -> Iterator[str]:
+    training = config["training"]
+    step = config.get("step") or latest_step(path / "checkpoints")
+    total = training.get("total_steps")
+    yield f"trained: {step or 0:,} of {total:,} steps, global batch {training.get('global_batch')}"
+    data = training.get("data", {})
+    yield f"data: {data.get('records')} ({data.get('split')}), seed {training.get('seed')}"
+    metrics = path / "metrics.jsonl"
+    if metrics.is_file() and (lines := metrics.read_text().splitlines()):
+        last = json.loads(lines[-1])
+        values = ", ".join(f"{k} {v:.4g}" for k, v in last.items() if k != "step")
+        yield f"metrics of step {last['step']}: {values}"
+
+
+def _of_records(path: pathlib.Path) -> Iterator[str]:
+    rate = read_sample_rate(path)
+    yield f"{path}: records at {rate} Hz, {read_encoding(path)}"
+    for split in splits(path):
+        index = load_index(path, split)
+        hours = int(index.samples.astype(np.int64).sum()) / rate / 3600
+        yield (
+            f"  {split}: {len(index):,} clips, {hours:.2f} h, {len(index.label_class):,} labels of "
+            f"{len(np.unique(index.label_class))} classes, {len(index.shards)} shards, index "
+            f"digest {index.digest}"
+        )
+
+
+def _of_npz(path: pathlib.Path) -> list[str]:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            names = set(stored.files)
+            rows = len(stored["record"]) if "record" in names else 0
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read ({error}); give {_KINDS}") from error
+    if "net_hash" in names:
+        bank = load_bank(path)
+        lines = [f"{path}: query bank, {bank.kind}, {bank.vectors.shape[0]} vectors of width "]
+        lines[0] += f"{bank.vectors.shape[1]}, query net {bank.net_hash}"
+        return [*lines, *([bank.how] if bank.how else []), *(f"  {name}" for name in bank.name)]
+    if "header" in names:
+        header = read_header(path)
+        lines = [f"{path}: anchor table, {rows:,} rows"]
+        return [*lines, *(f"  {key}: {value}" for key, value in header.items())]
+    raise UserError(f"{path} is no anchor table and no query bank; give {_KINDS}")

@@ -1,0 +1,121 @@
+"""A bundle of a bytedance/uss checkpoint as such a checkpoint again, tensor for tensor."""
+
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from uss_jax.atomic import replacing
+from uss_jax.errors import UserError
+from uss_jax.training.bundle import Bundle
+from uss_jax.weights.torch import LIGHTNING_PREFIXES, SMOOTHING, StateDict, state_dict_of
+
+FOREIGN = "foreign.safetensors"
+# Lightning brings older files up to date by this; the version that the published ones are of.
+_LIGHTNING_VERSION = "1.6.0"
+_SEPARATOR_BUFFERS = (
+    "base.stft.conv_real.weight",
+    "base.stft.conv_imag.weight",
+    "base.istft.ola_window",
+    "base.istft.conv_real.weight",
+    "base.istft.conv_imag.weight",
+)
+_TAGGER_BUFFERS = (
+    "spectrogram_extractor.stft.conv_real.weight",
+    "spectrogram_extractor.stft.conv_imag.weight",
+    "logmel_extractor.melW",
+)
+
+
+def lightning_state_dict(bundle: Bundle) -> StateDict:
+    """All tensors of the checkpoint that the original program loads with strict=True.
+
+    Raises:
+      UserError: the bundle lacks a part, or a tensor that has no counterpart here and that
+        `uss-jax convert` would have kept.
+    """
+    parts = [part for part in LIGHTNING_PREFIXES if part not in bundle.config]
+    if parts:
+        raise UserError(
+            f"{bundle.path} has no {parts[0]}; the original program needs separator, sed and query"
+        )
+    if bundle.config["query"].get("adaptor_width"):
+        raise UserError(f"{bundle.path} has an adaptor, for which a .ckpt has no place")
+    foreign = _foreign(bundle)
+    whole: StateDict = {}
+    for part, prefix in LIGHTNING_PREFIXES.items():
+        section = bundle.config[part]
+        fields = section if part == "separator" else section["model"]
+        if fields.get("net", "cnn14") != "cnn14":
+            raise UserError(f"{bundle.path} has a {fields['net']} as {part}; a .ckpt holds Cnn14")
+        trained = state_dict_of(part, fields, bundle.variables(part), prefix)
+        kept = {name: array for name, array in foreign.items() if name.startswith(prefix)}
+        missing = [name for name in _wanted(part, prefix, fields, trained) if name not in kept]
+        if missing:
+            raise UserError(
+                f"{bundle.path / FOREIGN} lacks {missing[0]} ({len(missing)} tensors in all), "
+                "which the original program needs; convert its .ckpt anew"
+            )
+        whole |= trained | kept
+    if SMOOTHING not in foreign:
+        raise UserError(f"{bundle.path / FOREIGN} lacks {SMOOTHING}; convert its .ckpt anew")
+    return whole | {SMOOTHING: foreign[SMOOTHING]}
+
+
+def _foreign(bundle: Bundle) -> StateDict:
+    """The kept tensors by their names in the checkpoint."""
+    path = bundle.path / FOREIGN
+    if not path.is_file():
+        raise UserError(
+            f"{bundle.path} has no {FOREIGN}, and so lacks tensors that the original program "
+            "loads (transform kernels, counters, layers it never uses); only a bundle that "
+            "`uss-jax convert` made of a .ckpt can become one again"
+        )
+    return {name.partition("/")[2]: array for name, array in load_file(path).items()}
+
+
+def _wanted(part: str, prefix: str, fields: Mapping[str, Any], trained: StateDict) -> Iterator[str]:
+    """Names of the tensors without a counterpart that a net of these fields has."""
+    for name in trained:
+        if name.endswith(".running_mean"):
+            yield name.replace("running_mean", "num_batches_tracked")
+    if part != "separator":
+        yield from (prefix + name for name in _TAGGER_BUFFERS)
+        return
+    yield from (prefix + name for name in _SEPARATOR_BUFFERS)
+    for i in range(1, len(fields["channels"]) + 1):
+        norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        yield from (f"{prefix}base.decoder_block{i}.bn2.{leaf}" for leaf in norm)
+        yield from (f"{prefix}film.decoder_block{i}->beta2.{leaf}" for leaf in ("weight", "bias"))
+
+
+def write_lightning(path: str | os.PathLike, state_dict: StateDict, steps: int = 0) -> None:
+    """Writes a .ckpt as PyTorch Lightning does, whole or not at all.
+
+    Args:
+      path: the file.
+      state_dict: names and arrays.
+      steps: that the parameters were trained for.
+
+    Raises:
+      UserError: PyTorch is not installed, or there is a file already.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            "writing a PyTorch checkpoint needs PyTorch: pip install 'uss-jax[torch]'"
+        ) from error
+    if pathlib.Path(path).exists():
+        raise UserError(f"{path} exists already; name a new file")
+    content = {
+        "epoch": 0,
+        "global_step": steps,
+        "pytorch-lightning_version": _LIGHTNING_VERSION,
+        "state_dict": {name: torch.from_numpy(np.array(a)) for name, a in state_dict.items()},
+    }
+    with replacing(path) as temporary:
+        torch.save(content, temporary)

@@ -42,7 +42,10 @@ def _fit(
 
     def batch(i):
         values = {"x": i, "loss": loss.get(i, i), "grad_norm": 1}
-        values |= {"skipped_in_a_row": skipped.get(i, 0), "skipped_steps": len(skipped)}
+        values |= {
+            "skipped_in_a_row": skipped.get(i, 0),
+            "skipped_steps": sum(k <= i for k in skipped),
+        }
         return {name: np.full(8, value, np.float32) for name, value in values.items()}
 
     tree = lambda: {"total": jnp.float32(0)}  # noqa: E731

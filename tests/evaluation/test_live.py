@@ -20,6 +20,7 @@ from uss_jax.models.resunet import ResUNet
 from uss_jax.training.checkpoints import Checkpoints
 from uss_jax.training.mesh import make_mesh
 from uss_jax.training.model import Model
+from uss_jax.training.state import TrainState
 
 # Of the last two classes there are no training clips, and so no averages.
 CLASSES = (0, 0, 0, 1, 1, 300, 300, 301, 301, 72, 400, 401)
@@ -72,4 +73,4 @@ def test_pairs_of_another_length_are_said(tmp_path):
         threads=1,
     )
     with pytest.raises(UserError, match=r"5/1_mixture.wav lasts 0.4 s, other pairs 0.5 s; all of"):
-        evaluate(None)
+        evaluate(TrainState(0, {}, {}, ()))

@@ -43,6 +43,7 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
     config.data.records = ""  # the folder that `prepare` or `index` wrote
     config.data.split = SPLITS[chosen["data"]]
     config.data.order = "balanced"  # or "uniform" over clips
+    config.data.share = 1.0  # of the clips; a larger share holds those of a smaller one
     config.data.clip_seconds = 10.0
     config.data.threads = 16
     config.data.workers = 0  # processes, where one cannot decode fast enough
@@ -74,6 +75,10 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
     # "conflict_free": items change places in their group so that no mixture holds the same or a
     # nested class twice.
     config.mixing.order = "reference"
+    # Every `sources` items share one mixture, each of them a target of it.
+    config.mixing.all_targets = False
+    # So many items ask for a class that is not in their mixture, their target silence.
+    config.mixing.silent_share = 0.0
 
     config.query = ConfigDict()
     config.query.kind = chosen["condition"]
@@ -91,14 +96,35 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
     config.separator.film_gain = False
     config.separator.dtype = "float32"  # or "bfloat16" inside the U-Net
 
-    config.loss = "l1_wav"  # or "l1_wav_l1_sp"
+    config.loss = "l1_wav"  # or "l1_wav_l1_sp", "si_sdr", "snr_threshold"
     config.weight_decay = 0.0
+    config.clip_norm = 0.0  # greatest global norm of a gradient; 0 for any
+    config.ema_decay = 0.0  # of a moving average of parameters, which is then used; 0 for none
+    # Steps are skipped whose loss or gradient are no numbers; so many in a row stop the run.
+    config.max_skipped_steps = 10
     config.schedule = ConfigDict()
     config.schedule.name = "constant_warm_up"
     config.schedule.learning_rate = 1e-3
     config.schedule.warm_up_steps = 10_000
 
+    # How a step is done.
+    config.accumulate = 1  # parts of the batch, one after the other, if it does not fit at once
+    # Batch norm over the global batch, or "replica", a device's part, or so many items ("16").
+    config.batch_norm = "global"
+    config.remat = False  # True: compute the residual blocks twice instead of keeping their maps
+    # (regular expression, "fsdp" or "replicate") of names such as params/separator/.../kernel: fsdp
+    # splits an array, its moments and average over the devices. See training/mesh.py.
+    config.sharding = ()
+
     config.log_every_steps = 100
     config.checkpoint_every_steps = 10_000
-    config.keep_checkpoints = 3
+    config.keep_checkpoints = 3  # the newest
+    config.keep_best = 1  # and those of the highest SDRi of an evaluation
+
+    config.eval = ConfigDict()
+    config.eval.pairs = ""  # a folder of pairs, as `make-pairs` writes them; none if empty
+    config.eval.every_steps = 10_000
+
+    config.profile = ConfigDict()
+    config.profile.steps = ()  # (first, last): the profiler's trace of them goes to the workdir
     return config

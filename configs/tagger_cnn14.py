@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     config.data.records = ""
     config.data.split = "full_train"
     config.data.order = "balanced"
+    config.data.share = 1.0  # of the clips; a larger share holds those of a smaller one
     config.data.clip_seconds = 10.0
     config.data.threads = 8
     config.data.workers = 0  # processes, where one cannot decode fast enough
@@ -60,7 +61,13 @@ def get_config() -> ConfigDict:
     config.schedule.learning_rate = 1e-3
     config.schedule.warm_up_steps = 0
 
+    # Steps are skipped whose loss or gradient are no numbers; so many in a row stop the run.
+    config.max_skipped_steps = 10
+
     config.log_every_steps = 100
     config.checkpoint_every_steps = 10_000
     config.keep_checkpoints = 3
+
+    config.profile = ConfigDict()
+    config.profile.steps = ()  # (first, last): the profiler's trace of them goes to the workdir
     return config

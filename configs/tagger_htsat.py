@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
     config.data.records = ""
     config.data.split = "full_train"
     config.data.order = "balanced"
+    config.data.share = 1.0  # of the clips; a larger share holds those of a smaller one
     config.data.clip_seconds = 10.0
     config.data.class_weights = ConfigDict()  # class name -> places a round; 1 if not said
     config.data.max_corrupt = 0  # so many damaged records are said and left out
@@ -68,7 +69,13 @@ def get_config() -> ConfigDict:
     config.schedule.boundaries = tuple(epoch * EPOCH_STEPS for epoch in (1, 2, 11, 21))
     config.schedule.scales = (0.05, 0.1, 0.2, 0.1, 0.05)
 
+    # Steps are skipped whose loss or gradient are no numbers; so many in a row stop the run.
+    config.max_skipped_steps = 10
+
     config.log_every_steps = 100
     config.checkpoint_every_steps = 10_000
     config.keep_checkpoints = 3
+
+    config.profile = ConfigDict()
+    config.profile.steps = ()  # (first, last): the profiler's trace of them goes to the workdir
     return config

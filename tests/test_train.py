@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,29 @@ from tests.tiny import (
     write_separator,
 )
 from uss_jax.cli.main import main
+from uss_jax.models.resunet import ResUNet
 from uss_jax.training import run
+from uss_jax.training.checkpoints import Checkpoints
 from uss_jax.training.model import Model
+from uss_jax.training.nets import layout
+from uss_jax.training.state import parameter_count
 
 ADAPTOR = {"query.adaptor_width": 6, "query.adaptor_hidden": 8, "query.shortcut": True}
 OPEN = {"anchors.source": "random", "query.kind": "one_hot"}  # needs no other net
+EVERY_OTHER_WAY = OPEN | {
+    "loss": "snr_threshold",
+    "mixing.all_targets": True,
+    "mixing.silent_share": 0.5,
+    "mixing.group_size": 4,
+    "global_batch": 16,
+    "accumulate": 2,
+    "batch_norm": "replica",
+    "remat": True,
+    "separator.dtype": "bfloat16",
+    "sharding": (("kernel", "fsdp"),),
+    "clip_norm": 0.5,
+    "ema_decay": 0.5,
+}
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +72,7 @@ def _leaves(tree):
         ("resunet30.py:condition=soft,data=balanced", {"query.finetune": True}),
         ("resunet30.py:condition=embedding,data=full", ADAPTOR),
         ("resunet30.py", {**OPEN, "mixing.sources": 3, "loss": "l1_wav_l1_sp"}),
+        ("resunet30.py", EVERY_OTHER_WAY),
         ("quickstart.py:part=separator", {"data.order": "uniform", "separator.dtype": "bfloat16"}),
     ],
 )
@@ -76,6 +96,11 @@ def test_separators_train_and_their_workdir_is_a_bundle(
         assert (moved > 0) == ("query.finetune" in changed)
         np.testing.assert_array_equal(_leaves(model.sed.variables), _leaves(tagger_variables()))
     assert ("adaptor" in model.query.variables["params"]) == ("query.shortcut" in changed)
+    with Checkpoints(tmp_path / "run" / "checkpoints", keep=None) as checkpoints:
+        used = "ema" if "ema_decay" in changed else "params"
+        assert ("ema" in checkpoints.items(2)) == (used == "ema")
+        saved = checkpoints.read(2, used)["separator"]
+        np.testing.assert_array_equal(_leaves(model.separator.variables["params"]), _leaves(saved))
 
 
 @pytest.mark.long
@@ -113,6 +138,10 @@ def _records(path, **metadata):
         ({"data.split": "test"}, 'has no shards of split "test" (it has "train")'),
         ({"data.order": "random"}, "config.data.order is 'random', expected balanced or uniform"),
         ({"data.clip_seconds": 0.2}, "config.segment_seconds=0.5 is longer than"),
+        ({"data.share": 0.0}, "config.data.share=0.0 is not above 0 and at most 1"),
+        ({"data.share": 1e-6}, "config.data.share=1e-06 of 8 clips is none; raise it"),
+        ({"profile.steps": (3, 2)}, "config.profile.steps is (3, 2), expected (first, last)"),
+        ({"eval.pairs": "nowhere"}, "nowhere holds no pairs; expected class_id=K"),
         ({"sample_rate": 16000}, "holds clips of 8000 Hz, config.sample_rate is 16000"),
         ({"sed_bundle": ""}, "config.sed_bundle is empty; give a tagger's bundle"),
         ({"sed_bundle": "nowhere"}, "nowhere is not a bundle or workdir"),
@@ -136,6 +165,25 @@ def _records(path, **metadata):
             {"separator.dtype": "float8"},
             "separator.dtype is 'float8', expected float32 or bfloat16",
         ),
+        ({"batch_norm": "local"}, "expected global, replica or a number of items that divides 8"),
+        ({"batch_norm": "3"}, "config.batch_norm is '3', expected global"),
+        ({"accumulate": 3}, "not divisible by 8 devices in each of config.accumulate=3 parts; use"),
+        (
+            {"accumulate": 2, "global_batch": 16, "mixing.group_size": 16},
+            "not divisible by config.mixing.group_size=16 in each of config.accumulate=2 parts",
+        ),
+        (
+            {"mixing.all_targets": True, "mixing.sources": 3},
+            "group_size=8 to be a multiple of config.mixing.sources=3",
+        ),
+        ({"mixing.silent_share": 1.5}, "config.mixing.silent_share=1.5 is not between 0 and 1"),
+        (
+            {"mixing.silent_share": 0.1, "mixing.sources": 8},
+            "config.mixing.silent_share=0.1 needs a config.mixing.group_size above",
+        ),
+        ({"ema_decay": 1.0}, "config.ema_decay=1.0 is not between 0 and 1"),
+        ({"clip_norm": -1.0}, "config.clip_norm=-1.0 is below 0"),
+        ({"sharding": (("kernel", "half"),)}, "config.sharding has the rule ('kernel', 'half')"),
         ({"separator.n_fft": 100}, "n_fft / 2 = 50 is not divisible by 2 ** 2 (levels)"),
         ({"separator.audio_channels": 2}, "config.separator.audio_channels is 2, expected 1"),
     ],
@@ -215,3 +263,32 @@ def test_records_damaged_while_training_stop_it(tmp_path, place, monkeypatch, ca
     error = capsys.readouterr().err
     assert said in error
     assert "toy-train.tfrecord-00000-of-00001" in error
+
+
+@pytest.mark.long
+def test_a_dry_run_says_what_a_run_would_need_and_writes_nothing(
+    place, tmp_path, capsys, quick_compilation
+):
+    changed = {"data.records": "", "sed_bundle": place / "tagger", "query_bundle": place / "tagger"}
+    words = train_words("resunet30.py", place, tmp_path / "run", changed)
+    del words[words.index("--workdir") : words.index("--workdir") + 2]
+    assert main([*words, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    separator = parameter_count(
+        layout(ResUNet(n_fft=128, hop_samples=64, channels=(4, 4)))["params"]
+    )
+    tagger = parameter_count(tagger_variables()["params"])
+    for part in (
+        "mesh: 8 x cpu along data",
+        f"{separator / 1e6:.2f} M trained, {2 * tagger / 1e6:.2f} M frozen",
+        "8 items, 1 a device",
+        "the peak of cpu is not known",
+    ):
+        assert part in said
+    assert re.search(r"memory on a device: 0\.\d+ GB", said)
+    (read,) = re.findall("input: (.*) MB a step", said)
+    assert float(read) == pytest.approx(8 * (2 * RATE + 3 * 4 + 2) / 1e6, rel=1e-3)
+    assert not (tmp_path / "run").exists()
+
+    assert main(words) == 1
+    assert "--workdir is missing" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import pathlib
 import jax
 import numpy as np
 
+from uss_jax.audio.files import write_wav
 from uss_jax.data.examples import serialise
 from uss_jax.data.metadata import write_metadata
 from uss_jax.data.tfrecord import RecordIndex, RecordWriter, build_index
@@ -137,6 +138,17 @@ def write_place(path) -> pathlib.Path:
     write_records(path / "records", "train", clips)
     write_tagger(path / "tagger")
     return path
+
+
+def write_pairs(directory, classes) -> None:
+    """Evaluation pairs of half a second, one for each class index given."""
+    for number, label in enumerate(classes):
+        folder = pathlib.Path(directory) / f"class_id={label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        source = tone(300 + 90 * number, 0.5)
+        mixture = source + noise(number, 0.5, amplitude=0.05 * (1 + number))
+        for side, waveform in (("source", source), ("mixture", mixture)):
+            write_wav(folder / f"{number}_{side}.wav", waveform[None], RATE)
 
 
 def train_words(config, place, workdir, changed=None) -> list[str]:

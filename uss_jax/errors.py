@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this"."""
+"""The exceptions that the command line turns into a sentence and an exit status."""
 
 
 class UserError(Exception):
@@ -6,4 +6,12 @@ class UserError(Exception):
 
     The command line prints the sentence on standard error and exits with 1; a traceback is for
     our own mistakes only.
+    """
+
+
+class Stopped(Exception):
+    """A run was asked to stop by SIGTERM and has saved all; the same command goes on.
+
+    The command line prints the sentence and exits with 143, as a process does that SIGTERM ends:
+    schedulers then start it again.
     """

@@ -1,24 +1,33 @@
 """Training a separator, from top to bottom: `uss-jax train` = `python -m uss_jax.train`."""
 
+import functools
 import os
 import pathlib
 from typing import Any
 
 import jax
+import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from uss_jax.anchors.table import AnchorTable
 from uss_jax.errors import UserError
+from uss_jax.evaluation.live import make_evaluation, workdir_averages
+from uss_jax.evaluation.pairs import find_pairs
+from uss_jax.models.norm import SCOPES
 from uss_jax.models.query import KINDS, QueryNet
+from uss_jax.models.resunet import ResUNet
 from uss_jax.models.tagging import TaggingNet
 from uss_jax.training import nets, run
 from uss_jax.training.bundle import Bundle, net_hash, read_bundle
 from uss_jax.training.checkpoints import latest_step, save_tree
+from uss_jax.training.loop import Evaluate
 from uss_jax.training.losses import LOSSES
-from uss_jax.training.mesh import make_mesh
-from uss_jax.training.optim import adamw_amsgrad, make_schedule
+from uss_jax.training.mesh import check_rules, make_mesh, replicated
+from uss_jax.training.optim import adamw_amsgrad, clipped, make_schedule
+from uss_jax.training.plan import clip_batch, describe
 from uss_jax.training.state import create_state
-from uss_jax.training.step import make_separation_step
+from uss_jax.training.step import Step, make_separation_step
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
@@ -34,7 +43,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
     # Devices, optimiser and records.
     mesh = make_mesh()
     _check(config)
-    optimizer = adamw_amsgrad(make_schedule(**config.schedule), config.weight_decay)
+    optimizer, schedule = _optimizer(config)
     workdir = run.open_workdir(workdir)
     segment_samples = round(config.segment_seconds * config.sample_rate)
     records = run.open_records(
@@ -61,22 +70,37 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
         {"separator": variables["params"], "query": trained_query["params"]},
         {"separator": variables["batch_stats"], "query": trained_query["batch_stats"]},
         optimizer,
+        ema=config.ema_decay > 0,
     )
 
     # One step as a pure function.
-    step = make_separation_step(
-        separator,
-        query,
-        step_sed,
-        optimizer,
-        LOSSES[config.loss],
-        segment_samples=segment_samples,
-        sources=config.mixing.sources,
-        group_size=config.mixing.group_size,
-        match_energy=config.mixing.match_energy,
-        min_dbfs=config.anchors.min_dbfs,
-        speed=config.speed and config.speed.to_dict(),
-    )
+    if config.accumulate > 1 and config.batch_norm == "global":
+        part = config.global_batch // config.accumulate
+        run.say(f"batch norms see {part} items at a time: config.accumulate={config.accumulate}")
+    step = _step(config, separator, query, step_sed, optimizer, mesh)
+
+    # Figures of pairs now and then.
+    pairs = find_pairs(config.eval.pairs) if config.eval.pairs else []
+
+    def evaluation(frozen: Any) -> Evaluate:
+        averages = None
+        if sed is not None and config.query.kind != "one_hot" and not trained_query["params"]:
+            averages = workdir_averages(workdir, config.data.records, config.data.split, pairs)
+        run.say(
+            f"{len(pairs)} pairs every {config.eval.every_steps} steps, by the conditions of their "
+            f"sources{' and averaged ones' if averages else ''}"
+        )
+        return make_evaluation(
+            separator,
+            query,
+            frozen,
+            pairs,
+            averages,
+            mesh=mesh,
+            sample_rate=config.sample_rate,
+            batch_size=config.global_batch,
+            threads=config.data.threads,
+        )
 
     # The loop, from where the run stands.
     sections = {
@@ -97,7 +121,105 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
         kind="separator",
         nets=sections,
         clips_per_step=config.global_batch,
+        learning_rate=schedule,
+        dtype=config.separator.dtype,
+        counted=_step(config, separator, query, step_sed, optimizer, mesh, remat=False),
+        evaluation=evaluation if pairs else None,
     )
+
+
+def dry_run(config: ConfigDict) -> list[str]:
+    """Compiles the step that a config asks for, for the devices at hand, without data or workdir.
+
+    Where no bundle of a frozen net is given, the net that `sed_net` or `query_net` names is taken
+    as published.
+
+    Returns:
+      Lines that say mesh, parameters, operations, memory and input.
+    """
+    mesh = make_mesh()
+    _check(config)
+    optimizer, _ = _optimizer(config)
+    sed, query, frozen, trained = _shapes_of_condition_nets(config)
+    separator = nets.build_separator(
+        {**config.separator, "condition_width": nets.condition_width(query)}
+    )
+    variables = nets.layout(separator)
+    state = jax.eval_shape(
+        functools.partial(create_state, optimizer=optimizer, ema=config.ema_decay > 0),
+        {"separator": variables["params"], "query": trained["params"]},
+        {"separator": variables["batch_stats"], "query": trained["batch_stats"]},
+    )
+    from_table = config.anchors.source == "table"
+    seconds = config.segment_seconds if from_table else config.data.clip_seconds
+    samples = round(seconds * config.sample_rate)
+    return describe(
+        _step(config, separator, query, sed, optimizer, mesh),
+        state,
+        frozen,
+        clip_batch(config.global_batch, samples, from_table=from_table),
+        counted=_step(config, separator, query, sed, optimizer, mesh, remat=False),
+        rules=config.sharding,
+        mesh=mesh,
+        dtype=config.separator.dtype,
+    )
+
+
+def _optimizer(
+    config: ConfigDict,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimiser and its learning rate."""
+    schedule = make_schedule(**config.schedule)
+    return clipped(adamw_amsgrad(schedule, config.weight_decay), config.clip_norm), schedule
+
+
+def _step(
+    config: ConfigDict,
+    separator: ResUNet,
+    query: QueryNet,
+    sed: TaggingNet | None,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    remat: bool | None = None,
+) -> Step:
+    """The training step; `remat` instead of the config's."""
+    remat = config.remat if remat is None else remat
+    options = {}
+    if config.sharding:
+        whole = functools.partial(jax.lax.with_sharding_constraint, shardings=replicated(mesh))
+        options["gather"] = whole
+    return make_separation_step(
+        separator.clone(norm_scope=_norm_scope(config), remat=remat),
+        query,
+        sed,
+        optimizer,
+        LOSSES[config.loss],
+        segment_samples=round(config.segment_seconds * config.sample_rate),
+        sources=config.mixing.sources,
+        group_size=config.mixing.group_size,
+        match_energy=config.mixing.match_energy,
+        min_dbfs=config.anchors.min_dbfs,
+        speed=config.speed and config.speed.to_dict(),
+        all_targets=config.mixing.all_targets,
+        silent_share=config.mixing.silent_share,
+        accumulate=config.accumulate,
+        ema_decay=config.ema_decay,
+        **options,
+    )
+
+
+def _norm_scope(config: ConfigDict) -> str | int:
+    """What a batch norm is taken over."""
+    if config.batch_norm in SCOPES:
+        return config.batch_norm
+    part = config.global_batch // config.accumulate
+    items = int(config.batch_norm) if config.batch_norm.isdigit() else 0
+    if not items or part % items:
+        raise UserError(
+            f"config.batch_norm is {config.batch_norm!r}, expected {', '.join(SCOPES)} or a number "
+            f"of items that divides {part}"
+        )
+    return items
 
 
 def _check(config: ConfigDict) -> None:
@@ -113,6 +235,31 @@ def _check(config: ConfigDict) -> None:
         if value not in allowed:
             expected = " or ".join(map(str, allowed))
             raise UserError(f"config.{key} is {value!r}, expected {expected}")
+    if config.eval.pairs and config.eval.every_steps < 1:
+        raise UserError(
+            f"config.eval.every_steps is {config.eval.every_steps}, expected at least 1"
+        )
+    _norm_scope(config)
+    check_rules(config.sharding)
+    mixing = config.mixing
+    if mixing.all_targets and mixing.group_size % mixing.sources:
+        raise UserError(
+            f"config.mixing.all_targets needs config.mixing.group_size={mixing.group_size} to be a "
+            f"multiple of config.mixing.sources={mixing.sources}"
+        )
+    for key, share in (
+        ("mixing.silent_share", mixing.silent_share),
+        ("ema_decay", config.ema_decay),
+    ):
+        if not 0 <= share < 1:
+            raise UserError(f"config.{key}={share} is not between 0 and 1")
+    if mixing.silent_share and mixing.sources >= mixing.group_size:
+        raise UserError(
+            f"config.mixing.silent_share={mixing.silent_share} needs a config.mixing.group_size "
+            f"above config.mixing.sources={mixing.sources}: an item asks for what another is"
+        )
+    if config.clip_norm < 0:
+        raise UserError(f"config.clip_norm={config.clip_norm} is below 0; 0 clips nothing")
     if not 1 <= config.mixing.sources <= config.mixing.group_size:
         raise UserError(
             f"config.mixing.sources={config.mixing.sources} is not between 1 and "
@@ -156,6 +303,34 @@ def _condition_nets(
         _keep(workdir, "query", {item: tagger[item]["tagger"] for item in tagger})
     if query.adaptor_width:
         trained["params"]["adaptor"] = nets.init_adaptor(query, jax.random.key(config.seed))
+    return sed, query, {**frozen, "query": tagger}, trained
+
+
+def _shapes_of_condition_nets(
+    config: ConfigDict,
+) -> tuple[TaggingNet | None, QueryNet, dict[str, Any], dict[str, Any]]:
+    """As `_condition_nets`, of shapes."""
+
+    def model(part: str) -> dict[str, Any]:
+        location = config[f"{part}_bundle"]
+        if location:
+            return read_bundle(location).config[part]["model"]
+        return {"net": config[f"{part}_net"], "sample_rate": config.sample_rate}
+
+    sed, frozen = None, {}
+    if config.anchors.source == "device":
+        sed = nets.build_sed(model("sed"))
+        frozen["sed"] = nets.layout(sed)
+    one_hot = config.query.kind == "one_hot"
+    query = nets.build_query({**config.query}, None if one_hot else model("query"))
+    tagger, trained = ({"params": {}, "batch_stats": {}} for _ in range(2))
+    if not one_hot:
+        tagger = {name: {"tagger": tree} for name, tree in nets.layout(query.tagger).items()}
+    if query.finetune:
+        tagger, trained = trained, tagger
+    if query.adaptor_width:
+        adaptor = functools.partial(nets.init_adaptor, query)
+        trained["params"]["adaptor"] = jax.eval_shape(adaptor, jax.random.key(0))
     return sed, query, {**frozen, "query": tagger}, trained
 
 

@@ -75,6 +75,8 @@ def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
         kind="tagger",
         nets={"sed": model, "query": model},
         clips_per_step=clips_per_step,
+        learning_rate=schedule,
+        dtype=config.tagger.dtype,
         labels=True,
     )
 

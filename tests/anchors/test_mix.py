@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from tests.golden.compare import relative_error
-from uss_jax.anchors.mix import GAIN_RANGE, energy, mix
+from uss_jax.anchors.mix import GAIN_RANGE, energy, mix, mix_sets
 
 CASES = [
     "plain", "one_silent", "one_very_weak", "two_silent", "batch1", "batch2", "all_silent"
@@ -80,3 +80,18 @@ def test_energy_of_a_padded_segment_is_over_its_true_samples():
     actual = energy(jnp.asarray(segment), jnp.array([50, 20, 0]))
     expected = [np.mean(segment[0] ** 2), np.mean(segment[1, :20] ** 2), 0]
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sources", [1, 2, 3])
+@pytest.mark.parametrize("match", [False, True])
+def test_targets_of_a_set_add_up_to_the_mixture_that_its_first_item_has_in_a_group(sources, match):
+    segment = noises(6, 50) * np.array([1, 0.1, 3, 1e-4, 0, 1], np.float32)[:, None]
+    mixture, target = mix_sets(
+        jnp.asarray(segment), energy(jnp.asarray(segment)), sources=sources, match_energy=match
+    )
+    np.testing.assert_array_equal(target[::sources], segment[::sources])
+    sets = target.reshape(-1, sources, 50)
+    for i in range(sources):
+        np.testing.assert_allclose(mixture[i::sources], sets.sum(axis=1), atol=1e-5)
+    grouped = mixtures(segment, sources, match_energy=match)
+    np.testing.assert_allclose(mixture[::sources], grouped[::sources], atol=1e-5)

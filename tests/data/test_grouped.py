@@ -23,7 +23,7 @@ def _labels(records=400, seed=0):
     return np.cumsum([0, *map(len, rows)]), np.array([k for row in rows for k in row])
 
 
-def _grouped(seed=0, conflict_free=True, sources=2, kind=BalancedOrder):
+def _grouped(seed=0, conflict_free=True, sources=2, kind=BalancedOrder, sets=False):
     label_row, label_class = _labels(seed=seed)
     order = kind(label_row, label_class, seed)
     return order, GroupedOrder(
@@ -34,24 +34,28 @@ def _grouped(seed=0, conflict_free=True, sources=2, kind=BalancedOrder):
         group_size=GROUP,
         sources=sources,
         conflict_free=conflict_free,
+        sets=sets,
     )
 
 
-def _literal_conflicts(seed, records, sources):
-    """By the rule in words: [groups, items] whether a pair of the item's mixture conflicts."""
+def _literal_marks(seed, records, classes, sources, sets=False):
+    """By the rules in words, [groups, items]: conflict, and absence of the class further on."""
     label_row, label_class = _labels(seed=seed)
     of = lambda record: label_class[label_row[record] : label_row[record + 1]].tolist()  # noqa: E731
-    relatives = load_ontology().relatives
-    marked = np.zeros(records.shape, bool)
+    relatives = lambda label: load_ontology().relatives(int(label))  # noqa: E731
+    marked, absent = np.zeros(records.shape, bool), np.zeros(records.shape, bool)
     for group, item in np.ndindex(records.shape):
-        mixture = [records[group, (item + k) % GROUP] for k in range(sources)]
+        begin = item // sources * sources if sets else item
+        mixture = [records[group, (begin + k) % GROUP] for k in range(sources)]
         marked[group, item] = any(
             b in relatives(a)
             for one, other in itertools.combinations(mixture, 2)
             for a in of(one)
             for b in of(other)
         )
-    return marked
+        asked = classes[group, (item + sources) % GROUP]
+        absent[group, item] = not any(b in relatives(asked) for one in mixture for b in of(one))
+    return marked, absent
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -61,12 +65,21 @@ def test_marks_are_the_conflicts_and_arranging_leaves_few(seed, sources):
     shares = []
     for conflict_free in (False, True):
         _, grouped = _grouped(seed, conflict_free, sources)
-        records, _, marked = grouped.draw_marked(positions)
-        literal = _literal_conflicts(seed, records.reshape(-1, GROUP), sources)
-        np.testing.assert_array_equal(marked.reshape(-1, GROUP), literal)
-        shares.append(marked.mean())
+        drawn = [x.reshape(-1, GROUP) for x in grouped.draw_marked(positions)]
+        np.testing.assert_array_equal(drawn[2:], _literal_marks(seed, *drawn[:2], sources))
+        shares.append(drawn[2].mean())
+        assert 0.5 < drawn[3].mean() < 1  # enough that can be asked for, and some that cannot
     assert shares[0] > 0.05
     assert shares[1] < shares[0] / 4
+
+
+@pytest.mark.parametrize("conflict_free", [False, True])
+def test_marks_of_sets_are_those_of_the_mixture_that_they_share(conflict_free):
+    _, grouped = _grouped(sources=4, conflict_free=conflict_free, sets=True)
+    drawn = [x.reshape(-1, GROUP) for x in grouped.draw_marked(np.arange(GROUP * 6))]
+    literal = _literal_marks(0, *drawn[:2], 4, sets=True)
+    np.testing.assert_array_equal(drawn[2:], literal)
+    assert 0 < literal[0].mean() < 1
 
 
 @pytest.mark.parametrize("kind", [BalancedOrder, UniformOrder])

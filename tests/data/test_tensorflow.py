@@ -1,4 +1,4 @@
-"""TensorFlow's own readers read our records (needs TensorFlow, which the package does not)."""
+"""TensorFlow's own readers read our records (extra `tensorflow`, in an environment of its own)."""
 
 import hashlib
 import importlib.util

@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -118,9 +119,9 @@ def test_small_variance_far_from_zero_is_seen_on_many_devices_once_the_mean_is_k
     assert distance(y, expected) < 1e-3
 
 
-def loss(variables, weight, x, shift=None, gain=None):
+def loss(variables, weight, x, shift=None, gain=None, norm=NORM):
     """A scalar in which every output has another weight; its gradient by x needs them all."""
-    y, _ = NORM.apply(variables, x, True, shift=shift, gain=gain, mutable=["batch_stats"])
+    y, _ = norm.apply(variables, x, True, shift=shift, gain=gain, mutable=["batch_stats"])
     return jnp.sum(weight * y)
 
 
@@ -184,3 +185,60 @@ def test_bfloat16_maps_keep_float32_statistics():
     _, expected = train(random_variables(), x.astype(jnp.bfloat16).astype(jnp.float32))
     for name, value in expected["batch_stats"].items():
         np.testing.assert_allclose(updates["batch_stats"][name], value, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [None, 1, SHAPE[0]])
+def test_parts_of_a_batch_are_normalised_as_batches_of_their_own(rows):
+    part = 4
+    with jax.enable_x64(True):
+        variables, weight = random_variables(dtype=float), normal(*SHAPE, seed=3, dtype=float)
+        x = normal(*SHAPE, dtype=float) * np.arange(1, 9).reshape(8, 1, 1, 1)
+        arguments = [variables, weight, x]
+        if rows:
+            arguments += [normal(rows, 3, seed=seed, dtype=float) for seed in (4, 5)]
+
+        def apart(variables, weight, x, *modulation):
+            total = 0
+            for begin in range(0, 8, part):
+                rows = slice(begin, begin + part)
+                own = [v if v.shape[0] == 1 else v[rows] for v in modulation]
+                total += plain_loss(variables, weight[rows], x[rows], *own)
+            return total
+
+        which = tuple(range(len(arguments)))
+        together = functools.partial(loss, norm=BatchNorm(part))
+        actual = jax.jit(jax.value_and_grad(together, argnums=which))(*arguments)
+        expected = jax.jit(jax.value_and_grad(apart, argnums=which))(*arguments)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), actual, expected
+        )
+        _, found = BatchNorm(part).apply(variables, x, True, mutable=["batch_stats"])
+        halves = [literal_torch(variables, x[at : at + part])[1] for at in range(0, 8, part)]
+        for name, value in found["batch_stats"].items():
+            mean = np.mean([half[name] for half in halves], axis=0)
+            np.testing.assert_allclose(value, mean, rtol=1e-11)
+
+
+@pytest.mark.parametrize(("over", "alike"), [("replica", 2), (2, 2), (4, 4)])
+def test_parts_of_a_sharded_batch_are_those_of_one_device(over, alike):
+    """Parts of one device need no word between devices; only their mean statistics do."""
+    x = normal(16, 6, 5, 3) * np.arange(1, 17).reshape(16, 1, 1, 1).astype(np.float32)
+    variables = random_variables()
+
+    def apply(over, x):
+        return BatchNorm(over).apply(variables, x, True, mutable=["batch_stats"])
+
+    (y, stats), code = on_mesh(functools.partial(apply, over), x)
+    one_y, one_stats = jax.jit(functools.partial(apply, alike))(x)
+    np.testing.assert_allclose(y, one_y, atol=2e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), stats, one_stats)
+    if alike == 2:
+        _, output_only = on_mesh(lambda x: apply(over, x)[0], x)
+        assert not re.search("all-(reduce|gather|to-all)|collective-permute", output_only)
+        assert code.count(" all-reduce(") == 1
+
+
+def test_parts_that_do_not_divide_a_batch_are_refused():
+    for over in (3, 16, 0):
+        with pytest.raises(ValueError, match=f"a batch of 8 items .* in parts of {over}"):
+            BatchNorm(over).apply(random_variables(), normal(*SHAPE), True, mutable=["batch_stats"])

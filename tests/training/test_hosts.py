@@ -1,75 +1,125 @@
 """Two processes of two devices train as one process of four, and one of them writes."""
 
 import json
-import socket
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from tests.tiny import CONFIGS, train_words, write_place
-from uss_jax.training.checkpoints import Checkpoints
+from tests.tiny import CONFIGS, train_words, write_pairs, write_place
+from uss_jax.errors import UserError
+from uss_jax.training.checkpoints import Checkpoints, latest_step
+from uss_jax.training.hosts import ENVIRONMENT, join_hosts
+from uss_jax.training.throughput import read_ledger
 
-SCRIPT = """
-import sys
-import jax
-devices, address, hosts, host, *words = sys.argv[1:]
-jax.config.update("jax_num_cpu_devices", int(devices))
-jax.config.update("jax_disable_most_optimizations", True)
-if int(hosts) > 1:
-    jax.distributed.initialize(address, int(hosts), int(host))
-from uss_jax.cli.main import main
-sys.exit(main(words))
-"""
+LIGHT = {"anchors.source": "random", "query.kind": "one_hot"}
 
 
-def _run(words, hosts):
-    """What each host prints, less what the collectives' library does."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(4 // hosts), address, str(hosts), str(host), *words],
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return write_place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Starts `uss-jax` words on four devices of so many processes, which compile once."""
+    environment = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+    }
+
+    def start(words, hosts):
+        return subprocess.Popen(
+            ["bash", "launch/local.sh", str(hosts), *words],
             cwd=CONFIGS.parent,
+            env={**environment, "JAX_NUM_CPU_DEVICES": str(4 // hosts)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for host in range(hosts)
-    ]
-    ended = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0] * hosts, "\n".join(
-        err for _, err in ended
-    )
-    return [[line for line in out.splitlines() if "Gloo" not in line] for out, _ in ended]
+
+    return start
 
 
-def _metrics(workdir):
+def _printed(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def _metrics(workdir, name="loss"):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return np.array([[line["step"], line["loss"]] for line in lines])
+    return np.array([[line["step"], line[name]] for line in lines if name in line])
 
 
 @pytest.mark.long
-def test_two_hosts_train_as_one_and_one_goes_on_alone(tmp_path):
-    place = write_place(tmp_path / "place")
-    light = {"anchors.source": "random", "query.kind": "one_hot"}
+def test_two_hosts_train_as_one_and_one_goes_on_alone(place, start, tmp_path):
+    write_pairs(tmp_path / "pairs", [3, 3, 3, 7, 9])
+    changed = {**LIGHT, "eval.pairs": tmp_path / "pairs", "eval.every_steps": 2}
     words = lambda name, steps: train_words(  # noqa: E731
-        "resunet30.py", place, tmp_path / name, {**light, "total_steps": steps}
+        "resunet30.py", place, tmp_path / name, {**changed, "total_steps": steps}
     )
-    _run(words("one", 4), hosts=1)
-    first, second = _run(words("two", 2), hosts=2)
-    assert any("on 4 devices" in line for line in first)
-    assert second == []
+    _printed(start(words("one", 4), hosts=1))
+    assert _printed(start(words("two", 2), hosts=2)).count("on 4 devices") == 1
+    assert read_ledger(tmp_path / "two")[0]["hosts"] == 2
     assert len(list((tmp_path / "two").glob("events.*"))) == 1
-    _run(words("two", 4), hosts=1)
+    _printed(start(words("two", 4), hosts=1))
 
     # Sums in another order, in float32.
     np.testing.assert_allclose(_metrics(tmp_path / "two"), _metrics(tmp_path / "one"), rtol=1e-4)
+    sdri = [_metrics(tmp_path / name, "eval/sdri") for name in ("two", "one")]
+    np.testing.assert_allclose(*sdri, atol=1e-3)
+    assert sdri[0][:, 0].tolist() == [2, 4]
     params = []
     for name in ("one", "two"):
         with Checkpoints(tmp_path / name / "checkpoints", keep=None) as checkpoints:
             params.append(checkpoints.read(4, "params"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *params)
+
+
+@pytest.mark.long
+def test_sigterm_to_one_host_stops_all_after_the_same_step_saved(place, start, tmp_path):
+    """The host that does not write gets it."""
+    changed = {**LIGHT, "total_steps": 100_000, "checkpoint_every_steps": 100_000}
+    workdir = tmp_path / "run"
+    started = start(train_words("resunet30.py", place, workdir, changed), hosts=2)
+    metrics = workdir / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size) and started.poll() is None:
+        time.sleep(0.02)
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    assert len(children) == 2, started.communicate()[1]
+    os.kill(int(children[-1]), signal.SIGTERM)
+    err = started.communicate(timeout=60)[1]
+    assert started.returncode == 143, err
+    stopped = re.findall(r"^uss-jax: stopped by SIGTERM and saved after step (\d+)", err, re.M)
+    assert stopped == [str(latest_step(workdir / "checkpoints"))] * 2
+    assert int(_metrics(workdir)[-1, 0]) == int(stopped[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"processes": 2, "process": 0}, "--coordinator is missing"),
+        ({"coordinator": "a:1", "process": 0}, "--processes is missing"),
+        ({"coordinator": "a:1", "processes": 2, "process": 2}, "--process 2 is not between 0 and"),
+        ({"coordinator": "a", "processes": 2, "process": 1}, "--coordinator a has no port"),
+        ({"coordinator": "a:1", "processes": "two", "process": 1}, "must be whole numbers"),
+    ],
+)
+def test_processes_that_cannot_meet_are_told_why(monkeypatch, given, said):
+    if "two" not in given.values():
+        with pytest.raises(UserError, match=said):
+            join_hosts(**given)
+    for name, value in given.items():
+        monkeypatch.setenv(ENVIRONMENT[name], str(value))
+    with pytest.raises(UserError, match=said):
+        join_hosts()

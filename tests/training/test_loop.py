@@ -1,40 +1,56 @@
 import itertools
 import json
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from uss_jax.errors import UserError
+from uss_jax.errors import Stopped, UserError
 from uss_jax.training.checkpoints import Checkpoints
 from uss_jax.training.loop import fit
 from uss_jax.training.mesh import make_mesh, on_all_devices
 from uss_jax.training.metrics import MetricsWriter
 from uss_jax.training.state import TrainState
+from uss_jax.training.throughput import Throughput, Trace, read_ledger
 
 
 def _step(state, frozen, batch, key):
     """Adds the batch's mean; metrics come with the batch."""
     del frozen, key
     params = {"total": state.params["total"] + jnp.mean(batch["x"])}
-    metrics = {name: jnp.mean(batch[name]) for name in ("loss", "grad_norm")}
+    metrics = {name: jnp.mean(batch[name]) for name in ("loss", "grad_norm", "skipped_in_a_row")}
     return TrainState(state.step + 1, params, state.batch_stats, state.opt_state), metrics
 
 
-def _fit(workdir, *, total=12, log=100, checkpoint=100, loss=None, grad_norm=None):
+def _fit(
+    workdir,
+    *,
+    total=12,
+    log=100,
+    checkpoint=100,
+    loss=None,
+    skipped=None,
+    stop=10,
+    trace=(0, 0),
+    **options,
+):
     """Runs on batches of which number i has x = i; metrics of a step can be given."""
     mesh = make_mesh()
-    loss, grad_norm = loss or {}, grad_norm or {}
+    loss, skipped = loss or {}, skipped or {}
 
     def batch(i):
-        values = {"x": i, "loss": loss.get(i, i), "grad_norm": grad_norm.get(i, 1)}
+        values = {"x": i, "loss": loss.get(i, i), "grad_norm": 1}
+        values |= {"skipped_in_a_row": skipped.get(i, 0), "skipped_steps": len(skipped)}
         return {name: np.full(8, value, np.float32) for name, value in values.items()}
 
     tree = lambda: {"total": jnp.float32(0)}  # noqa: E731
     state = TrainState(jnp.int32(0), tree(), tree(), tree())
     with (
-        Checkpoints(workdir / "checkpoints", keep=100) as checkpoints,
+        Checkpoints(
+            workdir / "checkpoints", keep=options.pop("keep", 100), keep_best=1
+        ) as checkpoints,
         MetricsWriter(workdir, 0, total, "toy") as writer,
     ):
         return fit(
@@ -48,8 +64,13 @@ def _fit(workdir, *, total=12, log=100, checkpoint=100, loss=None, grad_norm=Non
             checkpoints=checkpoints,
             position=lambda done: {"done": done},
             writer=writer,
+            throughput=Throughput(workdir, 0, 8, 1, "float32", _step),
+            trace=Trace(workdir / "profile", *trace),
+            learning_rate=options.pop("learning_rate", lambda done: 1 / (1 + done)),
             log_every_steps=log,
             checkpoint_every_steps=checkpoint,
+            max_skipped_steps=stop,
+            **options,
         )
 
 
@@ -72,23 +93,67 @@ def test_reports_means_since_the_last_report_at_logs_checkpoints_and_the_end(tmp
     ]
     assert _saved(tmp_path) == [6, 11]
     for line in _lines(tmp_path):
-        assert line["steps_per_second"] > 0
+        assert line["items_per_second"] == pytest.approx(8 / line["step_seconds"])
+        assert line["learning_rate"] == pytest.approx(1 / line["step"])
         assert 0 <= line["input_wait_share"] <= 1
 
 
-@pytest.mark.parametrize("name", ["loss", "grad_norm"])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_run_gone_wrong_stops_before_it_is_saved(tmp_path, name, value):
-    # At step 8 a checkpoint is due; the gradient of a step may be broken where its loss is not.
-    with pytest.raises(UserError, match=rf"the {name} is .* by step 8; lower config.schedule"):
-        _fit(tmp_path, checkpoint=2, **{name: {8: value}})
-    assert _saved(tmp_path) == [2, 4, 6]
+def test_a_run_gone_wrong_stops_with_the_last_good_state_saved(tmp_path):
+    skipped = {8: 1, 9: 2, 10: 3, 11: 4}
+    with pytest.raises(UserError, match=r"no numbers in 4 steps up to step 11, .* saved"):
+        _fit(tmp_path, log=1, checkpoint=5, skipped=skipped, stop=4)
+    assert _saved(tmp_path) == [5, 10, 11]
     with Checkpoints(tmp_path / "checkpoints", keep=100) as checkpoints:
-        assert checkpoints.position(6) == {"done": 6}
-        assert checkpoints.read(6, "params")["total"] == 21
-    assert [line["step"] for line in _lines(tmp_path)] == [2, 4, 6]
+        assert checkpoints.position(11) == {"done": 11}
 
 
-def test_a_loss_gone_wrong_between_reports_is_seen_at_the_next(tmp_path):
-    with pytest.raises(UserError, match="the loss is nan by step 10"):
-        _fit(tmp_path, log=5, loss={7: np.nan})
+def test_the_loss_reported_is_of_the_steps_that_were_not_skipped(tmp_path):
+    _fit(tmp_path, total=4, log=4, loss={2: np.nan, 3: np.inf}, skipped={2: 1, 3: 2})
+    assert [line["loss"] for line in _lines(tmp_path)] == [2.5]
+
+
+def test_the_ledger_has_an_entry_for_each_start(tmp_path):
+    _fit(tmp_path, total=6, log=2)
+    _fit(tmp_path, total=4, log=2)
+    first, second = read_ledger(tmp_path)
+    assert (first["step"], second["step"]) == (6, 4)
+    for entry in (first, second):
+        assert (entry["devices"], entry["hosts"], entry["global_batch"]) == (8, 1, 8)
+        assert entry["items_per_second"] == pytest.approx(8 / entry["step_seconds"])
+        assert entry["compile_seconds"] > 0
+        assert 0 <= entry["input_wait_share"] <= 1
+
+
+def test_evaluations_are_reported_and_the_best_state_is_kept(tmp_path):
+    sdri = {2: 1.0, 4: 3.0, 6: 2.0, 8: 2.5}
+    _fit(
+        tmp_path,
+        total=8,
+        keep=1,
+        evaluate=lambda state: {"sdri": sdri[int(state.step)]},
+        evaluate_every_steps=2,
+    )
+    lines = _lines(tmp_path)
+    assert {line["step"]: line["eval/sdri"] for line in lines} == sdri
+    assert _saved(tmp_path) == [4, 8]
+    with Checkpoints(tmp_path / "checkpoints", keep=None) as checkpoints:
+        assert [checkpoints.figures(step) for step in (4, 8)] == [{"sdri": 3.0}, {"sdri": 2.5}]
+
+
+def test_the_profiler_traces_the_steps_asked_for(tmp_path):
+    _fit(tmp_path, total=5, trace=(2, 3))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_sigterm_saves_after_the_step_and_says_so(tmp_path):
+    def rate(done):
+        if done == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return 1.0
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="saved after step 5; run it again"):
+        _fit(tmp_path, log=4, learning_rate=rate)
+    assert _saved(tmp_path) == [5]
+    assert [line["step"] for line in _lines(tmp_path)] == [4, 5]
+    assert signal.getsignal(signal.SIGTERM) == before

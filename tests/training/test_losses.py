@@ -5,6 +5,7 @@ import pytest
 
 from tests.golden.compare import distance, relative_error
 from tests.golden.inputs import make_batch
+from uss_jax.evaluation import metrics
 from uss_jax.training.losses import LOSSES, binary_cross_entropy, l1_waveform
 
 
@@ -35,8 +36,20 @@ def test_golden_values_and_gradients(golden, tag, name, gradient_tolerance):
 def test_silence_has_no_loss_and_a_finite_gradient(name):
     silence = jnp.zeros((2, 1, 4000))
     value, gradient = value_and_gradient(name, silence, silence)
-    assert value == 0
+    assert abs(value) < 1e-6
     np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("level", [1e-4, 1e-2, 1.0])
+def test_sound_in_place_of_silence_is_a_finite_loss_that_falls_with_its_level(name, level):
+    estimate, _ = pair((3, 1, 4000), "mono")
+    silence = jnp.zeros_like(estimate)
+    value, gradient = value_and_gradient(name, level * estimate, silence)
+    quieter, _ = value_and_gradient(name, level / 2 * estimate, silence)
+    assert jnp.isfinite(gradient).all()
+    assert 0 <= quieter < value
+    assert jnp.sum(gradient * estimate) > 0  # the step down makes it quieter
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -47,6 +60,23 @@ def test_every_item_has_its_own_loss(name):
     assert together.shape == (3,)
     np.testing.assert_allclose(together, alone, rtol=1e-6)
     assert len(set(together.tolist())) == 3
+
+
+def test_si_sdr_is_the_figure_of_evaluation_whatever_the_level():
+    other, target = (x[:, :1] for x in pair((3, 2, 4000), "mono"))
+    estimate = target + 0.1 * other
+    figure = metrics.si_sdr(target[:, 0], estimate[:, 0])
+    for level in (0.3, 1.0, 3.0):
+        np.testing.assert_allclose(LOSSES["si_sdr"](level * estimate, target), -figure, atol=1e-2)
+
+
+def test_snr_threshold_is_the_snr_that_gains_nothing_above_its_threshold():
+    _, target = pair((1, 1, 4000), "mono")
+    noise = jnp.asarray(np.random.default_rng(0).standard_normal(target.shape), jnp.float32)
+    noise *= jnp.sqrt(jnp.mean(target**2) / jnp.mean(noise**2))
+    for snr, loss in ((0, -0.0), (10, -9.96), (30, -26.99), (60, -29.996)):
+        found = LOSSES["snr_threshold"](target + 10 ** (-snr / 20) * noise, target)[0]
+        assert float(found) == pytest.approx(loss, abs=0.02)
 
 
 def test_l1_by_hand():

@@ -1,17 +1,28 @@
 """A step on eight devices is the step on one."""
 
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from tests.tiny import RATE, TAGGER, random_variables, tagger_variables
+from uss_jax.errors import UserError
 from uss_jax.models.query import QueryNet
 from uss_jax.models.resunet import ResUNet
 from uss_jax.training.losses import LOSSES
-from uss_jax.training.mesh import make_mesh, on_all_devices, to_devices
+from uss_jax.training.mesh import (
+    check_rules,
+    lay_out,
+    make_mesh,
+    on_all_devices,
+    replicated,
+    state_shardings,
+    to_devices,
+)
 from uss_jax.training.nets import build_sed, fields_of
 from uss_jax.training.optim import adamw_amsgrad
 from uss_jax.training.state import create_state
@@ -23,12 +34,13 @@ OPTIMIZER = adamw_amsgrad(1e-3)
 BATCH, CLIP, SEGMENT = 16, RATE // 2, RATE // 4
 
 
-def _separation(channels=(4, 4)):
+def _separation(channels=(4, 4), gather=lambda params: params, **fields):
     """Step, state and frozen variables: device-found anchors, soft condition.
 
     One mixing group spans all devices.
     """
     separator = ResUNet(n_fft=128, hop_samples=64, channels=channels, condition_width=527)
+    separator = separator.clone(**fields)
     variables = random_variables(separator, (1, 1, SEGMENT), (1, 527))
     tagger = tagger_variables(net=SMALL)
     step = make_separation_step(
@@ -42,6 +54,7 @@ def _separation(channels=(4, 4)):
         group_size=BATCH,
         match_energy=True,
         min_dbfs=-60.0,
+        gather=gather,
     )
     params, stats = ({"separator": variables[k], "query": {}} for k in ("params", "batch_stats"))
     frozen = {"sed": tagger, "query": {k: {"tagger": tagger[k]} for k in tagger}}
@@ -78,14 +91,15 @@ def _batch(number, dtype):
     }
 
 
-def _train(made, devices, dtype, steps=20):
-    """Losses of the steps and the gradient of the first."""
+def _train(made, devices, dtype, steps=20, rules=()):
+    """Losses of the steps, the gradient of the first and the last state."""
     step, params, stats, frozen = made
     cast = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)  # noqa: E731
     mesh = make_mesh(jax.devices()[:devices])
-    state = on_all_devices(create_state(cast(params), cast(stats), OPTIMIZER), mesh)
+    state = lay_out(create_state(cast(params), cast(stats), OPTIMIZER, ema=True), rules, mesh)
+    layout = jax.tree.map(lambda x: x.sharding, state)
     frozen, key = on_all_devices(cast(frozen), mesh), on_all_devices(jax.random.key(0), mesh)
-    jitted = jax.jit(step, donate_argnums=0)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
     losses, gradient = [], None
     with jax.set_mesh(mesh):
         for number in range(steps):
@@ -94,7 +108,7 @@ def _train(made, devices, dtype, steps=20):
             if gradient is None:
                 gradient = jax.tree.map(lambda m: np.asarray(m) / 0.1, state.opt_state[0].mu)
     assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(state.params))
-    return np.array(losses), gradient
+    return np.array(losses), gradient, state
 
 
 def _distance(found, wanted):
@@ -115,8 +129,8 @@ def _distance(found, wanted):
 def test_eight_devices_train_as_one(make, dtype, tolerance):
     with jax.enable_x64(dtype == np.float64):
         made = make()
-        eight, eight_gradient = _train(made, 8, dtype)
-        one, one_gradient = _train(made, 1, dtype)
+        eight, eight_gradient, _ = _train(made, 8, dtype)
+        one, one_gradient, _ = _train(made, 1, dtype)
     losses, gradient = np.abs(eight / one - 1).max(), _distance(eight_gradient, one_gradient)
     print(f"\n{make.__name__} {dtype.__name__}: losses {losses:.1e}, gradient {gradient:.1e}")
     assert losses < tolerance
@@ -124,24 +138,75 @@ def test_eight_devices_train_as_one(make, dtype, tolerance):
     assert one[-1] != one[0]
 
 
-@pytest.mark.long
-def test_published_structure_reduces_twice_a_batch_norm_and_never_gathers(quick_compilation):
-    """66 for the 33 batch norms, and one for gradients and metrics together."""
-    step, params, stats, frozen = _separation(channels=(4,) * 6)
+def _compiled(made, rules=()):
+    step, params, stats, frozen = made
     mesh = make_mesh()
-    norms = len({key[:-1] for key, _ in jax.tree_util.tree_leaves_with_path(stats)})
-    assert norms == 33
-    arguments = (create_state(params, stats, OPTIMIZER), frozen)
+    state = lay_out(create_state(params, stats, OPTIMIZER, ema=bool(rules)), rules, mesh)
+    layout = jax.tree.map(lambda x: x.sharding, state)
     batch = to_devices(_batch(0, np.int16), mesh)
     with jax.set_mesh(mesh):
-        lowered = jax.jit(step).lower(
-            *on_all_devices(arguments, mesh), batch, on_all_devices(jax.random.key(0), mesh)
-        )
-    text = lowered.compile().as_text()
-    reduces = len(re.findall(r"\ball-reduce(?:-start)?\(", text))
-    print(f"\n{reduces} all-reduces")
-    assert norms <= reduces <= 2 * norms + 2
+        jitted = jax.jit(step, out_shardings=(layout, None))
+        frozen, key = on_all_devices((frozen, jax.random.key(0)), mesh)
+        return jitted.lower(state, frozen, batch, key).compile()
+
+
+def _reduces(text):
+    return len(re.findall(r"\ball-reduce(?:-start)?\(", text))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("fields", "least", "most"),
+    [({}, 33, 66 + 2), ({"norm_scope": "replica", "remat": True}, 1, 1 + 2)],
+)
+def test_published_structure_reduces_twice_a_batch_norm_and_never_gathers(
+    fields, least, most, quick_compilation
+):
+    """66 for the 33 batch norms, none where they are a device's own; one for the gradients."""
+    made = _separation(channels=(4,) * 6, **fields)
+    assert len({key[:-1] for key, _ in jax.tree_util.tree_leaves_with_path(made[2])}) == 33
+    text = _compiled(made).as_text()
+    print(f"\n{_reduces(text)} all-reduces")
+    assert least <= _reduces(text) <= most
     assert not re.search(r"\b(all-gather|all-to-all)(-start)?\(", text)
+
+
+def test_a_state_split_by_rules_trains_as_a_whole_one(quick_compilation):
+    """Each of eight devices holds an eighth of what is split, moments and average too."""
+    mesh = make_mesh()
+    whole = functools.partial(jax.lax.with_sharding_constraint, shardings=replicated(mesh))
+    rules = [(r"film1/.*bias$", "replicate"), (r"separator/", "fsdp")]
+    plain, _, state = _train(_separation((8,)), 8, np.float32, 5)
+    split, _, split_state = _train(_separation((8,), whole), 8, np.float32, 5, rules)
+    np.testing.assert_allclose(split, plain, rtol=1e-6)
+
+    def one_device(state):
+        trees = state.params, state.opt_state, state.ema
+        return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(trees))
+
+    share = one_device(split_state) / one_device(state)
+    assert 1 / 8 < share < 1 / 8 + 0.02
+    layout = split_state.params["separator"]["encoder_block1"]["conv_block1"]
+    assert layout["film1"]["shift"]["bias"].sharding.is_fully_replicated
+    assert layout["film1"]["shift"]["kernel"].sharding.spec == PartitionSpec(None, "data")
+
+
+def test_rules_take_the_largest_axis_that_divides_and_the_first_match():
+    mesh = make_mesh()
+    state = {"a": np.zeros((3, 16, 8)), "b": np.zeros((6, 5)), "c": np.zeros(8), "d": np.zeros(8)}
+    layout = state_shardings(state, [("c", "replicate"), ("[abc]", "fsdp")], mesh)
+    assert {k: tuple(v.spec) for k, v in layout.items()} == {
+        "a": (None, "data"),
+        "b": (),
+        "c": (),
+        "d": (),
+    }
+
+
+@pytest.mark.parametrize("rule", [("a", "split"), ("(", "fsdp"), ("a",), 3])
+def test_a_rule_that_is_none_is_refused(rule):
+    with pytest.raises(UserError, match=r"config.sharding has the rule .*replicate or fsdp"):
+        check_rules([rule])
 
 
 def test_rows_go_to_the_devices_in_order():

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from tests.conftest import GOLDEN
-from uss_jax.training.optim import adamw_amsgrad, make_schedule
+from uss_jax.training.optim import adamw_amsgrad, clipped, make_schedule
 
 SCHEDULES = json.loads((GOLDEN / "lr_schedules.json").read_text())
 STEPS = 300
@@ -106,3 +106,16 @@ def test_state_holds_no_buffer_twice():
     state = adamw_amsgrad(1e-3).init(jnp.ones((4, 4)))
     leaves = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
     assert len(set(leaves)) == len(leaves) > 3
+
+
+def test_clipping_keeps_the_direction_of_a_gradient_and_bounds_its_norm():
+    gradient = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
+    optimizer = clipped(optax.sgd(1.0), 2.0)
+    updates, _ = optimizer.update(gradient, optimizer.init(gradient))
+    jax.tree.map(
+        lambda u, g: np.testing.assert_allclose(u, -g * 2 / 5, rtol=1e-6), updates, gradient
+    )
+    small = jax.tree.map(lambda g: g / 10, gradient)
+    updates, _ = optimizer.update(small, optimizer.init(small))
+    jax.tree.map(lambda u, g: np.testing.assert_array_equal(u, -g), updates, small)
+    assert clipped(optimizer, 0.0) is optimizer

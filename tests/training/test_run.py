@@ -12,9 +12,11 @@ import time
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from tests.tiny import (
     CONFIGS,
+    RATE,
     noise,
     tagger_variables,
     train_words,
@@ -59,7 +61,7 @@ def _state(workdir, step):
 def _lines(workdir):
     """The metrics, less those that a clock gives."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("steps_per_second", "input_wait_share")
+    clocks = ("items_per_second", "step_seconds", "input_wait_share")
     return [{k: v for k, v in line.items() if k not in clocks} for line in lines]
 
 
@@ -154,6 +156,15 @@ def test_before_the_first_checkpoint_a_start_is_a_fresh_one(place, tmp_path, int
         jax.tree.map(np.testing.assert_array_equal, frozen, tagger_variables(seed))
 
 
+def test_a_share_of_the_clips_holds_those_of_a_smaller_one(place):
+    drawn = []
+    for share in (0.25, 0.5, 1.0):
+        section = {"records": str(place / "records"), "split": "train", "order": "uniform"}
+        records = run.open_records(ConfigDict({**section, "share": share}), RATE, seed=3)
+        drawn.append(set(records.order.draw(np.arange(1000))[0].tolist()))
+    assert drawn[0] < drawn[1] < drawn[2] == set(range(8))
+
+
 def _start(words, cache):
     environment = {
         **os.environ,
@@ -175,23 +186,51 @@ def _count_lines(workdir):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+def _wait(process, condition):
+    while not condition() and process.poll() is None:
+        time.sleep(0.002)
+
+
+def _stop_while(process, condition):
+    """Holds the process while the condition is true."""
+    while process.poll() is None:
+        _wait(process, condition)
+        process.send_signal(signal.SIGSTOP)
+        if condition():
+            break
+        process.send_signal(signal.SIGCONT)
+
+
 @pytest.mark.long
 def test_a_killed_run_goes_on_bit_exactly(place, tmp_path):
-    """Kills at any moment: checkpoints are being written nearly all the time."""
-    changed = {**LIGHT, "total_steps": 24, "checkpoint_every_steps": 1, "keep_checkpoints": 2}
+    """Kills in a checkpoint's writing and at any moment; USS_JAX_KILL_SEED repeats a choice."""
+    seed = int(os.environ.get("USS_JAX_KILL_SEED", random.randrange(1000)))
+    moments = random.Random(seed)
+    table = tmp_path / "anchors.npz"
+    mining = ["mine", "--records", place / "records", "--sed", place / "tagger", "--out", table]
+    assert main([*map(str, mining), "--clip-seconds", "1.2"]) == 0
+    changed = {"anchors.source": "table", "anchors.table": table, "query.kind": "one_hot"}
+    changed |= {"total_steps": 40, "checkpoint_every_steps": 1, "keep_checkpoints": 2}
     command = lambda name: train_words("resunet30.py", place, tmp_path / name, changed)  # noqa: E731
-    moments = random.Random()
-    for lines in (1, 8):
+    killed = tmp_path / "killed"
+    half_written = lambda: list((killed / "checkpoints").glob("*tmp*"))  # noqa: E731
+    lines, whole = 0, None
+    for in_writing in (True, False):
+        lines = moments.randrange(lines + 1, lines + 15)
         process = _start(command("killed"), tmp_path / "cache")
-        while _count_lines(tmp_path / "killed") < lines and process.poll() is None:
-            time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.3))
+        _wait(process, lambda lines=lines: _count_lines(killed) >= lines)
+        if in_writing:
+            _stop_while(process, half_written)
+        else:
+            time.sleep(moments.uniform(0, 0.3))
         process.send_signal(signal.SIGKILL)
         assert process.communicate()[1] is not None
         assert process.returncode == -signal.SIGKILL
-    for name in ("killed", "whole"):
-        process = _start(command(name), tmp_path / "cache")
+        assert half_written() or not in_writing
+        whole = whole or _start(command("whole"), tmp_path / "cache")  # compiled by now
+        print(f"seed {seed}: killed after {_count_lines(killed)} reports, {half_written()}")
+    for process in (whole, _start(command("killed"), tmp_path / "cache")):
         error = process.communicate()[1]
         assert process.returncode == 0, error
-    _require_same_run(tmp_path / "killed", tmp_path / "whole", steps=24)
-    assert sorted(p.name for p in (tmp_path / "killed" / "checkpoints").iterdir()) == ["23", "24"]
+    _require_same_run(killed, tmp_path / "whole", steps=40)
+    assert sorted(p.name for p in (killed / "checkpoints").iterdir()) == ["39", "40"]

@@ -43,7 +43,41 @@ def mix(
     for k in range(1, sources):
         other = jnp.roll(groups, -k, axis=1)
         if match_energy:
-            ratio = energies / jnp.maximum(jnp.roll(energies, -k, axis=1), 1e-10)
-            other = other * jnp.clip(jnp.sqrt(ratio), *GAIN_RANGE)[:, :, None]
+            other = other * _gain(energies, jnp.roll(energies, -k, axis=1))[:, :, None]
         mixture = mixture + other
     return mixture.reshape(segment.shape)
+
+
+def mix_sets(
+    segment: Float[Array, "b s"],
+    segment_energy: Float[Array, "b"],
+    *,
+    sources: int,
+    match_energy: bool,
+) -> tuple[Float[Array, "b s"], Float[Array, "b s"]]:
+    """Every `sources` items that follow each other share one mixture, each of them a target of it.
+
+    There are fewer different mixtures than by `mix`, but the targets of one add up to it.
+
+    Args:
+      segment: the sources.
+      segment_energy: their energies.
+      sources: sources of each mixture; divides b.
+      match_energy: scale the others to the energy of the first, as `mix` does.
+
+    Returns:
+      The mixture of each item, and the items as they are in it.
+    """
+    sets = segment.reshape(-1, sources, segment.shape[1])
+    if match_energy:
+        energies = segment_energy.reshape(-1, sources)
+        gain = _gain(energies[:, :1], energies).at[:, 0].set(1)
+        sets = sets * gain[:, :, None]
+    mixture = jnp.broadcast_to(jnp.sum(sets, axis=1, keepdims=True), sets.shape)
+    return mixture.reshape(segment.shape), sets.reshape(segment.shape)
+
+
+def _gain(wanted: Float[Array, "#g #i"], energies: Float[Array, "g i"]) -> Float[Array, "g i"]:
+    """What to multiply signals of these energies by to give them the wanted ones."""
+    ratio = wanted / jnp.maximum(energies, 1e-10)
+    return jnp.clip(jnp.sqrt(ratio), *GAIN_RANGE)

@@ -10,7 +10,9 @@ from ml_collections import ConfigDict
 from uss_jax.errors import UserError
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, example: str) -> None:
+def add_config_arguments(
+    parser: argparse.ArgumentParser, example: str, *, workdir_required: bool = True
+) -> None:
     """Adds the arguments every training command has; `example` is one to show."""
     parser.add_argument(
         "--config",
@@ -18,8 +20,21 @@ def add_config_arguments(parser: argparse.ArgumentParser, example: str) -> None:
         metavar="FILE[:ARGUMENT]",
         help="a Python file with get_config(); any leaf can be set with --config.key=value",
     )
-    parser.add_argument("--workdir", required=True, help="where the run lives; resumes if it does")
-    parser.epilog = f"example:\n  {example}"
+    parser.add_argument(
+        "--workdir", required=workdir_required, help="where the run lives; resumes if it does"
+    )
+    hosts = parser.add_argument_group(
+        "several hosts",
+        "The same command runs on each. TPU pods, SLURM job steps and the environment variables "
+        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID need no words; elsewhere:",
+    )
+    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
+    hosts.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    hosts.add_argument("--process", type=int, metavar="I", help="number of this one, from 0")
+    parser.epilog = (
+        f"example:\n  {example}\n\nexit status: 0 done, 1 an error that is said, 143 stopped by "
+        "SIGTERM after saving (the same command resumes)"
+    )
 
 
 def load_config(location: str, overrides: list[str]) -> ConfigDict:

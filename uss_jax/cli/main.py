@@ -6,7 +6,7 @@ import os
 import sys
 
 import uss_jax
-from uss_jax.errors import UserError
+from uss_jax.errors import Stopped, UserError
 
 # command -> what it does; its module is uss_jax.cli.<command with "_" for "-">.
 COMMANDS = {
@@ -58,6 +58,9 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; the exit status is 0 only on success.
 
+    1 is an error that the sentence tells how to mend, 2 wrong words, 130 Ctrl-C, 143 a run that
+    SIGTERM stopped, saved.
+
     Args:
       argv: the words after `uss-jax`; the process's own when None.
     """
@@ -76,6 +79,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"uss-jax: {error}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        print(f"uss-jax: {stopped}", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("uss-jax: interrupted", file=sys.stderr)
         return 130

@@ -3,6 +3,7 @@
 import argparse
 
 from uss_jax.cli.config import add_config_arguments
+from uss_jax.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -11,12 +12,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         "uss-jax train --config configs/resunet30.py:condition=soft,data=full --workdir runs/soft"
         " \\\n      --config.data.records=/data/audioset/1.0.0",
+        workdir_required=False,
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="compile the step for the devices at hand and say its parameters, operations, memory "
+        "and input; needs neither records nor --workdir",
     )
 
 
 def run(args: argparse.Namespace) -> None:
     """Trains."""
     from uss_jax.cli.config import load_config
-    from uss_jax.train import train
+    from uss_jax.train import dry_run, train
+    from uss_jax.training.hosts import join_hosts
 
-    train(load_config(args.config, args.config_overrides), args.workdir)
+    config = load_config(args.config, args.config_overrides)
+    join_hosts(args.coordinator, args.processes, args.process)
+    if args.dry_run:
+        print("\n".join(dry_run(config)))
+        return
+    if args.workdir is None:
+        raise UserError("--workdir is missing; give the folder where the run is to live")
+    train(config, args.workdir)

@@ -18,5 +18,8 @@ def run(args: argparse.Namespace) -> None:
     """Trains."""
     from uss_jax.cli.config import load_config
     from uss_jax.train_tagger import train_tagger
+    from uss_jax.training.hosts import join_hosts
 
-    train_tagger(load_config(args.config, args.config_overrides), args.workdir)
+    config = load_config(args.config, args.config_overrides)
+    join_hosts(args.coordinator, args.processes, args.process)
+    train_tagger(config, args.workdir)

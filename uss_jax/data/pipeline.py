@@ -77,7 +77,8 @@ def batches(
     Yields:
       audio [b, t] int16, samples [b] int32 (true length, at most t), class_index [b] int32 (what
       was drawn), record [b] int32; with `places` begin_sample [b] int32 and score [b] float32; of a
-      GroupedOrder conflict [b] uint8; if asked for, labels [b, k] uint8 of 0 and 1.
+      GroupedOrder conflict and absent [b] uint8 (see its draw_marked); if asked for, labels [b, k]
+      uint8 of 0 and 1.
     """
     if batch_size % hosts:
         raise UserError(
@@ -92,8 +93,8 @@ def batches(
         positions = step * batch_size + rows
         batch: dict[str, np.ndarray] = {}
         if isinstance(order, GroupedOrder):
-            records, classes, conflict = order.draw_marked(positions)
-            batch["conflict"] = conflict.astype(np.uint8)
+            records, classes, *marks = order.draw_marked(positions)
+            batch["conflict"], batch["absent"] = (mark.astype(np.uint8) for mark in marks)
         else:
             records, classes = order.draw(positions)
         audio = np.zeros((len(rows), clip_samples), np.int16)

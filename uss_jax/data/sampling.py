@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Float, Integer, UInt64
+from jaxtyping import Bool, Float, Integer, Shaped, UInt64
 
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
@@ -200,6 +200,7 @@ class GroupedOrder:
         group_size: int,
         sources: int,
         conflict_free: bool,
+        sets: bool = False,
     ):
         """
         Args:
@@ -210,11 +211,12 @@ class GroupedOrder:
           sources: of a mixture.
           conflict_free: arrange the items of each group so that few are mixed with one they
             conflict with, mostly none; otherwise they stay where the order has them.
+          sets: every `sources` items that follow each other share one mixture, instead.
         """
         self._order, self._seed = order, seed
         self._label_row, self._label_class = label_row.astype(np.int64), label_class
         self._group_size, self._sources = group_size, sources
-        self._conflict_free = conflict_free
+        self._conflict_free, self._sets = conflict_free, sets
 
     def draw(
         self, positions: Integer[np.ndarray, " n"]
@@ -224,31 +226,64 @@ class GroupedOrder:
 
     def draw_marked(
         self, positions: Integer[np.ndarray, " n"]
-    ) -> tuple[Integer[np.ndarray, " n"], Integer[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
-        """The record and class index at each position, and whether its mixture has a conflict."""
+    ) -> tuple[
+        Integer[np.ndarray, " n"],
+        Integer[np.ndarray, " n"],
+        Bool[np.ndarray, " n"],
+        Bool[np.ndarray, " n"],
+    ]:
+        """The record and class index at each position, and two marks.
+
+        Returns:
+          record, class index, whether the mixture has a conflict, and whether it is without the
+          class of the item `sources` further in the group: no label of the mixture is that class,
+          above it or below it.
+        """
         groups, of_group = np.unique(positions // self._group_size, return_inverse=True)
         whole = groups[:, None] * self._group_size + np.arange(self._group_size)
         records, classes = (x.reshape(whole.shape) for x in self._order.draw(whole.ravel()))
-        marked = np.zeros(whole.shape, bool)
+        marked, absent = np.zeros(whole.shape, bool), np.zeros(whole.shape, bool)
         for row, group in enumerate(groups.tolist()):
-            conflict = self._conflicts(records[row])
+            held, conflict = self._related(records[row], classes[row])
             item = np.arange(self._group_size)
             if self._conflict_free:
                 key = _key(self._seed, _ARRANGEMENTS, group)
                 item = arrange(conflict, self._sources, key)
                 records[row], classes[row] = records[row, item], classes[row, item]
-            marked[row] = _mixed_conflicts(conflict, item[None], self._sources)[0] > 0
+            marked[row] = self._first(_mixed_conflicts(conflict, item[None], self._sources)[0]) > 0
+            absent[row] = ~self._holds_further(held[np.ix_(item, item)])
         at = positions % self._group_size
-        return records[of_group, at], classes[of_group, at], marked[of_group, at]
+        return tuple(x[of_group, at] for x in (records, classes, marked, absent))
 
-    def _conflicts(self, records: Integer[np.ndarray, " i"]) -> Bool[np.ndarray, "i i"]:
+    def _first(self, of_mixture: Shaped[np.ndarray, " i"]) -> Shaped[np.ndarray, " i"]:
+        """What is said of the mixture that begins at each item, said of each item's mixture."""
+        return np.repeat(of_mixture[:: self._sources], self._sources) if self._sets else of_mixture
+
+    def _holds_further(self, held: Bool[np.ndarray, "i i"]) -> Bool[np.ndarray, " i"]:
+        """Whether the mixture of each item holds the class of the item `sources` further.
+
+        Args:
+          held: whether the class of the first is related to a label of the second.
+        """
+        item = np.arange(self._group_size)
+        further = (item + self._sources) % self._group_size
+        begin = self._first(item)
+        mixed = (begin[:, None] + np.arange(self._sources)) % self._group_size
+        return held[further[:, None], mixed].any(axis=1)
+
+    def _related(
+        self, records: Integer[np.ndarray, " i"], classes: Integer[np.ndarray, " i"]
+    ) -> tuple[Bool[np.ndarray, "i i"], Bool[np.ndarray, "i i"]]:
+        """Whether a class, or else any label, of one item is related to a label of another."""
         counts = self._label_row[records + 1] - self._label_row[records]
         first = np.cumsum(counts) - counts
         place = np.repeat(self._label_row[records] - first, counts) + np.arange(counts.sum())
         labels = self._label_class[place]
-        related = _relatives()[labels[:, None], labels]
         # Every drawn record has a label, so that no stretch is empty.
-        return np.logical_or.reduceat(np.logical_or.reduceat(related, first, axis=0), first, 1)
+        of_items = lambda related: np.logical_or.reduceat(related, first, axis=1)  # noqa: E731
+        held = of_items(_relatives()[classes[:, None], labels])
+        related = of_items(_relatives()[labels[:, None], labels])
+        return held, np.logical_or.reduceat(related, first, axis=0)
 
 
 def arrange(

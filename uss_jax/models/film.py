@@ -5,6 +5,8 @@ Letters: `b` batch, `d` width of the condition, `c` channels.
 """
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from uss_jax.models.norm import BatchNorm
@@ -40,6 +42,7 @@ def modulated_activation(
     norm: str,
     film: str,
     with_gain: bool,
+    scope: str | int = "global",
 ) -> Float[Array, "b n f c"]:
     """leaky_relu(FiLM(batch_norm(x))), the step before every convolution of the ResUNet.
 
@@ -51,7 +54,26 @@ def modulated_activation(
       norm: name of the batch norm.
       film: name of the FiLM.
       with_gain: whether FiLM scales too.
+      scope: of the batch norm.
     """
     shift, gain = FiLM(x.shape[-1], with_gain, parent=module, name=film)(condition)
-    x = BatchNorm(parent=module, name=norm)(x, train, shift=shift, gain=gain)
+    x = BatchNorm(scope, parent=module, name=norm)(x, train, shift=shift, gain=gain)
+    return _leaky_relu(x)
+
+
+@jax.custom_vjp
+def _leaky_relu(x: Array) -> Array:
+    """As `nn.leaky_relu`, but keeps for its gradient what the convolution behind it keeps too."""
     return nn.leaky_relu(x, LEAK)
+
+
+def _forward(x):
+    y = _leaky_relu(x)
+    return y, y
+
+
+def _backward(y, dy):
+    return (jnp.where(y >= 0, dy, LEAK * dy),)
+
+
+_leaky_relu.defvjp(_forward, _backward)

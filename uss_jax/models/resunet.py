@@ -5,13 +5,14 @@ of the condition. Feature maps are [b, n, f, c].
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float
 
 from uss_jax.audio.stft import istft, stft
 from uss_jax.models.conv import Conv1x1, Conv3x3, Upsample
 from uss_jax.models.film import modulated_activation
-from uss_jax.models.norm import BatchNorm
+from uss_jax.models.norm import STATISTICS, BatchNorm
 
 
 class ConvBlock(nn.Module):
@@ -20,6 +21,7 @@ class ConvBlock(nn.Module):
     features: int
     film_gain: bool
     dtype: str
+    norm_scope: str | int
 
     @nn.compact
     def __call__(
@@ -35,11 +37,30 @@ class ConvBlock(nn.Module):
                 norm=f"bn{i}",
                 film=f"film{i}",
                 with_gain=self.film_gain,
+                scope=self.norm_scope,
             )
             inner = Conv3x3(self.features, self.dtype, name=f"conv{i}")(inner)
         if x.shape[-1] != self.features:
             shortcut = Conv1x1(self.features, self.dtype, name="shortcut")(x)
         return shortcut + inner
+
+
+# Keeps its input for the backward pass, and the statistics that devices have spoken about.
+_REMAT = nn.remat(
+    ConvBlock,
+    static_argnums=(3,),
+    policy=jax.checkpoint_policies.save_only_these_names(STATISTICS),
+)
+
+
+def _conv_blocks(
+    level: nn.Module, x: Float[Array, "b n f c"], condition: Float[Array, "#b d"], train: bool
+) -> Float[Array, "b n f _"]:
+    block = _REMAT if level.remat else ConvBlock
+    fields = level.features, level.film_gain, level.dtype, level.norm_scope
+    for j in range(1, level.blocks + 1):
+        x = block(*fields, parent=level, name=f"conv_block{j}")(x, condition, train)
+    return x
 
 
 class Level(nn.Module):
@@ -49,15 +70,14 @@ class Level(nn.Module):
     blocks: int
     film_gain: bool
     dtype: str
+    norm_scope: str | int
+    remat: bool
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b n f c"], condition: Float[Array, "#b d"], train: bool
     ) -> Float[Array, "b n f _"]:
-        for j in range(1, self.blocks + 1):
-            block = ConvBlock(self.features, self.film_gain, self.dtype, name=f"conv_block{j}")
-            x = block(x, condition, train)
-        return x
+        return _conv_blocks(self, x, condition, train)
 
 
 class DecoderLevel(nn.Module):
@@ -68,6 +88,8 @@ class DecoderLevel(nn.Module):
     stride: tuple[int, int]
     film_gain: bool
     dtype: str
+    norm_scope: str | int
+    remat: bool
 
     @nn.compact
     def __call__(
@@ -78,14 +100,17 @@ class DecoderLevel(nn.Module):
         train: bool,
     ) -> Float[Array, "b N F _"]:
         x = modulated_activation(
-            self, x, condition, train, norm="bn", film="film", with_gain=self.film_gain
+            self,
+            x,
+            condition,
+            train,
+            norm="bn",
+            film="film",
+            with_gain=self.film_gain,
+            scope=self.norm_scope,
         )
         x = Upsample(self.features, self.stride, self.dtype, name="up")(x)
-        x = jnp.concatenate([x, skip], axis=-1)
-        for j in range(1, self.blocks + 1):
-            block = ConvBlock(self.features, self.film_gain, self.dtype, name=f"conv_block{j}")
-            x = block(x, condition, train)
-        return x
+        return _conv_blocks(self, jnp.concatenate([x, skip], axis=-1), condition, train)
 
 
 class ResUNet(nn.Module):
@@ -106,6 +131,8 @@ class ResUNet(nn.Module):
       condition_width: d.
       film_gain: whether FiLM also scales (the reference only shifts).
       dtype: compute dtype of the U-Net, "float32" or "bfloat16"; parameters stay float32.
+      norm_scope: of the batch norms in training, see BatchNorm.
+      remat: compute the residual blocks again in the backward pass instead of keeping their maps.
     """
 
     n_fft: int = 2048
@@ -116,6 +143,8 @@ class ResUNet(nn.Module):
     condition_width: int = 527
     film_gain: bool = False
     dtype: str = "float32"
+    norm_scope: str | int = "global"
+    remat: bool = False
 
     def __call__(
         self,
@@ -158,7 +187,7 @@ class ResUNet(nn.Module):
     ) -> Complex[Array, "b a n f"]:
         """What to multiply the spectrum by, of its squared magnitude."""
         self._check(power, condition)
-        x = BatchNorm(name="bn0")(jnp.sqrt(jnp.maximum(power, 1e-10)), train)
+        x = BatchNorm(self.norm_scope, name="bn0")(jnp.sqrt(jnp.maximum(power, 1e-10)), train)
         x = jnp.moveaxis(x, 1, -1)  # [b, n, f, a]
 
         frames, time_stride = x.shape[1], 2 ** (len(self.channels) - 1)
@@ -186,7 +215,13 @@ class ResUNet(nn.Module):
     def _unet(
         self, x: Float[Array, "b n f a"], condition: Float[Array, "#b d"], train: bool
     ) -> Float[Array, "b n f c"]:
-        common = dict(blocks=self.blocks_per_level, film_gain=self.film_gain, dtype=self.dtype)
+        common = dict(
+            blocks=self.blocks_per_level,
+            film_gain=self.film_gain,
+            dtype=self.dtype,
+            norm_scope=self.norm_scope,
+            remat=self.remat,
+        )
         levels = len(self.channels)
         strides = [(2, 2)] * (levels - 1) + [(1, 2)]
         x = Conv1x1(self.channels[0], self.dtype, name="pre_conv")(x)

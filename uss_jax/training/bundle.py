@@ -2,8 +2,8 @@
 
 A bundle is a folder with `config.json` and a folder for each part: `separator`, `query` (the
 tagging net behind the condition), `adaptor` (if the query has one), `sed`. In a workdir the frozen
-parts are under `frozen/` and the trained ones in the newest checkpoint; a tagger's run has one
-trained net, which is both `query` and `sed`.
+parts are under `frozen/` and the trained ones in the newest checkpoint, the moving average of their
+parameters where there is one; a tagger's run has one trained net, which is both `query` and `sed`.
 """
 
 import dataclasses
@@ -85,7 +85,8 @@ class Bundle:
         if step is not None:
             name = _TRAINED_AS.get(part, part)
             with Checkpoints(self.path / "checkpoints", keep=None) as checkpoints:
-                params, stats = (checkpoints.read(step, item) for item in ("params", "batch_stats"))
+                averaged = "ema" if "ema" in checkpoints.items(step) else "params"
+                params, stats = (checkpoints.read(step, item) for item in (averaged, "batch_stats"))
             params, stats = ({**tree, **tree.get("query", {})} for tree in (params, stats))
             if name in params:
                 return {"params": params[name], "batch_stats": stats.get(name, {})}

@@ -1,19 +1,43 @@
 """Trees of arrays on disk: checkpoints and the parts of bundles. The only importer of orbax."""
 
+import dataclasses
 import os
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from uss_jax.errors import UserError
 from uss_jax.training.state import TrainState
 
-_ITEMS = ("params", "batch_stats", "opt_state")
+_ITEMS = ("params", "batch_stats", "opt_state", "ema", "skipped")
 # What orbax raises where files are missing or cut short.
 _DAMAGE = (OSError, ValueError, KeyError, AttributeError)
+
+
+def _sdri(figures: Mapping[str, float] | None) -> float:
+    return (figures or {}).get("sdri", -np.inf)
+
+
+@dataclasses.dataclass
+class _NewestAndBest:
+    """Which checkpoints stay: orbax asks it after each save."""
+
+    newest: int | None
+    best: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = set(steps if self.newest is None else steps[-self.newest :])
+        evaluated = [c for c in checkpoints if _sdri(c.metrics) > -np.inf]
+        evaluated.sort(key=lambda checkpoint: _sdri(checkpoint.metrics), reverse=True)
+        kept |= {checkpoint.step for checkpoint in evaluated[: self.best]}
+        return [step in kept for step in steps]
 
 
 class Checkpoints:
@@ -23,17 +47,21 @@ class Checkpoints:
     function of it and the records, never an iterator's state.
     """
 
-    def __init__(self, directory: str | os.PathLike, keep: int | None):
+    def __init__(self, directory: str | os.PathLike, keep: int | None, keep_best: int = 0):
         """Opens the folder; to write, makes it if needed and clears what a kill left half done.
 
         Args:
           directory: the checkpoints' folder.
           keep: how many of the newest to keep; None to read only.
+          keep_best: how many of the highest SDRi to keep besides.
         """
         self._directory = pathlib.Path(directory).absolute()
         writing = keep is not None
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=writing, cleanup_tmp_directories=writing
+            preservation_policy=_NewestAndBest(keep, keep_best),
+            best_fn=_sdri,  # without it no figures are written
+            create=writing,
+            cleanup_tmp_directories=writing,
         )
         # Without handlers a manager that has not yet written knows no shapes.
         handlers = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
@@ -47,12 +75,31 @@ class Checkpoints:
         """Step of the newest checkpoint, None when there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
-        """Copies the state to the host and returns; files are written meanwhile."""
-        items = {name: ocp.args.StandardSave(getattr(state, name)) for name in _ITEMS}
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        position: dict[str, Any],
+        figures: Mapping[str, float] | None = None,
+    ) -> None:
+        """Copies the state to the host and returns; files are written meanwhile.
+
+        Args:
+          step: steps done.
+          state: of the run.
+          position: of the data.
+          figures: of an evaluation, if there was one; `sdri` decides which checkpoints are best.
+        """
+        items = {name: ocp.args.StandardSave(tree) for name, tree in _parts(state).items()}
         self._manager.save(
-            step, args=ocp.args.Composite(**items, position=ocp.args.JsonSave(position))
+            step,
+            args=ocp.args.Composite(**items, position=ocp.args.JsonSave(position)),
+            metrics=dict(figures or {}),
         )
+
+    def figures(self, step: int) -> dict[str, float]:
+        """Those of the evaluation at a step; empty where there was none."""
+        return dict(self._manager.metrics(step) or {})
 
     def position(self, step: int) -> dict[str, Any]:
         """The data position saved at a step."""
@@ -64,18 +111,45 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint is of another model; names the first differing entry.
         """
-        for name in _ITEMS:
-            require_same_layout(getattr(like, name), self._tree(step, name), name, f"step {step}")
-        abstract = {name: jax.tree.map(_abstract, getattr(like, name)) for name in _ITEMS}
+        saved = self.items(step)
+        # A moving average that begins now begins at the parameters.
+        source = {"ema": "params"} if "ema" not in saved else {}
+        abstract = {}
+        for name, tree in _parts(like).items():
+            found = self._tree(step, source.get(name, name))
+            require_same_layout(tree, found, name, f"step {step}")
+            if name not in source:
+                abstract[name] = jax.tree.map(_abstract, tree)
         items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-        restored = self._restore(step, **items)
+        restored = dict(self._restore(step, **items))
+        if like.ema and "ema" in source:
+            restored["ema"] = jax.tree.map(jnp.copy, restored["params"])
         count = jax.device_put(np.int32(step), like.step.sharding)
-        return TrainState(step=count, **{name: restored[name] for name in _ITEMS})
+        return like.replace(step=count, **{name: restored[name] for name in _parts(like)})
 
-    def read(self, step: int, item: str) -> Any:
-        """One item of a step as host arrays, whatever its structure."""
-        items = {item: ocp.args.StandardRestore(_on_host(self._tree(step, item)))}
-        return jax.tree.map(np.asarray, self._restore(step, **items)[item])
+    def read(self, step: int, item: str, like: Any = None) -> Any:
+        """One item of a step, such as `params`, without the others.
+
+        Args:
+          step: of the checkpoint.
+          item: its name.
+          like: arrays or `jax.ShapeDtypeStruct`s that say how to lay it out over devices, and in
+            which dtypes; without, it comes as host arrays, whatever its structure.
+
+        Raises:
+          UserError: the item is of another model than `like`; names the first differing entry.
+        """
+        found = self._tree(step, item)
+        if like is None:
+            items = {item: ocp.args.StandardRestore(_on_host(found))}
+            return jax.tree.map(np.asarray, self._restore(step, **items)[item])
+        require_same_layout(like, found, item, f"step {step}")
+        items = {item: ocp.args.StandardRestore(jax.tree.map(_abstract, like))}
+        return self._restore(step, **items)[item]
+
+    def items(self, step: int) -> set[str]:
+        """Names of what a step holds, of the parts of a state: `ema` for one."""
+        return {name for name in _ITEMS if (self._directory / str(step) / name).is_dir()}
 
     def _tree(self, step: int, item: str) -> Any:
         """Shapes of an item."""
@@ -94,6 +168,10 @@ class Checkpoints:
         return UserError(
             f"{self._directory / str(step)} is damaged; move it away to use the checkpoint before"
         )
+
+    def wait(self) -> None:
+        """Until what is being written is whole."""
+        self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for what is being written."""
@@ -135,6 +213,12 @@ def load_tree(path: str | os.PathLike) -> Any:
             raise UserError(
                 f"{path} is not a readable set of parameters; copy or make it again"
             ) from error
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    """The parts of a state that have arrays, by name, besides the step."""
+    trees = {name: getattr(state, name) for name in _ITEMS}
+    return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
 
 
 def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:

@@ -1,20 +1,27 @@
 """The loop around a step: batches in, metrics and checkpoints out, the same for every net."""
 
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from uss_jax.errors import UserError
+from uss_jax.errors import Stopped, UserError
 from uss_jax.training.checkpoints import Checkpoints
+from uss_jax.training.hosts import StopNotice
 from uss_jax.training.mesh import to_devices
 from uss_jax.training.metrics import MetricsWriter
 from uss_jax.training.state import TrainState
 from uss_jax.training.step import Step
+from uss_jax.training.throughput import Throughput, Trace
+
+# Dispatched and not yet done: enough that the devices never wait for the host, and few enough that
+# a notice to stop is heeded in time.
+_STEPS_AHEAD = 2
+
+Evaluate = Callable[[TrainState], Mapping[str, float]]
 
 
 def fit(
@@ -29,8 +36,14 @@ def fit(
     checkpoints: Checkpoints,
     position: Callable[[int], dict[str, Any]],
     writer: MetricsWriter | None,
+    throughput: Throughput,
+    trace: Trace,
+    learning_rate: Callable[[int], Any],
     log_every_steps: int,
     checkpoint_every_steps: int,
+    max_skipped_steps: int = 1,
+    evaluate: Evaluate | None = None,
+    evaluate_every_steps: int = 0,
 ) -> TrainState:
     """Steps until `total_steps`, from wherever the state stands.
 
@@ -45,43 +58,66 @@ def fit(
       checkpoints: of the run.
       position: what a checkpoint says of the data after so many steps.
       writer: of metrics; None on all hosts but the first.
+      throughput: of the run.
+      trace: of the profiler.
+      learning_rate: of the update after so many.
       log_every_steps: steps between reports, beside one at each checkpoint; the loss reported is
-        the mean since the last.
+        the mean since the last, of steps that were not skipped.
       checkpoint_every_steps: steps between checkpoints; the last step always has one.
+      max_skipped_steps: so many in a row that the step had to skip are an error.
+      evaluate: figures of a state, on all hosts together; `sdri` is what makes a checkpoint best.
+      evaluate_every_steps: steps between evaluations, each with a checkpoint; 0 for none.
 
     Raises:
-      UserError: the loss is no longer a number; the last checkpoint stays as it is.
+      UserError: too many steps were skipped; there is a checkpoint of the last good state.
+      Stopped: a notice to stop was heard; there is a checkpoint of the step it came in.
     """
-    jitted = jax.jit(step, donate_argnums=0)
     losses: list[jax.Array] = []
-    began, waited = time.monotonic(), 0.0
-    with jax.set_mesh(mesh):
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    compiled = None
+    with jax.set_mesh(mesh), StopNotice() as notice, trace:
         for done in range(int(state.step) + 1, total_steps + 1):
-            asked = time.monotonic()
-            batch = to_devices(next(batches), mesh)
-            waited += time.monotonic() - asked
-            state, metrics = jitted(state, frozen, batch, key)
+            with throughput.waiting():
+                batch = to_devices(next(batches), mesh)
+            if compiled is None:
+                jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+                compiled = throughput.compile(jitted, state, frozen, batch, key)
+            trace.before(done, state)
+            state, metrics = compiled(state, frozen, batch, key)
+            throughput.step()
             losses.append(metrics["loss"])
+            if len(losses) > _STEPS_AHEAD:
+                jax.block_until_ready(losses[-1 - _STEPS_AHEAD])
 
-            # Only now are the devices waited for: steps in between overlap with reading.
-            # Before a checkpoint too, so that none is written of a run that has gone wrong.
+            stopping = notice.heard(done) and done < total_steps
+            evaluating = evaluate_every_steps and done % evaluate_every_steps == 0 and not stopping
+            # Before a checkpoint there is a report too, so that none is written of a run that has
+            # gone wrong.
             due = done % checkpoint_every_steps == 0 or done == total_steps
-            if due or done % log_every_steps == 0:
-                values = {name: float(value) for name, value in metrics.items()}
-                values["loss"] = float(np.mean(jax.device_get(losses)))
-                for name in ("loss", "grad_norm"):
-                    if not math.isfinite(values[name]):
-                        raise UserError(
-                            f"the {name} is {values[name]} by step {done}; lower "
-                            "config.schedule.learning_rate or look for broken clips, and resume"
-                        )
-                elapsed = time.monotonic() - began
-                values["steps_per_second"] = len(losses) / elapsed
-                values["input_wait_share"] = waited / elapsed
-                if writer is not None:
-                    writer.write(done, values)
-                losses, began, waited = [], time.monotonic(), 0.0
-
-            if due:
+            due = due or evaluating or stopping
+            if not (due or done % log_every_steps == 0):
+                continue
+            values = {name: float(value) for name, value in metrics.items()}
+            finite = [loss for loss in jax.device_get(losses) if math.isfinite(loss)]
+            values["loss"] = float(np.mean(finite)) if finite else math.nan
+            values["learning_rate"] = float(learning_rate(done - 1 - int(values["skipped_steps"])))
+            if values["skipped_in_a_row"] >= max_skipped_steps:
+                # The state is that of the last good step, and goes on after the clips read.
                 checkpoints.save(done, state, position(done))
+                raise UserError(
+                    f"loss or gradient were no numbers in {values['skipped_in_a_row']:.0f} steps "
+                    f"up to step {done}, which were skipped; the last good state is saved: lower "
+                    "config.schedule.learning_rate or look for broken clips, and resume"
+                )
+            values |= throughput.report(done)
+            figures = evaluate(state) if evaluating else {}
+            if writer is not None:
+                writer.write(done, values | {f"eval/{name}": x for name, x in figures.items()})
+            if due:
+                checkpoints.save(done, state, position(done), figures)
+            if stopping:
+                checkpoints.wait()  # while a second notice still does no harm
+                raise Stopped(f"stopped by SIGTERM and saved after step {done}; run it again")
+            losses = []
+            throughput.go()
     return state

@@ -1,6 +1,7 @@
-"""The devices of a run: one axis, `data`, over which batches are split."""
+"""The devices of a run: one axis, `data`, over which batches and, by rules, arrays are split."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from uss_jax.audio.stft import BATCH_AXIS
+from uss_jax.errors import UserError
 
 
 def make_mesh(devices: Iterable[jax.Device] | None = None) -> Mesh:
@@ -46,3 +48,66 @@ def on_all_devices(tree: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_process_local_data(sharding, x, x.shape)
 
     return jax.tree.map(put, tree)
+
+
+def _whole(shape: Sequence[int], devices: int) -> PartitionSpec:
+    return PartitionSpec()
+
+
+def _largest_axis(shape: Sequence[int], devices: int) -> PartitionSpec:
+    """Split along the largest axis that can be; arrays without one stay whole."""
+    axes = [axis for axis, size in enumerate(shape) if size and size % devices == 0]
+    if not axes:
+        return PartitionSpec()
+    split = max(axes, key=lambda axis: shape[axis])
+    return PartitionSpec(*(BATCH_AXIS if axis == split else None for axis in range(split + 1)))
+
+
+# How a rule lays an array out.
+TACTICS: dict[str, Callable[[Sequence[int], int], PartitionSpec]] = {
+    "replicate": _whole,
+    "fsdp": _largest_axis,
+}
+
+
+def check_rules(rules: Sequence[Any]) -> None:
+    """Raises a UserError for a rule that is no pair of a regular expression and a tactic."""
+    for rule in rules:
+        try:
+            pattern, tactic = rule
+            re.compile(pattern)
+            TACTICS[tactic]
+        except (ValueError, TypeError, KeyError, re.error) as error:
+            raise UserError(
+                f"config.sharding has the rule {rule!r}, expected (regular expression, "
+                f"{' or '.join(TACTICS)})"
+            ) from error
+
+
+def state_shardings(state: Any, rules: Sequence[tuple[str, str]], mesh: Mesh) -> Any:
+    """How each array of a state is laid out over the devices.
+
+    Args:
+      state: arrays or their shapes.
+      rules: (regular expression, tactic): the first found in an array's name counts, such as
+        `params/separator/centre_block/conv_block1/conv1/kernel`; the same parameter's moments are
+        under `opt_state/...`, its average under `ema`. Arrays without a rule are replicated.
+      mesh: the devices.
+    """
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        tactics = [tactic for pattern, tactic in rules if re.search(pattern, name)]
+        return NamedSharding(mesh, TACTICS[(tactics or ["replicate"])[0]](leaf.shape, mesh.size))
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def lay_out(state: Any, rules: Sequence[tuple[str, str]], mesh: Mesh) -> Any:
+    """A state of which every host has the whole, laid out over the devices by rules."""
+
+    def put(x: Any, sharding: NamedSharding) -> jax.Array:
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
+
+    return jax.tree.map(put, state, state_shardings(state, rules, mesh))

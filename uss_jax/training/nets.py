@@ -28,6 +28,9 @@ TAGGERS = {
 }
 _DEFAULT = "cnn14"
 
+# No part of what a net is: the first say how it trains, the last where it stands.
+_NO_FIELDS = ("norm_scope", "remat", "parent", "name")
+
 
 def build(net: type[Net], fields: Mapping[str, Any], where: str) -> Net:
     """The module with these fields.
@@ -40,7 +43,7 @@ def build(net: type[Net], fields: Mapping[str, Any], where: str) -> Net:
     Raises:
       UserError: a field that the net does not have, or a dtype it cannot compute in.
     """
-    known = [f.name for f in dataclasses.fields(net) if f.name not in ("parent", "name")]
+    known = [f.name for f in dataclasses.fields(net) if f.name not in _NO_FIELDS]
     for key in fields:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -57,7 +60,7 @@ def fields_of(net: nn.Module) -> dict[str, Any]:
     names = [name for name, roles in TAGGERS.items() if type(net) in roles.values()]
     content = {"net": names[0]} if names else {}
     for name, value in fields.items():
-        if name not in ("parent", "name"):
+        if name not in _NO_FIELDS:
             content[name] = list(value) if isinstance(value, tuple) else value
     return content
 

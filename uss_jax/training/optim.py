@@ -1,4 +1,4 @@
-"""The reference's optimiser and learning-rate schedules, as optax transformations."""
+"""Optimisers and learning-rate schedules, the reference's first, as optax transformations."""
 
 import inspect
 from collections.abc import Sequence
@@ -69,6 +69,11 @@ def adamw(
 
 # The optimisers by the name that a tagger's config gives them.
 OPTIMIZERS = {f.__name__: f for f in (adamw_amsgrad, adamw)}
+
+
+def clipped(optimizer: optax.GradientTransformation, norm: float) -> optax.GradientTransformation:
+    """An optimiser that sees gradients of at most this global norm; 0 leaves them."""
+    return optax.chain(optax.clip_by_global_norm(norm), optimizer) if norm else optimizer
 
 
 def constant_warm_up(learning_rate: float, warm_up_steps: int) -> optax.Schedule:

@@ -5,11 +5,12 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -23,16 +24,21 @@ from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 from uss_jax.training.bundle import FORMAT_VERSION, read_bundle
 from uss_jax.training.checkpoints import Checkpoints
-from uss_jax.training.loop import fit
-from uss_jax.training.mesh import on_all_devices
+from uss_jax.training.loop import Evaluate, fit
+from uss_jax.training.mesh import lay_out, on_all_devices
 from uss_jax.training.metrics import MetricsWriter
 from uss_jax.training.state import TrainState, parameter_count
 from uss_jax.training.step import Step
+from uss_jax.training.throughput import Throughput, Trace
 
 # What decides, with seed, batch, records and anchors, which clips meet in which step.
-_DRAWING = ("data.order", "data.class_weights", "data.clip_seconds", "mixup_alpha")
+_DRAWING = ("data.order", "data.class_weights", "data.share", "data.clip_seconds", "mixup_alpha")
 _DRAWING += ("mixing.sources", "mixing.group_size", "mixing.order", "mixing.match_energy")
+_DRAWING += ("mixing.all_targets", "mixing.silent_share", "accumulate")
 _DRAWING += ("anchors.min_score", "anchors.min_dbfs", "anchors.top_k", "anchors.jitter_samples")
+
+_AT_LEAST_ONE = ("total_steps", "global_batch", "accumulate", "max_skipped_steps")
+_AT_LEAST_ONE += ("log_every_steps", "checkpoint_every_steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,25 +66,34 @@ def say(text: str) -> None:
 
 def check(config: ConfigDict, group_size: int = 1) -> None:
     """Raises a UserError where the numbers of a config do not fit each other or the devices."""
-    for key in ("total_steps", "global_batch", "log_every_steps", "checkpoint_every_steps"):
-        if config[key] < 1:
+    for key in _AT_LEAST_ONE:
+        if config.get(key, 1) < 1:
             raise UserError(f"config.{key} is {config[key]}, expected at least 1")
+    steps = config.profile.steps
+    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+        raise UserError(
+            f"config.profile.steps is {tuple(steps)}, expected (first, last) of the steps to trace"
+        )
     if config.segment_seconds > config.data.clip_seconds:
         raise UserError(
             f"config.segment_seconds={config.segment_seconds} is longer than "
             f"config.data.clip_seconds={config.data.clip_seconds}; change one of them"
         )
-    devices = jax.device_count()
-    if config.global_batch % devices:
-        lower = config.global_batch // devices * devices
+    parts = config.get("accumulate", 1)
+    divisor, said = jax.device_count() * parts, f"{jax.device_count()} devices"
+    if parts > 1:
+        said += f" in each of config.accumulate={parts} parts"
+    if config.global_batch % divisor:
+        lower = config.global_batch // divisor * divisor
         raise UserError(
-            f"config.global_batch={config.global_batch} is not divisible by {devices} devices; use "
-            f"{' or '.join(str(n) for n in (lower, lower + devices) if n)}"
+            f"config.global_batch={config.global_batch} is not divisible by {said}; use "
+            f"{' or '.join(str(n) for n in (lower, lower + divisor) if n)}"
         )
-    if config.global_batch % group_size:
+    if config.global_batch % (group_size * parts):
+        in_parts = f" in each of config.accumulate={parts} parts" if parts > 1 else ""
         raise UserError(
             f"config.global_batch={config.global_batch} is not divisible by "
-            f"config.mixing.group_size={group_size}; change one of them"
+            f"config.mixing.group_size={group_size}{in_parts}; change one of them"
         )
 
 
@@ -114,9 +129,11 @@ def open_records(
             f"{directory} holds clips of {found} Hz, config.sample_rate is {sample_rate}; "
             "prepare the records at that rate or choose the config made for them"
         )
-    label_row, label_class, places = index.label_row, index.label_class, None
+    drawn, places = _of_share(index, section.get("share", 1.0), seed), None
     if anchors is not None and anchors.source == "table":
-        places, label_row, label_class = _open_table(anchors, index, segment_samples, seed)
+        places, usable_anchors = _open_table(anchors, index, segment_samples, seed)
+        drawn &= usable_anchors
+    label_row, label_class = without(index, drawn)
     if section.order == "uniform":
         order = UniformOrder(label_row, label_class, seed)
     elif section.order == "balanced":
@@ -140,6 +157,7 @@ def open_records(
             group_size=mixing.group_size,
             sources=mixing.sources,
             conflict_free=mixing.order == "conflict_free",
+            sets=mixing.all_targets,
         )
     verify_parts = section.get("verify", "whole") == "always"
     return Records(index, ClipReader(directory, index, verify_parts), order, places)
@@ -147,8 +165,8 @@ def open_records(
 
 def _open_table(
     section: ConfigDict, index: RecordIndex, segment_samples: int, seed: int
-) -> tuple[Placement, Any, Any]:
-    """The table's anchors, and the labels of the index that have one to draw."""
+) -> tuple[Placement, np.ndarray]:
+    """The table's anchors, and which labels of the index have one to draw."""
     if not section.table:
         raise UserError("config.anchors.table is empty; give the file that `uss-jax mine` wrote")
     table = read_table(section.table, index, segment_samples)
@@ -179,7 +197,17 @@ def _open_table(
         min_score=section.min_score,
         jitter_samples=section.jitter_samples,
     )
-    return places, *without(index, keep)
+    return places, keep
+
+
+def _of_share(index: RecordIndex, share: float, seed: int) -> np.ndarray:
+    """Which labels are those of a share of the clips; a larger share has these and more."""
+    if not 0 < share <= 1:
+        raise UserError(f"config.data.share={share} is not above 0 and at most 1")
+    drawn = np.random.default_rng(seed).random(len(index)) < share
+    if not drawn.any():
+        raise UserError(f"config.data.share={share} of {len(index)} clips is none; raise it")
+    return np.repeat(drawn, np.diff(index.label_row.astype(np.int64)))
 
 
 def _class_weights(places: ConfigDict | None) -> np.ndarray | None:
@@ -225,7 +253,11 @@ def train_on(
     kind: str,
     nets: Mapping[str, Any],
     clips_per_step: int,
+    learning_rate: Callable[[int], Any],
+    dtype: str,
     labels: bool = False,
+    counted: Step | None = None,
+    evaluation: Callable[[Any], Evaluate] | None = None,
 ) -> None:
     """Goes on where the workdir stands, or begins, and steps until `config.total_steps`.
 
@@ -241,14 +273,20 @@ def train_on(
       kind: `separator` or `tagger`.
       nets: sections of config.json that make the workdir readable as a bundle.
       clips_per_step: clips in the batch of all hosts together.
+      learning_rate: of the update after so many.
+      dtype: in which the net that trains mostly computes.
       labels: whether the step needs all labels of the clips.
+      counted: the step without `remat`, whose operations count; `step` where there is none.
+      evaluation: from the frozen variables on the devices to what gives a state's figures every
+        `config.eval.every_steps`.
 
     Raises:
       UserError: the workdir's run has other nets, data or seed.
     """
     first_host = jax.process_index() == 0
+    parameters = parameter_count(state.params)
     say(
-        f"{kind} of {parameter_count(state.params) / 1e6:.1f} M parameters, "
+        f"{kind} of {parameters / 1e6:.1f} M parameters, "
         f"{len(records.index)} clips, global batch {config.global_batch} on "
         f"{jax.device_count()} devices ({jax.devices()[0].device_kind})"
     )
@@ -271,9 +309,11 @@ def train_on(
         seconds = config.segment_seconds
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
-            Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
+            Checkpoints(
+                workdir / "checkpoints", config.keep_checkpoints, config.get("keep_best", 0)
+            )
         )
-        state = on_all_devices(state, mesh)
+        state = lay_out(state, config.get("sharding", ()), mesh)
         start = checkpoints.latest_step or 0
         if start:
             say(f"resuming after step {start}")
@@ -302,10 +342,17 @@ def train_on(
             places=records.places,
             max_corrupt=config.data.get("max_corrupt", 0),
         )
+        throughput = Throughput(
+            workdir, start, config.global_batch, parameters, dtype, counted or step
+        )
+        if throughput.peak is None:
+            say("the peak of this device is not known, so there is no FLOP utilisation")
+        frozen = on_all_devices(frozen, mesh)
+        multihost_utils.sync_global_devices("the workdir is written")
         fit(
             step,
             state,
-            on_all_devices(frozen, mesh),
+            frozen,
             feed,
             key=on_all_devices(key, mesh),
             mesh=mesh,
@@ -313,8 +360,14 @@ def train_on(
             checkpoints=checkpoints,
             position=lambda done: {**position, "examples_seen": done * clips_per_step},
             writer=writer,
+            throughput=throughput,
+            trace=Trace(workdir / "profile", *(config.profile.steps or (0, 0))),
+            learning_rate=learning_rate,
             log_every_steps=config.log_every_steps,
             checkpoint_every_steps=config.checkpoint_every_steps,
+            max_skipped_steps=config.max_skipped_steps,
+            evaluate=evaluation and evaluation(frozen),
+            evaluate_every_steps=config.eval.every_steps if evaluation else 0,
         )
 
 

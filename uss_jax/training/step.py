@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float
 
 from uss_jax.anchors.detect import Anchors, choose_anchor, cut, random_begin, segment_loudness
-from uss_jax.anchors.mix import energy, mix
+from uss_jax.anchors.mix import energy, mix, mix_sets
 from uss_jax.models.query import QueryNet
 from uss_jax.models.resunet import ResUNet
 from uss_jax.models.tagging import TaggingNet
@@ -81,6 +81,15 @@ def find_anchors(
     )
 
 
+def query_variables(frozen: Any, params: Any, batch_stats: Any) -> Any:
+    """The query net's variables, frozen and trained ones together."""
+    fixed = frozen.get("query", {"params": {}, "batch_stats": {}})
+    return {
+        "params": {**fixed["params"], **params["query"]},
+        "batch_stats": {**fixed["batch_stats"], **batch_stats["query"]},
+    }
+
+
 def make_separation_step(
     separator: ResUNet,
     query: QueryNet,
@@ -94,23 +103,40 @@ def make_separation_step(
     match_energy: bool,
     min_dbfs: float | None,
     speed: dict[str, float] | None = None,
+    all_targets: bool = False,
+    silent_share: float = 0.0,
+    accumulate: int = 1,
+    ema_decay: float = 0.0,
+    gather: Callable[[Any], Any] = lambda params: params,
 ) -> Step:
     """The whole chain of one step: anchors, mixtures, conditions, separation, loss, update.
 
     The step is `(state, frozen, batch, key) -> (state, metrics)`: `frozen` holds the variables of
     the nets that do not train (`sed`, and `query` where it is frozen), `key` is the run's key.
-    `speed` holds the arguments of `change_speed` for the clips; None to leave them.
+
+    Args:
+      separator, query, sed: the nets; without `sed` anchors are drawn at random or looked up.
+      optimizer: of all that trains.
+      loss: of (estimate, target) [b, 1, t], one value an item.
+      segment_samples: samples of an anchor.
+      sources: of a mixture.
+      group_size: items that are mixed with each other, see `mix`.
+      match_energy: see `mix`.
+      min_dbfs: see `find_anchors`.
+      speed: arguments of `change_speed` for the clips; None to leave them.
+      all_targets: every `sources` items share one mixture, see `mix_sets`.
+      silent_share: chance that an item asks for what its mixture does not hold, its target silence.
+        The condition is that of the item `sources` further in the group, the nearest that is not in
+        the mixture, where `batch["absent"]` [b] says that its class is related to no label of the
+        mixture; other items are left as they are.
+      accumulate: the batch is done in so many parts, one after the other, of whole groups each;
+        batch norms see one part at a time, and the gradient is the mean.
+      ema_decay: of the moving average of parameters, if the state has one.
+      gather: makes parameters whole, where the state's are split over devices.
     """
 
-    def query_variables(frozen: Any, params: Any, batch_stats: Any) -> Any:
-        fixed = frozen.get("query", {"params": {}, "batch_stats": {}})
-        return {
-            "params": {**fixed["params"], **params["query"]},
-            "batch_stats": {**fixed["batch_stats"], **batch_stats["query"]},
-        }
-
-    def step(state: TrainState, frozen: Any, batch: Batch, key: Array):
-        key = jax.random.fold_in(key, state.step)
+    def gradient(params: Any, batch_stats: Any, frozen: Any, batch: Batch, key: Array):
+        """Gradient, new statistics and metrics of a batch or a part of it."""
         anchor_key, adaptor_key = jax.random.split(key)
         batch = _at_other_speed(batch, key, speed)
         anchors = find_anchors(
@@ -121,53 +147,116 @@ def make_separation_step(
             segment_samples=segment_samples,
             min_dbfs=min_dbfs,
         )
-        target = anchors.segment
-        mixture = mix(
-            target,
-            energy(target, anchors.samples),
-            sources=sources,
-            group_size=group_size,
-            match_energy=match_energy,
-        )
+        sound = anchors.segment
+        level = energy(sound, anchors.samples)
+        if all_targets:
+            mixture, target = mix_sets(sound, level, sources=sources, match_energy=match_energy)
+        else:
+            target = sound
+            mixture = mix(
+                sound, level, sources=sources, group_size=group_size, match_energy=match_energy
+            )
+        silent = None
+        if silent_share:
+            drawn = jax.random.uniform(jax.random.fold_in(key, 2), level.shape) < silent_share
+            silent = drawn & (batch["absent"] != 0)
+            target = jnp.where(silent[:, None], 0, target)
 
         def objective(params):
+            params = gather(params)
             condition, query_updates = query.apply(
-                query_variables(frozen, params, state.batch_stats),
-                target,
+                query_variables(frozen, params, batch_stats),
+                sound,
                 batch["class_index"],
                 train=True,
                 rngs={"augment": adaptor_key},
                 mutable=["batch_stats"],
             )
+            if silent is not None:
+                other = _further(condition, sources, group_size)
+                condition = jnp.where(silent[:, None], other, condition)
             estimate, updates = separator.apply(
-                {"params": params["separator"], "batch_stats": state.batch_stats["separator"]},
+                {"params": params["separator"], "batch_stats": batch_stats["separator"]},
                 mixture[:, None],
                 condition,
                 train=True,
                 mutable=["batch_stats"],
             )
             per_item = loss(estimate, target[:, None])
-            trained = state.batch_stats["query"].keys()
             statistics = {
                 "separator": updates["batch_stats"],
-                "query": {k: query_updates["batch_stats"][k] for k in trained},
+                "query": {k: query_updates["batch_stats"][k] for k in batch_stats["query"]},
             }
-            return jnp.mean(per_item), (per_item, statistics)
+            improvement = _sdr_improvement(estimate[:, 0], target, mixture)
+            return jnp.mean(per_item), (per_item, improvement, statistics)
 
-        (_, (per_item, statistics)), grads = jax.value_and_grad(objective, has_aux=True)(
-            state.params
-        )
-        loss_mean, score = jnp.mean(jnp.stack([per_item, anchors.score]), axis=1)
-        metrics = {
-            "loss": loss_mean,
-            "anchor_score": score,
-            "grad_norm": optax.tree.norm(grads),
-        }
+        (_, (per_item, improvement, statistics)), grads = jax.value_and_grad(
+            objective, has_aux=True
+        )(params)
+        rows = [per_item, improvement, anchors.score]
+        if silent is not None:  # whose improvement says how quiet the estimate is, in its own row
+            rows += [jnp.where(silent, 0, improvement), silent.astype(per_item.dtype)]
+        loss_mean, sdri, score, *rest = jnp.mean(jnp.stack(rows), axis=1)
+        metrics = {"loss": loss_mean, "sdri": sdri, "anchor_score": score}
+        if rest:
+            heard, share = rest
+            metrics["sdri"] = heard / jnp.maximum(1 - share, 1e-6)
+            metrics["silent_share"] = share
+            metrics["silent_db"] = (sdri - heard) / jnp.maximum(share, 1e-6)
         if "conflict" in batch:
             metrics["conflict_share"] = jnp.mean(batch["conflict"].astype(jnp.float32))
-        return _update(state, grads, statistics, optimizer), metrics
+        return grads, statistics, metrics
+
+    def step(state: TrainState, frozen: Any, batch: Batch, key: Array):
+        key = jax.random.fold_in(key, state.step)
+        arguments = state.params, state.batch_stats, frozen, batch, key
+        if accumulate == 1:
+            grads, statistics, metrics = gradient(*arguments)
+        else:
+            grads, statistics, metrics = _in_parts(gradient, accumulate, group_size, *arguments)
+        return _update(state, grads, statistics, metrics, optimizer, ema_decay)
 
     return step
+
+
+def _further(condition: Float[Array, "b d"], places: int, group_size: int) -> Array:
+    """The condition of the item so many places further in the group."""
+    groups = condition.reshape(-1, group_size, condition.shape[1])
+    return jnp.roll(groups, -places, axis=1).reshape(condition.shape)
+
+
+def _in_parts(
+    gradient: Callable,
+    parts: int,
+    group_size: int,
+    params: Any,
+    batch_stats: Any,
+    frozen: Any,
+    batch: Batch,
+    key: Array,
+) -> tuple[Any, Any, Metrics]:
+    """The gradient of a batch done part by part.
+
+    Part m holds the groups m, m + parts, m + 2 parts ...: where each device has whole groups of
+    every part, none moves to another device.
+    """
+
+    def split(x: Array) -> Array:
+        groups = x.reshape(-1, parts, group_size, *x.shape[1:])
+        return jnp.swapaxes(groups, 0, 1).reshape(parts, -1, *x.shape[1:])
+
+    def add(carry: tuple[Any, Any], part: tuple[Batch, Array]):
+        total, statistics = carry
+        grads, statistics, metrics = gradient(params, statistics, frozen, *part)
+        return (jax.tree.map(jnp.add, total, grads), statistics), metrics
+
+    keys = jax.random.split(jax.random.fold_in(key, 3), parts)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    (total, statistics), metrics = jax.lax.scan(
+        add, (zeros, batch_stats), ({name: split(x) for name, x in batch.items()}, keys)
+    )
+    grads = jax.tree.map(lambda x: x / parts, total)
+    return grads, statistics, {name: jnp.mean(x) for name, x in metrics.items()}
 
 
 def make_tagging_step(
@@ -226,8 +315,7 @@ def make_tagging_step(
         (_, (per_item, statistics)), grads = jax.value_and_grad(objective, has_aux=True)(
             state.params
         )
-        metrics = {"loss": jnp.mean(per_item), "grad_norm": optax.tree.norm(grads)}
-        return _update(state, grads, statistics, optimizer), metrics
+        return _update(state, grads, statistics, {"loss": jnp.mean(per_item)}, optimizer)
 
     return step
 
@@ -241,16 +329,48 @@ def _at_other_speed(batch: Batch, key: Array, speed: dict[str, float] | None) ->
     return {**batch, "audio": audio, "samples": samples}
 
 
+def _sdr_improvement(
+    estimate: Float[Array, "b t"], target: Float[Array, "b t"], mixture: Float[Array, "b t"]
+) -> Float[Array, "b"]:
+    """SDR of the estimate less that of the mixture, in dB; the target's energy cancels."""
+    before, now = (jnp.mean(jnp.square(x - target), axis=1) for x in (mixture, estimate))
+    return 10 * jnp.log10(jnp.maximum(before, 1e-10) / jnp.maximum(now, 1e-10))
+
+
 def _update(
     state: TrainState,
     grads: Any,
     batch_stats: Any,
+    metrics: Metrics,
     optimizer: optax.GradientTransformation,
-) -> TrainState:
+    ema_decay: float = 0.0,
+) -> tuple[TrainState, Metrics]:
+    """The next state and all metrics; where loss or gradient are no numbers only the step counts.
+
+    The moving average begins with a shorter memory, (1 + step) / (10 + step), so that it does not
+    hold on to the parameters before the first step.
+    """
+    norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    return TrainState(
-        step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        batch_stats=batch_stats,
-        opt_state=opt_state,
+    params = optax.apply_updates(state.params, updates)
+    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+    ema = state.ema and optax.incremental_update(params, state.ema, 1 - decay)
+    good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    params, batch_stats, opt_state, ema = jax.tree.map(
+        lambda new, old: jnp.where(good, new, old),
+        (params, batch_stats, opt_state, ema),
+        (state.params, state.batch_stats, state.opt_state, state.ema),
     )
+    bad = 1 - good.astype(jnp.int32)
+    skipped = {
+        "total": state.skipped["total"] + bad,
+        "in_a_row": bad * (state.skipped["in_a_row"] + 1),
+    }
+    metrics = {
+        **metrics,
+        "grad_norm": norm,
+        "param_norm": optax.tree.norm(state.params),
+        "skipped_steps": skipped["total"],
+        "skipped_in_a_row": skipped["in_a_row"],
+    }
+    return TrainState(state.step + 1, params, batch_stats, opt_state, ema, skipped), metrics

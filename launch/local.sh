@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# N processes of one run on this host, which share its GPUs or have CPU devices of their own:
+#   bash launch/local.sh N train --config F --workdir D ...
+# JAX_PLATFORMS=cpu leaves the GPUs alone, JAX_NUM_CPU_DEVICES=K gives each process K devices, and
+# PYTHON=P takes another Python than the one in .venv.
+set -euo pipefail
+[[ "${1:-}" =~ ^[1-9][0-9]*$ && $# -ge 2 ]] || {
+    echo "usage: bash launch/local.sh N COMMAND ..., such as 2 train --config F --workdir D" >&2
+    exit 2
+}
+processes=$1
+shift
+python="${PYTHON:-$(dirname "$0")/../.venv/bin/python}"
+port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+gpus=0
+[ "${JAX_PLATFORMS:-}" = cpu ] || gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
+if [ "$gpus" -gt 0 ] && [ $((gpus % processes)) -ne 0 ]; then
+    echo "$gpus GPUs cannot be shared evenly by $processes processes; give another number" >&2
+    exit 2
+fi
+
+export JAX_COORDINATOR_ADDRESS="localhost:$port" JAX_NUM_PROCESSES=$processes
+pids=()
+for ((process = 0; process < processes; process++)); do
+    export JAX_PROCESS_ID=$process
+    if [ "$gpus" -gt 0 ]; then
+        each=$((gpus / processes))
+        CUDA_VISIBLE_DEVICES=$(seq -s, $((process * each)) $((process * each + each - 1)))
+        export CUDA_VISIBLE_DEVICES
+    fi
+    "$python" -m uss_jax.cli.main "$@" &
+    pids+=($!)
+done
+trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
+
+# The first that fails decides how this ends; the others would wait for it in vain.
+status=0
+for ((left = processes; left > 0;)); do
+    code=0
+    wait -n -p ended || code=$?
+    [ -n "${ended:-}" ] || continue # a signal, which the trap has passed on
+    left=$((left - 1))
+    [ "$code" -ne 0 ] && [ "$status" -eq 0 ] || continue
+    status=$code
+    # After a notice to stop all save together.
+    [ "$code" -eq 143 ] || kill -KILL "${pids[@]}" 2>/dev/null || true
+done
+exit "$status"

@@ -1,0 +1,190 @@
+#!/usr/bin/env python
+"""Trains over a grid of sizes, data and devices, and draws loss and SDRi against compute.
+
+    python launch/scaling_study.py launch/scaling_study.json --out out/scaling
+
+The study is a JSON file: `config` is a config file, `set` holds leaves of it for all runs, `grid`
+an object of axes, each an object from a name to the leaves that it sets; a run is made of every
+combination. `launch` (optional) is the command before the words of `uss-jax train`, such as
+["bash", "launch/local.sh", "2"]; a name in capitals among the leaves, such as JAX_NUM_CPU_DEVICES,
+is an environment variable of that command. The same command goes on where a study stopped.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from uss_jax.atomic import replacing
+from uss_jax.errors import UserError
+from uss_jax.training.throughput import read_ledger
+
+matplotlib.use("agg")
+KEYS = {"config", "set", "grid", "launch"}
+TRAIN = (sys.executable, "-m", "uss_jax.cli.main")
+# Fewer points, or points of one compute, fix no line and say nothing of how sure it is.
+LEAST_POINTS = 4
+
+
+def read_study(path: pathlib.Path) -> dict[str, Any]:
+    """The study of a file, checked."""
+    try:
+        study = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error})") from error
+    if not isinstance(study, dict) or not {"config", "grid"} <= set(study) <= KEYS:
+        raise UserError(f"{path} must be an object with config and grid, and may have set, launch")
+    for axis, values in study["grid"].items():
+        if not values or not all(isinstance(leaves, dict) for leaves in values.values()):
+            raise UserError(f"{path}: grid.{axis} must be an object from a name to leaves it sets")
+    return study
+
+
+def runs_of(study: dict[str, Any]) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
+    """Yields (axis -> name, leaves) of each run."""
+    for names in itertools.product(*study["grid"].values()):
+        point = dict(zip(study["grid"], names, strict=True))
+        leaves = dict(study.get("set", {}))
+        for axis, name in point.items():
+            leaves |= study["grid"][axis][name]
+        yield point, leaves
+
+
+def train(study: dict[str, Any], leaves: dict[str, Any], workdir: pathlib.Path) -> None:
+    """Trains one run to its end, from wherever it stands."""
+    environment = {key: str(value) for key, value in leaves.items() if key.isupper()}
+    words = [
+        f"--config.{key}={tuple(value) if isinstance(value, list) else value}"
+        for key, value in leaves.items()
+        if not key.isupper()
+    ]
+    command = [*study.get("launch", TRAIN), "train", "--config", study["config"]]
+    ended = subprocess.run(
+        [*command, "--workdir", str(workdir), *words], env={**os.environ, **environment}
+    )
+    if ended.returncode:
+        raise UserError(f"{workdir}: training ended with status {ended.returncode}; see above")
+
+
+def result_of(workdir: pathlib.Path) -> dict[str, float]:
+    """What became of a run: FLOPs spent, and what its last tenth says."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    ledger = read_ledger(workdir)
+    steps = lines[-1]["step"]
+    last = [line for line in lines if line["step"] > 0.9 * steps]
+    evaluated = [line["eval/sdri"] for line in lines if "eval/sdri" in line]
+    config = json.loads((workdir / "config.json").read_text())["training"]
+    return {
+        "parameters": ledger[-1]["parameters"],
+        "global_batch": config["global_batch"],
+        "steps": steps,
+        "devices": ledger[-1]["devices"],
+        "flops": ledger[-1]["flops_per_step"] * steps,
+        "items_per_second": ledger[-1]["items_per_second"],
+        "loss": float(np.mean([line["loss"] for line in last])),
+        # Of pairs where there are some, else of the batches.
+        "sdri": evaluated[-1] if evaluated else float(np.mean([line["sdri"] for line in last])),
+    }
+
+
+def power_law(compute: np.ndarray, loss: np.ndarray) -> dict[str, float] | None:
+    """loss = scale x compute ^ exponent by least squares of logarithms; None of too few points.
+
+    `exponent_error` is the exponent's standard error.
+    """
+    x, y = np.log(compute), np.log(loss)
+    if len(x) < LEAST_POINTS or np.ptp(x) < 1e-6:
+        return None
+    x = x - x.mean()
+    exponent = float(np.sum(x * y) / np.sum(x * x))
+    rest = y - y.mean() - exponent * x
+    error = math.sqrt(np.sum(rest**2) / (len(x) - 2) / np.sum(x * x))
+    scale = float(np.exp(y.mean() - exponent * np.mean(np.log(compute))))
+    return {"scale": scale, "exponent": exponent, "exponent_error": error}
+
+
+def table(rows: list[dict[str, Any]], axes: list[str]) -> str:
+    """The results as a Markdown table."""
+    columns = [*axes, "parameters", "steps", "devices", "flops", "items_per_second", "loss", "sdri"]
+    text = [columns, ["---"] * len(columns)]
+    text += [
+        [f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c]) for c in columns]
+        for row in rows
+    ]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in text) + "\n"
+
+
+def draw(rows: list[dict[str, Any]], fit: dict[str, float] | None, path: pathlib.Path) -> None:
+    """Loss and SDRi against compute, a colour for each name on the first axis."""
+    from matplotlib import pyplot
+
+    axis = next(iter(rows[0]))
+    figure, (losses, sdris) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for name in dict.fromkeys(row[axis] for row in rows):
+        of_name = [row for row in rows if row[axis] == name]
+        flops = [row["flops"] for row in of_name]
+        losses.plot(flops, [row["loss"] for row in of_name], "o", label=f"{axis} {name}")
+        sdris.plot(flops, [row["sdri"] for row in of_name], "o", label=f"{axis} {name}")
+    if fit is not None:
+        ends = np.array([min(row["flops"] for row in rows), max(row["flops"] for row in rows)])
+        label = f"exponent {fit['exponent']:.3f} ± {fit['exponent_error']:.3f}"
+        losses.plot(ends, fit["scale"] * ends ** fit["exponent"], "k--", label=label)
+    losses.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="loss")
+    sdris.set(xscale="log", xlabel="training FLOPs", ylabel="SDRi / dB")
+    losses.legend(fontsize="small")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=100)
+    pyplot.close(figure)
+
+
+def run(path: pathlib.Path, out: pathlib.Path) -> str:
+    """Runs a study; returns what there is to read."""
+    study = read_study(path)
+    rows = []
+    for point, leaves in runs_of(study):
+        workdir = out / "_".join(f"{axis}-{name}" for axis, name in point.items())
+        train(study, leaves, workdir)
+        rows.append({**point, **result_of(workdir)})
+    fit = power_law(*(np.array([row[key] for row in rows]) for key in ("flops", "loss")))
+    with replacing(out / "results.json") as temporary:
+        temporary.write_text(json.dumps({"runs": rows, "fit": fit}, indent=2) + "\n")
+    text = table(rows, list(study["grid"]))
+    with replacing(out / "table.md") as temporary:
+        temporary.write_text(text)
+    draw(rows, fit, out / "scaling.png")
+    if fit is None:
+        said = f"no power law: it takes {LEAST_POINTS} runs or more of different compute"
+    else:
+        said = (
+            f"loss ~ compute ^ {fit['exponent']:.3f} (standard error {fit['exponent_error']:.3f})"
+        )
+    return f"{text}\n{said}\n{out}: results.json, table.md, scaling.png"
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", type=pathlib.Path, help="a JSON file")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="the folder of the runs")
+    args = parser.parse_args()
+    try:
+        print(run(args.study, args.out))
+    except UserError as error:
+        print(f"scaling_study: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""What a run says of itself is what `evaluate pairs` says of its checkpoint."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.tiny import train_words, write_pairs, write_place
+from uss_jax.cli.main import main
+from uss_jax.evaluation.clips import open_records
+from uss_jax.evaluation.live import AVERAGES
+from uss_jax.evaluation.pairs import class_averages, evaluate_pairs, find_pairs, summarise
+from uss_jax.training.checkpoints import Checkpoints
+from uss_jax.training.model import Model
+
+# Of the last two classes there are no training clips, and so no averages.
+CLASSES = (0, 0, 0, 1, 1, 300, 300, 301, 301, 72, 400, 401)
+
+
+@pytest.mark.long
+def test_a_run_evaluates_itself_as_evaluate_does(tmp_path, quick_compilation):
+    place = write_place(tmp_path / "place")
+    write_pairs(tmp_path / "pairs", CLASSES)
+    pairs = find_pairs(tmp_path / "pairs")
+    changed = {"eval.pairs": tmp_path / "pairs", "eval.every_steps": 2, "total_steps": 4}
+    changed |= {"checkpoint_every_steps": 3, "schedule.learning_rate": 1.0}
+    assert main(train_words("resunet30.py", place, tmp_path / "run", changed)) == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    said = {line["step"]: line for line in map(json.loads, lines) if "eval/sdri" in line}
+    assert sorted(said) == [2, 4]
+    assert said[2]["eval/sdri"] != said[4]["eval/sdri"]
+    assert (tmp_path / "run" / AVERAGES).exists()
+
+    model = Model(tmp_path / "run")
+    reader = open_records(place / "records", "train", model)
+    averages = class_averages(model, reader, sorted(set(CLASSES)))
+    assert sorted(averages) == [0, 1, 72, 300, 301]
+    figures, _ = evaluate_pairs(model, pairs, averages)
+    rows = {row["query"]: row for row in summarise(pairs, figures)}
+    for name, row in (("", "oracle"), ("average_", "class average")):
+        for figure in ("sdri", "si_sdri"):
+            # One program or another, in float32.
+            wanted = pytest.approx(rows[row][figure], abs=1e-3)
+            assert said[4][f"eval/{name}{figure}"] == wanted
+    assert said[4]["eval/half_sdri"] == pytest.approx(rows["half the mixture"]["sdri"], abs=1e-4)
+    with Checkpoints(tmp_path / "run" / "checkpoints", keep=None) as checkpoints:
+        assert checkpoints.figures(4)["sdri"] == said[4]["eval/sdri"]
+        assert np.isfinite(list(checkpoints.figures(2).values())).all()

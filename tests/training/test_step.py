@@ -1,0 +1,186 @@
+"""What a separation step can do besides the published recipe."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.tiny import quick_jit, random_variables
+from uss_jax.anchors.mix import energy, mix_sets
+from uss_jax.models.query import QueryNet
+from uss_jax.models.resunet import ResUNet
+from uss_jax.training.losses import l1_waveform
+from uss_jax.training.state import create_state
+from uss_jax.training.step import make_separation_step
+
+BATCH, GROUP, SEGMENT = 8, 4, 1000
+SEPARATOR = ResUNet(n_fft=64, hop_samples=32, channels=(4,), norm_scope=GROUP)
+SGD = optax.sgd(0.1)
+
+
+class Echo(ResUNet):
+    """Gives back the number of the class that it is asked for."""
+
+    mask = None
+
+    @nn.compact
+    def __call__(self, mixture, condition, train):
+        self.variable("batch_stats", "nothing", jnp.zeros, ())
+        asked = jnp.argmax(condition, axis=1).astype(jnp.float32)
+        return self.param("gain", nn.initializers.ones_init(), ()) * jnp.broadcast_to(
+            asked[:, None, None], mixture.shape
+        )
+
+
+def _batch(seed=0):
+    """Anchors of a table, as the host gives them."""
+    rng = np.random.default_rng(seed)
+    return {
+        "audio": (0.1 * rng.standard_normal((BATCH, SEGMENT))).astype(np.float32),
+        "samples": np.full(BATCH, SEGMENT, np.int32),
+        "class_index": rng.permutation(527)[:BATCH].astype(np.int32),
+        "begin_sample": np.zeros(BATCH, np.int32),
+        "score": np.zeros(BATCH, np.float32),
+        "absent": np.array([1, 0, 1, 1, 0, 1, 1, 1], np.uint8),
+    }
+
+
+def _made(separator=SEPARATOR, loss=l1_waveform, optimizer=SGD, ema=False, **options):
+    options = {"sources": 2, "group_size": GROUP, "match_energy": True, **options}
+    query = QueryNet(None, "one_hot")
+    step = make_separation_step(
+        separator, query, None, optimizer, loss, segment_samples=SEGMENT, min_dbfs=None, **options
+    )
+    if type(separator) is ResUNet:
+        variables = random_variables(separator, (1, 1, SEGMENT), (1, 527))
+    else:
+        variables = {"params": {"gain": np.ones(())}, "batch_stats": {"nothing": np.zeros(())}}
+    trees = ({"separator": variables[k], "query": {}} for k in ("params", "batch_stats"))
+    return quick_jit(step), create_state(*jax.tree.map(jnp.asarray, tuple(trees)), optimizer, ema)
+
+
+def _run(made, *batches):
+    step, state = made
+    states, metrics = [state], []
+    for batch in batches:
+        state, values = step(state, {}, batch, jax.random.key(0))
+        states.append(state)
+        metrics.append(jax.device_get(values))
+    return states, metrics
+
+
+def _heard(**options):
+    """(asked, target) of each item in a step."""
+    heard = {}
+
+    def loss(estimate, target):
+        jax.debug.callback(lambda *x: heard.update(pair=x), estimate[:, 0, 0], target[:, 0])
+        return l1_waveform(estimate, target)
+
+    _, metrics = _run(_made(Echo(), loss, **options), _batch())
+    jax.effects_barrier()
+    return *heard["pair"], metrics[0]
+
+
+def test_silent_items_ask_for_the_class_that_is_the_nearest_outside_their_mixture():
+    batch = _batch()
+    asked, target, _ = _heard()
+    np.testing.assert_array_equal(asked, batch["class_index"])
+    np.testing.assert_array_equal(target, batch["audio"])
+
+    asked, target, metrics = _heard(silent_share=1.0)
+    silent = batch["absent"] != 0
+    groups = batch["class_index"].reshape(-1, GROUP)
+    further = np.roll(groups, -2, axis=1).ravel()  # two sources: the next is in the mixture
+    np.testing.assert_array_equal(asked, np.where(silent, further, batch["class_index"]))
+    np.testing.assert_array_equal(target, np.where(silent[:, None], 0, batch["audio"]))
+    assert metrics["silent_share"] == pytest.approx(silent.mean())
+
+
+def test_so_many_items_are_silent_as_asked_for():
+    step, state = _made(Echo(), silent_share=0.25)
+    shares = []
+    for _ in range(100):
+        state, metrics = step(state, {}, _batch() | {"absent": np.ones(BATCH)}, jax.random.key(0))
+        shares.append(float(metrics["silent_share"]))
+    assert np.mean(shares) == pytest.approx(0.25, abs=0.05)
+    assert np.std(shares) > 0.05
+
+
+def test_sdri_of_a_step_is_that_of_items_with_a_sound():
+    _, _, metrics = _heard(silent_share=1.0)
+    asked, target, _ = _heard(silent_share=1.0)
+    batch = _batch()
+    groups = batch["audio"].reshape(-1, GROUP, SEGMENT)
+    powers = np.mean(groups**2, axis=2)[:, :, None]
+    gain = np.sqrt(powers / np.roll(powers, -1, axis=1))
+    other = (gain * np.roll(groups, -1, axis=1)).reshape(BATCH, SEGMENT)
+    before = np.mean((batch["audio"] + other - target) ** 2, axis=1)
+    now = np.mean((asked[:, None] - target) ** 2, axis=1)
+    sdri, silent = 10 * np.log10(before / now), batch["absent"] != 0
+    assert metrics["sdri"] == pytest.approx(sdri[~silent].mean(), rel=1e-4)
+    assert metrics["silent_db"] == pytest.approx(sdri[silent].mean(), rel=1e-4)
+
+
+def test_all_sources_are_targets_of_the_mixture_that_they_share():
+    batch = _batch()
+    asked, target, _ = _heard(all_targets=True)
+    audio = jnp.asarray(batch["audio"])
+    _, wanted = mix_sets(audio, energy(audio), sources=2, match_energy=True)
+    np.testing.assert_array_equal(asked, batch["class_index"])
+    np.testing.assert_allclose(target, wanted, rtol=1e-5)
+
+
+def test_a_batch_in_parts_gives_the_gradient_of_the_whole():
+    (before, whole), (values,) = _run(_made(), _batch())
+    (_, parts), (in_parts,) = _run(_made(accumulate=2), _batch())
+    for name in ("loss", "grad_norm", "sdri"):
+        assert in_parts[name] == pytest.approx(values[name], rel=1e-5)
+    jax.tree.map(
+        lambda a, b, c: np.testing.assert_allclose(a - c, b - c, atol=1e-6),
+        parts.params,
+        whole.params,
+        before.params,
+    )
+
+    # The running statistics have seen one part after the other.
+    still = _made(optimizer=optax.set_to_zero())
+    rows = [{k: v[at : at + GROUP] for k, v in _batch().items()} for at in (0, GROUP)]
+    (*_, after), _ = _run(still, *rows)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        parts.batch_stats,
+        after.batch_stats,
+    )
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_steps_that_give_no_number_are_left_out_and_counted(accumulate):
+    bad = _batch()
+    bad["audio"][3, 5] = np.nan
+    made = _made(optimizer=optax.adam(1e-2), ema=True, ema_decay=0.9, accumulate=accumulate)
+    states, metrics = _run(made, _batch(), bad, bad, _batch(1))
+    first, after, last = states[1], states[3], states[4]
+    assert [int(m["skipped_steps"]) for m in metrics] == [0, 1, 2, 2]
+    assert [int(m["skipped_in_a_row"]) for m in metrics] == [0, 1, 2, 0]
+    assert int(after.step) == 3
+    for name in ("params", "batch_stats", "opt_state", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(first, name))
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(getattr(last, name)))
+    assert int(last.opt_state[0].count) == 2
+
+
+def test_the_moving_average_follows_the_parameters():
+    states, _ = _run(_made(ema=True, ema_decay=0.3), *map(_batch, range(6)))
+    average = states[0].params
+    for step, state in enumerate(states[1:]):
+        decay = min(0.3, (1 + step) / (10 + step))
+        average = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * p, average, state.params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), states[-1].ema, average
+    )
+    assert states[-1].averaged is states[-1].ema
+    (*_, plain), _ = _run(_made(), _batch())
+    assert plain.averaged is plain.params

@@ -1,0 +1,180 @@
+"""How well a separator does while it trains, on pairs, on all devices of all hosts together.
+
+Letters: `n` pairs, `b` batch, `t` samples of a pair, `d` width of the condition.
+"""
+
+import concurrent.futures
+import functools
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from uss_jax.atomic import replacing
+from uss_jax.audio.files import read_mono
+from uss_jax.errors import UserError
+from uss_jax.evaluation.averages import class_averages
+from uss_jax.evaluation.clips import open_records
+from uss_jax.evaluation.metrics import class_medians, separation_figures
+from uss_jax.evaluation.pairs import Pair
+from uss_jax.models.query import QueryNet
+from uss_jax.models.resunet import ResUNet
+from uss_jax.training.mesh import replicated, to_devices
+from uss_jax.training.model import Model
+from uss_jax.training.state import TrainState
+from uss_jax.training.step import query_variables
+
+# Of the workdir: what the averaged conditions of its training clips are.
+AVERAGES = "class_averages.npz"
+_SHOWN = ("sdri", "si_sdri")
+
+
+def make_evaluation(
+    separator: ResUNet,
+    query: QueryNet,
+    frozen: Any,
+    pairs: Sequence[Pair],
+    averages: dict[int, Float[np.ndarray, " d"]] | None = None,
+    *,
+    mesh: Mesh,
+    sample_rate: int,
+    batch_size: int,
+    threads: int,
+) -> Callable[[TrainState], dict[str, float]]:
+    """What gives a state's figures in dB: median within a class, then mean over classes.
+
+    `sdri` and `si_sdri` are of the clean sources' conditions; `average_sdri` and `average_si_sdri`
+    of a condition for each class, over the pairs whose class has one; `half_sdri` is what half the
+    mixture scores, which needs no model; `seconds` is how long it took.
+
+    Args:
+      separator, query: the nets.
+      frozen: variables of the nets that do not train, on the devices.
+      pairs: what to separate.
+      averages: a condition for each class, if there are any.
+      mesh: the devices.
+      sample_rate: of the nets, in Hz.
+      batch_size: pairs at a time on all devices together; a multiple of their number.
+      threads: that read files.
+    """
+    # What the pairs of one batch score, known to every host.
+    jitted = jax.jit(
+        functools.partial(_figures, separator, query, bool(averages)),
+        out_shardings=replicated(mesh),
+    )
+    classes = np.array([pair.class_index for pair in pairs])
+    samples = len(read_mono(pairs[0].mixture, sample_rate))
+    mine = jax.process_index(), jax.process_count()
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        began = time.monotonic()
+        parts = []
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            for first in range(0, len(pairs), batch_size):
+                at = np.minimum(np.arange(first, first + batch_size), len(pairs) - 1)
+                rows = np.array_split(at, mine[1])[mine[0]]  # this host's
+                read = functools.partial(_read, sample_rate=sample_rate, samples=samples)
+                batch = _stack(list(pool.map(read, (pairs[row] for row in rows))), averages)
+                parts.append(jax.device_get(jitted(state, frozen, to_devices(batch, mesh))))
+        values = {
+            name: np.concatenate([part[name] for part in parts])[: len(pairs)] for name in parts[0]
+        }
+        means = {name: _mean_of_medians(of, classes) for name, of in values.items()}
+        return {**means, "seconds": time.monotonic() - began}
+
+    return evaluate
+
+
+def _figures(
+    separator: ResUNet,
+    query: QueryNet,
+    averaged: bool,
+    state: TrainState,
+    frozen: Any,
+    batch: dict[str, jax.Array],
+) -> dict[str, Float[jax.Array, "b"]]:
+    """Figures of each pair of a batch; NaN where its class has no averaged condition."""
+    variables = {
+        "params": state.averaged["separator"],
+        "batch_stats": state.batch_stats["separator"],
+    }
+    mixture, source = batch["mixture"], batch["source"]
+    conditions = {
+        "": query.apply(
+            query_variables(frozen, state.averaged, state.batch_stats), source, batch["class_index"]
+        )
+    }
+    if averaged:
+        conditions["average_"] = batch["average"]
+    figures = {}
+    for prefix, condition in conditions.items():
+        estimate = separator.apply(variables, mixture[:, None], condition)[:, 0]
+        found = separation_figures(source, estimate, mixture)
+        figures |= {prefix + name: found[name] for name in _SHOWN}
+    half = separation_figures(source, mixture / 2, mixture)
+    return {**figures, "half_sdri": half["sdri"]}
+
+
+def _read(pair: Pair, *, sample_rate: int, samples: int) -> tuple[Pair, np.ndarray, np.ndarray]:
+    sides = []
+    for path in (pair.mixture, pair.source):
+        waveform = read_mono(path, sample_rate)
+        if len(waveform) != samples:
+            raise UserError(
+                f"{path} lasts {len(waveform) / sample_rate:.4g} s, other pairs "
+                f"{samples / sample_rate:.4g} s; all of config.eval.pairs must be equally long"
+            )
+        sides.append(waveform)
+    return pair, *sides
+
+
+def _stack(
+    read: list[tuple[Pair, np.ndarray, np.ndarray]],
+    averages: dict[int, Float[np.ndarray, " d"]] | None,
+) -> dict[str, np.ndarray]:
+    batch = {
+        "mixture": np.stack([mixture for _, mixture, _ in read]),
+        "source": np.stack([source for _, _, source in read]),
+        "class_index": np.array([pair.class_index for pair, _, _ in read], np.int32),
+    }
+    if averages:
+        none = np.full(len(next(iter(averages.values()))), np.nan, np.float32)
+        batch["average"] = np.stack([averages.get(pair.class_index, none) for pair, _, _ in read])
+    return batch
+
+
+def _mean_of_medians(values: Float[np.ndarray, " n"], classes: np.ndarray) -> float:
+    there = np.isfinite(values)
+    if not there.any():
+        return float("nan")
+    return float(np.mean(list(class_medians(values[there], classes[there]).values())))
+
+
+def workdir_averages(
+    workdir: pathlib.Path, records: str, split: str, pairs: Sequence[Pair]
+) -> dict[int, Float[np.ndarray, " d"]]:
+    """The mean condition of the training clips of each class of the pairs.
+
+    Found once and kept in the workdir, whose nets that make conditions must be frozen.
+
+    Args:
+      workdir: with its config and frozen nets.
+      records: that the run trains on.
+      split: of them.
+      pairs: whose classes are needed.
+    """
+    path = workdir / AVERAGES
+    if not path.exists():
+        model = Model(workdir)
+        classes = sorted({pair.class_index for pair in pairs})
+        found = class_averages(model, open_records(records, split, model), classes)
+        with replacing(path) as temporary:
+            vectors = list(found.values()) or np.zeros((0, 0), np.float32)
+            np.savez(temporary, classes=np.array(list(found), np.int64), vectors=vectors)
+    with np.load(path) as stored:
+        return dict(zip(stored["classes"].tolist(), stored["vectors"], strict=True))

@@ -1,0 +1,107 @@
+"""What a run would be, compiled for its devices and not run: `uss-jax train --dry-run`."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from uss_jax.training.cost import device_bytes, model_flops, peak_flops
+from uss_jax.training.mesh import batch_sharded, replicated, state_shardings
+from uss_jax.training.state import TrainState, parameter_count
+from uss_jax.training.step import Step
+
+
+def clip_batch(items: int, samples: int, *, from_table: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch of so many clips of so many samples, or of anchors from a table."""
+    shape = lambda dtype, *more: jax.ShapeDtypeStruct((items, *more), dtype)  # noqa: E731
+    batch = {name: shape(np.int32) for name in ("samples", "class_index", "record")}
+    batch |= {name: shape(np.uint8) for name in ("conflict", "absent")}
+    if from_table:
+        batch |= {"begin_sample": shape(np.int32), "score": shape(np.float32)}
+    return {"audio": shape(np.int16, samples), **batch}
+
+
+def describe(
+    step: Step,
+    state: TrainState,
+    frozen: Any,
+    batch: dict[str, jax.ShapeDtypeStruct],
+    *,
+    counted: Step,
+    rules: Sequence[tuple[str, str]],
+    mesh: Mesh,
+    dtype: str,
+) -> list[str]:
+    """Compiles a step for the devices of the mesh; lines that say what it is and needs.
+
+    Args:
+      step: the training step.
+      state, frozen, batch: shapes of its arguments.
+      counted: the same step without `remat`, whose operations count.
+      rules: how the state is split over devices.
+      mesh: the devices.
+      dtype: that the separator computes in.
+    """
+    key = jax.random.key(0)
+    began = time.monotonic()
+    with jax.set_mesh(mesh):
+        layout = state_shardings(state, rules, mesh)
+        whole = replicated(mesh)
+        arguments = (
+            jax.tree.map(_laid_out, state, layout),
+            jax.tree.map(lambda x: _laid_out(x, whole), frozen),
+            {name: _laid_out(x, batch_sharded(mesh)) for name, x in batch.items()},
+        )
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+        compiled = jitted.lower(*arguments, key).compile()
+        seconds = time.monotonic() - began
+        flops = model_flops(counted, state, frozen, batch, key)
+
+    device = mesh.devices.flat[0]
+    items = batch["audio"].shape[0]
+    read = sum(x.size * x.dtype.itemsize for x in batch.values())
+    trained, other = parameter_count(state.params), parameter_count(_params(frozen))
+    lines = [
+        f"mesh: {mesh.size} x {device.device_kind} along {mesh.axis_names[0]}, "
+        f"{jax.process_count()} processes",
+        f"parameters: {trained / 1e6:.2f} M trained, {other / 1e6:.2f} M frozen",
+        f"batch: {items} items, {items // mesh.size} a device",
+        f"operations: {flops / 1e12:.4g} TFLOP a step, {flops / items / 1e12:.4g} an item, in "
+        "matrix products and convolutions",
+        _memory(compiled, device),
+        f"input: {read / 1e6:.4g} MB a step",
+        f"compiled in {seconds:.1f} s",
+    ]
+    peak = peak_flops(device.device_kind, dtype)
+    if peak is None:
+        return [*lines, f"the peak of {device.device_kind} is not known"]
+    steps = peak * mesh.size / flops
+    return [
+        *lines,
+        f"at the {dtype} peak, {peak / 1e12:.4g} TFLOP/s a device: {items * steps:.4g} items/s, "
+        f"which read {read * steps / 1e6:.4g} MB/s",
+    ]
+
+
+def _params(frozen: Any) -> list[Any]:
+    return [net["params"] for net in frozen.values()]
+
+
+def _laid_out(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _memory(compiled: jax.stages.Compiled, device: jax.Device) -> str:
+    found = device_bytes(compiled)
+    if found is None:
+        return f"memory: {device.platform} does not tell"
+    total, given, temporary = (found[k] / 1e9 for k in ("total", "arguments", "temporary"))
+    line = (
+        f"memory on a device: {total:.3f} GB: {given:.3f} of state, frozen nets and batch, "
+        f"{temporary:.3f} temporary"
+    )
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return f"{line}, of {limit / 1e9:.1f} GB" if limit else line

@@ -7,9 +7,12 @@ import pytest
 
 from tests.tiny import train_words, write_pairs, write_place
 from uss_jax.cli.main import main
+from uss_jax.evaluation.averages import by_name, class_averages
 from uss_jax.evaluation.clips import open_records
 from uss_jax.evaluation.live import AVERAGES
-from uss_jax.evaluation.pairs import class_averages, evaluate_pairs, find_pairs, summarise
+from uss_jax.evaluation.pairs import find_pairs
+from uss_jax.evaluation.scoring import score
+from uss_jax.evaluation.summary import summarise
 from uss_jax.training.checkpoints import Checkpoints
 from uss_jax.training.model import Model
 
@@ -35,7 +38,7 @@ def test_a_run_evaluates_itself_as_evaluate_does(tmp_path, quick_compilation):
     reader = open_records(place / "records", "train", model)
     averages = class_averages(model, reader, sorted(set(CLASSES)))
     assert sorted(averages) == [0, 1, 72, 300, 301]
-    figures, _ = evaluate_pairs(model, pairs, averages)
+    figures, _ = score(model, pairs, by_name(averages))
     rows = {row["query"]: row for row in summarise(pairs, figures)}
     for name, row in (("", "oracle"), ("average_", "class average")):
         for figure in ("sdri", "si_sdri"):

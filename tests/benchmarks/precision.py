@@ -31,7 +31,7 @@ CONFIG = {
     "query.kind": "one_hot",
     "separator.n_fft": 512,
     "separator.hop_samples": 256,
-    "separator.channels": (8, 16, 32, 64),
+    "separator.channels": (8, 16, 32),
     "schedule.learning_rate": 4e-3,
     "schedule.warm_up_steps": 10,
     "log_every_steps": 1,

@@ -458,6 +458,7 @@ class ClipReader:
         self.index = index
         self._verify_parts = verify_parts
         self._folder = open_folder(directory)
+        self._shards: list[str] = index.shards.tolist()
         self._checked: set[int] = set()
 
     def read(
@@ -491,7 +492,7 @@ class ClipReader:
 
     def _pread(self, record: int, offset: int, size: int) -> bytes:
         index, number = self.index, int(self.index.record_shard[record])
-        shard = str(index.shards[number])
+        shard = self._shards[number]
         try:
             if number not in self._checked:
                 expected = int(index.shard_bytes[number])

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -34,7 +34,7 @@ from uss_jax.training.throughput import Throughput, Trace
 # What decides, with seed, batch, records and anchors, which clips meet in which step.
 _DRAWING = ("data.order", "data.class_weights", "data.share", "data.clip_seconds", "mixup_alpha")
 _DRAWING += ("mixing.sources", "mixing.group_size", "mixing.order", "mixing.match_energy")
-_DRAWING += ("mixing.all_targets", "mixing.silent_share", "accumulate")
+_DRAWING += ("mixing.all_targets",)
 _DRAWING += ("anchors.min_score", "anchors.min_dbfs", "anchors.top_k", "anchors.jitter_samples")
 
 _AT_LEAST_ONE = ("total_steps", "global_batch", "accumulate", "max_skipped_steps")
@@ -283,7 +283,6 @@ def train_on(
     Raises:
       UserError: the workdir's run has other nets, data or seed.
     """
-    first_host = jax.process_index() == 0
     parameters = parameter_count(state.params)
     say(
         f"{kind} of {parameters / 1e6:.1f} M parameters, "
@@ -296,17 +295,9 @@ def train_on(
         "sample_rate": config.sample_rate,
         "segment_seconds": config.segment_seconds,
         **nets,
+        "training": json.loads(config.to_json_best_effort()),
     }
-    training = json.loads(config.to_json_best_effort())
-    position = {
-        "seed": config.seed,
-        "global_batch": config.global_batch,
-        "index_digest": records.index.digest,
-    }
-    seconds = config.data.clip_seconds
-    if records.places is not None:
-        position["anchors_digest"] = records.places.table.digest
-        seconds = config.segment_seconds
+    position = _position(records, config)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
             Checkpoints(
@@ -317,31 +308,13 @@ def train_on(
         start = checkpoints.latest_step or 0
         if start:
             say(f"resuming after step {start}")
-            saved = read_bundle(workdir).config
-            _require_same_nets(saved, json.loads(json.dumps(about)))
-            _require_same_data(checkpoints.position(start), position)
-            _require_same_drawing(saved["training"], training)
+            _require_same_run(workdir, about, checkpoints.position(start), position)
             state = checkpoints.restore(start, state)
         writer = None
-        if first_host:
+        if jax.process_index() == 0:
             with replacing(workdir / "config.json") as temporary:
-                temporary.write_text(json.dumps({**about, "training": training}, indent=2) + "\n")
+                temporary.write_text(json.dumps(about, indent=2) + "\n")
             writer = stack.enter_context(MetricsWriter(workdir, start, config.total_steps, kind))
-        feed = batches(
-            records.reader,
-            records.order,
-            start_step=start,
-            stop_step=config.total_steps,
-            batch_size=clips_per_step,
-            clip_samples=round(seconds * config.sample_rate),
-            host=jax.process_index(),
-            hosts=jax.process_count(),
-            threads=config.data.threads,
-            workers=config.data.get("workers", 0),
-            labels=labels,
-            places=records.places,
-            max_corrupt=config.data.get("max_corrupt", 0),
-        )
         throughput = Throughput(
             workdir, start, config.global_batch, parameters, dtype, counted or step
         )
@@ -353,7 +326,7 @@ def train_on(
             step,
             state,
             frozen,
-            feed,
+            _feed(records, config, start, clips_per_step, labels),
             key=on_all_devices(key, mesh),
             mesh=mesh,
             total_steps=config.total_steps,
@@ -369,6 +342,53 @@ def train_on(
             evaluate=evaluation and evaluation(frozen),
             evaluate_every_steps=config.eval.every_steps if evaluation else 0,
         )
+
+
+def _position(records: Records, config: ConfigDict) -> dict[str, Any]:
+    """What a checkpoint says of the data, less how far the run has come."""
+    position = {
+        "seed": config.seed,
+        "global_batch": config.global_batch,
+        "index_digest": records.index.digest,
+    }
+    if records.places is not None:
+        position["anchors_digest"] = records.places.table.digest
+    return position
+
+
+def _feed(
+    records: Records, config: ConfigDict, start: int, clips_per_step: int, labels: bool
+) -> Iterator[dict[str, np.ndarray]]:
+    """This host's batches from a step on."""
+    seconds = config.data.clip_seconds if records.places is None else config.segment_seconds
+    return batches(
+        records.reader,
+        records.order,
+        start_step=start,
+        stop_step=config.total_steps,
+        batch_size=clips_per_step,
+        clip_samples=round(seconds * config.sample_rate),
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+        threads=config.data.threads,
+        workers=config.data.get("workers", 0),
+        labels=labels,
+        places=records.places,
+        max_corrupt=config.data.get("max_corrupt", 0),
+    )
+
+
+def _require_same_run(
+    workdir: pathlib.Path,
+    about: Mapping[str, Any],
+    saved_position: Mapping[str, Any],
+    position: Mapping[str, Any],
+) -> None:
+    """Raises a UserError where the workdir's run has other nets or would see other data."""
+    saved = read_bundle(workdir).config
+    _require_same_nets(saved, json.loads(json.dumps(about)))
+    _require_same_data(saved_position, position)
+    _require_same_drawing(saved["training"], about["training"])
 
 
 def _require_same_data(saved: Mapping[str, Any], position: Mapping[str, Any]) -> None:

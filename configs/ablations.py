@@ -42,6 +42,7 @@ ABLATIONS = {
     "sources=4": {"mixing.sources": 4},
     "energy=matched": {},
     "energy=as_recorded": {"mixing.match_energy": False},
+    "energy=random_gain": {"mixing.gain_db": 10.0},
     "order=conflict_free": {"mixing.order": "conflict_free"},
     # The net.
     "depth=30": {},
@@ -52,6 +53,8 @@ ABLATIONS = {
     # What is learnt from.
     "loss=l1_wav": {},
     "loss=l1_wav_l1_sp": {"loss": "l1_wav_l1_sp"},
+    "loss=si_sdr": {"loss": "si_sdr"},
+    "loss=snr_threshold": {"loss": "snr_threshold"},
     "data=balanced": {},
     "data=full": {"data.split": "full_train"},
 }

@@ -72,6 +72,7 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
     config.mixing.sources = 2
     config.mixing.group_size = 16  # item i is mixed with the next of its group
     config.mixing.match_energy = True
+    config.mixing.gain_db = 0.0  # then make it louder or quieter by up to so much
     # "conflict_free": items change places in their group so that no mixture holds the same or a
     # nested class twice.
     config.mixing.order = "reference"

@@ -31,7 +31,9 @@ def _shrunk(name):
         "checkpoint_every_steps": 1,
         "segment_seconds": config.segment_seconds / _SHRUNK,
         "data.clip_seconds": config.data.clip_seconds / _SHRUNK,
-        "separator.channels": tuple(width // 16 for width in config.separator.channels[:2]),
+        "separator.n_fft": 32,
+        "separator.hop_samples": 32,
+        "separator.channels": (config.separator.channels[0] // 8,),
         "separator.blocks_per_level": config.separator.blocks_per_level,
     }
     if name.split("=")[0] not in ("condition", "query", "anchors"):

@@ -202,6 +202,7 @@ def _step(
         speed=config.speed and config.speed.to_dict(),
         all_targets=config.mixing.all_targets,
         silent_share=config.mixing.silent_share,
+        gain_db=config.mixing.gain_db,
         accumulate=config.accumulate,
         ema_decay=config.ema_decay,
         **options,

@@ -133,6 +133,35 @@ def test_all_sources_are_targets_of_the_mixture_that_they_share():
     np.testing.assert_allclose(target, wanted, rtol=1e-5)
 
 
+class Mirror(Echo):
+    """A separator whose estimate is the mixture."""
+
+    @nn.compact
+    def __call__(self, mixture, condition, train=False):
+        self.variable("batch_stats", "nothing", jnp.zeros, ())
+        return self.param("gain", nn.initializers.ones_init(), ()) * mixture
+
+
+def test_random_gains_are_as_large_as_asked_for():
+    heard = {}
+
+    def loss(estimate, target):
+        jax.debug.callback(lambda *x: heard.update(pair=x), estimate[:, 0], target[:, 0])
+        return l1_waveform(estimate, target)
+
+    decibel = {}
+    for gain_db in (0.0, 6.0):
+        _run(_made(Mirror(), loss, gain_db=gain_db), _batch())
+        jax.effects_barrier()
+        mixture, target = map(np.asarray, heard["pair"])
+        np.testing.assert_array_equal(target, _batch()["audio"])
+        powers = [np.mean(x**2, axis=1) for x in (mixture - target, target)]
+        decibel[gain_db] = 10 * np.log10(powers[0] / powers[1])
+    np.testing.assert_allclose(decibel[0.0], 0, atol=1e-3)
+    assert 1 < np.abs(decibel[6.0]).max() < 6.001
+    assert decibel[6.0].min() < 0 < decibel[6.0].max()
+
+
 def test_a_batch_in_parts_gives_the_gradient_of_the_whole():
     (before, whole), (values,) = _run(_made(), _batch())
     (_, parts), (in_parts,) = _run(_made(accumulate=2), _batch())

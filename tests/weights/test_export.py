@@ -4,6 +4,7 @@ import sys
 
 import jax
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax.traverse_util import flatten_dict
@@ -12,7 +13,9 @@ from safetensors.numpy import load_file
 from tests.tiny import RATE, SEGMENT, write_separator
 from uss_jax.cli.main import main
 from uss_jax.training.bundle import read_bundle
+from uss_jax.training.checkpoints import Checkpoints, save_tree
 from uss_jax.training.model import Model
+from uss_jax.training.state import create_state
 from uss_jax.weights import export
 from uss_jax.weights.inspection import inspect
 
@@ -74,6 +77,26 @@ def test_sharded_orbax_holds_the_same_in_pieces(bundle, tmp_path):
     kernel = tree["params"]["encoder_block1"]["conv_block1"]["conv2"]["kernel"]
     assert kernel.shape == (3, 3, 4, 4)
     assert kernel.storage.write_shape == (3, 3, 1, 4)
+
+
+def test_a_run_gives_its_average_or_its_last_parameters(bundle, tmp_path):
+    run, source = tmp_path / "run", read_bundle(bundle)
+    for part in ("query", "sed"):
+        save_tree(run / "frozen" / part, source.variables(part))
+    (run / "config.json").write_text((bundle / "config.json").read_text())
+    params = {"separator": source.variables("separator")["params"]}
+    stats = {"separator": source.variables("separator")["batch_stats"]}
+    averaged = jax.tree.map(lambda x: x / 2, params)
+    state = create_state(params, stats, optax.sgd(0.1), ema=True).replace(ema=averaged)
+    with Checkpoints(run / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(7, state, {})
+    assert _export(run, "orbax", tmp_path / "last", "--parameters", "last") == 0
+    name = "params/after_conv/kernel"
+    expected = params["separator"]["after_conv"]["kernel"]
+    np.testing.assert_array_equal(_flat(run)[name], expected / 2)
+    np.testing.assert_array_equal(_flat(tmp_path / "last")[name], expected)
+    assert json.loads((tmp_path / "last" / "config.json").read_text())["step"] == 7
+    assert "checkpoints" not in [path.name for path in (tmp_path / "last").iterdir()]
 
 
 def test_stablehlo_runs_without_this_package(bundle, tmp_path):

@@ -25,6 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of stored parameters; default: float32",
     )
     parser.add_argument(
+        "--parameters",
+        choices=("averaged", "last"),
+        default="averaged",
+        help="of a run: the moving average where there is one (default), or the last step's",
+    )
+    parser.add_argument(
         "--shards",
         type=positive,
         default=1,
@@ -49,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.weights.export import export
 
     checked = export(
-        read_bundle(args.bundle),
+        read_bundle(args.bundle, averaged=args.parameters == "averaged"),
         args.format,
         args.out,
         dtype=args.dtype,

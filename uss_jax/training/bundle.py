@@ -47,10 +47,12 @@ class Bundle:
       config: `kind` (separator or tagger), `sample_rate` in Hz, `segment_seconds`, and a section
         for each part with the fields of its net; those of a tagging net are under `model`, with its
         name under `net`.
+      averaged: whether a run's parameters are their moving average, where there is one.
     """
 
     path: pathlib.Path
     config: dict[str, Any]
+    averaged: bool = True
 
     def separator(self) -> tuple[ResUNet, Variables]:
         """The separator and its variables."""
@@ -85,8 +87,9 @@ class Bundle:
         if step is not None:
             name = _TRAINED_AS.get(part, part)
             with Checkpoints(self.path / "checkpoints", keep=None) as checkpoints:
-                averaged = "ema" if "ema" in checkpoints.items(step) else "params"
-                params, stats = (checkpoints.read(step, item) for item in (averaged, "batch_stats"))
+                average = self.averaged and "ema" in checkpoints.items(step)
+                items = ("ema" if average else "params", "batch_stats")
+                params, stats = (checkpoints.read(step, item) for item in items)
             params, stats = ({**tree, **tree.get("query", {})} for tree in (params, stats))
             if name in params:
                 return {"params": params[name], "batch_stats": stats.get(name, {})}
@@ -106,8 +109,8 @@ class Bundle:
         return net, variables
 
 
-def read_bundle(path: str | os.PathLike) -> Bundle:
-    """Opens a bundle or a workdir.
+def read_bundle(path: str | os.PathLike, averaged: bool = True) -> Bundle:
+    """Opens a bundle or a workdir; `averaged` as in `Bundle`.
 
     Raises:
       UserError: there is none, or one of another format version.
@@ -132,7 +135,7 @@ def read_bundle(path: str | os.PathLike) -> Bundle:
             f"{config_path} has format version {version} and kind {kind}; this version reads "
             f"{FORMAT_VERSION} and separator or tagger"
         )
-    return Bundle(path, config)
+    return Bundle(path, config, averaged)
 
 
 def write_bundle(

@@ -105,6 +105,7 @@ def make_separation_step(
     speed: dict[str, float] | None = None,
     all_targets: bool = False,
     silent_share: float = 0.0,
+    gain_db: float = 0.0,
     accumulate: int = 1,
     ema_decay: float = 0.0,
     gather: Callable[[Any], Any] = lambda params: params,
@@ -129,6 +130,8 @@ def make_separation_step(
         The condition is that of the item `sources` further in the group, the nearest that is not in
         the mixture, where `batch["absent"]` [b] says that its class is related to no label of the
         mixture; other items are left as they are.
+      gain_db: with `match_energy`, an added sound is louder or quieter than the target by up to so
+        much.
       accumulate: the batch is done in so many parts, one after the other, of whole groups each;
         batch norms see one part at a time, and the gradient is the mean.
       ema_decay: of the moving average of parameters, if the state has one.
@@ -149,6 +152,10 @@ def make_separation_step(
         )
         sound = anchors.segment
         level = energy(sound, anchors.samples)
+        if gain_db:
+            # Sounds are matched by levels that are off by up to half as much each.
+            off = jax.random.uniform(jax.random.fold_in(key, 3), level.shape) - 0.5
+            level = level * 10 ** (gain_db * off / 10)
         if all_targets:
             mixture, target = mix_sets(sound, level, sources=sources, match_energy=match_energy)
         else:

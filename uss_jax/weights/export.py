@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 from safetensors.numpy import load_file, save_file
 
@@ -28,7 +27,7 @@ from uss_jax.models.query import QueryNet
 from uss_jax.models.resunet import ResUNet
 from uss_jax.training.bundle import Bundle, Variables, net_hash, read_bundle, write_bundle
 from uss_jax.training.checkpoints import latest_step, save_tree
-from uss_jax.training.mesh import make_mesh
+from uss_jax.training.mesh import lay_out, make_mesh
 
 FORMATS = ("orbax", "safetensors", "stablehlo")
 DTYPES = ("float32", "bfloat16")
@@ -203,18 +202,9 @@ def _orbax(
     if shards > 1:
         mesh = make_mesh(jax.devices()[:shards])
         for part, variables in parts.items():
-            save_tree(folder / part, jax.tree.map(lambda x: _divided(x, mesh), variables))
+            save_tree(folder / part, lay_out(variables, [("", "fsdp")], mesh))
     separator, variables = read_bundle(folder).separator()
     return _live(separator, variables, inputs)
-
-
-def _divided(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Over the devices along its longest axis that divides by their number; else a copy on each."""
-    axes = [axis for axis, size in enumerate(array.shape) if size % mesh.size == 0]
-    spec = [None] * array.ndim
-    if axes:
-        spec[max(axes, key=lambda axis: array.shape[axis])] = mesh.axis_names[0]
-    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
 def _safetensors(

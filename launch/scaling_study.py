@@ -76,12 +76,15 @@ def train(study: dict[str, Any], leaves: dict[str, Any], workdir: pathlib.Path) 
 
 
 def result_of(workdir: pathlib.Path) -> dict[str, float]:
-    """What became of a run: FLOPs spent, and what its last tenth says."""
+    """What became of a run: FLOPs spent, and its last evaluation or else its last reports."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     ledger = read_ledger(workdir)
     steps = lines[-1]["step"]
-    last = [line for line in lines if line["step"] > 0.9 * steps]
-    evaluated = [line["eval/sdri"] for line in lines if "eval/sdri" in line]
+    # Of pairs where there are some: batches differ from run to run.
+    names = {"loss": "eval/l1", "sdri": "eval/sdri"}
+    last = [line for line in lines if "eval/l1" in line][-1:]
+    if not last:
+        names, last = {"loss": "loss", "sdri": "sdri"}, lines[-(len(lines) // 10 + 1) :]
     config = json.loads((workdir / "config.json").read_text())["training"]
     return {
         "parameters": ledger[-1]["parameters"],
@@ -90,9 +93,7 @@ def result_of(workdir: pathlib.Path) -> dict[str, float]:
         "devices": ledger[-1]["devices"],
         "flops": ledger[-1]["flops_per_step"] * steps,
         "items_per_second": ledger[-1]["items_per_second"],
-        "loss": float(np.mean([line["loss"] for line in last])),
-        # Of pairs where there are some, else of the batches.
-        "sdri": evaluated[-1] if evaluated else float(np.mean([line["sdri"] for line in last])),
+        **{key: float(np.mean([line[name] for line in last])) for key, name in names.items()},
     }
 
 
@@ -140,7 +141,7 @@ def draw(rows: list[dict[str, Any]], fit: dict[str, float] | None, path: pathlib
         losses.plot(ends, fit["scale"] * ends ** fit["exponent"], "k--", label=label)
     losses.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="loss")
     sdris.set(xscale="log", xlabel="training FLOPs", ylabel="SDRi / dB")
-    losses.legend(fontsize="small")
+    figure.legend(*losses.get_legend_handles_labels(), loc="outside right", fontsize="small")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=100)
     pyplot.close(figure)

@@ -12,6 +12,7 @@ from uss_jax.errors import UserError
 from uss_jax.evaluation.averages import by_name, class_averages
 from uss_jax.evaluation.clips import open_records
 from uss_jax.evaluation.live import AVERAGES, make_evaluation
+from uss_jax.evaluation.metrics import class_medians
 from uss_jax.evaluation.pairs import find_pairs
 from uss_jax.evaluation.scoring import score
 from uss_jax.evaluation.summary import summarise
@@ -51,6 +52,11 @@ def test_a_run_evaluates_itself_as_evaluate_does(tmp_path, quick_compilation):
             # One program or another, in float32.
             wanted = pytest.approx(rows[row][figure], abs=1e-3)
             assert said[4][f"eval/{name}{figure}"] == wanted
+    source, mixture = (np.stack([p.read(s, RATE) for p in pairs]) for s in ("source", "mixture"))
+    classes = np.array([pair.class_index for pair in pairs], np.int32)
+    estimate = model.separate(mixture, model.condition(source, classes))
+    medians = class_medians(np.abs(estimate - source).mean(axis=1), classes)
+    assert said[4]["eval/l1"] == pytest.approx(np.mean(list(medians.values())), rel=1e-4)
     assert said[4]["eval/half_sdri"] == pytest.approx(rows["half the mixture"]["sdri"], abs=1e-4)
     with Checkpoints(tmp_path / "run" / "checkpoints", keep=None) as checkpoints:
         assert checkpoints.figures(4)["sdri"] == said[4]["eval/sdri"]

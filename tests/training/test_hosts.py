@@ -98,7 +98,7 @@ def test_sigterm_to_one_host_stops_all_after_the_same_step_saved(place, start, t
     children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
     assert len(children) == 2, started.communicate()[1]
     os.kill(int(children[-1]), signal.SIGTERM)
-    err = started.communicate(timeout=60)[1]
+    err = started.communicate(timeout=300)[1]
     assert started.returncode == 143, err
     stopped = re.findall(r"^uss-jax: stopped by SIGTERM and saved after step (\d+)", err, re.M)
     assert stopped == [str(latest_step(workdir / "checkpoints"))] * 2

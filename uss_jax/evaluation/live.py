@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
@@ -45,11 +46,12 @@ def make_evaluation(
     batch_size: int,
     threads: int,
 ) -> Callable[[TrainState], dict[str, float]]:
-    """What gives a state's figures in dB: median within a class, then mean over classes.
+    """What gives a state's figures: median within a class, then mean over classes.
 
-    `sdri` and `si_sdri` are of the clean sources' conditions; `average_sdri` and `average_si_sdri`
-    of a condition for each class, over the pairs whose class has one; `half_sdri` is what half the
-    mixture scores, which needs no model; `seconds` is how long it took.
+    `sdri` and `si_sdri` in dB and `l1`, the mean absolute error, are of the clean sources'
+    conditions; those that begin with `average_` of a condition for each class, over the pairs whose
+    class has one; `half_sdri` is what half the mixture scores, which needs no model; `seconds` is
+    how long it took.
 
     Args:
       separator, query: the nets.
@@ -115,6 +117,7 @@ def _figures(
         estimate = separator.apply(variables, mixture[:, None], condition)[:, 0]
         found = separation_figures(source, estimate, mixture)
         figures |= {prefix + name: found[name] for name in _SHOWN}
+        figures[f"{prefix}l1"] = jnp.mean(jnp.abs(estimate - source), axis=-1)
     half = separation_figures(source, mixture / 2, mixture)
     return {**figures, "half_sdri": half["sdri"]}
 

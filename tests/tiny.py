@@ -8,8 +8,9 @@ import numpy as np
 
 from uss_jax.audio.files import write_wav
 from uss_jax.data.examples import serialise
+from uss_jax.data.index import RecordIndex, build_index
 from uss_jax.data.metadata import write_metadata
-from uss_jax.data.tfrecord import RecordIndex, RecordWriter, build_index
+from uss_jax.data.tfrecord import RecordWriter
 from uss_jax.models.cnn14 import Cnn14
 from uss_jax.models.htsat import HTSAT
 from uss_jax.models.resunet import ResUNet

@@ -11,7 +11,7 @@ from uss_jax.anchors.table import (
     without,
     write_table,
 )
-from uss_jax.data.tfrecord import RecordIndex
+from uss_jax.data.index import RecordIndex
 from uss_jax.errors import UserError
 
 LABELS = [[0], [0, 3, 7], [], [5]]

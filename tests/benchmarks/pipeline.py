@@ -19,9 +19,11 @@ import numpy as np
 
 from uss_jax.anchors.table import AnchorTable, Placement
 from uss_jax.data.examples import serialise
+from uss_jax.data.index import RecordIndex, build_index, load_index
 from uss_jax.data.pipeline import batches
+from uss_jax.data.reader import ClipReader
 from uss_jax.data.sampling import BalancedOrder, GroupedOrder
-from uss_jax.data.tfrecord import ClipReader, RecordIndex, RecordWriter, build_index, load_index
+from uss_jax.data.tfrecord import RecordWriter
 
 RATE = 32000
 CLIP, SEGMENT = 10 * RATE, 2 * RATE

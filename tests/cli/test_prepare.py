@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 from uss_jax.cli.main import main
-from uss_jax.data.tfrecord import load_index
+from uss_jax.data.index import load_index
 
 
 @pytest.fixture

@@ -8,9 +8,11 @@ from tensorflow_datasets.proto import tf_example_pb2
 from tests.data.test_encodings import SAMPLES, STORED
 from uss_jax.cli.main import main
 from uss_jax.data.examples import serialise
+from uss_jax.data.index import build_index, load_index
 from uss_jax.data.metadata import read_sample_rate
+from uss_jax.data.reader import ClipReader
 from uss_jax.data.schema import Schema, read_schema
-from uss_jax.data.tfrecord import ClipReader, RecordWriter, build_index, load_index
+from uss_jax.data.tfrecord import RecordWriter
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 
@@ -157,7 +159,7 @@ def _own(directory, shards=3):
 
 
 def test_an_index_that_was_stopped_goes_on_with_the_shards_that_are_left(tmp_path, monkeypatch):
-    from uss_jax.data import tfrecord
+    from uss_jax.data import index as of_index
 
     directory = _own(tmp_path / "own")
     last = directory / "toy-train.tfrecord-00002-of-00003"
@@ -166,9 +168,9 @@ def test_an_index_that_was_stopped_goes_on_with_the_shards_that_are_left(tmp_pat
     with pytest.raises(UserError, match="is cut off"):
         build_index(directory, "train")
     last.write_bytes(good)
-    scanned, scan = [], tfrecord.scan_records
+    scanned, scan = [], of_index.scan_records
     monkeypatch.setattr(
-        tfrecord, "scan_records", lambda path: scanned.append(os.path.basename(path)) or scan(path)
+        of_index, "scan_records", lambda path: scanned.append(os.path.basename(path)) or scan(path)
     )
     index = build_index(directory, "train")
     assert scanned == [last.name]

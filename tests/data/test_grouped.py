@@ -68,7 +68,7 @@ def test_marks_are_the_conflicts_and_arranging_leaves_few(seed, sources):
         drawn = [x.reshape(-1, GROUP) for x in grouped.draw_marked(positions)]
         np.testing.assert_array_equal(drawn[2:], _literal_marks(seed, *drawn[:2], sources))
         shares.append(drawn[2].mean())
-        assert 0.5 < drawn[3].mean() < 1  # enough that can be asked for, and some that cannot
+        assert drawn[3].mean() > 0.5  # enough that can be asked for
     assert shares[0] > 0.05
     assert shares[1] < shares[0] / 4
 
@@ -79,7 +79,8 @@ def test_marks_of_sets_are_those_of_the_mixture_that_they_share(conflict_free):
     drawn = [x.reshape(-1, GROUP) for x in grouped.draw_marked(np.arange(GROUP * 6))]
     literal = _literal_marks(0, *drawn[:2], 4, sets=True)
     np.testing.assert_array_equal(drawn[2:], literal)
-    assert 0 < literal[0].mean() < 1
+    assert conflict_free or 0 < literal[0].mean() < 1
+    assert literal[1].mean() < 1  # some hold what their neighbours ask for
 
 
 @pytest.mark.parametrize("kind", [BalancedOrder, UniformOrder])

@@ -2,9 +2,11 @@ import numpy as np
 import pytest
 
 from uss_jax.data.examples import serialise
+from uss_jax.data.index import build_index
 from uss_jax.data.pipeline import batches
+from uss_jax.data.reader import ClipReader
 from uss_jax.data.sampling import BalancedOrder
-from uss_jax.data.tfrecord import ClipReader, RecordWriter, build_index
+from uss_jax.data.tfrecord import RecordWriter
 from uss_jax.errors import UserError
 
 CLIP_SAMPLES = 100

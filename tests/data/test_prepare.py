@@ -9,10 +9,11 @@ import tensorflow_datasets as tfds
 from uss_jax.data import prepare as prepare_module
 from uss_jax.data.encodings import to_int16
 from uss_jax.data.examples import parse
+from uss_jax.data.index import load_index
 from uss_jax.data.labels import LabelledFile
 from uss_jax.data.metadata import read_encoding, read_sample_rate
 from uss_jax.data.prepare import ClipSettings, Skipped, prepare, prepare_clip
-from uss_jax.data.tfrecord import ClipReader, load_index
+from uss_jax.data.reader import ClipReader
 from uss_jax.errors import UserError
 
 SETTINGS = ClipSettings(sample_rate=8000, clip_seconds=1.0)

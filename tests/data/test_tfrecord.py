@@ -10,13 +10,9 @@ from hypothesis import strategies as st
 
 from uss_jax.data import storage
 from uss_jax.data.examples import serialise
-from uss_jax.data.tfrecord import (
-    ClipReader,
-    RecordWriter,
-    build_index,
-    load_index,
-    scan_records,
-)
+from uss_jax.data.index import build_index, load_index
+from uss_jax.data.reader import ClipReader
+from uss_jax.data.tfrecord import RecordWriter, scan_records
 from uss_jax.errors import UserError
 
 # Clips by shard: (id, samples, labels).

@@ -7,8 +7,9 @@ import soundfile
 
 from tests.tiny import RATE, SEGMENT, noise, tone, write_records, write_tagger
 from uss_jax.cli.main import main
+from uss_jax.data.index import load_index
+from uss_jax.data.reader import ClipReader
 from uss_jax.data.sampling import BalancedOrder
-from uss_jax.data.tfrecord import ClipReader, load_index
 from uss_jax.errors import UserError
 from uss_jax.evaluation.clips import Chosen, mine
 from uss_jax.evaluation.make_pairs import draw_pairs, mixed_pairs, read_groups

@@ -9,7 +9,8 @@ import soundfile
 from tests.tiny import RATE, SEGMENT, noise, tone, write_records, write_separator
 from uss_jax.audio.files import write_wav
 from uss_jax.cli.main import main
-from uss_jax.data.tfrecord import ClipReader, load_index
+from uss_jax.data.index import load_index
+from uss_jax.data.reader import ClipReader
 from uss_jax.errors import UserError
 from uss_jax.evaluation import scoring
 from uss_jax.evaluation.averages import class_averages, file_averages

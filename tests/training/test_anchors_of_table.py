@@ -20,11 +20,12 @@ from tests.tiny import (
 )
 from uss_jax.anchors.table import Placement, read_table
 from uss_jax.cli.main import main
+from uss_jax.data.index import load_index
 from uss_jax.data.labels import read_labels
 from uss_jax.data.pipeline import batches
 from uss_jax.data.prepare import ClipSettings, prepare
+from uss_jax.data.reader import ClipReader
 from uss_jax.data.sampling import BalancedOrder
-from uss_jax.data.tfrecord import ClipReader, load_index
 from uss_jax.training.mine import MiningSettings, mine
 from uss_jax.training.model import Net
 from uss_jax.training.nets import build_sed, fields_of

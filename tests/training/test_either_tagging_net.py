@@ -22,7 +22,8 @@ from tests.tiny import (
     write_records,
 )
 from uss_jax.audio.files import write_wav
-from uss_jax.data.tfrecord import ClipReader, load_index
+from uss_jax.data.index import load_index
+from uss_jax.data.reader import ClipReader
 from uss_jax.errors import UserError
 from uss_jax.evaluation.clips import Chosen, mine
 from uss_jax.evaluation.planted import evaluate_planted

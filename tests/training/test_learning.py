@@ -13,8 +13,8 @@ from uss_jax.anchors.mix import energy, mix
 from uss_jax.data.labels import read_labels
 from uss_jax.data.pipeline import batches
 from uss_jax.data.prepare import ClipSettings, prepare
+from uss_jax.data.reader import ClipReader
 from uss_jax.data.sampling import BalancedOrder
-from uss_jax.data.tfrecord import ClipReader
 from uss_jax.training.model import Model
 from uss_jax.training.step import find_anchors
 

@@ -5,8 +5,10 @@ import pytest
 from tests.tiny import RATE, SEGMENT, TAGGER, noise, tagger_variables, tone, write_records
 from uss_jax.anchors.table import read_table
 from uss_jax.data.examples import serialise
+from uss_jax.data.index import build_index, load_index
 from uss_jax.data.metadata import write_metadata
-from uss_jax.data.tfrecord import ClipReader, RecordWriter, build_index, load_index
+from uss_jax.data.reader import ClipReader
+from uss_jax.data.tfrecord import RecordWriter
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 from uss_jax.training import mine as mine_module

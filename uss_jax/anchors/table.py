@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Integer
 
 from uss_jax.atomic import replacing
+from uss_jax.data.index import RecordIndex
 from uss_jax.data.sampling import ANCHORS, JITTER, uniform
-from uss_jax.data.tfrecord import RecordIndex
 from uss_jax.errors import UserError
 
 FORMAT_VERSION = 1

@@ -34,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from uss_jax.data.foreign import find_schema
+    from uss_jax.data.index import build_index, splits
     from uss_jax.data.metadata import write_format
     from uss_jax.data.schema import read_schema
-    from uss_jax.data.tfrecord import build_index, splits
     from uss_jax.errors import UserError
 
     given = read_schema(args.schema) if args.schema else None

@@ -6,10 +6,11 @@ import os
 from typing import Any
 
 from uss_jax.data.examples import guess_schema, parse
+from uss_jax.data.index import shards_of_split
 from uss_jax.data.metadata import read_encoding, read_sample_rate
 from uss_jax.data.schema import Schema
 from uss_jax.data.storage import Folder, open_folder
-from uss_jax.data.tfrecord import scan_records, shards_of_split
+from uss_jax.data.tfrecord import scan_records
 from uss_jax.errors import UserError
 
 

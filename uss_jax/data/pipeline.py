@@ -17,8 +17,9 @@ import grain
 import numpy as np
 from absl import flags
 
+from uss_jax.data.reader import ClipReader
 from uss_jax.data.sampling import GroupedOrder
-from uss_jax.data.tfrecord import ClipReader, DamagedRecord
+from uss_jax.data.tfrecord import DamagedRecord
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 

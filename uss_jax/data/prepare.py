@@ -27,10 +27,11 @@ from uss_jax.atomic import replacing
 from uss_jax.audio.files import flac_bytes, read_mono
 from uss_jax.data.encodings import to_int16
 from uss_jax.data.examples import serialise
+from uss_jax.data.index import RecordIndex, build_index
 from uss_jax.data.labels import LabelledFile
 from uss_jax.data.metadata import check_format, write_metadata
 from uss_jax.data.schema import Schema
-from uss_jax.data.tfrecord import RecordIndex, RecordWriter, build_index
+from uss_jax.data.tfrecord import RecordWriter
 from uss_jax.errors import UserError
 
 # No sample of a silent clip reaches -60 dBFS, below which anchors are not drawn.

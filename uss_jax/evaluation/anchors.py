@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from uss_jax.anchors.table import AnchorTable
 from uss_jax.atomic import replacing
-from uss_jax.data.tfrecord import ClipReader
+from uss_jax.data.reader import ClipReader
 from uss_jax.errors import UserError
 from uss_jax.evaluation.picture import spectrogram_db
 from uss_jax.ontology import load_ontology

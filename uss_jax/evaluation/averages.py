@@ -12,7 +12,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from uss_jax.audio.files import read_mono
-from uss_jax.data.tfrecord import ClipReader
+from uss_jax.data.reader import ClipReader
 from uss_jax.evaluation.clips import BATCH_SIZE, MIN_DBFS, Chosen, mine, read_segments
 from uss_jax.evaluation.scoring import Item
 from uss_jax.ontology import load_ontology

@@ -13,9 +13,10 @@ import jax
 import numpy as np
 from jaxtyping import Float, Integer
 
+from uss_jax.data.index import load_index
 from uss_jax.data.metadata import read_sample_rate
 from uss_jax.data.pipeline import batches
-from uss_jax.data.tfrecord import ClipReader, load_index
+from uss_jax.data.reader import ClipReader
 from uss_jax.errors import UserError
 from uss_jax.models.tagging import TaggingNet
 from uss_jax.training.model import Model, Net

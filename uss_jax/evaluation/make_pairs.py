@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from uss_jax.anchors.mix import GAIN_RANGE
 from uss_jax.audio.files import write_wav
+from uss_jax.data.index import RecordIndex
+from uss_jax.data.reader import ClipReader
 from uss_jax.data.sampling import BalancedOrder
-from uss_jax.data.tfrecord import ClipReader, RecordIndex
 from uss_jax.errors import UserError
 from uss_jax.evaluation.clips import MIN_DBFS, Chosen, MinedAnchors, mine, read_segments
 from uss_jax.evaluation.scoring import samples_digest

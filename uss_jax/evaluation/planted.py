@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Integer
 
+from uss_jax.data.reader import ClipReader
 from uss_jax.data.sampling import BalancedOrder
-from uss_jax.data.tfrecord import ClipReader
 from uss_jax.evaluation.clips import BATCH_SIZE, anchors_of_batch
 from uss_jax.evaluation.table import format_table
 from uss_jax.training.model import Model

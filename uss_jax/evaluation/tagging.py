@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from uss_jax.data.tfrecord import ClipReader
+from uss_jax.data.reader import ClipReader
 from uss_jax.errors import UserError
 from uss_jax.evaluation.clips import Chosen, batches_of
 from uss_jax.evaluation.metrics import average_precision, d_prime, per_class, roc_auc

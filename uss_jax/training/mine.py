@@ -28,8 +28,9 @@ from tqdm import tqdm
 from uss_jax.anchors.detect import choose_anchors, segment_loudness
 from uss_jax.anchors.table import COLUMNS, read_header, write_table
 from uss_jax.atomic import replacing
+from uss_jax.data.index import RecordIndex
 from uss_jax.data.pipeline import batches
-from uss_jax.data.tfrecord import ClipReader, RecordIndex
+from uss_jax.data.reader import ClipReader
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 from uss_jax.training.bundle import net_hash

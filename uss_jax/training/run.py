@@ -16,10 +16,11 @@ from ml_collections import ConfigDict
 
 from uss_jax.anchors.table import Placement, read_table, usable, without
 from uss_jax.atomic import replacing
+from uss_jax.data.index import RecordIndex, load_index
 from uss_jax.data.metadata import read_sample_rate
 from uss_jax.data.pipeline import batches
+from uss_jax.data.reader import ClipReader
 from uss_jax.data.sampling import BalancedOrder, GroupedOrder, UniformOrder
-from uss_jax.data.tfrecord import ClipReader, RecordIndex, load_index
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 from uss_jax.training.bundle import FORMAT_VERSION, read_bundle

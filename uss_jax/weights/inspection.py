@@ -11,8 +11,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from uss_jax.anchors.table import read_header
+from uss_jax.data.index import load_index, splits
 from uss_jax.data.metadata import read_encoding, read_sample_rate
-from uss_jax.data.tfrecord import load_index, splits
 from uss_jax.errors import UserError
 from uss_jax.separation.queries import load_bank
 from uss_jax.training.bundle import Bundle, net_hash, read_bundle

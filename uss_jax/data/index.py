@@ -1,0 +1,365 @@
+"""The index beside the shards of a split: where each clip is, and what is labelled.
+
+It says where in which shard each clip's samples are, so that a clip, or two seconds of it, is one
+read; see data/reader.py.
+"""
+
+import concurrent.futures
+import dataclasses
+import fnmatch
+import functools
+import hashlib
+import multiprocessing
+import os
+import re
+import struct
+import zipfile
+
+import numpy as np
+from tqdm import tqdm
+
+from uss_jax.data.encodings import count_samples
+from uss_jax.data.schema import Schema
+from uss_jax.data.storage import Folder, open_folder
+from uss_jax.data.tfrecord import HEADER, masked_crc, scan_records
+from uss_jax.errors import UserError
+from uss_jax.ontology import load_ontology
+
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordIndex:
+    """Where every clip of a split is. Letters: s shards, r records, l labels.
+
+    Attributes:
+      shards: [s] file names, in order.
+      shard_bytes: [s] file sizes.
+      shard_digest: [s] SHA-256 over every frame's offset, length and checksum.
+      record_shard: [r] which shard a record is in.
+      record_offset, record_bytes: [r] where in the shard its payload (a tf.train.Example) is.
+      audio_offset, audio_bytes: [r] where in the shard its samples are.
+      samples: [r] how many they are.
+      ids: [r] names of the clips, fixed-width bytes.
+      label_row: [r + 1] record i has the labels label_class[label_row[i]:label_row[i + 1]].
+      label_class: [l] class indexes, ascending within a record.
+      encoding: of the samples, see data/encodings.py.
+    """
+
+    shards: np.ndarray
+    shard_bytes: np.ndarray
+    shard_digest: np.ndarray
+    record_shard: np.ndarray
+    record_offset: np.ndarray
+    record_bytes: np.ndarray
+    audio_offset: np.ndarray
+    audio_bytes: np.ndarray
+    samples: np.ndarray
+    ids: np.ndarray
+    label_row: np.ndarray
+    label_class: np.ndarray
+    encoding: str = "pcm_s16le"
+
+    def __len__(self) -> int:
+        return len(self.record_shard)
+
+    def labels(self, record: int) -> np.ndarray:
+        """The class indexes of a record."""
+        return self.label_class[self.label_row[record] : self.label_row[record + 1]]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Identifies the content: the same for the same clips in the same shards."""
+        parts = zip(self.shards.tolist(), self.shard_digest.tolist(), strict=True)
+        return hashlib.sha256(repr(list(parts)).encode()).hexdigest()
+
+
+_DTYPES = {
+    "shards": np.str_,
+    "shard_bytes": np.uint64,
+    "shard_digest": np.str_,
+    "record_shard": np.uint32,
+    "record_offset": np.uint64,
+    "record_bytes": np.uint32,
+    "audio_offset": np.uint64,
+    "audio_bytes": np.uint32,
+    "samples": np.uint32,
+    "ids": np.bytes_,
+    "label_row": np.uint64,
+    "label_class": np.uint16,
+}
+_PER_RECORD = ("record_offset", "record_bytes", "audio_offset", "audio_bytes", "samples", "ids")
+_SHARD_NAME = re.compile(r"(?P<name>.+)-(?P<split>[^-]+)\.tfrecord-(?P<at>\d{5})-of-(?P<of>\d{5})")
+
+
+def splits(directory: str | os.PathLike) -> list[str]:
+    """The splits that have shards in a directory."""
+    return sorted({match["split"] for match in _shard_names(directory)})
+
+
+def _shard_names(directory: str | os.PathLike) -> list[re.Match]:
+    return [match for match in map(_SHARD_NAME.fullmatch, _names(directory)) if match]
+
+
+def _names(directory: str | os.PathLike) -> list[str]:
+    try:
+        return sorted(open_folder(directory).sizes())
+    except OSError as error:
+        raise UserError(
+            f"{directory} cannot be read ({error.strerror}); give a directory of TFRecord shards"
+        ) from None
+
+
+def shards_of_split(
+    directory: str | os.PathLike, split: str, schema: Schema | None = None
+) -> list[str]:
+    """The names of a split's shards, in order; a UserError when the set has holes."""
+    if schema is not None and schema.shards is not None:
+        found = fnmatch.filter(_names(directory), schema.shards)
+        if not found:
+            raise UserError(f"{directory} has no files {schema.shards!r}, as the schema names them")
+        return found
+    matches = [match for match in _shard_names(directory) if match["split"] == split]
+    if not matches:
+        others = splits(directory)
+        found = f'it has "{", ".join(others)}"' if others else "it has none at all"
+        raise UserError(
+            f'{directory} has no shards of split "{split}" ({found}); expected names such as '
+            f"mine-{split}.tfrecord-00000-of-00004"
+        )
+    sets = sorted({(match["name"], match["of"]) for match in matches})
+    if len(sets) > 1:
+        raise UserError(
+            f'{directory} holds two sets of shards for split "{split}" (such as '
+            f"{' and '.join(f'{name} of {of}' for name, of in sets[:2])}); keep one of them there"
+        )
+    missing = set(range(int(sets[0][1]))) - {int(match["at"]) for match in matches}
+    if missing:
+        raise UserError(
+            f'{directory}: of the {int(sets[0][1])} shards of split "{split}", number '
+            f"{min(missing)} is missing; copy or prepare them again"
+        )
+    return [match[0] for match in matches]
+
+
+def build_index(
+    directory: str | os.PathLike, split: str, schema: Schema | None = None, workers: int = 1
+) -> RecordIndex:
+    """Reads every shard of a split, verifies every checksum and writes `index-<split>.npz`.
+
+    What was read of a shard is kept until all are, so that a job that was stopped goes on.
+
+    Args:
+      directory: where the shards are.
+      split: such as "train".
+      schema: how the records hold a clip; None: as `prepare` writes them.
+      workers: processes that read shards.
+    """
+    folder = open_folder(directory)
+    shards = shards_of_split(directory, split, schema)
+    parts = f".shards-of-{split}"
+    jobs = [(os.fspath(directory), shard, f"{parts}/{shard}.npz", schema) for shard in shards]
+    with tqdm(total=len(jobs), desc="index", unit="shard", disable=None) as progress:
+        if workers == 1:
+            for job in jobs:
+                _index_shard(*job)
+                progress.update()
+        else:
+            # Fresh processes: a fork of one in which threads run may hang.
+            context = multiprocessing.get_context("spawn")
+            with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+                for _ in pool.map(_index_shard, *zip(*jobs, strict=True)):
+                    progress.update()
+    index = _join_parts(folder, shards, [part for _, _, part, _ in jobs], schema)
+    with folder.replacing(_index_name(split)) as temporary:
+        np.savez(temporary, format_version=FORMAT_VERSION, **dataclasses.asdict(index))
+    folder.remove(parts)
+    return index
+
+
+def _index_shard(directory: str, shard: str, part: str, schema: Schema | None) -> None:
+    """Writes a shard's part of the index, if there is none of the shard as it is now."""
+    folder = open_folder(directory)
+    made_of = _stamp(folder, shard, schema)
+    if _read_part(folder, part, made_of) is not None:
+        return
+    path = f"{folder}/{shard}"
+    columns: dict[str, list] = {name: [] for name in (*_PER_RECORD, "labels")}
+    digest = hashlib.sha256()
+    for offset, length, payload in scan_records(path):
+        for name, value in _index_record(path, offset, payload, schema).items():
+            columns[name].append(value)
+        digest.update(struct.pack("<QQI", offset, length, masked_crc(payload)))
+    labels = columns.pop("labels")
+    arrays = {name: np.asarray(values, _DTYPES[name]) for name, values in columns.items()}
+    with folder.replacing(part) as temporary:
+        np.savez(
+            temporary,
+            made_of=made_of,
+            digest=digest.hexdigest(),
+            label_count=np.array([len(of_record) for of_record in labels], np.int64),
+            label_class=np.array([k for of_record in labels for k in of_record], np.uint16),
+            **arrays,
+        )
+
+
+def _stamp(folder: Folder, shard: str, schema: Schema | None) -> str:
+    try:
+        return f"{FORMAT_VERSION} {folder.stamp(shard)} {schema}"
+    except OSError as error:
+        raise UserError(
+            f"{folder}/{shard} cannot be read ({error.strerror}); give a TFRecord file"
+        ) from None
+
+
+def _read_part(folder: Folder, part: str, made_of: str) -> dict[str, np.ndarray] | None:
+    try:
+        columns = _read_arrays(folder, part)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
+    return columns if str(columns["made_of"]) == made_of else None
+
+
+def _read_arrays(folder: Folder, name: str) -> dict[str, np.ndarray]:
+    with folder.open(name) as file, np.load(file) as stored:
+        return {key: stored[key] for key in stored.files}
+
+
+def _join_parts(
+    folder: Folder, shards: list[str], parts: list[str], schema: Schema | None
+) -> RecordIndex:
+    read = []
+    for shard, part in zip(shards, parts, strict=True):
+        columns = _read_part(folder, part, _stamp(folder, shard, schema))
+        if columns is None:
+            raise UserError(f"{folder}/{shard} changed while it was indexed; index again")
+        read.append(columns)
+    joined = {name: np.concatenate([columns[name] for columns in read]) for name in _PER_RECORD}
+    counts = np.concatenate([columns["label_count"] for columns in read])
+    records = [len(columns["record_bytes"]) for columns in read]
+    sizes = folder.sizes()
+    index = RecordIndex(
+        shards=np.asarray(shards, np.str_),
+        shard_bytes=np.asarray([sizes[shard] for shard in shards], np.uint64),
+        shard_digest=np.asarray([str(columns["digest"]) for columns in read], np.str_),
+        record_shard=np.repeat(np.arange(len(shards), dtype=np.uint32), records),
+        label_row=np.concatenate([[0], np.cumsum(counts)]).astype(np.uint64),
+        label_class=np.concatenate([columns["label_class"] for columns in read]),
+        encoding="pcm_s16le" if schema is None else schema.encoding,
+        **joined,
+    )
+    _refuse_duplicates(folder, index)
+    return index
+
+
+def _refuse_duplicates(folder: Folder, index: RecordIndex) -> None:
+    order = np.argsort(index.ids, kind="stable")
+    same = np.flatnonzero(index.ids[order][1:] == index.ids[order][:-1])
+    if not same.size:
+        return
+    first, second = min((order[at : at + 2].tolist() for at in same), key=lambda pair: pair[1])
+    one, other = (
+        (index.shards[index.record_shard[at]], int(index.record_offset[at]) - HEADER.size)
+        for at in (first, second)
+    )
+    raise UserError(
+        f"{folder}/{other[0]}: the record at byte {other[1]} has the same id "
+        f"{index.ids[second].decode(errors='replace')!r} as the one at byte "
+        f"{one[1]} of {one[0]}; ids must differ, prepare the records again"
+    )
+
+
+def _index_record(path: str, offset: int, payload: bytes, schema: Schema | None) -> dict:
+    # Reading records through an index needs no protobuf; making one does.
+    from uss_jax.data.examples import parse
+
+    schema = schema or Schema()
+    try:
+        clip = parse(payload, schema)
+        samples = count_samples(clip.audio, schema.encoding, schema.sample_rate)
+        classes = len(load_ontology().class_mids)
+        wrong = [label for label in clip.labels if not 0 <= label < classes]
+        if wrong:
+            raise ValueError(f"has the label {wrong[0]}, classes go from 0 to {classes - 1}")
+        audio_offset = offset + _find(payload, clip.audio)
+    except ValueError as error:
+        raise UserError(
+            f"{path}: the record at byte {offset - HEADER.size} {error}; expected "
+            f"{schema.id!r} (bytes), {schema.audio!r} ({schema.encoding}) and {schema.labels!r} "
+            f"({schema.label_form}); a --schema can say otherwise"
+        ) from error
+    return {
+        "record_offset": offset,
+        "record_bytes": len(payload),
+        "audio_offset": audio_offset,
+        "audio_bytes": len(clip.audio),
+        "samples": samples,
+        "ids": clip.id,
+        "labels": sorted(set(clip.labels)),
+    }
+
+
+def _find(payload: bytes, value: bytes) -> int:
+    """Where `value` is in `payload`. A search for its beginning is far faster than for it all."""
+    beginning = value[:64]
+    at = payload.find(beginning)
+    while at >= 0 and not payload.startswith(value, at):
+        at = payload.find(beginning, at + 1)
+    if at < 0:
+        raise ValueError("holds its samples one by one, not packed")
+    return at
+
+
+def _index_name(split: str) -> str:
+    return f"index-{split}.npz"
+
+
+def load_index(directory: str | os.PathLike, split: str, verify: bool = False) -> RecordIndex:
+    """Loads a split's index and checks that the shards still have the size they were indexed with.
+
+    Args:
+      directory: where the shards are.
+      split: such as "train".
+      verify: read every shard and compare its digest and checksums too.
+    """
+    folder = open_folder(directory)
+    path = f"{folder}/{_index_name(split)}"
+    again = f"run `uss-jax index {folder}`"
+    try:
+        stored = _read_arrays(folder, _index_name(split))
+        version = int(stored["format_version"])
+        if version == FORMAT_VERSION:
+            encoding = str(stored.get("encoding", "pcm_s16le"))
+            index = RecordIndex(**{name: stored[name] for name in _DTYPES}, encoding=encoding)
+    except FileNotFoundError:
+        shards_of_split(directory, split)  # says so when there is nothing to index either
+        raise UserError(f"{path} does not exist; {again}") from None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged ({error}); {again}") from error
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format {version}, this program {FORMAT_VERSION}; {again}")
+    sizes = folder.sizes()
+    for shard, size in zip(index.shards.tolist(), index.shard_bytes.tolist(), strict=True):
+        check_size(folder, shard, sizes.get(shard), size)
+    if verify:
+        for shard, expected in zip(index.shards, index.shard_digest, strict=True):
+            digest = hashlib.sha256()
+            for offset, length, payload in scan_records(f"{folder}/{shard}"):
+                digest.update(struct.pack("<QQI", offset, length, masked_crc(payload)))
+            if digest.hexdigest() != expected:
+                raise UserError(f"{folder}/{shard} changed since it was indexed; {again}")
+    return index
+
+
+def check_size(folder: Folder, shard: str, size: int | None, expected: int) -> None:
+    """Raises a UserError where a shard has not the size that it was indexed with."""
+    if size is None:
+        raise UserError(
+            f"{folder}/{shard} is in the index but is not there; copy the shard there or run "
+            f"`uss-jax index {folder}`"
+        )
+    if size != expected:
+        raise UserError(
+            f"{folder}/{shard} has {size} bytes, it had {expected} when it was indexed; copy the "
+            f"shard again or run `uss-jax index {folder}`"
+        )

@@ -32,7 +32,7 @@ def test_help_answers_without_heavy_imports(words):
         (["--version"], 0, f"uss-jax {uss_jax.__version__}\n", ""),
         (["separat"], 2, "", "invalid choice: 'separat'"),
         ([], 2, "", "required: COMMAND"),
-        (["train"], 2, "", "required: --config"),
+        (["train-tagger"], 2, "", "required: --config, --workdir"),
         (["train", "--config", "x", "--workdir", "y", "--steps", "3"], 2, "", "--steps"),
     ],
 )

@@ -5,16 +5,22 @@ import json
 import numpy as np
 import pytest
 
-from tests.tiny import train_words, write_pairs, write_place
+from tests.tiny import RATE, tone, train_words, write_pairs, write_place
+from uss_jax.audio.files import write_wav
 from uss_jax.cli.main import main
+from uss_jax.errors import UserError
 from uss_jax.evaluation.averages import by_name, class_averages
 from uss_jax.evaluation.clips import open_records
-from uss_jax.evaluation.live import AVERAGES
+from uss_jax.evaluation.live import AVERAGES, make_evaluation
 from uss_jax.evaluation.pairs import find_pairs
 from uss_jax.evaluation.scoring import score
 from uss_jax.evaluation.summary import summarise
+from uss_jax.models.query import QueryNet
+from uss_jax.models.resunet import ResUNet
 from uss_jax.training.checkpoints import Checkpoints
+from uss_jax.training.mesh import make_mesh
 from uss_jax.training.model import Model
+from uss_jax.training.state import TrainState
 
 # Of the last two classes there are no training clips, and so no averages.
 CLASSES = (0, 0, 0, 1, 1, 300, 300, 301, 301, 72, 400, 401)
@@ -49,3 +55,22 @@ def test_a_run_evaluates_itself_as_evaluate_does(tmp_path, quick_compilation):
     with Checkpoints(tmp_path / "run" / "checkpoints", keep=None) as checkpoints:
         assert checkpoints.figures(4)["sdri"] == said[4]["eval/sdri"]
         assert np.isfinite(list(checkpoints.figures(2).values())).all()
+
+
+def test_pairs_of_another_length_are_said(tmp_path):
+    write_pairs(tmp_path, [3, 5])
+    write_wav(tmp_path / "class_id=5" / "1_mixture.wav", tone(300, 0.4)[None], RATE)
+    write_wav(tmp_path / "class_id=5" / "1_source.wav", tone(300, 0.4)[None], RATE)
+    separator = ResUNet(n_fft=128, hop_samples=64, channels=(4, 4), condition_width=527)
+    evaluate = make_evaluation(
+        separator,
+        QueryNet(None, "one_hot"),
+        {},
+        find_pairs(tmp_path),
+        mesh=make_mesh(),
+        sample_rate=RATE,
+        batch_size=8,
+        threads=1,
+    )
+    with pytest.raises(UserError, match=r"5/1_mixture.wav lasts 0.4 s, other pairs 0.5 s; all of"):
+        evaluate(TrainState(0, {}, {}, ()))

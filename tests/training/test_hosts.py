@@ -123,3 +123,31 @@ def test_processes_that_cannot_meet_are_told_why(monkeypatch, given, said):
         monkeypatch.setenv(ENVIRONMENT[name], str(value))
     with pytest.raises(UserError, match=said):
         join_hosts()
+
+
+SLURM = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "16"}
+EXPLICIT = dict(zip(ENVIRONMENT.values(), ("a:1", "2", "1"), strict=True))
+TO_A = {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1}
+
+
+@pytest.mark.parametrize(
+    ("environment", "wanted"),
+    [
+        ({}, None),
+        ({**SLURM, "SLURM_NTASKS": "1"}, None),
+        ({"SLURM_NTASKS": "16"}, None),  # of the job, in which no step has been started
+        (SLURM, {"cluster_detection_method": "slurm"}),
+        (EXPLICIT, {**TO_A, "cluster_detection_method": "deactivate"}),
+        ({**SLURM, **EXPLICIT}, {**TO_A, "cluster_detection_method": "deactivate"}),
+    ],
+)
+def test_what_the_environment_says_is_heeded(monkeypatch, environment, wanted):
+    called = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: called.append(arguments))
+    monkeypatch.setattr("uss_jax.training.hosts.glob.glob", lambda pattern: [])
+    for name in (*ENVIRONMENT.values(), *SLURM):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    join_hosts()
+    assert called == ([] if wanted is None else [wanted])

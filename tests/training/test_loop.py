@@ -20,7 +20,7 @@ def _step(state, frozen, batch, key):
     """Adds the batch's mean; metrics come with the batch."""
     del frozen, key
     params = {"total": state.params["total"] + jnp.mean(batch["x"])}
-    metrics = {name: jnp.mean(batch[name]) for name in ("loss", "grad_norm", "skipped_in_a_row")}
+    metrics = {name: jnp.mean(values) for name, values in batch.items() if name != "x"}
     return TrainState(state.step + 1, params, state.batch_stats, state.opt_state), metrics
 
 
@@ -42,7 +42,8 @@ def _fit(
 
     def batch(i):
         values = {"x": i, "loss": loss.get(i, i), "grad_norm": 1}
-        values |= {"skipped_in_a_row": skipped.get(i, 0), "skipped_steps": len(skipped)}
+        values["skipped_in_a_row"] = skipped.get(i, 0)
+        values["skipped_steps"] = sum(at <= i for at in skipped)
         return {name: np.full(8, value, np.float32) for name, value in values.items()}
 
     tree = lambda: {"total": jnp.float32(0)}  # noqa: E731

@@ -185,11 +185,10 @@ def test_a_batch_in_parts_gives_the_gradient_of_the_whole():
     )
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_steps_that_give_no_number_are_left_out_and_counted(accumulate):
+def test_steps_that_give_no_number_are_left_out_and_counted():
     bad = _batch()
     bad["audio"][3, 5] = np.nan
-    made = _made(optimizer=optax.adam(1e-2), ema=True, ema_decay=0.9, accumulate=accumulate)
+    made = _made(optimizer=optax.adam(1e-2), ema=True, ema_decay=0.9, accumulate=2)
     states, metrics = _run(made, _batch(), bad, bad, _batch(1))
     first, after, last = states[1], states[3], states[4]
     assert [int(m["skipped_steps"]) for m in metrics] == [0, 1, 2, 2]
@@ -202,7 +201,7 @@ def test_steps_that_give_no_number_are_left_out_and_counted(accumulate):
 
 
 def test_the_moving_average_follows_the_parameters():
-    states, _ = _run(_made(ema=True, ema_decay=0.3), *map(_batch, range(6)))
+    states, _ = _run(_made(Echo(), ema=True, ema_decay=0.3), *map(_batch, range(6)))
     average = states[0].params
     for step, state in enumerate(states[1:]):
         decay = min(0.3, (1 + step) / (10 + step))
@@ -211,5 +210,5 @@ def test_the_moving_average_follows_the_parameters():
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), states[-1].ema, average
     )
     assert states[-1].averaged is states[-1].ema
-    (*_, plain), _ = _run(_made(), _batch())
+    (*_, plain), _ = _run(_made(Echo()), _batch())
     assert plain.averaged is plain.params

@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from uss_jax.atomic import replacing
-from uss_jax.audio.files import read_mono
 from uss_jax.errors import UserError
 from uss_jax.evaluation.averages import class_averages
 from uss_jax.evaluation.clips import open_records
@@ -68,7 +67,7 @@ def make_evaluation(
         out_shardings=replicated(mesh),
     )
     classes = np.array([pair.class_index for pair in pairs])
-    samples = len(read_mono(pairs[0].mixture, sample_rate))
+    samples = pairs[0].samples(sample_rate)
     mine = jax.process_index(), jax.process_count()
 
     def evaluate(state: TrainState) -> dict[str, float]:
@@ -121,16 +120,14 @@ def _figures(
 
 
 def _read(pair: Pair, *, sample_rate: int, samples: int) -> tuple[Pair, np.ndarray, np.ndarray]:
-    sides = []
-    for path in (pair.mixture, pair.source):
-        waveform = read_mono(path, sample_rate)
-        if len(waveform) != samples:
-            raise UserError(
-                f"{path} lasts {len(waveform) / sample_rate:.4g} s, other pairs "
-                f"{samples / sample_rate:.4g} s; all of config.eval.pairs must be equally long"
-            )
-        sides.append(waveform)
-    return pair, *sides
+    found = pair.samples(sample_rate)
+    if found != samples:
+        raise UserError(
+            f"{pair.mixture} lasts {found / sample_rate:.4g} s, other pairs "
+            f"{samples / sample_rate:.4g} s; all of config.eval.pairs must be equally long"
+        )
+    mixture, source = (pair.read(side, sample_rate)[:samples] for side in ("mixture", "source"))
+    return pair, mixture, source
 
 
 def _stack(

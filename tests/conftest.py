@@ -11,6 +11,13 @@ jax.config.update("jax_default_matmul_precision", "highest")
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_file():
+    """Compiled programs of other files only fill the memory."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def quick_compilation():
     """Unoptimised programs: for whole runs of a few steps, which would mostly compile."""

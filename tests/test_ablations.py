@@ -1,6 +1,7 @@
 """The ablation configs: each is built and takes a step, shrunk; and all are listed."""
 
 import json
+import math
 import re
 import runpy
 
@@ -16,9 +17,20 @@ from uss_jax.training.mesh import make_mesh
 
 ABLATIONS = runpy.run_path(str(CONFIGS / "ablations.py"))["ABLATIONS"]
 _SHRUNK = 8  # times in time
-# Between two others of its kind: what is built is no other program, only another size.
-_BETWEEN = ("segment=1", "segment=4", "segment=6", "segment=8", "sources=3", "width=1.5")
-STEPPED = [name for name, changes in ABLATIONS.items() if changes and name not in _BETWEEN]
+_SAME = {"condition": "query"}  # kinds of ablations that change the same
+
+
+def _groups():
+    """The ablations, no two of one kind together: what each changes is in some run of several."""
+    groups = []
+    for name, changes in ABLATIONS.items():
+        kind = _SAME.get(name.split("=")[0], name.split("=")[0])
+        if changes:
+            group = next((group for group in groups if kind not in group), None)
+            if group is None:
+                groups.append(group := {})
+            group[kind] = name
+    return [list(group.values()) for group in groups]
 
 
 @pytest.fixture(scope="module")
@@ -26,40 +38,40 @@ def place(tmp_path_factory):
     return write_place(tmp_path_factory.mktemp("ablations"))
 
 
-def _shrunk(name):
-    """What makes a step of an ablation small and keeps what it is about."""
-    config = load_config(str(CONFIGS / f"ablations.py:{name}"), [])
-    leaves = {
-        "total_steps": 1,
-        "checkpoint_every_steps": 1,
-        "segment_seconds": config.segment_seconds / _SHRUNK,
-        "data.clip_seconds": config.data.clip_seconds / _SHRUNK,
-        "separator.n_fft": 32,
-        "separator.hop_samples": 32,
-        "separator.channels": (config.separator.channels[0] // 8,),
-        "separator.blocks_per_level": config.separator.blocks_per_level,
-    }
-    if name.split("=")[0] not in ("condition", "query", "anchors"):
-        # Without the frozen nets there is less to compile.
-        leaves |= {"anchors.source": "random", "query.kind": "one_hot"}
-    return leaves
+def _shrunk(names):
+    """The changes of several ablations, those of sizes in proportion to a small net and clip."""
+    leaves = {"anchors.source": "random", "data.split": "train"}
+    leaves |= {"segment_seconds": 2.0, "separator.channels": (32,), "separator.blocks_per_level": 1}
+    if not any(name.startswith(("condition=", "query=")) for name in names):
+        leaves["query.kind"] = "one_hot"  # without a tagging net there is less to compile
+    for name in names:
+        leaves |= {k: v for k, v in ABLATIONS[name].items() if k != "data.split"}
+    leaves["segment_seconds"] /= _SHRUNK
+    leaves["separator.channels"] = (leaves["separator.channels"][0] // 8,)
+    small = {"separator.n_fft": 32, "separator.hop_samples": 32, "data.clip_seconds": 10 / _SHRUNK}
+    return leaves | small | {"total_steps": 1, "checkpoint_every_steps": 1}
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("name", STEPPED)
-def test_an_ablation_takes_a_step(place, tmp_path, name, capsys, monkeypatch):
+@pytest.mark.parametrize("names", _groups(), ids="+".join)
+def test_ablations_take_a_step(place, tmp_path, names, capsys, monkeypatch):
     # One device: less to compile than for eight.
     monkeypatch.setattr(uss_jax.train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
-    words = train_words(f"ablations.py:{name}", place, tmp_path / "run", _shrunk(name))
+    leaves = _shrunk(names)
+    words = train_words("ablations.py", place, tmp_path / "run", leaves)
     assert main(words) == 0, capsys.readouterr().err
     (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(line)["loss"] > 0
+    assert math.isfinite(json.loads(line)["loss"])
     training = json.loads((tmp_path / "run" / "config.json").read_text())["training"]
-    for leaf, value in ABLATIONS[name].items():
-        if leaf in _shrunk(name) or leaf == "data.split":
-            continue  # changed in proportion, or of records that are not here
+    for leaf in (leaf for name in names for leaf in ABLATIONS[name]):
         section, _, key = leaf.rpartition(".")
-        assert (training[section] if section else training)[key] == value
+        found = (training[section] if section else training)[key]
+        assert found == (list(leaves[leaf]) if isinstance(found, list) else leaves[leaf])
+
+
+def test_every_ablation_takes_a_step():
+    stepped = [name for names in _groups() for name in names]
+    assert sorted(stepped) == sorted(name for name, changes in ABLATIONS.items() if changes)
 
 
 def test_every_ablation_is_listed():

@@ -6,4 +6,5 @@ source launch/environment.sh
 make_environment 'test'
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest "$@"
+# A file to a process: what its tests share is made once.
+exec .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"

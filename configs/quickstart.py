@@ -60,6 +60,7 @@ def _separator() -> ConfigDict:
     # Eight minutes of sound need other help than five thousand hours.
     config.speed = ConfigDict(dict(least=0.7, most=1.4))
     config.query.kind = "embedding"
+    config.query.dropout = 0.3  # 3 clips a class make averages unlike any of them
     config.separator.n_fft = 512
     config.separator.hop_samples = 256
     config.separator.channels = (8, 16, 32, 64)

@@ -87,6 +87,7 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
     config.query.adaptor_width = 0  # 0 for none
     config.query.adaptor_hidden = 2048
     config.query.shortcut = False
+    config.query.dropout = 0.0  # of what the tagging net gives, in training
 
     config.separator = ConfigDict()
     config.separator.n_fft = 2048

@@ -251,6 +251,7 @@ def _check(config: ConfigDict) -> None:
     for key, share in (
         ("mixing.silent_share", mixing.silent_share),
         ("ema_decay", config.ema_decay),
+        ("query.dropout", config.query.dropout),
     ):
         if not 0 <= share < 1:
             raise UserError(f"config.{key}={share} is not between 0 and 1")

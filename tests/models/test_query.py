@@ -115,3 +115,21 @@ def test_finetuned_tagger_gets_gradients_and_runs_in_training_mode(waveform):
     assert nonzero(gradient) == {True}
     moved = jax.tree.map(lambda a, b: a - b, statistics, variables["batch_stats"])
     assert nonzero(moved) == {True}
+
+
+def test_dropout_leaves_out_parts_of_the_condition_in_training_only(waveform):
+    plain, variables = with_variables(kind="soft")
+    dropping = plain.clone(dropout=0.5)
+    whole = condition_of(plain, variables, waveform)
+    np.testing.assert_array_equal(condition_of(dropping, variables, waveform), whole)
+    dropped, _ = dropping.apply(
+        variables,
+        waveform,
+        CLASS_INDEX,
+        train=True,
+        rngs={"augment": jax.random.key(0)},
+        mutable=["batch_stats"],
+    )
+    kept = dropped != 0
+    assert 0.4 < kept.mean() < 0.6
+    np.testing.assert_allclose(dropped[kept], 2 * whole[kept], rtol=1e-5)

@@ -43,6 +43,9 @@ class QueryNet(nn.Module):
       adaptor_width: width of the condition behind an adaptor; 0 for no adaptor.
       adaptor_hidden: width of the adaptor's hidden layer.
       shortcut: add the adaptor's input to its output (needs equal widths).
+      dropout: share of what the tagging net gives that is left out in training, so that the
+        separator also takes vectors that no target of training gave, such as class averages; 0 in
+        the reference.
       finetune: whether the tagging net trains; frozen, it always runs in evaluation mode and gives
         no gradient.
     """
@@ -53,6 +56,7 @@ class QueryNet(nn.Module):
     adaptor_width: int = 0
     adaptor_hidden: int = 2048
     shortcut: bool = False
+    dropout: float = 0.0
     finetune: bool = False
 
     def __call__(
@@ -70,6 +74,8 @@ class QueryNet(nn.Module):
     @nn.compact
     def adapt(self, x: Float[Array, "b _"], train: bool = False) -> Float[Array, "b d"]:
         """The condition of what the tagging net gives, or of a vector made by hand."""
+        if self.dropout:
+            x = nn.Dropout(self.dropout, rng_collection="augment")(x, deterministic=not train)
         if not self.adaptor_width:
             return x
         adapted = Adaptor(self.adaptor_width, self.adaptor_hidden, name="adaptor")(x, train)

@@ -50,7 +50,7 @@ def _foreign(**features):
             feature.float_list.value.append(value)
         else:
             feature.bytes_list.value.append(value)
-    return example.SerializeToString()
+    return example.SerializeToString(deterministic=True)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,7 @@ def _foreign(**features):
         (_foreign(id=b"a", audio=0.5, labels=b""), "one bytes value in feature 'audio'"),
         (_foreign(id=b"a", audio=b"ab", labels=b"/m/09x0r"), "class indexes"),
     ],
+    ids=["not-protobuf", "empty", "no-audio", "float-audio", "text-labels"],
 )
 def test_other_schemas_are_told_apart(payload, said):
     with pytest.raises(ValueError, match=said):

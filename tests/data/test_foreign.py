@@ -37,7 +37,7 @@ def _record(id, encoding, form, labels=None, audio_name="waveform"):
             feature["classes"].int64_list.value.append(label)
         else:
             feature["classes"].bytes_list.value.append(label.encode())
-    return example.SerializeToString()
+    return example.SerializeToString(deterministic=True)
 
 
 def _write(directory, encoding="float", form="mid", names=SHARDS, **record):

@@ -23,10 +23,10 @@ from uss_jax.training.bundle import Bundle, net_hash, read_bundle
 from uss_jax.training.checkpoints import latest_step, save_tree
 from uss_jax.training.loop import Evaluate
 from uss_jax.training.losses import LOSSES
-from uss_jax.training.mesh import check_rules, make_mesh, replicated
+from uss_jax.training.mesh import check_rules, make_mesh, replicated, shapes
 from uss_jax.training.optim import adamw_amsgrad, clipped, make_schedule
 from uss_jax.training.plan import clip_batch, describe
-from uss_jax.training.state import create_state
+from uss_jax.training.state import TrainState, create_state
 from uss_jax.training.step import Step, make_separation_step
 
 
@@ -65,13 +65,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
         {**config.separator, "condition_width": nets.condition_width(query)}
     )
     key = jax.random.key(config.seed)
-    variables = nets.init(separator, key)
-    state = create_state(
-        {"separator": variables["params"], "query": trained_query["params"]},
-        {"separator": variables["batch_stats"], "query": trained_query["batch_stats"]},
-        optimizer,
-        ema=config.ema_decay > 0,
-    )
+    fresh = functools.partial(_fresh_state, separator, optimizer, config.ema_decay > 0)
 
     # One step as a pure function.
     if config.accumulate > 1 and config.batch_norm == "global":
@@ -112,7 +106,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
     run.train_on(
         records,
         step,
-        state,
+        fresh,
+        (key, trained_query),
         frozen,
         config=config,
         workdir=workdir,
@@ -144,12 +139,9 @@ def dry_run(config: ConfigDict) -> list[str]:
     separator = nets.build_separator(
         {**config.separator, "condition_width": nets.condition_width(query)}
     )
-    variables = nets.layout(separator)
-    state = jax.eval_shape(
-        functools.partial(create_state, optimizer=optimizer, ema=config.ema_decay > 0),
-        {"separator": variables["params"], "query": trained["params"]},
-        {"separator": variables["batch_stats"], "query": trained["batch_stats"]},
-    )
+    fresh = functools.partial(_fresh_state, separator, optimizer, config.ema_decay > 0)
+    key = jax.random.key(config.seed)
+    state = shapes(fresh, key, trained, rules=config.sharding, mesh=mesh)
     from_table = config.anchors.source == "table"
     seconds = config.segment_seconds if from_table else config.data.clip_seconds
     samples = round(seconds * config.sample_rate)
@@ -159,9 +151,25 @@ def dry_run(config: ConfigDict) -> list[str]:
         frozen,
         clip_batch(config.global_batch, samples, from_table=from_table),
         counted=_step(config, separator, query, sed, optimizer, mesh, remat=False),
-        rules=config.sharding,
         mesh=mesh,
         dtype=config.separator.dtype,
+    )
+
+
+def _fresh_state(
+    separator: ResUNet,
+    optimizer: optax.GradientTransformation,
+    ema: bool,
+    key: jax.Array,
+    trained_query: dict[str, Any],
+) -> TrainState:
+    """The state before the first step; `trained_query` is what of the query net trains."""
+    variables = nets.init(separator, key)
+    return create_state(
+        {"separator": variables["params"], "query": trained_query["params"]},
+        {"separator": variables["batch_stats"], "query": trained_query["batch_stats"]},
+        optimizer,
+        ema=ema,
     )
 
 

@@ -11,7 +11,7 @@ from uss_jax.models.tagging import TaggingNet
 from uss_jax.training import nets, run
 from uss_jax.training.mesh import make_mesh
 from uss_jax.training.optim import OPTIMIZERS, make_schedule
-from uss_jax.training.state import create_state
+from uss_jax.training.state import TrainState, create_state
 from uss_jax.training.step import make_tagging_step
 
 
@@ -45,10 +45,12 @@ def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
     tagger = nets.build_sed({**config.tagger, "sample_rate": config.sample_rate})
     _check_outputs(config, tagger)
     key = jax.random.key(config.seed)
-    variables = nets.init(tagger, key)
-    state = create_state(
-        {"tagger": variables["params"]}, {"tagger": variables["batch_stats"]}, optimizer
-    )
+
+    def fresh(key: jax.Array) -> TrainState:
+        variables = nets.init(tagger, key)
+        return create_state(
+            {"tagger": variables["params"]}, {"tagger": variables["batch_stats"]}, optimizer
+        )
 
     # One step as a pure function.
     step = make_tagging_step(
@@ -66,7 +68,8 @@ def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
     run.train_on(
         records,
         step,
-        state,
+        fresh,
+        (key,),
         {},
         config=config,
         workdir=workdir,

@@ -49,53 +49,6 @@ def test_restored_bitwise_by_another_process_and_on_another_mesh(tmp_path, devic
         assert found.sharding == wanted.sharding
 
 
-def _placed(state, devices):
-    """Kernels and their moments split over the devices, the rest whole on each."""
-    mesh = make_mesh(jax.devices()[:devices])
-
-    def place(x):
-        split = PartitionSpec(None, "data") if x.ndim == 2 else PartitionSpec()
-        return jax.device_put(x, NamedSharding(mesh, split))
-
-    return jax.tree.map(place, state)
-
-
-@jax.jit
-def _update(state, x):
-    def loss(params):
-        return jnp.mean(jnp.square(x @ params["net"]["kernel"]))
-
-    grads = jax.grad(loss)(state.params)
-    updates, opt_state = OPTIMIZER.update(grads, state.opt_state, state.params)
-    params = jax.tree.map(jnp.add, state.params, updates)
-    return TrainState(state.step + 1, params, state.batch_stats, opt_state)
-
-
-def test_a_sharded_run_moves_from_eight_devices_to_one_to_four(tmp_path):
-    fresh = lambda: TrainState(  # noqa: E731
-        jnp.int32(0), *(getattr(_state(width=8), k) for k in ("params", "batch_stats", "opt_state"))
-    )
-    x = np.random.default_rng(0).standard_normal((16, 2)).astype(np.float32)
-    whole = _placed(fresh(), 8)
-    for _ in range(6):
-        whole = _update(whole, x)
-
-    for start, devices in ((0, 8), (2, 1), (4, 4)):
-        state = _placed(fresh(), devices)
-        with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
-            if start:
-                state = checkpoints.restore(start, state)
-            kernel = state.params["net"]["kernel"]
-            assert {s.data.shape for s in kernel.addressable_shards} == {(2, 8 // devices)}
-            assert int(state.step) == start
-            for _ in range(2):
-                state = _update(state, x)
-            checkpoints.save(start + 2, state, POSITION)
-    assert (tmp_path / "c" / "6" / "params" / "manifest.ocdbt").exists()
-    # Sums in another order, in float32.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state, whole)
-
-
 @pytest.mark.parametrize(
     ("best", "left"), [(0, [5, 6]), (1, [2, 5, 6]), (2, [2, 4, 5, 6]), (3, [1, 2, 4, 5, 6])]
 )

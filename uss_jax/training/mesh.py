@@ -103,8 +103,34 @@ def state_shardings(state: Any, rules: Sequence[tuple[str, str]], mesh: Mesh) ->
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
+def shapes(
+    make: Callable[..., Any], *arguments: Any, rules: Sequence[tuple[str, str]], mesh: Mesh
+) -> Any:
+    """What a pure function of arrays will make: shapes, laid out over the devices by rules."""
+    made = jax.eval_shape(make, *arguments)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        made,
+        state_shardings(made, rules, mesh),
+    )
+
+
+def create(make: Callable[..., Any], *arguments: Any, like: Any) -> Any:
+    """What a pure function of arrays makes; no device makes more than its own part.
+
+    Args:
+      make: the function.
+      *arguments: of it, the same on every host.
+      like: its `shapes`.
+    """
+    # A hundred random draws that run once: optimising them takes ten times as long.
+    quickly = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+    return jax.jit(make, out_shardings=shardings, compiler_options=quickly)(*arguments)
+
+
 def lay_out(state: Any, rules: Sequence[tuple[str, str]], mesh: Mesh) -> Any:
-    """A state of which every host has the whole, laid out over the devices by rules."""
+    """A tree of which every host has the whole, laid out over the devices by rules."""
 
     def put(x: Any, sharding: NamedSharding) -> jax.Array:
         x = np.asarray(x)

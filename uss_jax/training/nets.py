@@ -2,13 +2,13 @@
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from uss_jax.errors import UserError
 from uss_jax.models.cnn14 import Cnn14, Cnn14DecisionLevelMax
@@ -129,26 +129,23 @@ def _unadapted_width(query: QueryNet) -> int:
 
 def layout(net: TaggingNet | ResUNet) -> Any:
     """Shapes of a net's variables."""
-    try:
-        return jax.eval_shape(net.init, jax.random.key(0), *_inputs(net))
-    except ValueError as error:  # fields that do not fit each other
-        raise UserError(f"{type(net).__name__}: {error}") from error
+    return jax.eval_shape(functools.partial(init, net), jax.random.key(0))
 
 
 def init(net: TaggingNet | ResUNet, key: jax.Array) -> dict[str, Any]:
     """Fresh variables of a net (those of a tagging net are the same in both roles)."""
-    layout(net)
-    # A hundred random draws that run once: optimising them takes ten times as long.
-    quickly = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(net.init, compiler_options=quickly)(key, *_inputs(net))
+    try:
+        return net.init(key, *_inputs(net))
+    except ValueError as error:  # fields that do not fit each other
+        raise UserError(f"{type(net).__name__}: {error}") from error
 
 
-def _inputs(net: TaggingNet | ResUNet) -> tuple[np.ndarray, ...]:
+def _inputs(net: TaggingNet | ResUNet) -> tuple[jax.Array, ...]:
     if not isinstance(net, ResUNet):
-        return (np.zeros((1, net.sample_rate), np.float32),)
+        return (jnp.zeros((1, net.sample_rate), jnp.float32),)
     samples = net.hop_samples * 2 ** (len(net.channels) - 1)
-    waveform = np.zeros((1, net.audio_channels, samples), np.float32)
-    return waveform, np.zeros((1, net.condition_width), np.float32)
+    waveform = jnp.zeros((1, net.audio_channels, samples), jnp.float32)
+    return waveform, jnp.zeros((1, net.condition_width), jnp.float32)
 
 
 def init_adaptor(net: QueryNet, key: jax.Array) -> Any:

@@ -1,7 +1,6 @@
 """What a run would be, compiled for its devices and not run: `uss-jax train --dry-run`."""
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from uss_jax.training.cost import device_bytes, model_flops, peak_flops
-from uss_jax.training.mesh import batch_sharded, replicated, state_shardings
+from uss_jax.training.mesh import batch_sharded, replicated
 from uss_jax.training.state import TrainState, parameter_count
 from uss_jax.training.step import Step
 
@@ -31,7 +30,6 @@ def describe(
     batch: dict[str, jax.ShapeDtypeStruct],
     *,
     counted: Step,
-    rules: Sequence[tuple[str, str]],
     mesh: Mesh,
     dtype: str,
 ) -> list[str]:
@@ -39,19 +37,19 @@ def describe(
 
     Args:
       step: the training step.
-      state, frozen, batch: shapes of its arguments.
+      state: its shapes, with how they are laid out over the devices.
+      frozen, batch: shapes.
       counted: the same step without `remat`, whose operations count.
-      rules: how the state is split over devices.
       mesh: the devices.
       dtype: that the separator computes in.
     """
     key = jax.random.key(0)
     began = time.monotonic()
     with jax.set_mesh(mesh):
-        layout = state_shardings(state, rules, mesh)
+        layout = jax.tree.map(lambda x: x.sharding, state)
         whole = replicated(mesh)
         arguments = (
-            jax.tree.map(_laid_out, state, layout),
+            state,
             jax.tree.map(lambda x: _laid_out(x, whole), frozen),
             {name: _laid_out(x, batch_sharded(mesh)) for name, x in batch.items()},
         )

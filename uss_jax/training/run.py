@@ -26,7 +26,7 @@ from uss_jax.ontology import load_ontology
 from uss_jax.training.bundle import FORMAT_VERSION, read_bundle
 from uss_jax.training.checkpoints import Checkpoints
 from uss_jax.training.loop import Evaluate, fit
-from uss_jax.training.mesh import lay_out, on_all_devices
+from uss_jax.training.mesh import create, on_all_devices, shapes
 from uss_jax.training.metrics import MetricsWriter
 from uss_jax.training.state import TrainState, parameter_count
 from uss_jax.training.step import Step
@@ -244,7 +244,8 @@ def open_workdir(workdir: str | os.PathLike) -> pathlib.Path:
 def train_on(
     records: Records,
     step: Step,
-    state: TrainState,
+    fresh: Callable[..., TrainState],
+    fresh_from: tuple[Any, ...],
     frozen: Any,
     *,
     config: ConfigDict,
@@ -265,7 +266,8 @@ def train_on(
     Args:
       records: to train on.
       step: the training step.
-      state: before the first step.
+      fresh: a pure function that makes the state before the first step.
+      fresh_from: its arguments, the same on every host.
       frozen: variables of the nets that do not train.
       config: of the run.
       workdir: of the run.
@@ -284,6 +286,7 @@ def train_on(
     Raises:
       UserError: the workdir's run has other nets, data or seed.
     """
+    state = shapes(fresh, *fresh_from, rules=config.get("sharding", ()), mesh=mesh)
     parameters = parameter_count(state.params)
     say(
         f"{kind} of {parameters / 1e6:.1f} M parameters, "
@@ -305,12 +308,13 @@ def train_on(
                 workdir / "checkpoints", config.keep_checkpoints, config.get("keep_best", 0)
             )
         )
-        state = lay_out(state, config.get("sharding", ()), mesh)
         start = checkpoints.latest_step or 0
         if start:
             say(f"resuming after step {start}")
             _require_same_run(workdir, about, checkpoints.position(start), position)
             state = checkpoints.restore(start, state)
+        else:
+            state = create(fresh, *fresh_from, like=state)
         writer = None
         if jax.process_index() == 0:
             with replacing(workdir / "config.json") as temporary:

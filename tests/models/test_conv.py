@@ -9,7 +9,9 @@ from uss_jax.models.conv import Conv1x1, Conv3x3, Upsample, conv3x3
 from uss_jax.training.mesh import batch_sharded, make_mesh
 
 # Batch, frames, bins, channels in and out. From 32 channels on the filter gradient is a sum of
-# products over a few rows: as many as fit, a part of them at the end, one for a long row.
+# products over a few rows: as many as fit, a part of them at the end, one for a long row. From 64
+# on, minimal filtering over tiles of four rows: all at once, some at a time, a part at the end; of
+# small maps with many channels, only the gradient.
 SHAPES = [
     (2, 7, 6, 3, 5),
     (1, 1, 1, 1, 1),
@@ -18,6 +20,11 @@ SHAPES = [
     (1, 3, 1500, 32, 33),
     (2, 1, 3, 64, 32),
     (2, 9, 8, 31, 64),
+    (2, 9, 8, 64, 65),
+    (2, 30, 100, 80, 64),
+    (1, 5, 600, 64, 64),
+    (1, 1, 1, 64, 64),
+    (2, 7, 32, 256, 64),
 ]
 
 
@@ -36,15 +43,39 @@ def gradients(convolve, x, kernel, dy):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gradients_are_xlas_own(shape):
+def test_outputs_and_gradients_are_xlas_own(shape):
     b, n, f, c, d = shape
+    shapes = (b, n, f, c), (3, 3, c, d), (b, n, f, d)
     with jax.enable_x64(True):
-        shapes = (b, n, f, c), (3, 3, c, d), (b, n, f, d)
         x, kernel, dy = (normal(*s, seed=i, dtype=float) for i, s in enumerate(shapes))
-        actual, expected = (gradients(convolve, x, kernel, dy) for convolve in (conv3x3, plain))
+        both = (conv3x3, plain)
+        assert distance(*(jax.jit(convolve)(x, kernel) for convolve in both)) < 1e-13
+        actual, expected = (gradients(convolve, x, kernel, dy) for convolve in both)
         for a, e in zip(actual, expected, strict=True):
             assert a.shape == e.shape
             assert distance(a, e) < 1e-13
+
+
+def test_minimal_filtering_loses_little_precision():
+    """Sums of 64 x 9 products in float32: XLA's own are off by 2e-7."""
+    x, kernel, dy = normal(2, 30, 100, 64), normal(3, 3, 64, 64), normal(2, 30, 100, 64, seed=2)
+    actual = conv3x3(x, kernel), *gradients(conv3x3, x, kernel, dy)
+    with jax.enable_x64(True):
+        x, kernel, dy = (jnp.asarray(a, jnp.float64) for a in (x, kernel, dy))
+        expected = plain(x, kernel), *gradients(plain, x, kernel, dy)
+    assert max(map(distance, actual, expected)) < 2e-6
+
+
+def test_minimal_filtering_keeps_a_sharded_batch_where_it_is():
+    x, kernel = normal(8, 30, 100, 64), normal(3, 3, 64, 64)
+    mesh = make_mesh()
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(x, batch_sharded(mesh))
+        compiled = jax.jit(conv3x3).lower(rows, kernel).compile()
+        assert "all-" not in compiled.as_text()
+        actual = compiled(rows, kernel)
+        assert actual.sharding.is_equivalent_to(rows.sharding, 4)
+    assert distance(actual, plain(x, kernel)) < 1e-5
 
 
 def test_filter_gradient_of_bfloat16_is_summed_in_float32():

@@ -3,9 +3,12 @@
 Letters: `b` batch, `n` frames, `f` bins, `c` channels in, `d` channels out.
 """
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 # Below this many channels XLA's own filter gradient is as fast on a CPU.
@@ -14,6 +17,26 @@ _NARROW = 32
 _PLACES = 1024
 # Maps so small with so many channels are convolved faster on a CPU by one matrix product.
 _SMALL, _WIDE = 256, 256
+
+# Minimal filtering F(4, 3): four outputs of a filter of three taps by 6 products instead of 12
+# (Winograd, Arithmetic complexity of computations, 1980; points 0, 1, -1, 2, -2, infinity). With
+# fewer channels than these, the sums around the products cost what the products save.
+_TILED = 64
+_TILE, _POINTS = 4, 6
+_INPUT = np.array(
+    [
+        [4, 0, -5, 0, 1, 0],
+        [0, -4, -4, 1, 1, 0],
+        [0, 4, -4, -1, 1, 0],
+        [0, -2, -1, 2, 1, 0],
+        [0, 2, -1, -2, 1, 0],
+        [0, 4, 0, -5, 0, 1],
+    ]
+)
+_FILTER = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
+_OUTPUT = np.array(
+    [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
+)
 
 
 class Conv3x3(nn.Module):
@@ -84,9 +107,19 @@ def in_compute_dtype(dtype: str, *arrays: Array) -> tuple[Array, ...]:
 def conv3x3(x: Float[Array, "b n f c"], kernel: Float[Array, "3 3 c d"]) -> Array:
     """Convolves; [b, n, f, d]. Its gradient is its own, so there is no forward-mode derivative."""
     _, n, f, c = x.shape
-    if n * f > _SMALL or c < _WIDE:
+    on_cpu = _convolve_by_xla
+    if n * f <= _SMALL and c >= _WIDE:
+        on_cpu = _convolve_by_product
+    elif _worth_tiles(x, kernel):
+        on_cpu = _convolve_by_tiles
+    if on_cpu is _convolve_by_xla:
         return _convolve_by_xla(x, kernel)
-    return jax.lax.platform_dependent(x, kernel, cpu=_convolve_by_product, default=_convolve_by_xla)
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=_convolve_by_xla)
+
+
+def _worth_tiles(x: Array, kernel: Array) -> bool:
+    """Not where few numbers are summed, nor where 24ths and eights would lose the few bits."""
+    return min(kernel.shape[2:]) >= _TILED and x.dtype != jnp.bfloat16
 
 
 def _convolve_by_xla(x: Array, kernel: Array) -> Array:
@@ -103,6 +136,46 @@ def _convolve_by_product(x: Array, kernel: Array) -> Array:
     return jnp.matmul(jnp.concatenate(taps, axis=-1), kernel.reshape(-1, kernel.shape[3]))
 
 
+def _convolve_by_tiles(x: Array, kernel: Array) -> Array:
+    """Minimal filtering over frames, a few rows at a time: up to twice as fast as XLA's own.
+
+    The batch stays an axis of its own, so that devices keep to their rows of it.
+    """
+    (b, n, f, _), d = x.shape, kernel.shape[3]
+    tiles, steps = _tiles(n, f)
+    filters = jnp.einsum("ip,pqcd->iqcd", _FILTER.astype(x.dtype), kernel)
+    x = jnp.pad(x, ((0, 0), (1, 1 + steps * tiles * _TILE - n), (0, 0), (0, 0)))
+
+    def fill_rows(i, y):
+        inputs = _tile_inputs(x, i, tiles)
+        products = [_convolve_by_xla(*pair) for pair in zip(inputs, filters[:, None], strict=True)]
+        for row, weights in enumerate(_OUTPUT):
+            outputs = _weighted_sum(weights, products)[:, :, None]
+            y = jax.lax.dynamic_update_slice(y, outputs, (0, i * tiles, row, 0, 0))
+        return y
+
+    y = jnp.zeros((b, steps * tiles, _TILE, f, d), x.dtype)
+    y = jax.lax.fori_loop(0, steps, fill_rows, y)
+    return y.reshape(b, steps * tiles * _TILE, f, d)[:, :n]
+
+
+def _tiles(n: int, f: int) -> tuple[int, int]:
+    """Tiles of four rows to take at a time, and how often."""
+    steps = -(-n // (_TILE * max(1, _PLACES // (_TILE * f))))
+    return -(-n // (_TILE * steps)), steps
+
+
+def _tile_inputs(x: Array, i: Array, tiles: int) -> list[Array]:
+    """Of each point, what the i-th so many tiles put in; `x` has a row of padding before."""
+    rows = jax.lax.dynamic_slice_in_dim(x, i * tiles * _TILE, tiles * _TILE + 2, axis=1)
+    rows = [rows[:, p : p + (tiles - 1) * _TILE + 1 : _TILE] for p in range(_POINTS)]
+    return [_weighted_sum(weights, rows) for weights in _INPUT]
+
+
+def _weighted_sum(weights: np.ndarray, arrays: Sequence[Array]) -> Array:
+    return sum(float(w) * a for w, a in zip(weights, arrays, strict=True) if w)
+
+
 def _forward(x, kernel):
     return conv3x3(x, kernel), (x, kernel)
 
@@ -112,10 +185,10 @@ def _backward(residuals, dy):
     dx = conv3x3(dy, kernel[::-1, ::-1].swapaxes(2, 3))
     if min(kernel.shape[2:]) < _NARROW:
         return dx, _filter_gradient_by_xla(x, dy)
-    dkernel = jax.lax.platform_dependent(
-        x, dy, cpu=_filter_gradient_by_products, default=_filter_gradient_by_xla
-    )
-    return dx, dkernel
+    on_cpu = _filter_gradient_by_products
+    if _worth_tiles(x, kernel):
+        on_cpu = _filter_gradient_by_tiles
+    return dx, jax.lax.platform_dependent(x, dy, cpu=on_cpu, default=_filter_gradient_by_xla)
 
 
 conv3x3.defvjp(_forward, _backward)
@@ -160,3 +233,29 @@ def _filter_gradient_by_products(x: Array, dy: Array) -> Array:
     total = jnp.zeros((b, 3, c, 3 * d), dtype)
     total = jnp.sum(jax.lax.fori_loop(0, (n + spare) // rows, add_rows, total), axis=0)
     return total.reshape(3, c, 3, d).swapaxes(1, 2).astype(x.dtype)
+
+
+def _filter_gradient_by_tiles(x: Array, dy: Array) -> Array:
+    """As `_filter_gradient_by_products`, by minimal filtering: half the products."""
+    (b, n, f, c), d = x.shape, dy.shape[-1]
+    tiles, steps = _tiles(n, f)
+    spare = steps * tiles * _TILE - n
+    x = jnp.pad(x, ((0, 0), (1, 1 + spare), (0, 0), (0, 0)))
+    dy = jnp.pad(dy, ((0, 0), (0, spare), (1, 1), (0, 0)))
+    dy = dy.reshape(b, steps * tiles, _TILE, f + 2, d)
+
+    def add_rows(i, total):
+        dy_rows = jax.lax.dynamic_slice_in_dim(dy, i * tiles, tiles, axis=1)
+        dy_rows = [dy_rows[:, :, row] for row in range(_TILE)]
+        points = []
+        for inputs, weights in zip(_tile_inputs(x, i, tiles), _OUTPUT.T, strict=True):
+            outputs = _weighted_sum(weights, dy_rows)
+            shifted = jnp.concatenate([outputs[:, :, 2 - q : 2 - q + f] for q in range(3)], axis=-1)
+            inputs, shifted = inputs.reshape(b, tiles * f, c), shifted.reshape(b, tiles * f, 3 * d)
+            points.append(jnp.einsum("bpc,bpd->bcd", inputs, shifted))
+        return [t + p for t, p in zip(total, points, strict=True)]
+
+    total = [jnp.zeros((b, c, 3 * d), x.dtype)] * _POINTS
+    total = jax.lax.fori_loop(0, steps, add_rows, total)
+    total = jnp.sum(jnp.stack(total, axis=1), axis=0).reshape(_POINTS, c, 3, d)
+    return jnp.einsum("ip,icqd->pqcd", _FILTER.astype(x.dtype), total)

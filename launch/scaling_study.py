@@ -141,6 +141,8 @@ def draw(rows: list[dict[str, Any]], fit: dict[str, float] | None, path: pathlib
         losses.plot(ends, fit["scale"] * ends ** fit["exponent"], "k--", label=label)
     losses.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="loss")
     sdris.set(xscale="log", xlabel="training FLOPs", ylabel="SDRi / dB")
+    for axes in (losses, sdris):
+        axes.xaxis.set_minor_formatter(pyplot.NullFormatter())
     figure.legend(*losses.get_legend_handles_labels(), loc="outside right", fontsize="small")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=100)

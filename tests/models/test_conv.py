@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tests.golden.compare import distance
-from uss_jax.models.conv import Conv1x1, Conv3x3, Upsample, conv3x3
+from uss_jax.models.conv import Conv1x1, Conv3x3, Upsample, conv3x3, linear
 from uss_jax.training.mesh import batch_sharded, make_mesh
 
 # Batch, frames, bins, channels in and out. From 32 channels on the filter gradient is a sum of
@@ -51,6 +51,18 @@ def test_outputs_and_gradients_are_xlas_own(shape):
         both = (conv3x3, plain)
         assert distance(*(jax.jit(convolve)(x, kernel) for convolve in both)) < 1e-13
         actual, expected = (gradients(convolve, x, kernel, dy) for convolve in both)
+        for a, e in zip(actual, expected, strict=True):
+            assert a.shape == e.shape
+            assert distance(a, e) < 1e-13
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 6, 3, 5), (1, 1, 1, 1, 1), (2, 30, 100, 4, 64)])
+def test_a_linear_maps_gradients_are_jaxs_own(shape):
+    b, n, f, c, d = shape
+    with jax.enable_x64(True):
+        shapes = (b, n, f, c), (c, d), (b, n, f, d)
+        x, matrix, dy = (normal(*s, seed=i, dtype=float) for i, s in enumerate(shapes))
+        actual, expected = (gradients(convolve, x, matrix, dy) for convolve in (linear, jnp.matmul))
         for a, e in zip(actual, expected, strict=True):
             assert a.shape == e.shape
             assert distance(a, e) < 1e-13

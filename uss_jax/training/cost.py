@@ -64,8 +64,9 @@ def _flops(jaxpr: Any) -> float:
             features_out = equation.params["dimension_numbers"].rhs_spec[0]
             kernel = equation.invars[1].aval
             total += 2 * out[0].aval.size * kernel.size / kernel.shape[features_out]
-        elif name == "cond":  # the forms for different platforms differ by their padding
-            total += min(_flops(branch) for branch in _inner(equation.params))
+        elif name == "cond":  # of forms for different platforms, the last is the plain one
+            *_, plain = _inner(equation.params)
+            total += _flops(plain)
         else:
             times = equation.params["length"] if name == "scan" else 1
             if name == "shard_map":

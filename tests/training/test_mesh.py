@@ -94,24 +94,33 @@ def _batch(number, dtype):
     }
 
 
-def _train(made, devices, dtype, steps=20, rules=()):
-    """Losses of the steps, the gradient of the first and the last state."""
+def _train(made, devices, dtype, steps=20, rules=(), first=0, restore=None):
+    """Losses of the steps, the gradient of the first and the last state.
+
+    `restore` puts a saved state, from which step number `first` goes on, in place of a fresh one.
+    """
     step, params, stats, frozen = made
     cast = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)  # noqa: E731
     mesh = make_mesh(jax.devices()[:devices])
     state = lay_out(create_state(cast(params), cast(stats), OPTIMIZER, ema=True), rules, mesh)
+    state = restore(state) if restore else state
     layout = jax.tree.map(lambda x: x.sharding, state)
     frozen, key = on_all_devices(cast(frozen), mesh), on_all_devices(jax.random.key(0), mesh)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
     losses, gradient = [], None
     with jax.set_mesh(mesh):
-        for number in range(steps):
+        for number in range(first, first + steps):
             state, metrics = jitted(state, frozen, to_devices(_batch(number, dtype), mesh), key)
             losses.append(float(metrics["loss"]))
             if gradient is None:
                 gradient = jax.tree.map(lambda m: np.asarray(m) / 0.1, state.opt_state[0].mu)
     assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(state.params))
     return np.array(losses), gradient, state
+
+
+def _whole(mesh):
+    """Gathers parameters that are split."""
+    return functools.partial(jax.lax.with_sharding_constraint, shardings=replicated(mesh))
 
 
 def _distance(found, wanted):
@@ -176,11 +185,9 @@ def test_published_structure_reduces_twice_a_batch_norm_and_never_gathers(
 
 def test_a_state_split_by_rules_trains_as_a_whole_one(quick_compilation):
     """Each of eight devices holds an eighth of what is split, moments and average too."""
-    mesh = make_mesh()
-    whole = functools.partial(jax.lax.with_sharding_constraint, shardings=replicated(mesh))
     rules = [(r"film1/.*bias$", "replicate"), (r"separator/", "fsdp")]
     plain, _, state = _train(_separation((8,)), 8, np.float32, 5)
-    split, _, split_state = _train(_separation((8,), whole), 8, np.float32, 5, rules)
+    split, _, split_state = _train(_separation((8,), _whole(make_mesh())), 8, np.float32, 5, rules)
     np.testing.assert_allclose(split, plain, rtol=1e-6)
 
     def one_device(state):
@@ -213,36 +220,22 @@ def test_a_state_is_made_in_its_parts(quick_compilation):
 
 def test_a_sharded_run_moves_from_eight_devices_to_one_to_four(tmp_path, quick_compilation):
     """In float64: in float32, sums in another order grow to 2e-5 of the loss in six steps."""
+    rules = [("separator/", "fsdp")]
 
-    def run(state, devices, first, last):
-        mesh = make_mesh(jax.devices()[:devices])
-        whole = functools.partial(jax.lax.with_sharding_constraint, shardings=replicated(mesh))
-        step, *variables = _separation((8,), whole)
-        cast = lambda x: jnp.asarray(x, np.float64)  # noqa: E731
-        params, stats, frozen = jax.tree.map(cast, variables)
-        fresh = functools.partial(create_state, params, stats, OPTIMIZER, ema=True)
-        like = shapes(fresh, rules=[("separator/", "fsdp")], mesh=mesh)
-        state = create(fresh, like=like) if state is None else state(like)
-        frozen, key = on_all_devices((frozen, jax.random.key(0)), mesh)
-        layout = jax.tree.map(lambda x: x.sharding, like)
-        jitted = jax.jit(step, out_shardings=(layout, None))
-        losses = []
-        with jax.set_mesh(mesh):
-            for number in range(first, last):
-                batch = to_devices(_batch(number, np.float64), mesh)
-                state, metrics = jitted(state, frozen, batch, key)
-                losses.append(float(metrics["loss"]))
-        return state, losses
+    def train(devices, **options):
+        made = _separation((8,), _whole(make_mesh(jax.devices()[:devices])))
+        losses, _, state = _train(made, devices, np.float64, rules=rules, **options)
+        return losses, state
 
     with jax.enable_x64(True):
-        wanted, wanted_losses = run(None, 8, 0, 6)
+        wanted_losses, wanted = train(8, steps=6)
     losses = []
     for start, devices in ((0, 8), (2, 1), (4, 4)):
         with jax.enable_x64(True), Checkpoints(tmp_path / "c", keep=2) as checkpoints:
             restore = functools.partial(checkpoints.restore, start) if start else None
-            state, part = run(restore, devices, start, start + 2)
+            part, state = train(devices, first=start, steps=2, restore=restore)
             checkpoints.save(start + 2, state, {})
-        losses += part
+        losses += part.tolist()
         kernel = state.params["separator"]["encoder_block1"]["conv_block1"]["film1"]["shift"]
         shards = {shard.data.shape for shard in kernel["kernel"].addressable_shards}
         assert shards == {(527, 8 // devices)}

@@ -303,6 +303,6 @@ def _filter_gradient_by_tiles(x: Array, dy: Array) -> Array:
     total = [jnp.zeros((b, c, 3 * d), x.dtype)] * _POINTS
     total = jax.lax.fori_loop(0, steps, add_rows, total)
     total = jnp.stack(total, axis=1).reshape(b, _POINTS, c, 3, d)
-    # One product sums over items and points; XLA's own sum over items takes ten times as long.
+    # One product sums over items and points; XLA's own sum over items is slow.
     weights = jnp.broadcast_to(_FILTER.astype(x.dtype), (b, *_FILTER.shape))
     return jnp.einsum("bip,bicqd->pqcd", weights, total)

@@ -108,11 +108,12 @@ def shapes(
 ) -> Any:
     """What a pure function of arrays will make: shapes, laid out over the devices by rules."""
     made = jax.eval_shape(make, *arguments)
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        made,
-        state_shardings(made, rules, mesh),
-    )
+    return jax.tree.map(laid_out, made, state_shardings(made, rules, mesh))
+
+
+def laid_out(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    """The shape of an array that lies so over the devices."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def create(make: Callable[..., Any], *arguments: Any, like: Any) -> Any:

@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from uss_jax.training.cost import device_bytes, model_flops, peak_flops
-from uss_jax.training.mesh import batch_sharded, replicated
+from uss_jax.training.mesh import batch_sharded, laid_out, replicated
 from uss_jax.training.state import TrainState, parameter_count
 from uss_jax.training.step import Step
 
@@ -50,8 +50,8 @@ def describe(
         whole = replicated(mesh)
         arguments = (
             state,
-            jax.tree.map(lambda x: _laid_out(x, whole), frozen),
-            {name: _laid_out(x, batch_sharded(mesh)) for name, x in batch.items()},
+            jax.tree.map(lambda x: laid_out(x, whole), frozen),
+            {name: laid_out(x, batch_sharded(mesh)) for name, x in batch.items()},
         )
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
         compiled = jitted.lower(*arguments, key).compile()
@@ -86,10 +86,6 @@ def describe(
 
 def _params(frozen: Any) -> list[Any]:
     return [net["params"] for net in frozen.values()]
-
-
-def _laid_out(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def _memory(compiled: jax.stages.Compiled, device: jax.Device) -> str:

@@ -2,11 +2,16 @@
 
 import pathlib
 
+import hypothesis
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# Machines are shared: how long an example takes says nothing of the code.
+hypothesis.settings.register_profile("shared machine", deadline=None)
+hypothesis.settings.load_profile("shared machine")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

@@ -108,7 +108,7 @@ def literal_choice(prob, samples, *, clip_samples, segment_samples, hop_samples)
     return min((frame - half) * hop_samples, max(samples - segment_samples, 0)), scores.max()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 400), st.integers(0, 2**32 - 1))
 def test_anchor_lies_in_the_true_samples_where_the_class_sounds_most(samples, seed):
     prob = np.random.default_rng(seed).random((1, 41)).astype(np.float32)

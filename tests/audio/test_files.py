@@ -109,7 +109,7 @@ def test_reads_only_the_beginning_when_asked(tmp_path):
     np.testing.assert_array_equal(read, waveform[:8000].T)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.integers(0, 5000), *[st.sampled_from([8000, 11025, 16000, 22050, 32000, 44100, 48000])] * 2
 )

@@ -113,7 +113,7 @@ def test_equals_the_definition(n_fft, hop, dtype, tolerance):
     assert distance(inverse, literal_istft(spectrum, n_fft, hop)) < tolerance
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @example(samples=1, lead=[])
 @example(samples=32, lead=[2])  # as long as half a window
 @given(samples=st.integers(1, 200), lead=st.lists(st.integers(1, 3), max_size=3))

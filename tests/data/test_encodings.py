@@ -3,7 +3,7 @@ import io
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tensorflow_datasets.proto import tf_example_pb2
 
@@ -55,7 +55,6 @@ def test_channels_are_averaged():
     np.testing.assert_array_equal(decode(_wav_bytes(SAMPLES, 2), "wav"), SAMPLES)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(-(2**63), 2**63 - 1), max_size=20))
 def test_varints_are_read_as_protocol_buffers_write_them(values):
     example = tf_example_pb2.Example()

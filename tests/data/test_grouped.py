@@ -95,7 +95,7 @@ def test_items_stay_in_their_group_and_the_reference_order_stays(kind):
     np.testing.assert_array_equal(np.stack(reference.draw(positions)).reshape(before.shape), before)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=3))
 def test_any_position_can_be_computed_alone(positions):
     _, grouped = _grouped()
@@ -114,7 +114,7 @@ def test_hosts_together_see_one_order(hosts):
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 10), st.integers(1, 3), st.integers(0, 2**32))
 def test_arranging_keeps_every_item_and_never_adds_conflicts(size, sources, seed):
     conflict = np.random.default_rng(seed).random((size, size)) < 0.3

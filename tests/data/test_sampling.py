@@ -24,7 +24,7 @@ def _random_targets(records=300, classes=30, seed=0):
     return targets
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
 def test_permute_is_a_permutation_and_inverse_undoes_it(size, key):
     index, key = np.arange(size), np.array([key], np.uint64)
@@ -106,7 +106,7 @@ def test_weights_are_places_a_round():
     assert 0 not in order.missing
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=5), st.integers(0, 2**32))
 def test_any_position_can_be_computed_alone(positions, seed):
     label_row, label_class = _csr(_random_targets())

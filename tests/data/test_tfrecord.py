@@ -68,7 +68,7 @@ def test_scan_gives_back_what_was_written(tmp_path_factory, payloads):
         assert data[offset : offset + length] == payload
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_flipped_bit_and_any_cut_is_found(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("shard") / "shard"

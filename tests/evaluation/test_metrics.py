@@ -108,7 +108,7 @@ def test_average_precision_by_hand():
 _ITEMS = st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=1, max_size=30)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(_ITEMS)
 def test_roc_auc_is_mann_whitney_s_u(items):
     positive = np.array([item[0] for item in items])
@@ -122,7 +122,7 @@ def test_roc_auc_is_mann_whitney_s_u(items):
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(_ITEMS, st.randoms(use_true_random=False))
 def test_average_precision_is_the_definition_and_ignores_the_order_of_items(items, random):
     positive = np.array([item[0] for item in items])

@@ -46,7 +46,7 @@ def identity(monkeypatch):
     return runs
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(1, 700), min_size=1, max_size=6),
     window=st.integers(1, 12),

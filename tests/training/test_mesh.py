@@ -1,7 +1,10 @@
 """A step on eight devices is the step on one."""
 
 import functools
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +38,23 @@ SMALL = TAGGER.clone(channels=(4, 4))
 SED = build_sed(fields_of(SMALL))
 OPTIMIZER = adamw_amsgrad(1e-3)
 BATCH, CLIP, SEGMENT = 16, RATE // 2, RATE // 4
+
+
+@pytest.mark.parametrize("chosen", [None, "3"])
+def test_a_cpu_is_a_device_per_core_unless_chosen(chosen):
+    code = (
+        "import jax, uss_jax.training.mesh as mesh\n"
+        "mesh.one_device_per_core()\n"
+        "print(jax.device_count())\n"
+        "mesh.one_device_per_core()  # too late, and no error\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": chosen or "-1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    expected = chosen or min(len(os.sched_getaffinity(0)), 8)
+    assert int(run.stdout) == int(expected)
 
 
 def _separation(channels=(4, 4), gather=lambda params: params, **fields):

@@ -114,7 +114,9 @@ def _add_planted(suite: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from uss_jax.evaluation.run import evaluate
+    from uss_jax.training.mesh import one_device_per_core
 
+    one_device_per_core()
     common = ("suite", "model", "data", "out", "run", "config_overrides")
     options = {key: value for key, value in vars(args).items() if key not in common}
     print(evaluate(args.suite, args.model, args.data, args.out, **options))

@@ -1,5 +1,7 @@
 """The devices of a run: one axis, `data`, over which batches and, by rules, arrays are split."""
 
+import contextlib
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -17,6 +19,24 @@ def make_mesh(devices: Iterable[jax.Device] | None = None) -> Mesh:
     # Host by host: jax.make_mesh may choose an order in which a host's rows are no block.
     devices = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
     return Mesh(np.array(devices), (BATCH_AXIS,), axis_types=(AxisType.Auto,))
+
+
+# Each holds its own copy of the nets, half a gigabyte for the published ones.
+_MOST_CPU_DEVICES = 8
+
+
+def one_device_per_core() -> None:
+    """Lets a CPU be as many devices as it has cores, 8 at most, unless somebody has chosen.
+
+    Two items on a core each are separated up to 1.3 times as fast as one after the other on both.
+    Without effect where there are accelerators, or once JAX has looked for devices.
+    """
+    chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if chosen or jax.config.jax_num_cpu_devices != -1:
+        return
+    cores = min(len(os.sched_getaffinity(0)), _MOST_CPU_DEVICES)
+    with contextlib.suppress(RuntimeError):  # too late
+        jax.config.update("jax_num_cpu_devices", cores)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -40,21 +40,31 @@ OPTIMIZER = adamw_amsgrad(1e-3)
 BATCH, CLIP, SEGMENT = 16, RATE // 2, RATE // 4
 
 
-@pytest.mark.parametrize("chosen", [None, "3"])
-def test_a_cpu_is_a_device_per_core_unless_chosen(chosen):
-    code = (
-        "import jax, uss_jax.training.mesh as mesh\n"
-        "mesh.one_device_per_core()\n"
-        "print(jax.device_count())\n"
-        "mesh.one_device_per_core()  # too late, and no error\n"
-    )
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": chosen or "-1"}
+@pytest.mark.parametrize("before", ["", "jax.devices()"], ids=["in_time", "too_late"])
+@pytest.mark.parametrize(
+    ("variable", "value", "chosen"),
+    [
+        ("JAX_NUM_CPU_DEVICES", "-1", None),
+        ("JAX_NUM_CPU_DEVICES", "3", 3),
+        ("XLA_FLAGS", "--xla_force_host_platform_device_count=3", 3),
+    ],
+)
+def test_a_cpu_is_a_device_per_core_unless_chosen(before, variable, value, chosen):
+    code = f"""
+import jax
+from uss_jax.training.mesh import one_device_per_core
+{before}
+one_device_per_core()
+print(jax.device_count())
+"""
+    settings = ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
+    environment = {k: v for k, v in os.environ.items() if k not in settings}
+    environment |= {"JAX_PLATFORMS": "cpu", variable: value}
     run = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
-    expected = chosen or min(len(os.sched_getaffinity(0)), 8)
-    assert int(run.stdout) == int(expected)
+    by_itself = 1 if before else min(len(os.sched_getaffinity(0)), 8)
+    assert int(run.stdout) == (chosen or by_itself)
 
 
 def _separation(channels=(4, 4), gather=lambda params: params, **fields):

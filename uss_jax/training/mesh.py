@@ -13,16 +13,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from uss_jax.audio.stft import BATCH_AXIS
 from uss_jax.errors import UserError
 
+# Each holds its own copy of the nets, half a gigabyte for the published ones.
+_MOST_CPU_DEVICES = 8
+
 
 def make_mesh(devices: Iterable[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices of all hosts, or those given."""
     # Host by host: jax.make_mesh may choose an order in which a host's rows are no block.
     devices = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
     return Mesh(np.array(devices), (BATCH_AXIS,), axis_types=(AxisType.Auto,))
-
-
-# Each holds its own copy of the nets, half a gigabyte for the published ones.
-_MOST_CPU_DEVICES = 8
 
 
 def one_device_per_core() -> None:

@@ -6,6 +6,7 @@ import os
 import sys
 
 import uss_jax
+from uss_jax.cli.memory import keep_freed_memory
 from uss_jax.errors import Stopped, UserError
 
 # command -> what it does; its module is uss_jax.cli.<command with "_" for "-">.
@@ -74,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         overrides = [word for word in argv[1:] if word.startswith("--config.")]
         args = parser.parse_args([word for word in argv[1:] if word not in overrides])
         args.config_overrides = overrides
+        keep_freed_memory()
         args.run(args)
         sys.stdout.flush()
     except UserError as error:

@@ -114,6 +114,22 @@ def test_a_class_vector_is_the_probability_of_the_class_in_the_mixture(place):
     assert figures[CLASS]["sdr"][0] == pytest.approx(_sdr(source, estimate), abs=1e-3)
 
 
+def test_oracle_only_asks_once_and_says_the_same(place, tmp_path, monkeypatch):
+    asked = []
+    measure = scoring._measure
+    monkeypatch.setattr(scoring, "_measure", lambda *a, **k: asked.append(1) or measure(*a, **k))
+    assert _evaluate(place, "soft", tmp_path / "all.json") == 0
+    in_all_ways = len(asked)
+    assert _evaluate(place, "soft", tmp_path / "one.json", "--oracle-only") == 0
+    assert in_all_ways == 4 * (len(asked) - in_all_ways)  # oracle, class, shuffled, target alone
+    every, one = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("all", "one"))
+    kept = [row for row in every["rows"] if row["query"] in (ORACLE, HALF, MIXTURE)]
+    assert kept
+    assert one["rows"] == kept
+    assert one["identity_sdr"] is None
+    assert one["leakage"] is None
+
+
 def test_one_device_gives_the_same_figures_as_eight(place, monkeypatch):
     model, pairs = Model(place / "soft"), find_pairs(place / "pairs")
     assert jax.device_count() == 8
@@ -349,6 +365,7 @@ def test_averages_over_the_sources_of_other_pairs(place, tmp_path):
     [
         (["--bank", "b.npz"], "give --train-records or --train-pairs too"),
         (["--train-pairs", "p", "--train-records", "r"], "give one"),
+        (["--oracle-only", "--train-pairs", "p"], "leave out --train-records and --train-pairs"),
         (["--bank", "b", "--train-records", "r"], "something.npz"),
         (["--examples", "2"], "needs --out-dir"),
         (["--out", "nowhere/r.json"], "make it first"),

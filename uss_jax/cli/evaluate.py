@@ -85,6 +85,11 @@ def _add_pairs(suite: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="instead, a folder of pairs over whose sources it is averaged, as published",
     )
+    suite.add_argument(
+        "--oracle-only",
+        action="store_true",
+        help="separate each pair once, with the condition of its clean source",
+    )
     suite.add_argument("--bank", metavar="FILE.npz", help="store the averaged vectors")
     suite.add_argument(
         "--examples",

@@ -53,6 +53,7 @@ def run_pairs(
     data: str,
     out: str,
     *,
+    oracle_only: bool,
     train_records: str | None,
     split: str,
     train_pairs: str | None,
@@ -63,6 +64,10 @@ def run_pairs(
     """Separation of pairs; see evaluation/scoring.py. Returns results and a table."""
     if train_records and train_pairs:
         raise UserError("--train-records and --train-pairs both give class averages; give one")
+    if oracle_only and (train_records or train_pairs):
+        raise UserError(
+            "--oracle-only asks with no class averages; leave out --train-records and --train-pairs"
+        )
     if bank and not (train_records or train_pairs):
         raise UserError(
             "--bank stores averages over training clips; give --train-records or --train-pairs too"
@@ -80,7 +85,7 @@ def run_pairs(
     if train_pairs:
         how = {"train_pairs": train_pairs}
         averages = file_averages(model, sources_by_class(train_pairs), without_silence=False)
-    results, text, (figures, rows) = score_items(model, pairs, averages, out)
+    results, text, (figures, rows) = score_items(model, pairs, averages, out, oracle_only)
     if averages and bank:
         stored = bank_of_averages(model, averages, f"averaged over {train_records or train_pairs}")
         write_bank(bank, stored)
@@ -92,7 +97,7 @@ def run_pairs(
 
 
 def score_items(
-    model: Model, items: Sequence[Item], averages: Averages, out: str
+    model: Model, items: Sequence[Item], averages: Averages, out: str, oracle_only: bool = False
 ) -> tuple[Results, list[str], tuple[dict[str, Figures], dict[str, Row]]]:
     """Scores items; beside `out` it writes a CSV file, a plot and Markdown, all of the same name.
 
@@ -100,7 +105,9 @@ def score_items(
       results, paragraphs to print, and what was scored.
     """
     path = pathlib.Path(out)
-    figures, rows = score(model, items, averages, unfinished=_beside(out, ".unfinished"))
+    figures, rows = score(
+        model, items, averages, oracle_only=oracle_only, unfinished=_beside(out, ".unfinished")
+    )
     summaries = summarise(items, figures)
     for group in sorted({item.group for item in items if item.group}):
         summaries += summarise(items, figures, group)

@@ -171,6 +171,7 @@ def score(
     items: Sequence[Item],
     averages: dict[str, Float[np.ndarray, " d"]] | None = None,
     *,
+    oracle_only: bool = False,
     unfinished: str | os.PathLike | None = None,
 ) -> tuple[dict[str, Figures], dict[str, Row]]:
     """Figures of every item under every query.
@@ -179,6 +180,7 @@ def score(
       model: the separator with its query net.
       items: what to separate.
       averages: a condition for each label, if there are any.
+      oracle_only: separates each item once, with the condition of its clean source.
       unfinished: a file that keeps the figures of finished batches, so that a run that was stopped
         goes on there; it is removed at the end.
 
@@ -190,12 +192,14 @@ def score(
     batches = Batches(items, model.sample_rate)
     separator = _everywhere(model.separator, batches.mesh)
     with jax.set_mesh(batches.mesh):
-        rows = _rows(model, batches, averages)
-        finished = Finished(unfinished, _identity(model, items, rows, batches.size))
+        rows = _rows(model, batches, averages, oracle_only)
+        finished = Finished(unfinished, _identity(model, items, rows, batches.size, oracle_only))
         which = [number for number in range(len(batches.places)) if number not in finished.done]
         for number, sides in batches.read(("mixture", "source"), which, "evaluate"):
             at = batches.places[number]
-            finished.add(number, _score_batch(separator, batches, rows, at, *sides))
+            finished.add(
+                number, _score_batch(separator, batches, rows, at, not oracle_only, *sides)
+            )
     figures = _together(finished, batches.places, len(items))
     _require_numbers(model, items, rows, figures)
     finished.remove()
@@ -236,30 +240,24 @@ def _score_batch(
     batches: Batches,
     rows: Sequence[Row],
     at: Integer[np.ndarray, " m"],
+    alone: bool,
     mixture: Waveforms,
     source: Waveforms,
 ) -> dict[str, Figures]:
-    """Row name -> figure name -> [m]."""
-    on_device = batches.put(mixture), batches.put(source)
-    everywhere = replicated(batches.mesh)
+    """Row name -> figure name -> [m]; `alone` adds the target alone."""
+    mixtures, sources = batches.put(mixture), batches.put(source)
+    measure = functools.partial(
+        _measure, separator.module, separator.variables, everywhere=replicated(batches.mesh)
+    )
     filled = batches.filled(at)
     found = {}
     for row in rows:
         if row.exists[at].any():
             condition = batches.put(row.conditions[filled])
-            found[row.name] = _measure(
-                separator.module, separator.variables, *on_device, condition, everywhere
-            )
-            if row.name == ORACLE:  # the source is the mixture then, which no figure is above
-                alone = _measure(
-                    separator.module,
-                    separator.variables,
-                    on_device[1],
-                    on_device[1],
-                    condition,
-                    everywhere,
-                )
-                found[IDENTITY] = {name: alone[name] for name in ("sdr", "si_sdr", "level")}
+            found[row.name] = measure(mixtures, sources, condition)
+            if alone and row.name == ORACLE:  # the source is the mixture, which no figure is above
+                identity = measure(sources, sources, condition)
+                found[IDENTITY] = {name: identity[name] for name in ("sdr", "si_sdr", "level")}
     found[HALF] = _figures(source, mixture / 2, mixture)
     found[MIXTURE] = _figures(source, mixture, mixture)
     exists = {row.name: row.exists[at] for row in rows}
@@ -277,6 +275,7 @@ def _rows(
     model: Model,
     batches: Batches,
     averages: dict[str, Float[np.ndarray, " d"]] | None,
+    oracle_only: bool,
 ) -> list[Row]:
     """Every query that at least one item has."""
     items = batches.items
@@ -289,6 +288,8 @@ def _rows(
                 f"{model.path} knows AudioSet's classes only, and none of these sounds is of one"
             )
     rows = [Row(ORACLE, conditions, asked)]
+    if oracle_only:
+        return rows
     if averages:
         exists = np.array([item.label in averages for item in items])
         zeros = np.zeros(conditions.shape[1], np.float32)
@@ -397,11 +398,15 @@ def _relatives(label: Hashable) -> set[Hashable]:
 
 
 def _identity(
-    model: Model, items: Sequence[Item], rows: Sequence[Row], batch_size: int
+    model: Model,
+    items: Sequence[Item],
+    rows: Sequence[Row],
+    batch_size: int,
+    oracle_only: bool,
 ) -> Iterator[bytes]:
     """What the figures of a batch depend on."""
     yield net_hash(model.separator.variables).encode()
-    yield json.dumps([batch_size, [item.name for item in items]]).encode()
+    yield json.dumps([batch_size, oracle_only, [item.name for item in items]]).encode()
     for row in rows:
         yield row.name.encode() + row.conditions.tobytes() + row.exists.tobytes()
 

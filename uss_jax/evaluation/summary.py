@@ -126,7 +126,7 @@ def headline(summaries: list[Summary]) -> dict[str, Any]:
     """The results that stand for the whole run: the oracle's, beside half the mixture."""
     rows = {summary["query"]: summary for summary in summaries if summary["group"] == "all"}
     first = rows[ORACLE]
-    leaked = rows.get(SHUFFLED)
+    leaked, identity = rows.get(SHUFFLED), rows.get(IDENTITY)
     return {
         "query": ORACLE,
         **{figure: first[figure] for figure in SEPARATION_FIGURES},
@@ -134,7 +134,7 @@ def headline(summaries: list[Summary]) -> dict[str, Any]:
         "baseline_sdri": rows[HALF]["sdri"],
         # What is let through when the sound asked for is absent, in dB of the mixture's energy.
         "leakage": None if leaked is None else leaked["level"],
-        "identity_sdr": rows[IDENTITY]["sdr"],
+        "identity_sdr": None if identity is None else identity["sdr"],
         "classes": first["classes"],
     }
 

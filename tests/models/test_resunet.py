@@ -44,9 +44,15 @@ def maps_by_reference_name(captured):
             yield name, x
 
 
+@pytest.fixture
+def every_frame(monkeypatch):
+    """Padding is computed through to the end, as the reference does."""
+    monkeypatch.setattr(ResUNet, "_frames_needed", lambda self, frames, strides: [10**6] * 6)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("tag", RUNS)
-def test_golden_waveform_and_blocks(golden, tag):
+def test_golden_waveform_and_blocks(golden, tag, every_frame):
     shape = tuple(RUNS[tag][name] for name in ("batch", "channels", "samples"))
     net, variables = golden_separator(RUNS[tag]["layout"])
     # One run has a shorter seed than the others.
@@ -118,6 +124,22 @@ def assert_trees_close(actual, expected, rtol):
         np.testing.assert_allclose(a, b, rtol=0, atol=rtol * scale, err_msg=str(path))
 
     jax.tree_util.tree_map_with_path(check, actual, expected)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("samples", [81, 331, 399, 500])
+def test_padding_that_does_not_count_is_left_out(samples, blocks, request):
+    net, variables, *inputs = tiny_case(samples, channels=(4, 4, 6, 6), blocks_per_level=blocks)
+    separate = jax.jit(net.apply)
+    lean = separate(variables, *inputs)
+    lean_cost = separate.lower(variables, *inputs).cost_analysis()
+    request.getfixturevalue("every_frame")
+    separate = jax.jit(lambda *arrays: net.apply(*arrays))
+    np.testing.assert_allclose(separate(variables, *inputs), lean, rtol=0, atol=2e-6)
+    whole_cost = separate.lower(variables, *inputs).cost_analysis()
+    assert lean_cost["flops"] <= whole_cost["flops"]
+    if samples == 81:  # 9 frames on a grid of 16
+        assert lean_cost["flops"] < 0.95 * whole_cost["flops"]
 
 
 def test_mask_scales_and_turns_as_the_reference_does():

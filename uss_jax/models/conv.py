@@ -13,10 +13,11 @@ from jaxtyping import Array, Float
 
 # Below this many channels XLA's own filter gradient is as fast on a CPU.
 _NARROW = 32
-# Places of a feature map whose products are summed in one matrix product: they fit into cache.
-_PLACES = 1024
-# Maps so small with so many channels are convolved faster on a CPU by one matrix product.
-_SMALL, _WIDE = 256, 256
+# Places of a feature map whose products are summed in one matrix product: they fit into cache. Of
+# wide maps it is the matrix that does not fit, and is better read for more places at once.
+_PLACES, _PLACES_OF_WIDE, _WIDE = 1024, 4096, 256
+# Wide maps so small are convolved faster on a CPU by one matrix product.
+_SMALL = 256
 
 # Minimal filtering F(4, 3): four outputs of a filter of three taps by 6 products instead of 12
 # (Winograd, Arithmetic complexity of computations, 1980; points 0, 1, -1, 2, -2, infinity). With
@@ -85,12 +86,15 @@ class Conv1x1(nn.Module):
     bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b n f c"]) -> Float[Array, "b n f d"]:
-        shape = (1, 1, x.shape[-1], self.features)
+    def __call__(self, *maps: Float[Array, "b n f _"]) -> Float[Array, "b n f d"]:
+        """Maps the channels of all maps one after the other, which need not lie together."""
+        widths = [x.shape[-1] for x in maps]
+        shape = (1, 1, sum(widths), self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", self.bias_init, (self.features,))
-        x, kernel, bias = in_compute_dtype(self.dtype, x, kernel, bias)
-        return linear(x, kernel[0, 0]) + bias
+        *maps, kernel, bias = in_compute_dtype(self.dtype, *maps, kernel, bias)
+        parts = jnp.split(kernel[0, 0], np.cumsum(widths)[:-1])
+        return sum(map(linear, maps, parts)) + bias
 
 
 def in_compute_dtype(dtype: str, *arrays: Array) -> tuple[Array, ...]:
@@ -132,7 +136,7 @@ def _matrix_gradient_by_rows(x: Array, dy: Array) -> Array:
     """The matrix gradient over a few rows at a time: XLA's CPU backend would first turn whole maps
     so that their channels come before their places."""
     (b, n, f, c), d = x.shape, dy.shape[-1]
-    rows, steps = _rows(n, f)
+    rows, steps = _rows(n, f, c, d)
     pad = ((0, 0), (0, steps * rows - n), (0, 0), (0, 0))
     x, dy = jnp.pad(x, pad), jnp.pad(dy, pad)
     dtype = jnp.promote_types(x.dtype, jnp.float32)
@@ -186,10 +190,11 @@ def _convolve_by_tiles(x: Array, kernel: Array) -> Array:
 
     The batch stays an axis of its own, so that devices keep to their rows of it.
     """
-    (b, n, f, _), d = x.shape, kernel.shape[3]
-    tiles, steps = _rows(n, f, _TILE)
+    (b, n, f, c), d = x.shape, kernel.shape[3]
+    tiles, steps = _rows(n, f, c, d, _TILE)
     filters = jnp.einsum("ip,pqcd->iqcd", _FILTER.astype(x.dtype), kernel)
     x = jnp.pad(x, ((0, 0), (1, 1 + steps * tiles * _TILE - n), (0, 0), (0, 0)))
+    x = jax.lax.optimization_barrier(x)  # else what comes before is computed for each point anew
 
     def fill_rows(i, y):
         inputs = _tile_inputs(x, i, tiles)
@@ -204,10 +209,13 @@ def _convolve_by_tiles(x: Array, kernel: Array) -> Array:
     return y.reshape(b, steps * tiles * _TILE, f, d)[:, :n]
 
 
-def _rows(n: int, f: int, tile: int = 1) -> tuple[int, int]:
-    """Rows, or tiles of so many rows, to take at a time, and how often."""
-    steps = -(-n // (tile * max(1, _PLACES // (tile * f))))
-    return -(-n // (tile * steps)), steps
+def _rows(n: int, f: int, c: int, d: int, tile: int = 1) -> tuple[int, int]:
+    """Rows, or tiles of so many rows, to take at a time, few of them beyond the map; how often."""
+    places = _PLACES if min(c, d) < _WIDE else _PLACES_OF_WIDE
+    count = -(-n // tile)
+    most = min(count, max(1, places // (tile * f)))
+    rows = min(range(most, most // 2, -1), key=lambda rows: -count % rows)
+    return rows, -(-count // rows)
 
 
 def _tile_inputs(x: Array, i: Array, tiles: int) -> list[Array]:
@@ -253,7 +261,7 @@ def _filter_gradient_by_products(x: Array, dy: Array) -> Array:
     over devices once.
     """
     (b, n, f, c), d = x.shape, dy.shape[-1]
-    rows, steps = _rows(n, f)
+    rows, steps = _rows(n, f, c, d)
     spare = steps * rows - n
     x = jnp.pad(x, ((0, 0), (1, 1 + spare), (0, 0), (0, 0)))
     dy = jnp.pad(dy, ((0, 0), (0, spare), (1, 1), (0, 0)))
@@ -283,7 +291,7 @@ def _filter_gradient_by_products(x: Array, dy: Array) -> Array:
 def _filter_gradient_by_tiles(x: Array, dy: Array) -> Array:
     """As `_filter_gradient_by_products`, by minimal filtering: half the products."""
     (b, n, f, c), d = x.shape, dy.shape[-1]
-    tiles, steps = _rows(n, f, _TILE)
+    tiles, steps = _rows(n, f, c, d, _TILE)
     spare = steps * tiles * _TILE - n
     x = jnp.pad(x, ((0, 0), (1, 1 + spare), (0, 0), (0, 0)))
     dy = jnp.pad(dy, ((0, 0), (0, spare), (1, 1), (0, 0)))

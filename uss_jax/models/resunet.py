@@ -4,6 +4,8 @@ Letters: `b` batch, `a` audio channels, `t` samples, `n` frames, `f` bins, `c` c
 of the condition. Feature maps are [b, n, f, c].
 """
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -25,9 +27,14 @@ class ConvBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n f c"], condition: Float[Array, "#b d"], train: bool
+        self,
+        maps: tuple[Float[Array, "b n f _"], ...],
+        condition: Float[Array, "#b d"],
+        train: bool,
     ) -> Float[Array, "b n f _"]:
-        inner, shortcut = x, x
+        inner = jnp.concatenate(maps, axis=-1)
+        if train:  # the backward pass needs this one
+            maps = (inner,)
         for i in (1, 2):
             inner = modulated_activation(
                 self,
@@ -40,9 +47,9 @@ class ConvBlock(nn.Module):
                 scope=self.norm_scope,
             )
             inner = Conv3x3(self.features, self.dtype, name=f"conv{i}")(inner)
-        if x.shape[-1] != self.features:
-            shortcut = Conv1x1(self.features, self.dtype, name="shortcut")(x)
-        return shortcut + inner
+        if sum(x.shape[-1] for x in maps) != self.features:
+            maps = (Conv1x1(self.features, self.dtype, name="shortcut")(*maps),)
+        return maps[0] + inner
 
 
 # Keeps its input for the backward pass, and the statistics that devices have spoken about.
@@ -54,13 +61,16 @@ _REMAT = nn.remat(
 
 
 def _conv_blocks(
-    level: nn.Module, x: Float[Array, "b n f c"], condition: Float[Array, "#b d"], train: bool
+    level: nn.Module,
+    maps: tuple[Float[Array, "b n f _"], ...],
+    condition: Float[Array, "#b d"],
+    train: bool,
 ) -> Float[Array, "b n f _"]:
     block = _REMAT if level.remat else ConvBlock
     fields = level.features, level.film_gain, level.dtype, level.norm_scope
     for j in range(1, level.blocks + 1):
-        x = block(*fields, parent=level, name=f"conv_block{j}")(x, condition, train)
-    return x
+        maps = (block(*fields, parent=level, name=f"conv_block{j}")(maps, condition, train),)
+    return maps[0]
 
 
 class Level(nn.Module):
@@ -77,15 +87,20 @@ class Level(nn.Module):
     def __call__(
         self, x: Float[Array, "b n f c"], condition: Float[Array, "#b d"], train: bool
     ) -> Float[Array, "b n f _"]:
-        return _conv_blocks(self, x, condition, train)
+        return _conv_blocks(self, (x,), condition, train)
 
 
 class DecoderLevel(nn.Module):
-    """Transposed convolution up to the skip connection's size, then residual blocks."""
+    """Transposed convolution up to the skip connection's size, then residual blocks.
+
+    Attributes:
+      frames: of the map, counted from the first, that are made.
+    """
 
     features: int
     blocks: int
     stride: tuple[int, int]
+    frames: int
     film_gain: bool
     dtype: str
     norm_scope: str | int
@@ -98,7 +113,8 @@ class DecoderLevel(nn.Module):
         skip: Float[Array, "b N F C"],
         condition: Float[Array, "#b d"],
         train: bool,
-    ) -> Float[Array, "b N F _"]:
+    ) -> Float[Array, "b frames F _"]:
+        x = x[:, : -(-self.frames // self.stride[0])]
         x = modulated_activation(
             self,
             x,
@@ -110,7 +126,8 @@ class DecoderLevel(nn.Module):
             scope=self.norm_scope,
         )
         x = Upsample(self.features, self.stride, self.dtype, name="up")(x)
-        return _conv_blocks(self, jnp.concatenate([x, skip], axis=-1), condition, train)
+        maps = x[:, : self.frames], skip[:, : self.frames]
+        return _conv_blocks(self, maps, condition, train)
 
 
 class ResUNet(nn.Module):
@@ -192,7 +209,7 @@ class ResUNet(nn.Module):
 
         frames, time_stride = x.shape[1], 2 ** (len(self.channels) - 1)
         x = jnp.pad(x, [(0, 0), (0, -frames % time_stride), (0, 0), (0, 0)])
-        x = self._unet(x[:, :, :-1], condition, train)
+        x = self._unet(x[:, :, :-1], condition, train, frames)
         return _mask(x[:, :frames].astype(power.dtype), self.audio_channels)
 
     def _check(self, power: Array, condition: Array) -> None:
@@ -213,8 +230,13 @@ class ResUNet(nn.Module):
             )
 
     def _unet(
-        self, x: Float[Array, "b n f a"], condition: Float[Array, "#b d"], train: bool
-    ) -> Float[Array, "b n f c"]:
+        self,
+        x: Float[Array, "b n f a"],
+        condition: Float[Array, "#b d"],
+        train: bool,
+        frames: int,
+    ) -> Float[Array, "b _ f c"]:
+        """The maps, of which the first `frames` will be used."""
         common = dict(
             blocks=self.blocks_per_level,
             film_gain=self.film_gain,
@@ -231,11 +253,11 @@ class ResUNet(nn.Module):
             skips.append(x)
             x = nn.avg_pool(x, stride, stride)
         x = Level(self.channels[-1], name="centre_block", **common)(x, condition, train)
+        # Batch statistics are of all frames.
+        made = [skip.shape[1] for skip in skips] if train else self._frames_needed(frames, strides)
         for i in range(1, levels + 1):
-            level = DecoderLevel(
-                self.channels[-i], stride=strides[-i], name=f"decoder_block{i}", **common
-            )
-            x = level(x, skips.pop(), condition, train)
+            fields = dict(stride=strides[-i], frames=made[-i], name=f"decoder_block{i}", **common)
+            x = DecoderLevel(self.channels[-i], **fields)(x, skips.pop(), condition, train)
         masks = Conv1x1(
             3 * self.audio_channels,
             self.dtype,
@@ -244,6 +266,18 @@ class ResUNet(nn.Module):
             name="after_conv",
         )
         return masks(x)
+
+    def _frames_needed(self, frames: int, strides: Sequence[tuple[int, int]]) -> list[int]:
+        """How many frames of each decoder level, from the last one on, those of the mask come from.
+
+        The rest are padding, that each 3x3 convolution lets in by one frame.
+        """
+        needed = []
+        for stride, _ in strides:
+            frames += 2 * self.blocks_per_level
+            needed.append(frames)
+            frames = -(-frames // stride)
+        return needed
 
 
 def _phase_of_the_mixture(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tests import tiny
 from uss_jax.separation import separator as separator_module
 from uss_jax.separation.separator import Layout, Target, separate_blocks, tag_segments
+from uss_jax.training.mesh import make_mesh
 from uss_jax.training.model import Model
 
 ALWAYS = np.ones(1, bool)
@@ -26,6 +27,23 @@ def target(model, active=ALWAYS, seed=0, rows=1):
 
 def run(model, layout, blocks, targets, batch_size=1):
     return np.concatenate(list(separate_blocks(model, layout, blocks, targets, batch_size)), axis=2)
+
+
+def test_devices_share_windows_and_give_the_same(model, monkeypatch):
+    layout, waveform = Layout.windows(model, 8000), tiny.noise(0, 20)[None]
+    asked = [target(model, seed=seed) for seed in range(3)]
+    whole = run(model, layout, [waveform], asked)
+    separate, windows_of = separator_module._separate, []
+
+    def watched(module, variables, windows, conditions):
+        windows_of.append([shard.data.shape[0] for shard in windows.addressable_shards])
+        return separate(module, variables, windows, conditions)
+
+    monkeypatch.setattr(separator_module, "_separate", watched)
+    shared = list(separate_blocks(model, layout, [waveform], asked, 16, make_mesh()))
+    np.testing.assert_allclose(np.concatenate(shared, axis=2), whole, rtol=0, atol=1e-6)
+    assert windows_of == [[2] * 8] * len(windows_of)
+    assert len(windows_of) > 1
 
 
 def pieces(waveform, sizes):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float32
 from tqdm import tqdm
 
@@ -33,6 +34,7 @@ from uss_jax.separation.separator import (
     separate_blocks,
     tag_segments,
 )
+from uss_jax.training.mesh import make_mesh
 from uss_jax.training.model import Model
 
 RESIDUAL = "residual"
@@ -88,12 +90,23 @@ class Separator:
         estimates = separator.separate(waveform, 44100, Classes({"Speech": [0]}))
     """
 
-    def __init__(self, model: Model, settings: Settings | None = None):
-        """Takes an opened model; `settings` of files do not matter for waveforms."""
+    def __init__(self, model: Model, settings: Settings | None = None, mesh: Mesh | None = None):
+        """Takes an opened model.
+
+        Args:
+          model: with the nets.
+          settings: those of files do not matter for waveforms.
+          mesh: the devices that share the windows of a recording; all accelerators, or one CPU,
+            when None.
+        """
         self.model = model
         self.settings = settings or Settings()
+        on_cpu = jax.default_backend() == "cpu"
+        if mesh is None and not on_cpu:
+            mesh = make_mesh(jax.local_devices())
+        self._mesh = mesh
         # A CPU is busy with one window; an accelerator wants many.
-        self._batch_size = 1 if jax.default_backend() == "cpu" else 16
+        self._batch_size = (1 if on_cpu else 16) * (mesh.size if mesh else 1)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Separator":
@@ -141,7 +154,7 @@ class Separator:
             layout = Layout.blocks(self.model)
         else:
             layout = Layout.windows(self.model, samples)
-        return separate_blocks(self.model, layout, blocks, targets, self._batch_size)
+        return separate_blocks(self.model, layout, blocks, targets, self._batch_size, self._mesh)
 
     def separate_file(
         self, path: str | os.PathLike, folder: str | os.PathLike, query: Query

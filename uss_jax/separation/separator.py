@@ -15,15 +15,17 @@ condition, `n` targets.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32
 
 from uss_jax.models.resunet import ResUNet
-from uss_jax.training.model import Model
+from uss_jax.training.mesh import batch_sharded, on_all_devices
+from uss_jax.training.model import Model, Net
 
 _WINDOW_FRAMES = 480
 _CONTEXT_FRAMES = 32
@@ -112,7 +114,12 @@ def tag_segments(model: Model, blocks: Blocks) -> Float32[np.ndarray, "s k"]:
 
 
 def separate_blocks(
-    model: Model, layout: Layout, blocks: Blocks, targets: Sequence[Target], batch_size: int
+    model: Model,
+    layout: Layout,
+    blocks: Blocks,
+    targets: Sequence[Target],
+    batch_size: int,
+    mesh: Mesh | None = None,
 ) -> Iterator[Float32[np.ndarray, "n c _"]]:
     """Yields the estimates of all targets piece by piece, as long together as the recording.
 
@@ -122,8 +129,9 @@ def separate_blocks(
       blocks: the recording at the model's sample rate, in pieces.
       targets: what to separate.
       batch_size: windows (of one target each) in one run of the net.
+      mesh: the devices that share them, whose number divides the batch size; None for one.
     """
-    net = model.separator
+    separate = _compiled(model.separator, mesh)
     pending: list[tuple[int, np.ndarray, int]] = []  # index, samples, how many of them are true
     jobs: list[tuple[int, int, np.ndarray]] = []  # place in pending, number of target, condition
 
@@ -134,8 +142,8 @@ def separate_blocks(
             filled = some + some[-1:] * (batch_size - len(some))
             windows = np.stack([pending[place][1] for place, _, _ in filled])
             conditions = np.stack([condition for _, _, condition in filled])
-            separated = _separate(net.module, net.variables, windows, conditions)
-            for (place, number, _), estimate in zip(some, np.asarray(separated), strict=False):
+            separated = np.asarray(separate(windows, conditions))
+            for (place, number, _), estimate in zip(some, separated, strict=False):
                 estimates[place, number] = estimate
         for place, (index, window, true) in enumerate(pending):
             first, last = _kept(layout, index, true)
@@ -157,6 +165,19 @@ def separate_blocks(
         if len(jobs) >= batch_size or len(pending) >= batch_size:
             yield from flush()
     yield from flush()
+
+
+def _compiled(net: Net, mesh: Mesh | None) -> Callable[[np.ndarray, np.ndarray], Array]:
+    """The net as a function of windows and conditions, each device taking its share of them."""
+    if mesh is None:
+        return functools.partial(_separate, net.module, net.variables)
+    variables, sharding = on_all_devices(net.variables, mesh), batch_sharded(mesh)
+
+    def separate(*rows: np.ndarray) -> Array:
+        with jax.set_mesh(mesh):
+            return _separate(net.module, variables, *jax.device_put(rows, sharding))
+
+    return separate
 
 
 @functools.partial(jax.jit, static_argnums=0)

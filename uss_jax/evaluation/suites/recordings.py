@@ -17,6 +17,7 @@ from uss_jax.evaluation.scoring import AVERAGE, HALF, MIXTURE, ORACLE
 from uss_jax.separation.queries import Vectors, recording_vector
 from uss_jax.separation.recordings import Separator
 from uss_jax.training.bundle import net_hash
+from uss_jax.training.mesh import make_mesh
 from uss_jax.training.model import Model
 
 Values = dict[str, float]
@@ -50,7 +51,8 @@ def answers(
         vectors[f"{ORACLE}/{label}"] = recording_vector(model, oracles[label])
         if label in averages:
             vectors[f"{AVERAGE}/{label}"] = averages[label]
-    separated = Separator(model).separate(mixture, sample_rate, Vectors(vectors))
+    separator = Separator(model, mesh=make_mesh())
+    separated = separator.separate(mixture, sample_rate, Vectors(vectors))
     found = {tuple(name.split("/", 1)): estimate for name, estimate in separated.items()}
     for label in sources:
         found[HALF, label] = mixture / 2

@@ -30,7 +30,7 @@ def runs(tmp_path):
 
 
 def test_a_column_for_each_workdir_beside_the_published_figures(runs):
-    header, rows, _ = compare([runs / "a", runs / "b"])
+    header, rows, _, _ = compare([runs / "a", runs / "b"])
     assert header[3:] == [str(runs / "a"), str(runs / "b"), "paper", "AudioSep"]
     assert rows[0][2:] == ["class average", 5.0, None, 5.57, 7.74]
     assert rows[1][2:] == ["oracle", 7.0, 6.5, None, None]
@@ -56,6 +56,18 @@ def test_what_is_missing_says_how_to_get_it(runs, capsys):
     text = out.read_text()
     assert "| AudioSet, 527 classes | SDRi, dB | class average | 5.00 | - | 5.57 | 7.74 |" in text
     assert command in text
+
+
+def test_figures_of_other_classes_are_not_passed_off_as_comparable(runs, capsys):
+    few = {"group": "all", "sdri": 7.0, "classes": {"number": 32}}
+    _write(runs / "a" / "pairs.json", "pairs", oracle=few)
+    _write(runs / "b" / "pairs.json", "pairs", oracle={**few, "classes": {"number": 527}})
+    _, _, unlike, _ = compare([runs / "a", runs / "b"])
+    assert unlike == [f"{runs / 'a'}: pairs of 32 classes, not of 527 as published"]
+    out = runs / "table.md"
+    assert main(["compare", str(runs / "a"), "--out", str(out)]) == 0
+    assert f"not to be compared:\n  {unlike[0]}\n" in capsys.readouterr().out
+    assert f"Not to be compared:\n\n    {unlike[0]}\n" in out.read_text()
 
 
 def test_the_newest_results_of_a_suite_count(runs):

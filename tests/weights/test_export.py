@@ -37,7 +37,9 @@ def _flat(bundle, part="separator"):
 def test_safetensors_hold_every_tensor(bundle, tmp_path, capsys):
     assert _export(bundle, "safetensors", tmp_path / "out") == 0
     assert "differs from the model by" in capsys.readouterr().out
-    stored = load_file(tmp_path / "out" / "model.safetensors")
+    path = tmp_path / "out" / "model.safetensors"
+    assert path.stat().st_mode == (tmp_path / "out" / "config.json").stat().st_mode
+    stored = load_file(path)
     for part in ("separator", "query", "sed"):
         for name, array in _flat(bundle, part).items():
             np.testing.assert_array_equal(stored.pop(f"{part}/{name}"), array)
@@ -52,6 +54,8 @@ def test_safetensors_hold_every_tensor(bundle, tmp_path, capsys):
 
 def test_orbax_in_bfloat16_is_a_bundle(bundle, tmp_path):
     assert _export(bundle, "orbax", tmp_path / "out", "--dtype", "bfloat16") == 0
+    assert any("parameters in bfloat16" in line for line in inspect(tmp_path / "out"))
+    assert not any("parameters in" in line for line in inspect(bundle))
     originals = _flat(bundle)
     for name, array in _flat(tmp_path / "out").items():
         original = originals[name]

@@ -27,6 +27,7 @@ class Published:
       figure: as results name it.
       unit: of it, for people.
       paper, audiosep: the figures, None where there is none.
+      classes: that they are means over, None where an item has no class of its own.
     """
 
     data_set: str
@@ -35,12 +36,13 @@ class Published:
     unit: str
     paper: float | None
     audiosep: float | None = None
+    classes: int | None = None
 
 
 PUBLISHED = (
-    Published("AudioSet, 527 classes", "pairs", "sdri", "SDRi, dB", 5.57, 7.74),
-    Published("FSDKaggle2018, 41 classes", "fsdkaggle2018", "sdri", "SDRi, dB", 10.57),
-    Published("FSD50K, 200 classes", "fsd50k", "sdri", "SDRi, dB", None),
+    Published("AudioSet, 527 classes", "pairs", "sdri", "SDRi, dB", 5.57, 7.74, 527),
+    Published("FSDKaggle2018, 41 classes", "fsdkaggle2018", "sdri", "SDRi, dB", 10.57, None, 41),
+    Published("FSD50K, 200 classes", "fsd50k", "sdri", "SDRi, dB", None, None, 200),
     Published("MUSDB18, 4 stems", "musdb18", "sdri", "SDRi, dB", 8.12),
     Published("Slakh2100", "slakh2100", "sdri", "SDRi, dB", 7.28),
     Published("Voicebank-Demand", "voicebank_demand", "ssnr", "SSNR, dB", 9.00),
@@ -68,16 +70,19 @@ def find_results(workdir: str | os.PathLike) -> dict[str, dict[str, Any]]:
     return found
 
 
-def compare(workdirs: Sequence[str | os.PathLike]) -> tuple[list[str], list[list[Any]], list[str]]:
+def compare(
+    workdirs: Sequence[str | os.PathLike],
+) -> tuple[list[str], list[list[Any]], list[str], list[str]]:
     """The paper's table with a column for each workdir.
 
     Returns:
-      header; rows, one a data set and way of asking; and, for what is missing, how to get it.
+      header; rows, one a data set and way of asking; what is not of as many classes as the
+      published figure beside it; and, for what is missing, how to get it.
     """
     results = [find_results(workdir) for workdir in workdirs]
     names = [os.path.normpath(os.fspath(workdir)) for workdir in workdirs]
     header = ["", "figure", "asked with", *names, "paper", "AudioSep"]
-    rows, missing = [], []
+    rows, unlike, missing = [], [], []
     for published in PUBLISHED:
         for asked in (*_ASKED, HALF):
             ours = [
@@ -91,14 +96,25 @@ def compare(workdirs: Sequence[str | os.PathLike]) -> tuple[list[str], list[list
         for workdir, found in zip(names, results, strict=True):
             if _figure(found.get(published.suite), AVERAGE, published.figure) is None:
                 missing.append(_how(published.suite, workdir, published.suite in found))
-    return header, rows, missing
+            number = _row(found.get(published.suite), ORACLE).get("classes", {}).get("number")
+            if published.classes and number not in (None, published.classes):
+                unlike.append(
+                    f"{workdir}: {published.suite} of {number} classes, not of "
+                    f"{published.classes} as published"
+                )
+    return header, rows, unlike, missing
 
 
 def _figure(results: dict[str, Any] | None, asked: str, figure: str) -> float | None:
+    return _row(results, asked).get(figure)
+
+
+def _row(results: dict[str, Any] | None, asked: str) -> dict[str, Any]:
+    """The figures of a way of asking over all items; empty where there are none."""
     for row in (results or {}).get("rows", ()):
         if row.get("query") == asked and row.get("group", "all") == "all":
-            return row.get(figure)
-    return None
+            return row
+    return {}
 
 
 def _how(suite: str, workdir: str, scored: bool) -> str:

@@ -162,7 +162,7 @@ def write_bundle(
         for part, variables in parts.items():
             save_tree(unfinished / part, dict(variables))
         if foreign:
-            save_file(dict(foreign), unfinished / "foreign.safetensors")
+            write_tensors(unfinished / "foreign.safetensors", foreign)
         hashes = {part: net_hash(variables) for part, variables in parts.items()}
         content = {"format_version": FORMAT_VERSION, **config, "hashes": hashes}
         (unfinished / "config.json").write_text(json.dumps(content, indent=2) + "\n")
@@ -182,3 +182,11 @@ def net_hash(variables: Variables) -> str:
         digest.update(f"{key}{array.shape}{array.dtype}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a safetensors file that others may read as they may other files."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, path)
+    path.chmod(mode)

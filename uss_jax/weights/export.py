@@ -20,12 +20,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from uss_jax.errors import UserError
 from uss_jax.models.query import QueryNet
 from uss_jax.models.resunet import ResUNet
-from uss_jax.training.bundle import Bundle, Variables, net_hash, read_bundle, write_bundle
+from uss_jax.training.bundle import (
+    Bundle,
+    Variables,
+    net_hash,
+    read_bundle,
+    write_bundle,
+    write_tensors,
+)
 from uss_jax.training.checkpoints import latest_step, save_tree
 from uss_jax.training.mesh import lay_out, make_mesh
 
@@ -216,7 +223,7 @@ def _safetensors(
     """One file of all parts, read back and run."""
     path = folder / "model.safetensors"
     flat = flatten_dict(dict(parts), sep="/")
-    save_file({name: np.ascontiguousarray(array) for name, array in flat.items()}, path)
+    write_tensors(path, flat)
     variables = unflatten_dict(load_file(path), sep="/")["separator"]
     return _live(separator, variables, inputs)
 

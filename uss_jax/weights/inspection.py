@@ -92,13 +92,16 @@ def _of_part(bundle: Bundle, part: str) -> Iterator[str]:
         return
     variables = bundle.variables(part)
     sizes: dict[str, int] = {}
+    dtypes = set()
     for name, leaf in flatten_dict(variables["params"]).items():
+        dtypes.add(str(leaf.dtype))
         sizes[name[0]] = sizes.get(name[0], 0) + int(np.size(leaf))
     found = net_hash(variables)
     said = bundle.config.get("hashes", {}).get(part, found)
     fields = section.get("model", section) if part != "adaptor" else {}
     net = fields.get("net", "ResUNet" if part == "separator" else part)
-    yield f"{part}: {net}, {sum(sizes.values()):,} parameters, sha256 {found}"
+    stored = f" in {'/'.join(sorted(dtypes))}" if dtypes != {"float32"} else ""
+    yield f"{part}: {net}, {sum(sizes.values()):,} parameters{stored}, sha256 {found}"
     if said != found:
         yield f"  not what config.json says ({said}): the bundle was changed or is damaged"
     yield from (f"  {name:<18}{size:>12,}" for name, size in sizes.items())

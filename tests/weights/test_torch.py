@@ -220,7 +220,7 @@ def test_whole_checkpoint_goes_in_and_back_with_all_its_tensors(lightning):
         back |= converted.foreign
     assert back.keys() == lightning.keys()
     for name, tensor in lightning.items():
-        np.testing.assert_array_equal(back[name], tensor, err_msg=name)
+        np.testing.assert_array_equal(back[name], tensor, err_msg=name, strict=True)
 
 
 def test_error_lists_all_that_does_not_fit(separator):

@@ -188,5 +188,5 @@ def write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None
     """Writes a safetensors file that others may read as they may other files."""
     path.touch()
     mode = path.stat().st_mode
-    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, path)
+    save_file({name: np.asarray(array, order="C") for name, array in tensors.items()}, path)
     path.chmod(mode)

@@ -42,7 +42,6 @@ def write_inputs(place: pathlib.Path, pairs: int) -> None:
     from uss_jax.cli.main import main as uss_jax
     from uss_jax.ontology import load_ontology
 
-    torch.manual_seed(0)
     checkpoint = place / "weights.ckpt"
     tensors = build_state_dict("lit_separation_cond527")
     state_dict = {name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()}

@@ -15,7 +15,7 @@ _PLUGINS = "jax_plugins", "libtpu"
 
 
 def keep_freed_memory() -> None:
-    """Has a process that computes on a CPU keep the memory it frees, unless MALLOC_* says more.
+    """Has a process that computes on a CPU keep the memory it frees, unless MALLOC_* is set.
 
     XLA allocates every feature map anew. glibc gives blocks of this size back to the kernel, which
     hands them out again zeroed and page by page: up to 45 % of a training step, 15 % of a

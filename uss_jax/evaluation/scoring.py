@@ -34,7 +34,7 @@ from uss_jax.evaluation.metrics import FLOOR, separation_figures
 from uss_jax.models.resunet import ResUNet
 from uss_jax.ontology import load_ontology
 from uss_jax.training.bundle import net_hash
-from uss_jax.training.mesh import batch_sharded, make_mesh, on_all_devices, replicated
+from uss_jax.training.mesh import batch_sharded, make_mesh, replicated
 from uss_jax.training.model import Model, Net
 
 ORACLE, AVERAGE, CLASS = "oracle", "class average", "class vector"
@@ -104,15 +104,22 @@ class Batches:
       samples: of each batch, its items' length.
     """
 
-    def __init__(self, items: Sequence[Item], sample_rate: int, rows_of_core: int = 1):
+    def __init__(
+        self,
+        items: Sequence[Item],
+        lengths: Sequence[int],
+        sample_rate: int,
+        rows_of_core: int = 1,
+    ):
+        """Groups items of these lengths in samples; `rows_of_core` for each device of a CPU."""
         self.items = items
         self.sample_rate = sample_rate
         self.mesh = make_mesh()
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         self.size = self.mesh.size * (rows_of_core if on_cpu else _ROWS_OF_ACCELERATOR)
         by_length = collections.defaultdict(list)
-        for at, item in enumerate(items):
-            by_length[item.samples(sample_rate)].append(at)
+        for at, length in enumerate(lengths):
+            by_length[length].append(at)
         self.places, self.samples = [], []
         for samples, same in sorted(by_length.items()):
             for first in range(0, len(same), self.size):
@@ -188,10 +195,12 @@ def score(
       `separation_figures` and `level`, the energy of the estimate in dB of the mixture's; and the
       rows that were separated, by name.
     """
-    batches = Batches(items, model.sample_rate)
-    separator = _everywhere(model.separator, batches.mesh)
+    lengths = [item.samples(model.sample_rate) for item in items]
+    batches = Batches(items, lengths, model.sample_rate)
+    tagged = Batches(items, lengths, model.sample_rate, _ROWS_TAGGED_BY_CORE)
+    separator = model.separator_on(batches.mesh)
     with jax.set_mesh(batches.mesh):
-        rows = _rows(model, batches, averages, oracle_only)
+        rows = _rows(model, tagged, averages, oracle_only)
         finished = Finished(unfinished, _identity(model, items, rows, batches.size, oracle_only))
         which = [number for number in range(len(batches.places)) if number not in finished.done]
         for number, sides in batches.read(("mixture", "source"), which, "evaluate"):
@@ -203,11 +212,6 @@ def score(
     _require_numbers(model, items, rows, figures)
     finished.remove()
     return figures, {row.name: row for row in rows}
-
-
-def _everywhere(net: Net, mesh: Mesh) -> Net:
-    """The net with its variables on every device."""
-    return Net(net.module, on_all_devices(net.variables, mesh))
 
 
 @functools.partial(jax.jit, static_argnames=("module", "everywhere"))
@@ -278,8 +282,7 @@ def _rows(
 ) -> list[Row]:
     """Every query that at least one item has."""
     items = batches.items
-    tagged = Batches(items, batches.sample_rate, _ROWS_TAGGED_BY_CORE)
-    conditions, digests = oracle_conditions(model, tagged)
+    conditions, digests = oracle_conditions(model, batches)
     asked = np.ones(len(items), bool)
     if model.query.module.kind == "one_hot":  # a sound without a class cannot be asked for
         asked = np.array([item.class_index is not None for item in items])
@@ -297,7 +300,7 @@ def _rows(
             Row(AVERAGE, np.stack([averages.get(item.label, zeros) for item in items]), exists)
         )
     if model.query.module.kind == "soft":
-        rows.append(_class_vectors(model, tagged, conditions.shape[1]))
+        rows.append(_class_vectors(model, batches, conditions.shape[1]))
     classes = [item.label if item.class_index is None else item.class_index for item in items]
     others = unrelated_items(classes, digests, [item.other_class_index for item in items])
     exists = (others >= 0) & asked[others]
@@ -307,7 +310,7 @@ def _rows(
 
 def oracle_conditions(model: Model, batches: Batches) -> tuple[Float[np.ndarray, "n d"], list[str]]:
     """The conditions of the clean sources, and a digest of each source's samples."""
-    query = _everywhere(model.query, batches.mesh)
+    query = model.query.on(batches.mesh)
     conditions: list[Any] = [None] * len(batches.items)
     digests = [""] * len(batches.items)
     for number, (source,) in batches.read(("source",), range(len(batches.places)), "conditions"):
@@ -326,7 +329,7 @@ def _class_vectors(model: Model, batches: Batches, width: int) -> Row:
 
     Nothing is asked for (the reference would not separate) where an item has no AudioSet class.
     """
-    items, tagger = batches.items, _everywhere(model.tagger, batches.mesh)
+    items, tagger = batches.items, model.tagger.on(batches.mesh)
     conditions = np.zeros((len(items), width), np.float32)
     exists = np.array([item.class_index is not None for item in items])
     which = [number for number, at in enumerate(batches.places) if exists[at].any()]

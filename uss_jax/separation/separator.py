@@ -13,9 +13,10 @@ Letters: `b` batch, `c` channels, `t` samples, `s` segments, `k` classes, `d` wi
 condition, `n` targets.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,8 +25,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32
 
 from uss_jax.models.resunet import ResUNet
-from uss_jax.training.mesh import batch_sharded, on_all_devices
-from uss_jax.training.model import Model, Net
+from uss_jax.training.mesh import batch_sharded
+from uss_jax.training.model import Model
 
 _WINDOW_FRAMES = 480
 _CONTEXT_FRAMES = 32
@@ -131,7 +132,7 @@ def separate_blocks(
       batch_size: windows (of one target each) in one run of the net.
       mesh: the devices that share them, whose number divides the batch size; None for one.
     """
-    separate = _compiled(model.separator, mesh)
+    net = model.separator if mesh is None else model.separator_on(mesh)
     pending: list[tuple[int, np.ndarray, int]] = []  # index, samples, how many of them are true
     jobs: list[tuple[int, int, np.ndarray]] = []  # place in pending, number of target, condition
 
@@ -142,8 +143,11 @@ def separate_blocks(
             filled = some + some[-1:] * (batch_size - len(some))
             windows = np.stack([pending[place][1] for place, _, _ in filled])
             conditions = np.stack([condition for _, _, condition in filled])
-            separated = np.asarray(separate(windows, conditions))
-            for (place, number, _), estimate in zip(some, separated, strict=False):
+            if mesh is not None:
+                windows, conditions = jax.device_put((windows, conditions), batch_sharded(mesh))
+            with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+                separated = _separate(net.module, net.variables, windows, conditions)
+            for (place, number, _), estimate in zip(some, np.asarray(separated), strict=False):
                 estimates[place, number] = estimate
         for place, (index, window, true) in enumerate(pending):
             first, last = _kept(layout, index, true)
@@ -165,19 +169,6 @@ def separate_blocks(
         if len(jobs) >= batch_size or len(pending) >= batch_size:
             yield from flush()
     yield from flush()
-
-
-def _compiled(net: Net, mesh: Mesh | None) -> Callable[[np.ndarray, np.ndarray], Array]:
-    """The net as a function of windows and conditions, each device taking its share of them."""
-    if mesh is None:
-        return functools.partial(_separate, net.module, net.variables)
-    variables, sharding = on_all_devices(net.variables, mesh), batch_sharded(mesh)
-
-    def separate(*rows: np.ndarray) -> Array:
-        with jax.set_mesh(mesh):
-            return _separate(net.module, variables, *jax.device_put(rows, sharding))
-
-    return separate
 
 
 @functools.partial(jax.jit, static_argnums=0)

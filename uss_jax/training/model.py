@@ -12,10 +12,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from uss_jax.errors import UserError
 from uss_jax.training.bundle import net_hash, read_bundle
+from uss_jax.training.mesh import on_all_devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,10 @@ class Net:
 
     def __call__(self, *arrays: Array | np.ndarray) -> Any:
         return _apply(self.module, self.variables, *arrays)
+
+    def on(self, mesh: Mesh) -> "Net":
+        """The net with its variables on every device."""
+        return Net(self.module, on_all_devices(self.variables, mesh))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -50,6 +56,7 @@ class Model:
         self._bundle = read_bundle(path)
         self.config = self._bundle.config
         self.sample_rate = int(self.config["sample_rate"])
+        self._separator_on: dict[Mesh, Net] = {}
         self.segment_samples = round(self.config["segment_seconds"] * self.sample_rate)
 
     @functools.cached_property
@@ -62,6 +69,12 @@ class Model:
                 "give a model with audio_channels=1"
             )
         return Net(module, jax.device_put(variables))
+
+    def separator_on(self, mesh: Mesh) -> Net:
+        """The separator on every device, put there once: recordings come one by one."""
+        if mesh not in self._separator_on:
+            self._separator_on[mesh] = self.separator.on(mesh)
+        return self._separator_on[mesh]
 
     @functools.cached_property
     def query(self) -> Net:

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from uss_jax.models.reductions import sum_places
+
 # Below this many channels XLA's own filter gradient is as fast on a CPU.
 _NARROW = 32
 # Places of a feature map whose products are summed in one matrix product: they fit into cache. Of
@@ -86,15 +88,23 @@ class Conv1x1(nn.Module):
     bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
 
     @nn.compact
-    def __call__(self, *maps: Float[Array, "b n f _"]) -> Float[Array, "b n f d"]:
-        """Maps the channels of all maps one after the other, which need not lie together."""
+    def __call__(
+        self, *maps: Float[Array, "b n f _"], onto: Float[Array, "b n f d"] | None = None
+    ) -> Float[Array, "b n f d"]:
+        """Maps the channels of all maps one after the other, which need not lie together.
+
+        Args:
+          *maps: feature maps.
+          onto: what the result is added to. A convolution that takes the bias along with what is
+            added spares a pass over the product.
+        """
         widths = [x.shape[-1] for x in maps]
         shape = (1, 1, sum(widths), self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", self.bias_init, (self.features,))
         *maps, kernel, bias = in_compute_dtype(self.dtype, *maps, kernel, bias)
-        parts = jnp.split(kernel[0, 0], np.cumsum(widths)[:-1])
-        return sum(map(linear, maps, parts)) + bias
+        product = linear(tuple(maps), kernel[0, 0])
+        return add_bias(product, bias) if onto is None else add_bias(onto, bias) + product
 
 
 def in_compute_dtype(dtype: str, *arrays: Array) -> tuple[Array, ...]:
@@ -108,9 +118,30 @@ def in_compute_dtype(dtype: str, *arrays: Array) -> tuple[Array, ...]:
 
 
 @jax.custom_vjp
-def linear(x: Float[Array, "b n f c"], matrix: Float[Array, "c d"]) -> Array:
-    """A linear map of the channels; [b, n, f, d]."""
-    return jnp.matmul(x, matrix)
+def add_bias(x: Float[Array, "b n f d"], bias: Float[Array, " d"]) -> Float[Array, "b n f d"]:
+    """x + bias; the gradient of the bias is summed in float32, whatever the dtype."""
+    return x + bias
+
+
+def _add_bias_backward(bias, dy):
+    return dy, jnp.sum(sum_places(dy), axis=0).astype(bias.dtype)
+
+
+add_bias.defvjp(lambda x, bias: (x + bias, bias), _add_bias_backward)
+
+
+@jax.custom_vjp
+def linear(
+    x: Float[Array, "b n f c"] | tuple[Float[Array, "b n f _"], ...], matrix: Float[Array, "c d"]
+) -> Float[Array, "b n f d"]:
+    """A linear map of the channels of a map, or of several maps that need not lie together."""
+    maps = x if isinstance(x, tuple) else (x,)
+    return sum(map(jnp.matmul, maps, jnp.split(matrix, _borders(maps))))
+
+
+def _borders(maps: tuple[Array, ...]) -> np.ndarray:
+    """Where the channels of one map end and those of the next begin."""
+    return np.cumsum([x.shape[-1] for x in maps])[:-1]
 
 
 def _linear_forward(x, matrix):
@@ -119,10 +150,13 @@ def _linear_forward(x, matrix):
 
 def _linear_backward(residuals, dy):
     x, matrix = residuals
-    dmatrix = jax.lax.platform_dependent(
-        x, dy, cpu=_matrix_gradient_by_rows, default=_matrix_gradient
-    )
-    return jnp.matmul(dy, matrix.T), dmatrix
+    maps = x if isinstance(x, tuple) else (x,)
+    dmatrix = [
+        jax.lax.platform_dependent(part, dy, cpu=_matrix_gradient_by_rows, default=_matrix_gradient)
+        for part in maps
+    ]
+    dx = tuple(jnp.split(jnp.matmul(dy, matrix.T), _borders(maps), axis=-1))
+    return dx if isinstance(x, tuple) else dx[0], jnp.concatenate(dmatrix)
 
 
 linear.defvjp(_linear_forward, _linear_backward)

@@ -5,7 +5,6 @@ Letters: `b` batch, `d` width of the condition, `c` channels.
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -35,7 +34,7 @@ class FiLM(nn.Module):
 
 def modulated_activation(
     module: nn.Module,
-    x: Float[Array, "b n f c"],
+    maps: tuple[Float[Array, "b n f _"], ...],
     condition: Float[Array, "#b d"],
     train: bool,
     *,
@@ -48,7 +47,7 @@ def modulated_activation(
 
     Args:
       module: the calling module, under which the parameters are made.
-      x: feature map.
+      maps: feature maps whose channels follow each other; the result is one map, c channels wide.
       condition: [b or 1, d].
       train: whether the batch norm uses and updates batch statistics.
       norm: name of the batch norm.
@@ -56,24 +55,7 @@ def modulated_activation(
       with_gain: whether FiLM scales too.
       scope: of the batch norm.
     """
-    shift, gain = FiLM(x.shape[-1], with_gain, parent=module, name=film)(condition)
-    x = BatchNorm(scope, parent=module, name=norm)(x, train, shift=shift, gain=gain)
-    return _leaky_relu(x)
-
-
-@jax.custom_vjp
-def _leaky_relu(x: Array) -> Array:
-    """As `nn.leaky_relu`, but keeps for its gradient what the convolution behind it keeps too."""
-    return nn.leaky_relu(x, LEAK)
-
-
-def _forward(x):
-    y = _leaky_relu(x)
-    return y, y
-
-
-def _backward(y, dy):
-    return (jnp.where(y >= 0, dy, LEAK * dy),)
-
-
-_leaky_relu.defvjp(_forward, _backward)
+    channels = sum(x.shape[-1] for x in maps)
+    shift, gain = FiLM(channels, with_gain, parent=module, name=film)(condition)
+    norm = BatchNorm(scope, parent=module, name=norm)
+    return jnp.concatenate(norm(maps, train, shift, gain, LEAK), axis=-1)

@@ -32,13 +32,11 @@ class ConvBlock(nn.Module):
         condition: Float[Array, "#b d"],
         train: bool,
     ) -> Float[Array, "b n f _"]:
-        inner = jnp.concatenate(maps, axis=-1)
-        if train:  # the backward pass needs this one
-            maps = (inner,)
+        branch = maps
         for i in (1, 2):
-            inner = modulated_activation(
+            active = modulated_activation(
                 self,
-                inner,
+                branch,
                 condition,
                 train,
                 norm=f"bn{i}",
@@ -46,10 +44,10 @@ class ConvBlock(nn.Module):
                 with_gain=self.film_gain,
                 scope=self.norm_scope,
             )
-            inner = Conv3x3(self.features, self.dtype, name=f"conv{i}")(inner)
-        if sum(x.shape[-1] for x in maps) != self.features:
-            maps = (Conv1x1(self.features, self.dtype, name="shortcut")(*maps),)
-        return maps[0] + inner
+            branch = (Conv3x3(self.features, self.dtype, name=f"conv{i}")(active),)
+        if len(maps) == 1 and maps[0].shape[-1] == self.features:
+            return maps[0] + branch[0]
+        return Conv1x1(self.features, self.dtype, name="shortcut")(*maps, onto=branch[0])
 
 
 # Keeps its input for the backward pass, and the statistics that devices have spoken about.
@@ -117,7 +115,7 @@ class DecoderLevel(nn.Module):
         x = x[:, : -(-self.frames // self.stride[0])]
         x = modulated_activation(
             self,
-            x,
+            (x,),
             condition,
             train,
             norm="bn",
@@ -210,7 +208,8 @@ class ResUNet(nn.Module):
         frames, time_stride = x.shape[1], 2 ** (len(self.channels) - 1)
         x = jnp.pad(x, [(0, 0), (0, -frames % time_stride), (0, 0), (0, 0)])
         x = self._unet(x[:, :, :-1], condition, train, frames)
-        return _mask(x[:, :frames].astype(power.dtype), self.audio_channels)
+        x = Head(3 * self.audio_channels, name="after_conv")(x.astype(power.dtype))
+        return _mask(x[:, :frames], self.audio_channels)
 
     def _check(self, power: Array, condition: Array) -> None:
         if power.shape[1] != self.audio_channels:
@@ -236,7 +235,7 @@ class ResUNet(nn.Module):
         train: bool,
         frames: int,
     ) -> Float[Array, "b _ f c"]:
-        """The maps, of which the first `frames` will be used."""
+        """The last level's maps, of which the first `frames` will be used."""
         common = dict(
             blocks=self.blocks_per_level,
             film_gain=self.film_gain,
@@ -258,14 +257,7 @@ class ResUNet(nn.Module):
         for i in range(1, levels + 1):
             fields = dict(stride=strides[-i], frames=made[-i], name=f"decoder_block{i}", **common)
             x = DecoderLevel(self.channels[-i], **fields)(x, skips.pop(), condition, train)
-        masks = Conv1x1(
-            3 * self.audio_channels,
-            self.dtype,
-            kernel_init=nn.initializers.variance_scaling(0.01, "fan_avg", "uniform"),
-            bias_init=_phase_of_the_mixture,
-            name="after_conv",
-        )
-        return masks(x)
+        return x
 
     def _frames_needed(self, frames: int, strides: Sequence[tuple[int, int]]) -> list[int]:
         """How many frames of each decoder level, from the last one on, those of the mask come from.
@@ -280,30 +272,77 @@ class ResUNet(nn.Module):
         return needed
 
 
-def _phase_of_the_mixture(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
-    """Bias of the maps (magnitude, cosine, sine) of each audio channel: half the mixture.
+class Head(nn.Module):
+    """The linear map from the U-Net's channels to the maps that masks are made of.
 
-    The reference starts at random phases, where the best a net can do is to fall silent first; at a
-    high learning rate it stays so.
+    It computes in its input's dtype, float32 in every net: in bfloat16, product and bias would
+    cancel exactly now and then, and leave a mask without a direction. The result is computed as
+    one plane for each map, as the spectrum lies, and only called channels-last: then the masks
+    need no transposition, and the gradient of a bias is the sum of a plane.
+    """
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n f c"]) -> Float[Array, "b n f d"]:
+        init = nn.initializers.variance_scaling(0.01, "fan_avg", "uniform")
+        kernel = self.param("kernel", init, (1, 1, x.shape[-1], self.features))
+        bias = self.param("bias", _phase_of_the_mixture, (self.features,))
+        planes = jnp.einsum("bnfc,cd->bdnf", x, kernel[0, 0].astype(x.dtype))
+        planes = planes + bias.astype(x.dtype)[:, None, None]
+        return jnp.moveaxis(planes, 1, -1)
+
+
+def _phase_of_the_mixture(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+    """Initialises the bias of (magnitude, cosine, sine) of each audio channel to half the mixture.
+
+    The reference starts with random phases; the easiest descent is then towards silence, and at a
+    high learning rate training stays there.
     """
     del key
     return jnp.tile(jnp.array([0.0, 1.0, 0.0], dtype), shape[0] // 3)
 
 
 def _mask(x: Float[Array, "b n f c"], audio_channels: int) -> Complex[Array, "b a n F"]:
-    """Complex mask, of one bin more, of the net's maps, ordered (audio channel, kind).
+    """Complex mask, of one bin more, from the head's maps, ordered (audio channel, kind).
 
     The reference splits the mixture into magnitude and phase, scales one and rotates the other;
     multiplying the spectrum by one complex number is the same.
     """
-    x = jnp.moveaxis(x.reshape(*x.shape[:-1], audio_channels, 3), 3, 1)
-    magnitude = nn.sigmoid(x[..., 0])
-    real, imag = jnp.tanh(x[..., 1]), jnp.tanh(x[..., 2])
-    # The floor of the reference, max(norm, 1e-10), put inside the root: no infinite derivative.
-    scale = magnitude / jnp.sqrt(jnp.maximum(real**2 + imag**2, 1e-20))
-    mask = jnp.stack([real * scale, imag * scale], axis=-1)
-    mask = jnp.pad(mask, [(0, 0)] * 3 + [(0, 1), (0, 0)])
-    return mask[..., 0] + 1j * mask[..., 1]
+    planes = jnp.moveaxis(x, -1, 1).reshape(x.shape[0], audio_channels, 3, *x.shape[1:3])
+    magnitude = nn.sigmoid(planes[:, :, 0])
+    real, imag = _direction(jnp.tanh(planes[:, :, 1]), jnp.tanh(planes[:, :, 2]))
+    mask = jax.lax.complex(magnitude * real, magnitude * imag)
+    return jnp.pad(mask, [(0, 0)] * 3 + [(0, 1)])
+
+
+# Largest derivative of a direction by either of the two maps that it is made of.
+_STEEPEST = 1e4
+
+
+@jax.custom_jvp
+def _direction(
+    real: Float[Array, "*any"], imag: Float[Array, "*any"]
+) -> tuple[Float[Array, "*any"], Float[Array, "*any"]]:
+    """(real, imag) / max(|(real, imag)|, 1e-10): the direction, as the reference computes it.
+
+    Its derivative, that of the part across the direction divided by the length, grows without
+    bound where both are 0. Here it is at most 1e4 for any two numbers: exact for lengths of 1e-4
+    and more, below as steep as at 1e-4. One bin of exactly 0 would else end a run: a gradient 1e10
+    times too long, which amsgrad's maximum of second moments never forgets.
+    """
+    scale = jax.lax.rsqrt(jnp.maximum(real**2 + imag**2, 1e-20))
+    return real * scale, imag * scale
+
+
+@_direction.defjvp
+def _direction_jvp(primals, tangents):
+    real, imag = primals
+    direction = cos, sin = _direction(real, imag)
+    steepness = jax.lax.rsqrt(jnp.maximum(real**2 + imag**2, _STEEPEST**-2))
+    d_real, d_imag = (steepness * tangent for tangent in tangents)
+    along = cos * d_real + sin * d_imag
+    return direction, (d_real - cos * along, d_imag - sin * along)
 
 
 def resunet30(**overrides) -> ResUNet:

@@ -102,7 +102,10 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
     config.weight_decay = 0.0
     config.clip_norm = 0.0  # greatest global norm of a gradient; 0 for any
     config.ema_decay = 0.0  # of a moving average of parameters, which is then used; 0 for none
-    # Steps are skipped whose loss or gradient are no numbers; so many in a row stop the run.
+    # Updates are left out where loss or gradient is NaN or infinite, or the gradient longer than
+    # `max_norm_ratio` times its running median (0 for no limit); `max_skipped_steps` of them in a
+    # row stop the run.
+    config.max_norm_ratio = 100.0
     config.max_skipped_steps = 10
     config.schedule = ConfigDict()
     config.schedule.name = "constant_warm_up"

@@ -61,7 +61,10 @@ def get_config() -> ConfigDict:
     config.schedule.learning_rate = 1e-3
     config.schedule.warm_up_steps = 0
 
-    # Steps are skipped whose loss or gradient are no numbers; so many in a row stop the run.
+    # Updates are left out where loss or gradient is NaN or infinite, or the gradient longer than
+    # `max_norm_ratio` times its running median (0 for no limit); `max_skipped_steps` of them in a
+    # row stop the run.
+    config.max_norm_ratio = 100.0
     config.max_skipped_steps = 10
 
     config.log_every_steps = 100

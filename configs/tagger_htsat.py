@@ -69,7 +69,10 @@ def get_config() -> ConfigDict:
     config.schedule.boundaries = tuple(epoch * EPOCH_STEPS for epoch in (1, 2, 11, 21))
     config.schedule.scales = (0.05, 0.1, 0.2, 0.1, 0.05)
 
-    # Steps are skipped whose loss or gradient are no numbers; so many in a row stop the run.
+    # Updates are left out where loss or gradient is NaN or infinite, or the gradient longer than
+    # `max_norm_ratio` times its running median (0 for no limit); `max_skipped_steps` of them in a
+    # row stop the run.
+    config.max_norm_ratio = 100.0
     config.max_skipped_steps = 10
 
     config.log_every_steps = 100

@@ -213,6 +213,7 @@ def _step(
         gain_db=config.mixing.gain_db,
         accumulate=config.accumulate,
         ema_decay=config.ema_decay,
+        max_norm_ratio=config.get("max_norm_ratio", run.MAX_NORM_RATIO),
         **options,
     )
 

@@ -12,7 +12,7 @@ from tests.golden.compare import distance, relative_error, statistics_error
 from tests.golden.inputs import make_batch
 from tests.golden.nets import golden_separator
 from tests.tiny import quick_jit, random_variables
-from uss_jax.models.resunet import ResUNet, _mask, resunet30
+from uss_jax.models.resunet import ResUNet, _direction, _mask, resunet30
 from uss_jax.training.mesh import batch_sharded, make_mesh
 from uss_jax.training.state import parameter_count
 
@@ -165,9 +165,64 @@ def test_mask_scales_and_turns_as_the_reference_does():
     assert not actual[0, :, 2, 3].any()
 
 
-def test_mask_without_direction_has_a_finite_gradient():
-    gradient = jax.grad(lambda x: jnp.sum(jnp.abs(_mask(x, 1) - 1j)))(jnp.zeros((1, 2, 3, 3)))
-    assert jnp.isfinite(gradient).all()
+STEEPEST = 1e4
+# From exact zeros over denormals to infinity, of either sign.
+EXTREMES = np.array([0, 1e-45, 1e-40, 1e-30, 1e-12, 1e-10, 1e-5, 1e-4, 1e-2, 1, 1e4, np.inf])
+EXTREMES = np.float32([*-EXTREMES, *EXTREMES])
+
+
+def derivatives(function, real, imag):
+    """[outputs, inputs, values] of a function of two arrays that gives two."""
+    push = lambda *tangent: jax.jvp(function, (real, imag), tangent)[1]  # noqa: E731
+    one, none = jnp.ones_like(real), jnp.zeros_like(real)
+    return np.stack([push(one, none), push(none, one)], axis=1)
+
+
+def test_the_direction_of_any_two_maps_has_a_bounded_derivative():
+    real, imag = (jnp.asarray(x.ravel()) for x in np.meshgrid(EXTREMES, EXTREMES))
+    values = _direction(jnp.tanh(real), jnp.tanh(imag))
+    assert np.isfinite(values).all()
+    found = derivatives(lambda a, b: _direction(jnp.tanh(a), jnp.tanh(b)), real, imag)
+    assert np.abs(found).max() <= STEEPEST * (1 + 1e-6)
+    # Reverse mode, as training uses it, of the whole mask.
+    maps = jnp.stack([jnp.zeros_like(real), real, imag], axis=-1)[None, None]
+    gradient = jax.grad(lambda x: jnp.sum(jnp.real(_mask(x, 1) * (1 + 0.5j))))(maps)
+    assert np.abs(gradient).max() <= 0.5 * (1 + 0.5) * STEEPEST
+
+
+def test_the_direction_has_the_derivative_of_finite_differences_where_it_has_one():
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        angle, length = rng.uniform(0, 2 * np.pi, 500), 10 ** rng.uniform(-3.9, 0.1, 500)
+        maps = jnp.asarray([length * np.cos(angle), length * np.sin(angle)])
+        found = derivatives(_direction, *maps)
+        for i in range(2):
+            step = np.zeros((2, 500))
+            step[i] = 1e-6 * length
+            ahead, behind = (np.stack(_direction(*(maps + s))) for s in (step, -step))
+            expected = (ahead - behind) / (2 * step[i])
+            np.testing.assert_allclose(found[:, i], expected, rtol=1e-6, atol=1e-6 / length.min())
+
+
+def test_the_direction_is_the_references_for_any_two_maps():
+    real, imag = map(np.ravel, np.meshgrid(EXTREMES, EXTREMES))
+    finite = np.isfinite(real) & np.isfinite(imag)
+    real, imag = np.float64(real[finite]), np.float64(imag[finite])
+    length = np.maximum(np.hypot(real, imag), 1e-10)
+    with jax.enable_x64(True):
+        found = np.stack(_direction(jnp.asarray(real), jnp.asarray(imag)))
+    np.testing.assert_allclose(found, np.stack([real, imag]) / length, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_head_computes_in_float32(dtype):
+    net, variables, mixture, condition = tiny_case(dtype=dtype)
+    separate = lambda *arrays: net.apply(variables, *arrays)  # noqa: E731
+    text = jax.jit(separate).lower(mixture, condition).as_text(debug_info=True)
+    products = [line for line in text.splitlines() if "dot_general" in line and "->" in line]
+    heads = [line for line in products if "x3x" in line.split("->")[1] and "f32" in line]
+    assert heads
+    assert all("bf16" not in line for line in heads)
 
 
 @pytest.mark.parametrize("samples", [1, 9, 640])

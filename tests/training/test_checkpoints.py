@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from uss_jax.errors import UserError
 from uss_jax.training.checkpoints import Checkpoints, latest_step, load_tree, save_tree
+from uss_jax.training.guard import no_norms
 from uss_jax.training.mesh import make_mesh, on_all_devices
 from uss_jax.training.optim import adamw_amsgrad
 from uss_jax.training.state import TrainState, create_state
@@ -47,6 +48,19 @@ def test_restored_bitwise_by_another_process_and_on_another_mesh(tmp_path, devic
         np.testing.assert_array_equal(found, saved)
         assert found.dtype == saved.dtype
         assert found.sharding == wanted.sharding
+
+
+def test_a_run_from_before_norms_were_recorded_goes_on_with_an_empty_record(tmp_path):
+    _write(tmp_path / "c", 5)
+    like = _state(seed=1)
+    like = like.replace(norms=on_all_devices(no_norms(), make_mesh()))
+    like.norms["window"] = jnp.ones_like(like.norms["window"])
+    with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+        restored = checkpoints.restore(5, like)
+    assert np.isnan(restored.norms["window"]).all()
+    assert restored.norms["spikes"] == 0
+    assert restored.norms["window"].sharding == like.norms["window"].sharding
+    jax.tree.map(np.testing.assert_array_equal, restored.params, _state().params)
 
 
 @pytest.mark.parametrize(

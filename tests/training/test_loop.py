@@ -32,6 +32,8 @@ def _fit(
     checkpoint=100,
     loss=None,
     skipped=None,
+    norms=None,
+    spikes=(),
     stop=10,
     trace=(0, 0),
     **options,
@@ -41,9 +43,11 @@ def _fit(
     loss, skipped = loss or {}, skipped or {}
 
     def batch(i):
-        values = {"x": i, "loss": loss.get(i, i), "grad_norm": 1}
+        values = {"x": i, "loss": loss.get(i, i), "grad_norm": (norms or {}).get(i, 1)}
+        values["spike"] = i in spikes
+        values["skipped_spikes"] = sum(at <= i for at in spikes)
         values["skipped_in_a_row"] = skipped.get(i, 0)
-        values["skipped_steps"] = sum(at <= i for at in skipped)
+        values["skipped_steps"] = sum(at <= i for at in skipped if at not in spikes)
         return {name: np.full(8, value, np.float32) for name, value in values.items()}
 
     tree = lambda: {"total": jnp.float32(0)}  # noqa: E731
@@ -106,6 +110,32 @@ def test_a_run_gone_wrong_stops_with_the_last_good_state_saved(tmp_path):
     assert _saved(tmp_path) == [5, 10, 11]
     with Checkpoints(tmp_path / "checkpoints", keep=100) as checkpoints:
         assert checkpoints.position(11) == {"done": 11}
+
+
+def test_reports_give_the_largest_norm_since_the_last_and_each_absurd_one(tmp_path):
+    norms = {2: 3.0, 3: np.inf, 5: 700.0, 7: 900.0}
+    spikes = {5: 1, 7: 1}
+    _fit(tmp_path, total=12, log=4, norms=norms, spikes=spikes, skipped={3: 1, **spikes})
+    lines = _lines(tmp_path)
+    assert [(x["step"], x["grad_norm"]) for x in lines if "loss" in x] == [
+        (4, 3),
+        (8, 900),
+        (12, 1),
+    ]
+    absurd = [x for x in lines if "loss" not in x]
+    assert absurd == [{"step": at, "skipped_grad_norm": norms[at]} for at in spikes]
+    # Three of eleven updates were left out before the last.
+    assert lines[-1]["learning_rate"] == pytest.approx(1 / (12 - 3))
+
+
+def test_a_run_of_absurd_gradients_stops_and_says_what_may_be_wrong(tmp_path):
+    spikes = {8: 1, 9: 2, 10: 3}
+    with pytest.raises(UserError, match=r"max_norm_ratio .* in 3 steps up to step 10, .* saved"):
+        _fit(
+            tmp_path, log=1, skipped=spikes, spikes=spikes, norms=dict.fromkeys(spikes, 1e4), stop=3
+        )
+    assert _saved(tmp_path) == [10]
+    assert [x["step"] for x in _lines(tmp_path) if "skipped_grad_norm" in x] == [8, 9, 10]
 
 
 def test_the_loss_reported_is_of_the_steps_that_were_not_skipped(tmp_path):

@@ -12,9 +12,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from uss_jax.errors import UserError
+from uss_jax.training.guard import no_norms
 from uss_jax.training.state import TrainState
 
-_ITEMS = ("params", "batch_stats", "opt_state", "ema", "skipped")
+_ITEMS = ("params", "batch_stats", "opt_state", "ema", "skipped", "norms")
 # What orbax raises where files are missing or cut short.
 _DAMAGE = (OSError, ValueError, KeyError, AttributeError)
 
@@ -112,10 +113,14 @@ class Checkpoints:
           UserError: the checkpoint is of another model; names the first differing entry.
         """
         saved = self.items(step)
-        # A moving average that begins now begins at the parameters.
+        # A moving average that begins now begins at the parameters. Runs of older versions have no
+        # record of norms: theirs begins now.
         source = {"ema": "params"} if "ema" not in saved else {}
+        begun = {} if "norms" in saved or not like.norms else {"norms": no_norms()}
         abstract = {}
         for name, tree in _parts(like).items():
+            if name in begun:
+                continue
             found = self._tree(step, source.get(name, name))
             require_same_layout(tree, found, name, f"step {step}")
             if name not in source:
@@ -124,6 +129,9 @@ class Checkpoints:
         restored = dict(self._restore(step, **items))
         if like.ema and "ema" in source:
             restored["ema"] = jax.tree.map(jnp.copy, restored["params"])
+        for name, tree in begun.items():
+            place = lambda x, wanted: jax.device_put(x, wanted.sharding)  # noqa: E731
+            restored[name] = jax.tree.map(place, tree, getattr(like, name))
         count = jax.device_put(np.int32(step), like.step.sharding)
         return like.replace(step=count, **{name: restored[name] for name in _parts(like)})
 

@@ -1,7 +1,7 @@
 """The loop around a step: batches in, metrics and checkpoints out, the same for every net."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,8 @@ from uss_jax.training.throughput import Throughput, Trace
 # Dispatched and not yet done: enough that the devices never wait for the host, and few enough that
 # a notice to stop is heeded in time.
 _STEPS_AHEAD = 2
+# Metrics that are kept of every step.
+_EVERY_STEP = ("loss", "grad_norm", "spike")
 
 Evaluate = Callable[[TrainState], Mapping[str, float]]
 
@@ -61,10 +63,11 @@ def fit(
       throughput: of the run.
       trace: of the profiler.
       learning_rate: of the update after so many.
-      log_every_steps: steps between reports, beside one at each checkpoint; the loss reported is
-        the mean since the last, of steps that were not skipped.
+      log_every_steps: steps between reports, beside one at each checkpoint. They give the mean loss
+        and the largest gradient norm since the last report, where these were finite, and step and
+        norm of each update that was left out as absurdly large.
       checkpoint_every_steps: steps between checkpoints; the last step always has one.
-      max_skipped_steps: so many in a row that the step had to skip are an error.
+      max_skipped_steps: number of updates in a row that, left out, end the run with an error.
       evaluate: figures of a state, on all hosts together; `sdri` is what makes a checkpoint best.
       evaluate_every_steps: steps between evaluations, each with a checkpoint; 0 for none.
 
@@ -72,7 +75,7 @@ def fit(
       UserError: too many steps were skipped; there is a checkpoint of the last good state.
       Stopped: a notice to stop was heard; there is a checkpoint of the step it came in.
     """
-    losses: list[jax.Array] = []
+    recent: list[Mapping[str, jax.Array]] = []  # metrics of the steps since the last report
     shardings = jax.tree.map(lambda x: x.sharding, state)
     compiled = None
     with jax.set_mesh(mesh), StopNotice() as notice, trace:
@@ -85,9 +88,9 @@ def fit(
             trace.before(done, state)
             state, metrics = compiled(state, frozen, batch, key)
             throughput.step()
-            losses.append(metrics["loss"])
-            if len(losses) > _STEPS_AHEAD:
-                jax.block_until_ready(losses[-1 - _STEPS_AHEAD])
+            recent.append({name: metrics[name] for name in _EVERY_STEP if name in metrics})
+            if len(recent) > _STEPS_AHEAD:
+                jax.block_until_ready(recent[-1 - _STEPS_AHEAD])
 
             stopping = notice.heard(done) and done < total_steps
             evaluating = evaluate_every_steps and done % evaluate_every_steps == 0 and not stopping
@@ -97,18 +100,22 @@ def fit(
             due = due or evaluating or stopping
             if not (due or done % log_every_steps == 0):
                 continue
-            values = {name: float(value) for name, value in metrics.items()}
-            finite = [loss for loss in jax.device_get(losses) if math.isfinite(loss)]
-            values["loss"] = float(np.mean(finite)) if finite else math.nan
-            values["learning_rate"] = float(learning_rate(done - 1 - int(values["skipped_steps"])))
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            steps = jax.device_get(recent)
+            spikes = _spikes(steps, done)
+            values.pop("spike", None)
+            if math.isnan(values.get("grad_norm_median", 0.0)):
+                del values["grad_norm_median"]  # too few updates to know it
+            values |= _summary(steps)
+            left_out = int(values["skipped_steps"] + values.get("skipped_spikes", 0))
+            values["learning_rate"] = float(learning_rate(done - 1 - left_out))
+            if writer is not None:
+                for at, norm in spikes.items():
+                    writer.write(at, {"skipped_grad_norm": norm})
             if values["skipped_in_a_row"] >= max_skipped_steps:
                 # The state is that of the last good step, and goes on after the clips read.
                 checkpoints.save(done, state, position(done))
-                raise UserError(
-                    f"loss or gradient were no numbers in {values['skipped_in_a_row']:.0f} steps "
-                    f"up to step {done}, which were skipped; the last good state is saved: lower "
-                    "config.schedule.learning_rate or look for broken clips, and resume"
-                )
+                raise UserError(_gone_wrong(done, int(values["skipped_in_a_row"]), done in spikes))
             values |= throughput.report(done)
             figures = evaluate(state) if evaluating else {}
             if writer is not None:
@@ -118,6 +125,43 @@ def fit(
             if stopping:
                 checkpoints.wait()  # while a second notice still does no harm
                 raise Stopped(f"stopped by SIGTERM and saved after step {done}; run it again")
-            losses = []
+            recent = []
             throughput.go()
     return state
+
+
+def _summary(steps: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
+    """Metrics of all steps since the last report: mean loss and largest gradient norm.
+
+    Steps in which they were NaN or infinite do not count.
+    """
+    finite = {
+        name: [float(x[name]) for x in steps if math.isfinite(x[name])]
+        for name in ("loss", "grad_norm")
+    }
+    return {
+        "loss": float(np.mean(finite["loss"])) if finite["loss"] else math.nan,
+        "grad_norm": max(finite["grad_norm"], default=math.nan),
+    }
+
+
+def _spikes(steps: Sequence[Mapping[str, np.ndarray]], done: int) -> dict[int, float]:
+    """Step and gradient norm of the updates since the last report that were absurdly large."""
+    first = done - len(steps) + 1
+    return {at: float(x["grad_norm"]) for at, x in enumerate(steps, first) if x.get("spike")}
+
+
+def _gone_wrong(done: int, in_a_row: int, spiked: bool) -> str:
+    """What to tell the user of a run whose last updates were all left out."""
+    if spiked:
+        return (
+            f"the gradient was longer than config.max_norm_ratio times its running median in "
+            f"{in_a_row} steps up to step {done}, which were skipped; the last good state is "
+            "saved: lower config.schedule.learning_rate, or raise config.max_norm_ratio (0 for no "
+            "limit) if gradients of this size are right, and resume"
+        )
+    return (
+        f"loss or gradient were no numbers in {in_a_row} steps up to step {done}, which were "
+        "skipped; the last good state is saved: lower config.schedule.learning_rate or look for "
+        "broken clips, and resume"
+    )

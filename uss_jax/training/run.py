@@ -38,6 +38,9 @@ _DRAWING += ("mixing.sources", "mixing.group_size", "mixing.order", "mixing.matc
 _DRAWING += ("mixing.all_targets",)
 _DRAWING += ("anchors.min_score", "anchors.min_dbfs", "anchors.top_k", "anchors.jitter_samples")
 
+# Of configs that say nothing. The largest ratio of a healthy float32 run of 827 steps was 10.
+MAX_NORM_RATIO = 100.0
+
 _AT_LEAST_ONE = ("total_steps", "global_batch", "accumulate", "max_skipped_steps")
 _AT_LEAST_ONE += ("log_every_steps", "checkpoint_every_steps")
 
@@ -70,6 +73,12 @@ def check(config: ConfigDict, group_size: int = 1) -> None:
     for key in _AT_LEAST_ONE:
         if config.get(key, 1) < 1:
             raise UserError(f"config.{key} is {config[key]}, expected at least 1")
+    ratio = config.get("max_norm_ratio", MAX_NORM_RATIO)
+    if not (ratio == 0 or ratio > 1):
+        raise UserError(
+            f"config.max_norm_ratio is {ratio}, expected more than 1, or 0 for no limit: updates "
+            "whose gradient is longer than that many times the running median are left out"
+        )
     steps = config.profile.steps
     if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
         raise UserError(

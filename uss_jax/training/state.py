@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from uss_jax.training.guard import no_norms
+
 
 @struct.dataclass
 class TrainState:
     """Everything that a checkpoint must hold besides the data position.
 
-    Its fields are arrays or, in a tree of the same structure, whatever is said of each array.
+    Its fields are trees of arrays, or parallel trees of per-array metadata such as shardings.
 
     Attributes:
       step: steps done, int32 scalar.
@@ -20,8 +22,9 @@ class TrainState:
       batch_stats: running statistics, likewise.
       opt_state: the optimiser's.
       ema: moving average of `params`, or an empty tree.
-      skipped: updates left out because loss or gradient were no numbers: in `total`, and
-        `in_a_row` up to now; int32 scalars.
+      skipped: updates left out: `total`, those whose loss or gradient was NaN or infinite, and
+        `in_a_row`, those left out for any reason since the last update; int32 scalars.
+      norms: what tells an absurd gradient from a large one, see training/guard.py.
     """
 
     step: Any
@@ -30,6 +33,7 @@ class TrainState:
     opt_state: optax.OptState
     ema: Any = struct.field(default_factory=dict)
     skipped: Any = struct.field(default_factory=dict)
+    norms: Any = struct.field(default_factory=dict)
 
     @property
     def averaged(self) -> Any:
@@ -49,6 +53,7 @@ def create_state(
         opt_state=optimizer.init(params),
         ema=jax.tree.map(jnp.copy, params) if ema else {},
         skipped={"total": zero(), "in_a_row": zero()},
+        norms=no_norms(),
     )
 
 

@@ -16,6 +16,7 @@ from uss_jax.anchors.mix import energy, mix, mix_sets
 from uss_jax.models.query import QueryNet
 from uss_jax.models.resunet import ResUNet
 from uss_jax.models.tagging import TaggingNet
+from uss_jax.training import guard
 from uss_jax.training.augment import add_noise, change_speed, mixup, mixup_weights, spec_augment
 from uss_jax.training.losses import binary_cross_entropy
 from uss_jax.training.state import TrainState
@@ -108,6 +109,7 @@ def make_separation_step(
     gain_db: float = 0.0,
     accumulate: int = 1,
     ema_decay: float = 0.0,
+    max_norm_ratio: float = 0.0,
     gather: Callable[[Any], Any] = lambda params: params,
 ) -> Step:
     """The whole chain of one step: anchors, mixtures, conditions, separation, loss, update.
@@ -135,6 +137,8 @@ def make_separation_step(
       accumulate: the batch is done in so many parts, one after the other, of whole groups each;
         batch norms see one part at a time, and the gradient is the mean.
       ema_decay: of the moving average of parameters, if the state has one.
+      max_norm_ratio: updates whose gradient is longer than this many times the running median are
+        left out, see training/guard.py; 0 for none.
       gather: makes parameters whole, where the state's are split over devices.
     """
 
@@ -221,7 +225,7 @@ def make_separation_step(
             grads, statistics, metrics = gradient(*arguments)
         else:
             grads, statistics, metrics = _in_parts(gradient, accumulate, group_size, *arguments)
-        return _update(state, grads, statistics, metrics, optimizer, ema_decay)
+        return _update(state, grads, statistics, metrics, optimizer, max_norm_ratio, ema_decay)
 
     return step
 
@@ -275,6 +279,7 @@ def make_tagging_step(
     spec_augment_stripes: dict[str, int] | None,
     speed: dict[str, float] | None = None,
     noise: dict[str, float] | None = None,
+    max_norm_ratio: float = 0.0,
 ) -> Step:
     """One step of a tagging net on weak labels, as PANNs does it.
 
@@ -286,6 +291,7 @@ def make_tagging_step(
       spec_augment_stripes: arguments of `spec_augment`; None for none.
       speed: arguments of `change_speed`; None to leave the clips.
       noise: arguments of `add_noise`; None for none.
+      max_norm_ratio: see `make_separation_step`.
     """
 
     def step(state: TrainState, frozen: Any, batch: Batch, key: Array):
@@ -322,7 +328,8 @@ def make_tagging_step(
         (_, (per_item, statistics)), grads = jax.value_and_grad(objective, has_aux=True)(
             state.params
         )
-        return _update(state, grads, statistics, {"loss": jnp.mean(per_item)}, optimizer)
+        metrics = {"loss": jnp.mean(per_item)}
+        return _update(state, grads, statistics, metrics, optimizer, max_norm_ratio)
 
     return step
 
@@ -350,9 +357,13 @@ def _update(
     batch_stats: Any,
     metrics: Metrics,
     optimizer: optax.GradientTransformation,
+    max_norm_ratio: float,
     ema_decay: float = 0.0,
 ) -> tuple[TrainState, Metrics]:
-    """The next state and all metrics; where loss or gradient are no numbers only the step counts.
+    """Returns the next state and all metrics.
+
+    Where loss or gradient is NaN or infinite, or the gradient's norm absurd (training/guard.py),
+    the state stays as it was but for its counters.
 
     The moving average begins with a shorter memory, (1 + step) / (10 + step), so that it does not
     hold on to the parameters before the first step.
@@ -362,22 +373,30 @@ def _update(
     params = optax.apply_updates(state.params, updates)
     decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
     ema = state.ema and optax.incremental_update(params, state.ema, 1 - decay)
-    good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+
+    median = guard.median_norm(state.norms)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    spike = finite & guard.is_spike(norm, median, max_norm_ratio)
+    good = finite & ~spike
     params, batch_stats, opt_state, ema = jax.tree.map(
         lambda new, old: jnp.where(good, new, old),
         (params, batch_stats, opt_state, ema),
         (state.params, state.batch_stats, state.opt_state, state.ema),
     )
-    bad = 1 - good.astype(jnp.int32)
+    done = state.step - state.skipped["total"] - state.norms["spikes"]
+    norms = guard.record(state.norms, norm, done, good, spike)
     skipped = {
-        "total": state.skipped["total"] + bad,
-        "in_a_row": bad * (state.skipped["in_a_row"] + 1),
+        "total": state.skipped["total"] + (~finite).astype(jnp.int32),
+        "in_a_row": (~good).astype(jnp.int32) * (state.skipped["in_a_row"] + 1),
     }
     metrics = {
         **metrics,
         "grad_norm": norm,
+        "grad_norm_median": median,
         "param_norm": optax.tree.norm(state.params),
         "skipped_steps": skipped["total"],
+        "skipped_spikes": norms["spikes"],
+        "spike": spike,
         "skipped_in_a_row": skipped["in_a_row"],
     }
-    return TrainState(state.step + 1, params, batch_stats, opt_state, ema, skipped), metrics
+    return TrainState(state.step + 1, params, batch_stats, opt_state, ema, skipped, norms), metrics

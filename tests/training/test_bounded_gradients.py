@@ -1,0 +1,146 @@
+"""Every division, root, logarithm and norm between a loss and parameters, at its worst inputs.
+
+A row holds a function, an input, and the bound on each element of the gradient of its outputs'
+sum. The mask's direction has tests of its own in tests/models/test_resunet.py.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.tiny import ONE_BLOCK, RATE, TAGGER, tagger_variables
+from uss_jax.models.norm import EPSILON, BatchNorm
+from uss_jax.models.resunet import ResUNet
+from uss_jax.training.losses import LOSSES, binary_cross_entropy
+
+SAMPLES = 1000
+SILENCE = 1e-8  # mean square to which the losses in dB are added
+DECIBEL = 10 / np.log(10)
+# Waveforms from exact silence over denormals to overload.
+LEVELS = (0.0, 1e-45, 1e-40, 1e-30, 1e-20, 1e-12, 1e-5, 1.0, 1e4)
+# Largest derivative of each loss by one sample of the estimate. Of |x|: 1 / samples. Of magnitudes:
+# each of 4 frames at a hop of 320 and 1025 bins. Of decibels: the error's root over its square,
+# at most 1 / (2 sqrt(SILENCE)), once for the numerator and once for the scale.
+BOUNDS = {
+    "l1_wav": 1 / SAMPLES,
+    "l1_wav_l1_sp": 1 / SAMPLES + 2048 / SAMPLES,
+    "si_sdr": 4 * DECIBEL / np.sqrt(SILENCE * SAMPLES),
+    "snr_threshold": DECIBEL / np.sqrt(SILENCE * SAMPLES),
+}
+
+
+def wave(level, seed):
+    noise = np.random.default_rng(seed).standard_normal((1, 1, SAMPLES))
+    return jnp.asarray(level * noise / np.abs(noise).max(), jnp.float32)
+
+
+def largest(tree):
+    return max(float(jnp.abs(x).max()) for x in jax.tree.leaves(tree))
+
+
+def assert_bounded(tree, bound):
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(tree))
+    assert largest(tree) <= bound
+
+
+@pytest.mark.parametrize("target", LEVELS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(name, target):
+    gradient = jax.jit(jax.grad(lambda x, y: LOSSES[name](x, y)[0]))
+    for level in LEVELS:
+        assert_bounded(gradient(wave(level, 0), wave(target, 1)), BOUNDS[name])
+    same = wave(target, 1)
+    assert_bounded(gradient(same, same), BOUNDS[name])
+
+
+@pytest.mark.parametrize("logit", [0.0, 1e-30, 20.0, 100.0, 1e4, np.inf])
+def test_binary_cross_entropy_of_sure_probabilities(logit):
+    logits = jnp.asarray([[logit, -logit]], jnp.float32)
+    for target in (0.0, 0.5, 1.0):
+        targets = jnp.full((1, 2), target)
+        loss = lambda x, y=targets: binary_cross_entropy(jax.nn.sigmoid(x), y)[0]  # noqa: E731
+        assert_bounded(jax.grad(loss)(logits), 1 / 2 * (1 + 1e-6))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-40, 1e-20, 1.0, 1e4])
+def test_batch_norm_of_a_constant_map(value):
+    x = jnp.full((2, 4, 8, 3), value, jnp.float32)
+    norm = BatchNorm()
+    variables = norm.init(jax.random.key(0), x, True)
+    weight = jnp.asarray(np.random.default_rng(0).choice([-1.0, 1.0], x.shape), jnp.float32)
+
+    def loss(params, x):
+        y, _ = norm.apply({**variables, "params": params}, x, True, mutable=["batch_stats"])
+        return jnp.sum(weight * y)
+
+    by_params, by_x = jax.grad(loss, argnums=(0, 1))(variables["params"], x)
+    assert_bounded(by_params, x.size / 3)
+    assert_bounded(by_x, 2 / np.sqrt(EPSILON))
+
+
+def training_gradient(net, variables, objective):
+    """Gradient of a net's parameters in training."""
+
+    def loss(params):
+        outputs, _ = net.apply(
+            {**variables, "params": params},
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"augment": jax.random.key(0)},
+            **objective["inputs"],
+        )
+        return objective["loss"](outputs)
+
+    return jax.jit(jax.grad(loss))(variables["params"])
+
+
+@pytest.mark.parametrize("net", [TAGGER, ONE_BLOCK], ids=["cnn14", "htsat"])
+@pytest.mark.parametrize("level", [0.0, 1e-40, 1e-6, 1e4])
+def test_taggers_of_silence_and_overload(net, level):
+    noise = np.random.default_rng(0).standard_normal((2, RATE))
+    variables = tagger_variables(net=net)
+    objective = {
+        "inputs": {"waveform": jnp.asarray(level * noise, jnp.float32)},
+        "loss": lambda outputs: jnp.sum(binary_cross_entropy(outputs["clipwise"], LABELS)),
+    }
+    assert_bounded(training_gradient(net, variables, objective), 10.0)
+
+
+LABELS = jnp.zeros((2, 527)).at[:, 3].set(1.0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_attention_that_is_sure(scale):
+    variables = tagger_variables(net=ONE_BLOCK)
+    kernels = variables["params"]
+    variables["params"] = jax.tree_util.tree_map_with_path(
+        lambda path, x: scale * x if "qkv" in jax.tree_util.keystr(path) else x, kernels
+    )
+    noise = np.random.default_rng(0).standard_normal((2, RATE))
+    objective = {
+        "inputs": {"waveform": jnp.asarray(noise, jnp.float32)},
+        "loss": lambda outputs: jnp.sum(binary_cross_entropy(outputs["clipwise"], LABELS)),
+    }
+    assert_bounded(training_gradient(ONE_BLOCK, variables, objective), 10.0 * scale)
+
+
+SEPARATOR = ResUNet(n_fft=64, hop_samples=32, channels=(4, 4), condition_width=5)
+
+
+@pytest.mark.parametrize("condition", [0.0, 1e-40, 1e4])
+@pytest.mark.parametrize("level", [0.0, 1e-40, 1e-12, 1e-5, 1.0])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_separators_of_any_level_and_condition(dtype, level, condition):
+    net = SEPARATOR.clone(dtype=dtype)
+    noise = np.random.default_rng(0).standard_normal((2, 1, SAMPLES))
+    mixture = jnp.asarray(level * noise, jnp.float32)
+    condition = jnp.full((2, 5), condition, jnp.float32)
+    variables = net.init(jax.random.key(0), mixture, condition)
+    objective = {
+        "inputs": {"mixture": mixture, "condition": condition},
+        "loss": lambda estimate: jnp.mean(LOSSES["l1_wav"](estimate, 0.5 * mixture)),
+    }
+    # The estimate is the mixture times a mask; a condition multiplies the gradient of FiLM.
+    bound = 10 * max(level, 1e-30) * max(float(condition[0, 0]), 1)
+    assert_bounded(training_gradient(net, variables, objective), bound)

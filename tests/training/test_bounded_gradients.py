@@ -41,7 +41,7 @@ def largest(tree):
 
 def assert_bounded(tree, bound):
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(tree))
-    assert largest(tree) <= bound
+    assert largest(tree) <= bound * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("target", LEVELS)
@@ -60,7 +60,7 @@ def test_binary_cross_entropy_of_sure_probabilities(logit):
     for target in (0.0, 0.5, 1.0):
         targets = jnp.full((1, 2), target)
         loss = lambda x, y=targets: binary_cross_entropy(jax.nn.sigmoid(x), y)[0]  # noqa: E731
-        assert_bounded(jax.grad(loss)(logits), 1 / 2 * (1 + 1e-6))
+        assert_bounded(jax.grad(loss)(logits), 1 / 2)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-40, 1e-20, 1.0, 1e4])

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from uss_jax.models.vjp import custom_vjp
+
 # Below this many channels XLA's own filter gradient is as fast on a CPU.
 _NARROW = 32
 # Places of a feature map whose products are summed in one matrix product: they fit into cache. Of
@@ -107,7 +109,7 @@ def in_compute_dtype(dtype: str, *arrays: Array) -> tuple[Array, ...]:
     return tuple(a.astype(dtype) for a in arrays)
 
 
-@jax.custom_vjp
+@custom_vjp
 def linear(x: Float[Array, "b n f c"], matrix: Float[Array, "c d"]) -> Array:
     """A linear map of the channels; [b, n, f, d]."""
     return jnp.matmul(x, matrix)
@@ -152,7 +154,7 @@ def _matrix_gradient_by_rows(x: Array, dy: Array) -> Array:
     return jnp.sum(total, axis=0).astype(x.dtype)
 
 
-@jax.custom_vjp
+@custom_vjp
 def conv3x3(x: Float[Array, "b n f c"], kernel: Float[Array, "3 3 c d"]) -> Array:
     """Convolves; [b, n, f, d]. Its gradient is its own, so there is no forward-mode derivative."""
     _, n, f, c = x.shape

@@ -143,7 +143,7 @@ def test_a_tagger_trains_as_the_config_says(place, monkeypatch, tmp_path, precis
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_detector_is_float32_at_highest_in_every_use(dtype):
     sed = SED.clone(dtype=dtype)
-    variables = tagger_variables()
+    variables = jax.tree.map(jnp.asarray, tagger_variables())
     net = Net(sed, variables, precision="default")
     clip = SHAPE((2, RATE), np.float32)
     labels = {"labels": SHAPE((2, 3), np.int32), "related": SHAPE((2, 527), np.uint8)}
@@ -167,9 +167,8 @@ def test_the_detector_is_float32_at_highest_in_every_use(dtype):
 
 def test_a_detector_trained_in_bfloat16_gives_the_numbers_of_float32():
     waveform = jnp.asarray(noise(0, 1.0)[None])
-    exact, same = (
-        Net(SED.clone(dtype=dtype), tagger_variables()) for dtype in ("float32", "bfloat16")
-    )
+    variables = jax.tree.map(jnp.asarray, tagger_variables())
+    exact, same = (Net(SED.clone(dtype=dtype), variables) for dtype in ("float32", "bfloat16"))
     rough = same(waveform)["framewise"]
     exact, same = (detect(net.module, net.variables, waveform) for net in (exact, same))
     np.testing.assert_array_equal(exact["framewise"], same["framewise"])

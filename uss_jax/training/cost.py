@@ -90,7 +90,7 @@ def flops_by_way(function: Callable, *arguments: Any) -> dict[str, float]:
 
     A device's peaks in these differ up to fifteen times.
     """
-    return _flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return dict(_flops(jax.make_jaxpr(function)(*arguments).jaxpr))
 
 
 def _flops(jaxpr: Any) -> dict[str, float]:

@@ -107,10 +107,17 @@ def test_in_training_the_detector_is_at_highest_and_what_trains_as_the_config_sa
 
 
 @pytest.mark.parametrize(
-    "word", ["accumulate=1", "remat=True", "query.finetune=True", "query.adaptor_width=527"]
+    "words",
+    [
+        [],
+        ["accumulate=2", "global_batch=16"],
+        ["remat=True"],
+        ["query.finetune=True"],
+        ["query.adaptor_width=527", "separator.film_gain=True"],
+    ],
 )
-def test_training_at_highest_leaves_no_product_lower(place, monkeypatch, word):
-    found = _separation_step(place, monkeypatch, "precision=highest", word)
+def test_training_at_highest_leaves_no_product_lower(place, monkeypatch, words):
+    found = _separation_step(place, monkeypatch, "precision=highest", *words)
     assert any("transpose(jvp(ResUNet))" in product.where for product in found)
     assert precisions(found) == {"HIGHEST"}
 

@@ -28,10 +28,12 @@ class TaggingNet(Protocol):
       classes: k.
       embedding_width: e.
       frame_hop_samples: samples between frames.
+      dtype: compute dtype, "float32" or "bfloat16".
     """
 
     sample_rate: int
     classes: int
+    dtype: str
 
     @property
     def embedding_width(self) -> int: ...

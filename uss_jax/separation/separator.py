@@ -20,10 +20,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32
 
 from uss_jax.training.mesh import batch_sharded
-from uss_jax.training.model import Model
+from uss_jax.training.model import Model, Net
 
 _WINDOW_FRAMES = 480
 _CONTEXT_FRAMES = 32
@@ -143,7 +143,7 @@ def separate_blocks(
             if mesh is not None:
                 windows, conditions = jax.device_put((windows, conditions), batch_sharded(mesh))
             with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-                separated = net(windows, conditions, method="separate_with_shared_mask")
+                separated = _separate(net, windows, conditions)
             for (place, number, _), estimate in zip(some, np.asarray(separated), strict=False):
                 estimates[place, number] = estimate
         for place, (index, window, true) in enumerate(pending):
@@ -166,6 +166,14 @@ def separate_blocks(
         if len(jobs) >= batch_size or len(pending) >= batch_size:
             yield from flush()
     yield from flush()
+
+
+def _separate(
+    net: Net,
+    windows: Float[Array | np.ndarray, "b c t"],
+    conditions: Float[Array | np.ndarray, "b d"],
+) -> Float[Array, "b c t"]:
+    return net(windows, conditions, method="separate_with_shared_mask")
 
 
 def _windows(blocks: Blocks, layout: Layout) -> Iterator[tuple[int, Float32[np.ndarray, "c t"]]]:

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 
 import pytest
 
-# Of a test that holds a decision, such as where a maximum lies, to be the reference's.
-decides_at_highest = pytest.mark.skipif(
+# Of tests of decisions, such as where a maximum lies, and of what rounding adds up in: gradients of
+# single arrays, and what follows from an update by them.
+at_highest_only = pytest.mark.skipif(
     "config.getoption('--at') != 'highest'",
-    reason="decisions are made in float32 at highest precision only",
+    reason="compared in float32 at highest precision only",
 )
 
 
@@ -30,8 +31,25 @@ class Way:
     limits: Mapping[str, float]
 
 
-TF32 = {}
-BFLOAT16 = {}
+# Relative L2 distances unless they are absolute, two to three times those found on a CPU: for TF32
+# with the inputs of all products rounded to 11 bits, for bfloat16 with nets that compute in it. On
+# an H100, waveforms were 1.6e-3 and 2.1e-2 from the reference. The detector of a training step is
+# float32 in any way, and has no limit of its own here; nor have Fourier transforms and log-mels.
+TF32 = {
+    "tags": 2e-2,
+    "tags, absolute": 0.1,  # embeddings too, whose values reach 10
+    "statistics of maps": 5e-3,
+    "a linear map": 1e-3,
+    "waveform": 6e-3,
+    "tokens": 1.2e-2,
+}
+BFLOAT16 = {
+    "tags": 0.2,
+    "tags, absolute": 1.0,
+    "statistics of maps": 5e-2,
+    "waveform": 6e-2,
+    "tokens": 0.12,
+}
 WAYS = {
     "highest": Way("highest", "float32", {}),
     "high": Way("high", "float32", TF32),

@@ -214,7 +214,7 @@ def test_query_of_a_recording_is_the_reference_s(htsat):
     assert error < limit("tokens", TOLERANCES["latent_output"])
 
 
-@ways.decides_at_highest
+@ways.at_highest_only
 def test_anchors_by_the_reference_s_rule_are_the_reference_s(htsat):
     fixture = htsat.fixture
     clips, classes = make_batch("dev/htsat/anchor", 3, 320000), fixture["anchor/class_id"]

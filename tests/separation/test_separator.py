@@ -56,7 +56,7 @@ def identity(monkeypatch):
     """A net that gives the mixture back; counts its runs."""
     runs = []
 
-    def separate(module, variables, windows, conditions):
+    def separate(net, windows, conditions):
         runs.append(len(windows))
         return windows
 

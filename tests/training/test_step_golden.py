@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from tests.golden import ways
 from tests.golden.compare import distance, relative_error
 from tests.golden.inputs import make_batch
 from tests.golden.nets import golden_separator, golden_tagger
@@ -26,6 +27,8 @@ pytestmark = [pytest.mark.long, pytest.mark.golden]
 
 STEPS = (0, 1, 2)
 SEGMENT = 64000
+# What the way of computing moves; the anchors, and with them targets and mixtures, it does not.
+LIMITS = {"condition": "tags", "separated": "waveform"}
 # A constant per channel at these places is removed by every batch norm behind: their gradient is
 # zero but for rounding, of which AdamW makes whole steps of any sign.
 UNDETERMINED = re.compile(r"base\.(encoder_block[2-5]|decoder_block[1-5])\..*\.shortcut\.bias")
@@ -152,6 +155,11 @@ def test_anchors_are_cut_where_the_reference_cuts_them(run, train3, s):
         np.testing.assert_array_equal(target, clip[begin : begin + SEGMENT])
 
 
+def _compare_only_at_highest_after_an_update(updates):
+    if updates and ways.chosen is not ways.WAYS["highest"]:
+        pytest.skip("AdamW makes whole steps of what rounding left")
+
+
 @pytest.mark.parametrize("s", STEPS)
 @pytest.mark.parametrize(
     ("key", "tolerances"),
@@ -164,21 +172,23 @@ def test_anchors_are_cut_where_the_reference_cuts_them(run, train3, s):
     ],
 )
 def test_signals(run, train3, s, key, tolerances):
+    _compare_only_at_highest_after_an_update(s if key == "separated" else 0)
     error = relative_error(train3, f"step{s}/{key}", run["steps"][s][key])
-    assert error < limit(f"training: {key}", tolerances[s])
+    assert error < limit(LIMITS.get(key, ""), tolerances[s])
 
 
 @pytest.mark.parametrize(("s", "tolerance"), [(0, 1e-5), (1, 1e-5), (2, 1e-4)])
 def test_loss(run, train3, s, tolerance):
+    _compare_only_at_highest_after_an_update(s)
     error = distance(run["steps"][s]["metrics"]["loss"], train3["loss"][s])
-    assert error < limit("training: loss", tolerance)
+    assert error < limit("waveform", tolerance)
 
 
+@ways.at_highest_only
 @pytest.mark.parametrize("s", STEPS)
 def test_global_gradient_norm(run, train3, s):
     actual = run["steps"][s]["metrics"]["grad_norm"]
-    error = distance(actual, train3[f"step{s}/grad_global_norm"])
-    assert error < limit("training: global gradient norm", 2e-4)
+    assert distance(actual, train3[f"step{s}/grad_global_norm"]) < 2e-4
 
 
 def paired(train3, key, arrays, names="param_names"):
@@ -201,56 +211,56 @@ def test_parameters_without_counterpart_are_those_without_gradient(run, train3):
         assert (name in run["start"]) == np.isfinite(expected), name
 
 
+@ways.at_highest_only
 @pytest.mark.parametrize("s", STEPS)
 def test_gradient_norms(run, train3, s):
     for name, gradient, expected in paired(
         train3, f"step{s}/grad_norm", run["steps"][s]["gradients"]
     ):
         if UNDETERMINED.match(name):
-            assert norm(gradient) < limit("training: gradients of constants", 1e-7)
+            assert norm(gradient) < 1e-7
         else:
-            error = distance(norm(gradient), expected)
-            assert error < limit("training: gradient norms", 5e-3), name
+            assert distance(norm(gradient), expected) < 5e-3, name
 
 
+@ways.at_highest_only
 def test_gradient_samples(run, train3):
     gradients = run["steps"][0]["gradients"]
     for name, gradient, expected in paired(train3, "step0/grad_sample", gradients):
         if not UNDETERMINED.match(name):
-            error = distance(sample(gradient), expected)
-            assert error < limit("training: gradient samples", 5e-2), name
+            assert distance(sample(gradient), expected) < 5e-2, name
 
 
+@ways.at_highest_only
 @pytest.mark.parametrize("s", [0, 2])
 def test_running_statistics(run, train3, s):
     tensors = run["steps"][s]["tensors"]
     after = f"after_step{s}"
     for name, array, expected in paired(train3, f"{after}/running_norm", tensors, "buffer_names"):
-        error = distance(norm(array), expected)
-        assert error < limit("training: running statistics", 1e-5), name
+        assert distance(norm(array), expected) < 1e-5, name
     for name, array, expected in paired(train3, f"{after}/running_sample", tensors, "buffer_names"):
-        error = distance(sample(array), expected)
-        assert error < limit("training: running statistics", 1e-5), name
+        assert distance(sample(array), expected) < 1e-5, name
 
 
+@ways.at_highest_only
 @pytest.mark.parametrize("s", [0, 2])
 def test_parameters(run, train3, s):
     tensors = run["steps"][s]["tensors"]
     for name, array, expected in paired(train3, f"after_step{s}/param_norm", tensors):
-        error = distance(norm(array), expected)
-        assert error < limit("training: parameters", 2e-5), name
+        assert distance(norm(array), expected) < 2e-5, name
 
 
+@ways.at_highest_only
 @pytest.mark.parametrize(("s", "tolerance"), [(0, 1e-1), (2, 5e-3)])
 def test_how_far_parameters_moved(run, train3, s, tolerance):
     # Step 0 moves by 1e-6 what is near 1: a few units of float32's last place.
     tensors, start = run["steps"][s]["tensors"], run["start"]
     for name, array, expected in paired(train3, f"after_step{s}/param_delta_norm", tensors):
         if not UNDETERMINED.match(name):
-            error = distance(norm(array - start[name]), expected)
-            assert error < limit("training: how far parameters moved", tolerance), name
+            assert distance(norm(array - start[name]), expected) < tolerance, name
 
 
+@ways.at_highest_only
 def test_evaluation_after_the_last_step(run, train3):
     error = relative_error(train3, "after_step2/eval_waveform", run["eval_waveform"])
-    assert error < limit("training: evaluation", 2e-3)
+    assert error < 2e-3

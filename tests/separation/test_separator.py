@@ -129,7 +129,7 @@ def test_silent_segments_cost_nothing_and_fade(model, identity):
 def test_a_window_takes_the_mean_condition_of_its_active_segments(model, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        separator_module, "_separate", lambda m, v, w, conditions: (seen.append(conditions), w)[1]
+        separator_module, "_separate", lambda net, w, conditions: (seen.append(conditions), w)[1]
     )
     layout = Layout(2 * tiny.SEGMENT, 0, tiny.SEGMENT, 0)
     asked = target(model, [True, True, True, False], rows=4)

@@ -44,11 +44,11 @@ TF32 = {
     "tokens": 1.2e-2,
 }
 BFLOAT16 = {
-    "tags": 0.2,
-    "tags, absolute": 1.0,
-    "statistics of maps": 5e-2,
+    "tags": 8e-2,
+    "tags, absolute": 0.75,
+    "statistics of maps": 3e-2,
     "waveform": 6e-2,
-    "tokens": 0.12,
+    "tokens": 7e-2,
 }
 WAYS = {
     "highest": Way("highest", "float32", {}),

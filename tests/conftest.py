@@ -1,19 +1,39 @@
-"""Set up before jax is imported: eight CPU devices and full float32 precision for every test."""
+"""Set up before JAX looks for devices: eight CPU devices, and a precision for every test."""
 
+import contextlib
 import pathlib
 
-import hypothesis
 import jax
 import pytest
 
+from tests.golden import ways
+
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_default_matmul_precision", "highest")
 
 # Machines are shared: how long an example takes says nothing of the code.
-hypothesis.settings.register_profile("shared machine", deadline=None)
-hypothesis.settings.load_profile("shared machine")
+with contextlib.suppress(ModuleNotFoundError):  # golden tests run without it
+    import hypothesis
+
+    hypothesis.settings.register_profile("shared machine", deadline=None)
+    hypothesis.settings.load_profile("shared machine")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--at",
+        choices=ways.WAYS,
+        default="highest",
+        help="how golden tests compute: the precision of float32 products, or nets in bfloat16",
+    )
+
+
+def pytest_configure(config):
+    # Of nets that tests call without saying a precision. The package itself never relies on it:
+    # tests/test_precision.py sets another one.
+    way = ways.choose(config.getoption("--at"))
+    jax.config.update("jax_default_matmul_precision", way.precision)
 
 
 @pytest.fixture(autouse=True, scope="module")

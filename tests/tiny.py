@@ -1,4 +1,8 @@
-"""Bundles with tiny random nets, and records of tones and noises, at 8 kHz."""
+"""Bundles with tiny random nets, and records of tones and noises, at 8 kHz.
+
+Files are written with packages that a machine with a GPU may lack. They are imported when needed,
+so that tests of nets alone run there.
+"""
 
 import functools
 import pathlib
@@ -6,15 +10,9 @@ import pathlib
 import jax
 import numpy as np
 
-from uss_jax.audio.files import write_wav
-from uss_jax.data.examples import serialise
-from uss_jax.data.index import RecordIndex, build_index
-from uss_jax.data.metadata import write_metadata
-from uss_jax.data.tfrecord import RecordWriter
 from uss_jax.models.cnn14 import Cnn14
 from uss_jax.models.htsat import HTSAT
 from uss_jax.models.resunet import ResUNet
-from uss_jax.training.bundle import write_bundle
 from uss_jax.training.nets import fields_of
 
 RATE = 8000
@@ -96,6 +94,8 @@ def write_separator(path, kind="soft", seed=0) -> pathlib.Path:
 
 
 def _write(path, kind, sections, parts) -> None:
+    from uss_jax.training.bundle import write_bundle
+
     config = {"kind": kind, "sample_rate": RATE, "segment_seconds": SEGMENT_SECONDS, **sections}
     write_bundle(path, config, parts)
 
@@ -110,8 +110,13 @@ def noise(seed, seconds, amplitude=0.1) -> np.ndarray:
     return (amplitude * samples).astype(np.float32)
 
 
-def write_records(directory, split, clips) -> RecordIndex:
-    """Records of (id, float waveform, labels)."""
+def write_records(directory, split, clips):
+    """Writes records of (id, float waveform, labels); their index."""
+    from uss_jax.data.examples import serialise
+    from uss_jax.data.index import build_index
+    from uss_jax.data.metadata import write_metadata
+    from uss_jax.data.tfrecord import RecordWriter
+
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     shard = directory / f"toy-{split}.tfrecord-00000-of-00001"
@@ -143,6 +148,8 @@ def write_place(path) -> pathlib.Path:
 
 def write_pairs(directory, classes) -> None:
     """Evaluation pairs of half a second, one for each class index given."""
+    from uss_jax.audio.files import write_wav
+
     for number, label in enumerate(classes):
         folder = pathlib.Path(directory) / f"class_id={label}"
         folder.mkdir(parents=True, exist_ok=True)

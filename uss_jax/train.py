@@ -18,6 +18,7 @@ from uss_jax.models.norm import SCOPES
 from uss_jax.models.query import KINDS, QueryNet
 from uss_jax.models.resunet import ResUNet
 from uss_jax.models.tagging import TaggingNet
+from uss_jax.precision import at_precision
 from uss_jax.training import nets, run
 from uss_jax.training.bundle import Bundle, net_hash, read_bundle
 from uss_jax.training.checkpoints import latest_step, save_tree
@@ -152,7 +153,6 @@ def dry_run(config: ConfigDict) -> list[str]:
         clip_batch(config.global_batch, samples, from_table=from_table),
         counted=_step(config, separator, query, sed, optimizer, mesh, remat=False),
         mesh=mesh,
-        dtype=config.separator.dtype,
     )
 
 
@@ -196,7 +196,7 @@ def _step(
     if config.sharding:
         whole = functools.partial(jax.lax.with_sharding_constraint, shardings=replicated(mesh))
         options["gather"] = whole
-    return make_separation_step(
+    step = make_separation_step(
         separator.clone(norm_scope=_norm_scope(config), remat=remat),
         query,
         sed,
@@ -216,6 +216,7 @@ def _step(
         max_norm_ratio=config.get("max_norm_ratio", run.MAX_NORM_RATIO),
         **options,
     )
+    return at_precision(run.precision_of(config), step)
 
 
 def _norm_scope(config: ConfigDict) -> str | int:

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from uss_jax.errors import UserError
 from uss_jax.models.tagging import TaggingNet
+from uss_jax.precision import at_precision
 from uss_jax.training import nets, run
 from uss_jax.training.mesh import make_mesh
 from uss_jax.training.optim import OPTIMIZERS, make_schedule
@@ -63,6 +64,7 @@ def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
         speed=config.speed and config.speed.to_dict(),
         max_norm_ratio=config.get("max_norm_ratio", run.MAX_NORM_RATIO),
     )
+    step = at_precision(run.precision_of(config), step)
 
     # The loop, from where the run stands.
     model = {"model": nets.fields_of(tagger)}

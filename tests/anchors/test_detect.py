@@ -56,6 +56,7 @@ def exact_scores(prob, width):
     return np.lib.stride_tricks.sliding_window_view(padded, width, axis=1).mean(axis=2)
 
 
+@pytest.mark.golden
 def test_golden_scores(curves):
     width = int(curves["segment_frames"])
     scores = anchor_scores(jnp.asarray(curves["prob"]), width)
@@ -63,6 +64,7 @@ def test_golden_scores(curves):
     np.testing.assert_allclose(scores, exact_scores(curves["prob"], width), rtol=0, atol=1e-5)
 
 
+@pytest.mark.golden
 def test_golden_positions(curves):
     begin, score = choices(curves)
     sole = curves["near_ties"] == 1
@@ -88,6 +90,7 @@ def test_the_first_of_exact_ties_is_taken():
     assert begin.tolist() == [100, 100]
 
 
+@pytest.mark.golden
 def test_golden_cut(curves):
     clip_samples, segment_samples = in_samples(curves)
     sole = curves["near_ties"] == 1

@@ -25,6 +25,7 @@ def noises(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("sources", [2, 3, 4])
 @pytest.mark.parametrize("match", [0, 1])

@@ -18,11 +18,13 @@ def frontend(golden):
         return dict(fixture)
 
 
+@pytest.mark.golden
 def test_golden_matrix(frontend):
     # The reference rounds to float32.
     assert relative_error(frontend, "mel_matrix", mel_matrix(**MATRIX)) < 1e-7
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("n", [64000, 63999, 329600])
 def test_golden_log_mel(frontend, n):
     signal = make_signal(f"dev/frontend/{n}", n)[None]

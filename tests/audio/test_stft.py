@@ -32,6 +32,7 @@ def golden_spectrum(n):
     return spectrum_of(make_signal(f"dev/frontend/{n}", n)[None, None], N_FFT, HOP)
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("n", LENGTHS)
 def test_golden_spectrum(frontend, n):
     spectrum = np.asarray(golden_spectrum(n))
@@ -42,6 +43,7 @@ def test_golden_spectrum(frontend, n):
     assert relative_error(frontend, f"n{n}/spectrogram_eps1e-8", np.maximum(magnitude, 1e-4)) < 1e-5
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize(("name", "part"), [("cos", np.real), ("sin", np.imag)])
 def test_golden_phase(frontend, n, name, part):
@@ -56,6 +58,7 @@ def test_golden_phase(frontend, n, name, part):
     np.testing.assert_allclose(actual[audible], frontend[key][audible], rtol=0, atol=1e-3)
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("n", LENGTHS)
 def test_golden_inverse(frontend, n):
     spectrum = golden_spectrum(n)[0]

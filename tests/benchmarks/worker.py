@@ -137,9 +137,9 @@ def separate_long(net, variables, waveform, condition) -> np.ndarray:
     from types import SimpleNamespace
 
     from uss_jax.separation.separator import Layout, Target, separate_blocks
+    from uss_jax.training.model import Net
 
-    separator = SimpleNamespace(module=net, variables=variables)
-    model = SimpleNamespace(separator=separator, sample_rate=32000, segment_samples=BLOCK)
+    model = SimpleNamespace(separator=Net(net, variables), sample_rate=32000, segment_samples=BLOCK)
     if "USS_JAX_BENCHMARK_BLOCKS" in os.environ:
         layout = Layout.blocks(model)
     else:

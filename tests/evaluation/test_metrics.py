@@ -26,6 +26,7 @@ def _noise(seed, n=4000):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(n), jnp.float32)
 
 
+@pytest.mark.golden
 def test_sdr_is_the_reference_s(golden):
     stored = np.load(golden / "sdr.npz")
     n = int(stored["samples"])

@@ -24,6 +24,8 @@ from uss_jax.training.bundle import Bundle
 from uss_jax.training.model import Model
 from uss_jax.weights.torch import convert_lightning
 
+pytestmark = pytest.mark.golden
+
 RATE = 32000
 # Not every node of levels 2 and 3 was separated by the reference, and four show it.
 NODES = 4

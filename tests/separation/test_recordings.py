@@ -87,7 +87,7 @@ def test_a_long_recording_comes_in_pieces_and_stays_aligned(model, tmp_path, mon
     """With the mixture itself as estimate, what comes out is the resampled mixture."""
     from uss_jax.separation import separator as separator_module
 
-    monkeypatch.setattr(separator_module, "_separate", lambda module, variables, w, c: w)
+    monkeypatch.setattr(separator_module, "_separate", lambda net, w, c: w)
     path = recording(tmp_path / "in.wav", rate=44100, seconds=20)
     made = Separator(model).separate_file(path, tmp_path / "out", vectors(model, 1))
     written, _ = soundfile.read(made.files["sound 0"], dtype="float32")

@@ -35,9 +35,9 @@ def test_devices_share_windows_and_give_the_same(model, monkeypatch):
     whole = run(model, layout, [waveform], asked)
     separate, windows_of = separator_module._separate, []
 
-    def watched(module, variables, windows, conditions):
+    def watched(net, windows, conditions):
         windows_of.append([shard.data.shape[0] for shard in windows.addressable_shards])
-        return separate(module, variables, windows, conditions)
+        return separate(net, windows, conditions)
 
     monkeypatch.setattr(separator_module, "_separate", watched)
     shared = list(separate_blocks(model, layout, [waveform], asked, 16, make_mesh()))
@@ -56,7 +56,7 @@ def identity(monkeypatch):
     """A net that gives the mixture back; counts its runs."""
     runs = []
 
-    def separate(module, variables, windows, conditions):
+    def separate(net, windows, conditions):
         runs.append(len(windows))
         return windows
 
@@ -76,7 +76,7 @@ def test_kept_parts_make_the_recording_however_it_comes(model, sizes, window, co
     waveform = tiny.noise(0, 1)[None].repeat(2, 0)[:, : sum(sizes)]
     waveform = np.pad(waveform, ((0, 0), (0, sum(sizes) - waveform.shape[1])))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(separator_module, "_separate", lambda module, variables, w, c: w)
+        patch.setattr(separator_module, "_separate", lambda net, w, c: w)
         both = [target(model), target(model, seed=1)]
         out = run(model, layout, pieces(waveform, sizes), both, batch)
     np.testing.assert_array_equal(out, np.stack([waveform, waveform]))
@@ -129,7 +129,7 @@ def test_silent_segments_cost_nothing_and_fade(model, identity):
 def test_a_window_takes_the_mean_condition_of_its_active_segments(model, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        separator_module, "_separate", lambda m, v, w, conditions: (seen.append(conditions), w)[1]
+        separator_module, "_separate", lambda net, w, conditions: (seen.append(conditions), w)[1]
     )
     layout = Layout(2 * tiny.SEGMENT, 0, tiny.SEGMENT, 0)
     asked = target(model, [True, True, True, False], rows=4)

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from uss_jax.models.resunet import ResUNet
-from uss_jax.training.cost import device_bytes, model_flops, peak_flops, residual_bytes
+from uss_jax.precision import PRECISIONS, at_precision
+from uss_jax.training.cost import (
+    device_bytes,
+    flops_by_way,
+    least_seconds,
+    model_flops,
+    peak_flops,
+    residual_bytes,
+)
 
 SHAPE = jax.ShapeDtypeStruct
 
@@ -77,8 +85,27 @@ def test_memory_of_a_compiled_function_counts_a_donated_argument_once():
 
 def test_peaks_of_known_devices():
     assert peak_flops("NVIDIA H200", "bfloat16") == 989e12
-    assert peak_flops("NVIDIA H100 80GB HBM3", "float32") == 495e12
+    h100 = [peak_flops("NVIDIA H100 80GB HBM3", precision) for precision in PRECISIONS]
+    assert h100 == [67e12, 495e12, 495e12]  # highest, high, default
     assert peak_flops("NVIDIA H100 PCIe", "bfloat16") == 756e12
     assert peak_flops("TPU v5 lite", "bfloat16") == 197e12
     assert peak_flops("TPU v5p", "bfloat16") == 459e12
-    assert peak_flops("cpu", "float32") is None
+    v5e = [peak_flops("TPU v5 lite", precision) for precision in PRECISIONS]
+    assert v5e == [197e12 / 6, 197e12 / 3, 197e12]
+    assert peak_flops("cpu", "default") is None
+
+
+def test_each_way_of_multiplying_counts_at_its_own_peak():
+    a = SHAPE((100, 100), np.float32)
+    rough = SHAPE((100, 100), jnp.bfloat16)
+
+    def products(a, rough):
+        exact = at_precision("highest", jnp.matmul)(a, a)
+        return at_precision("default", lambda: a @ exact @ a)(), rough @ rough
+
+    found = flops_by_way(products, a, rough)
+    assert found == {"highest": 2e6, "default": 4e6, "bfloat16": 2e6}
+    assert least_seconds(found, "NVIDIA H200") == pytest.approx(
+        2e6 / 67e12 + 4e6 / 495e12 + 2e6 / 989e12
+    )
+    assert least_seconds(found, "cpu") is None

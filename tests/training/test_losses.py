@@ -21,6 +21,7 @@ def value_and_gradient(name, estimate, target):
     return jax.jit(jax.value_and_grad(mean))(estimate, target)
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("tag", ["mono", "stereo"])
 @pytest.mark.parametrize(("name", "gradient_tolerance"), [("l1_wav", 1e-5), ("l1_wav_l1_sp", 1e-4)])
 def test_golden_values_and_gradients(golden, tag, name, gradient_tolerance):

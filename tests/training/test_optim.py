@@ -13,6 +13,7 @@ SCHEDULES = json.loads((GOLDEN / "lr_schedules.json").read_text())
 STEPS = 300
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize(
     "case", SCHEDULES, ids=lambda c: f"{c['lr_lambda_type']}-{c['warm_up_steps']}"
 )

@@ -254,3 +254,37 @@ def test_a_killed_run_goes_on_bit_exactly(place, tmp_path):
     _require_same_run(killed, tmp_path / "whole", steps=40)
     assert _lines(killed)[-1]["skipped_steps"] == 6
     assert sorted(p.name for p in (killed / "checkpoints").iterdir()) == ["38", "40"]
+
+
+def test_a_run_goes_on_at_another_precision_and_says_so(place, tmp_path, capsys):
+    config, run_folder = "resunet30.py", tmp_path / "run"
+    changed = {"precision": "highest", "total_steps": 1}
+    assert main(train_words(config, place, run_folder, changed)) == 0
+    assert json.loads((run_folder / "config.json").read_text())["training"]["precision"]
+    capsys.readouterr()
+    assert main(train_words(config, place, run_folder, {**changed, "total_steps": 2})) == 0
+    assert "config.precision" not in capsys.readouterr().out
+    assert main(train_words(config, place, run_folder, {"total_steps": 3})) == 0
+    said = "config.precision is default from here on; up to here it was highest"
+    assert said in capsys.readouterr().out
+
+
+def test_runs_and_configs_from_before_there_was_a_precision_go_on(
+    place, tmp_path, capsys, monkeypatch
+):
+    words = train_words("resunet30.py", place, tmp_path / "run", {"total_steps": 1})
+    config = tmp_path / "own.py"  # as somebody may have written it
+    config.write_text(
+        f"import runpy\nget_config = runpy.run_path({str(CONFIGS / 'resunet30.py')!r})"
+        "['get_config']\nbefore = get_config\n"
+        "def get_config():\n    config = before()\n    del config.precision\n    return config\n"
+    )
+    words[words.index("--config") + 1] = str(config)
+    assert main(words) == 0
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert "precision" not in saved["training"]
+    words = train_words("resunet30.py", place, tmp_path / "run", {"total_steps": 2})
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "resuming after step 1" in said
+    assert "config.precision" not in said

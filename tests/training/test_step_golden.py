@@ -10,9 +10,11 @@ import numpy as np
 import optax
 import pytest
 
+from tests.golden import ways
 from tests.golden.compare import distance, relative_error
 from tests.golden.inputs import make_batch
 from tests.golden.nets import golden_separator, golden_tagger
+from tests.golden.ways import limit
 from uss_jax.models.query import QueryNet
 from uss_jax.training.losses import l1_waveform
 from uss_jax.training.nets import fields_of
@@ -21,10 +23,12 @@ from uss_jax.training.state import create_state
 from uss_jax.training.step import make_separation_step
 from uss_jax.weights.torch import state_dict_of
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.golden]
 
 STEPS = (0, 1, 2)
 SEGMENT = 64000
+# What the way of computing moves; the anchors, and with them targets and mixtures, it does not.
+LIMITS = {"condition": "tags", "separated": "waveform"}
 # A constant per channel at these places is removed by every batch norm behind: their gradient is
 # zero but for rounding, of which AdamW makes whole steps of any sign.
 UNDETERMINED = re.compile(r"base\.(encoder_block[2-5]|decoder_block[1-5])\..*\.shortcut\.bias")
@@ -151,6 +155,11 @@ def test_anchors_are_cut_where_the_reference_cuts_them(run, train3, s):
         np.testing.assert_array_equal(target, clip[begin : begin + SEGMENT])
 
 
+def _compare_only_at_highest_after_an_update(updates):
+    if updates and ways.chosen is not ways.WAYS["highest"]:
+        pytest.skip("AdamW makes whole steps of what rounding left")
+
+
 @pytest.mark.parametrize("s", STEPS)
 @pytest.mark.parametrize(
     ("key", "tolerances"),
@@ -163,14 +172,19 @@ def test_anchors_are_cut_where_the_reference_cuts_them(run, train3, s):
     ],
 )
 def test_signals(run, train3, s, key, tolerances):
-    assert relative_error(train3, f"step{s}/{key}", run["steps"][s][key]) < tolerances[s]
+    _compare_only_at_highest_after_an_update(s if key == "separated" else 0)
+    error = relative_error(train3, f"step{s}/{key}", run["steps"][s][key])
+    assert error < limit(LIMITS.get(key, ""), tolerances[s])
 
 
 @pytest.mark.parametrize(("s", "tolerance"), [(0, 1e-5), (1, 1e-5), (2, 1e-4)])
 def test_loss(run, train3, s, tolerance):
-    assert distance(run["steps"][s]["metrics"]["loss"], train3["loss"][s]) < tolerance
+    _compare_only_at_highest_after_an_update(s)
+    error = distance(run["steps"][s]["metrics"]["loss"], train3["loss"][s])
+    assert error < limit("waveform", tolerance)
 
 
+@ways.at_highest_only
 @pytest.mark.parametrize("s", STEPS)
 def test_global_gradient_norm(run, train3, s):
     actual = run["steps"][s]["metrics"]["grad_norm"]
@@ -197,6 +211,7 @@ def test_parameters_without_counterpart_are_those_without_gradient(run, train3):
         assert (name in run["start"]) == np.isfinite(expected), name
 
 
+@ways.at_highest_only
 @pytest.mark.parametrize("s", STEPS)
 def test_gradient_norms(run, train3, s):
     for name, gradient, expected in paired(
@@ -208,6 +223,7 @@ def test_gradient_norms(run, train3, s):
             assert distance(norm(gradient), expected) < 5e-3, name
 
 
+@ways.at_highest_only
 def test_gradient_samples(run, train3):
     gradients = run["steps"][0]["gradients"]
     for name, gradient, expected in paired(train3, "step0/grad_sample", gradients):
@@ -215,6 +231,7 @@ def test_gradient_samples(run, train3):
             assert distance(sample(gradient), expected) < 5e-2, name
 
 
+@ways.at_highest_only
 @pytest.mark.parametrize("s", [0, 2])
 def test_running_statistics(run, train3, s):
     tensors = run["steps"][s]["tensors"]
@@ -225,6 +242,7 @@ def test_running_statistics(run, train3, s):
         assert distance(sample(array), expected) < 1e-5, name
 
 
+@ways.at_highest_only
 @pytest.mark.parametrize("s", [0, 2])
 def test_parameters(run, train3, s):
     tensors = run["steps"][s]["tensors"]
@@ -232,6 +250,7 @@ def test_parameters(run, train3, s):
         assert distance(norm(array), expected) < 2e-5, name
 
 
+@ways.at_highest_only
 @pytest.mark.parametrize(("s", "tolerance"), [(0, 1e-1), (2, 5e-3)])
 def test_how_far_parameters_moved(run, train3, s, tolerance):
     # Step 0 moves by 1e-6 what is near 1: a few units of float32's last place.
@@ -241,6 +260,7 @@ def test_how_far_parameters_moved(run, train3, s, tolerance):
             assert distance(norm(array - start[name]), expected) < tolerance, name
 
 
+@ways.at_highest_only
 def test_evaluation_after_the_last_step(run, train3):
     error = relative_error(train3, "after_step2/eval_waveform", run["eval_waveform"])
     assert error < 2e-3

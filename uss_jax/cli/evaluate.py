@@ -10,7 +10,7 @@ publisher unpacks it, check that it is whole, and score it as published.
 
 import argparse
 
-from uss_jax.cli.arguments import natural, positive
+from uss_jax.cli.arguments import add_precision, natural, positive
 
 _HELP = {
     "pairs": "separate pairs with several queries; SDR and SI-SDR beside trivial answers",
@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         suite.add_argument(
             "--out", default="results.json", metavar="FILE", help="default: results.json"
         )
+        add_precision(suite)
     _add_pairs(made["pairs"])
     made["tagging"].add_argument("--split", default="test", help="of the records; default: test")
     _add_planted(made["planted"])

@@ -11,7 +11,7 @@ Each is run beside the model on noise before it is called done.
 
 import argparse
 
-from uss_jax.cli.arguments import positive
+from uss_jax.cli.arguments import add_precision, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="stablehlo: length of a window; default: that of a segment, 2 s as published",
     )
+    add_precision(parser, of="stablehlo: ")
     parser.epilog = (
         "example:\n"
         "  uss-jax export uss --format stablehlo --out uss_stablehlo\n"
@@ -61,5 +62,6 @@ def run(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         shards=args.shards,
         window_seconds=args.window_seconds,
+        precision=args.precision,
     )
     print(f"{args.out}: {args.format}; {checked}")

@@ -9,7 +9,12 @@ detector and seed give the same pairs.
 
 import argparse
 
-from uss_jax.cli.arguments import natural, positive
+from uss_jax.cli.arguments import (
+    add_detector_precision,
+    natural,
+    positive,
+    say_detector_precision,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='label file whose column "group" is kept in the manifest and evaluated apart',
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the pairs in DIR")
+    add_detector_precision(parser)
     parser.epilog = (
         "example:\n"
         "  uss-jax make-pairs --records data/my_sounds/1.0.0 --split test --sed runs/tagger \\\n"
@@ -47,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.evaluation.make_pairs import make_pairs, read_groups
     from uss_jax.training.model import Model
 
+    say_detector_precision(args)
     groups = read_groups(args.groups) if args.groups else {}
     model = Model(args.sed)
     made = make_pairs(

@@ -10,7 +10,7 @@ With --show the anchors of one clip are drawn over its spectrogram instead.
 
 import argparse
 
-from uss_jax.cli.arguments import positive
+from uss_jax.cli.arguments import add_detector_precision, positive, say_detector_precision
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--picture", metavar="PNG", help="where --show draws; default: anchors.png beside TABLE"
     )
+    add_detector_precision(parser)
     parser.epilog = (
         "example:\n"
         "  uss-jax mine --records data/my_sounds/1.0.0 --sed runs/tagger --out anchors.npz\n"
@@ -69,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out} is not the name of an .npz file; give one")
     if not 0 <= args.host < args.hosts:
         raise UserError(f"--host {args.host} is not between 0 and {args.hosts - 1}")
+    say_detector_precision(args)
     model = Model(args.sed)
     reader = open_records(args.records, args.split, model)
     if args.show is not None:

@@ -14,6 +14,8 @@ What to ask for:
 
 import argparse
 
+from uss_jax.cli.arguments import add_precision
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("audio", nargs="+", metavar="AUDIO", help="recordings, see above")
@@ -49,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=_FORMATS, default="wav", help="default: wav (32-bit float)"
     )
+    add_precision(parser)
     parser.add_argument("--dry-run", action="store_true", help="only say which classes sound where")
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     parser.epilog = (
@@ -67,7 +70,7 @@ _FORMATS = {
 
 
 _REPORTED = ("model", "classes", "levels", "first_parent", "query", "threshold")
-_REPORTED += ("blocks", "residual", "sum_to_mixture", "format")
+_REPORTED += ("blocks", "residual", "sum_to_mixture", "format", "precision")
 
 
 def _probability(text: str) -> float:
@@ -86,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.separation.recordings import Separator, Settings
     from uss_jax.training.model import Model
 
-    model = Model(args.model)
+    model = Model(args.model, args.precision)
     paths = find_recordings(args.audio)
     if args.dry_run:
         for path in paths:

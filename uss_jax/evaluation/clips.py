@@ -18,7 +18,6 @@ from uss_jax.data.metadata import read_sample_rate
 from uss_jax.data.pipeline import batches
 from uss_jax.data.reader import ClipReader
 from uss_jax.errors import UserError
-from uss_jax.models.tagging import TaggingNet
 from uss_jax.training.model import Model, Net
 from uss_jax.training.step import find_anchors
 
@@ -80,18 +79,16 @@ def batches_of(
         yield batch, min(BATCH_SIZE, len(chosen.records) - step * BATCH_SIZE)
 
 
-@functools.partial(jax.jit, static_argnames=("module", "segment_samples"))
+@functools.partial(jax.jit, static_argnames="segment_samples")
 def anchors_of_batch(
-    module: TaggingNet | None,
-    variables: Any,
+    sed: Net | None,
     batch: dict[str, jax.Array],
     key: jax.Array,
     segment_samples: int,
 ) -> Any:
-    """The batch's anchors as training finds them, or random ones where the module is None."""
-    return find_anchors(
-        module, variables, batch, key, segment_samples=segment_samples, min_dbfs=MIN_DBFS
-    )
+    """The batch's anchors as training finds them, or random ones without a detector."""
+    net = (None, None) if sed is None else (sed.module, sed.variables)
+    return find_anchors(*net, batch, key, segment_samples=segment_samples, min_dbfs=MIN_DBFS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +113,7 @@ def mine(reader: ClipReader, chosen: Chosen, sed: Net, segment_samples: int) -> 
     for batch, rows in batches_of(reader, chosen, segment_samples):
         inputs = {name: batch[name] for name in ("audio", "samples", "class_index")}
         key = jax.random.key(0)  # unused with a detector
-        anchors = anchors_of_batch(sed.module, sed.variables, inputs, key, segment_samples)
+        anchors = anchors_of_batch(sed, inputs, key, segment_samples)
         found.append((anchors.begin_sample[:rows], anchors.samples[:rows]))
     begin, samples = (np.concatenate(column) for column in zip(*found, strict=True))
     return MinedAnchors(begin, samples)

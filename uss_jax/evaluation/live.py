@@ -24,6 +24,7 @@ from uss_jax.evaluation.metrics import class_medians, separation_figures
 from uss_jax.evaluation.pairs import Pair
 from uss_jax.models.query import QueryNet
 from uss_jax.models.resunet import ResUNet
+from uss_jax.precision import HIGHEST, at_precision
 from uss_jax.training.mesh import replicated, to_devices
 from uss_jax.training.model import Model
 from uss_jax.training.state import TrainState
@@ -63,11 +64,10 @@ def make_evaluation(
       batch_size: pairs at a time on all devices together; a multiple of their number.
       threads: that read files.
     """
-    # What the pairs of one batch score, known to every host.
-    jitted = jax.jit(
-        functools.partial(_figures, separator, query, bool(averages)),
-        out_shardings=replicated(mesh),
-    )
+    # What the pairs of one batch score, known to every host. At highest precision whatever training
+    # computes at, so that a checkpoint's figures are those that `uss-jax evaluate` gives.
+    figures = functools.partial(_figures, separator, query, bool(averages))
+    jitted = jax.jit(at_precision(HIGHEST, figures), out_shardings=replicated(mesh))
     classes = np.array([pair.class_index for pair in pairs])
     samples = pairs[0].samples(sample_rate)
     mine = jax.process_index(), jax.process_count()

@@ -21,7 +21,7 @@ from uss_jax.data.reader import ClipReader
 from uss_jax.data.sampling import BalancedOrder
 from uss_jax.evaluation.clips import BATCH_SIZE, anchors_of_batch
 from uss_jax.evaluation.table import format_table
-from uss_jax.training.model import Model
+from uss_jax.training.model import Model, Net
 
 CLIP_SECONDS = 10.0
 EVENT_SECONDS = 1.0
@@ -66,10 +66,9 @@ def evaluate_planted(
     )
     for background in BACKGROUNDS:
         planted = plant(reader, background, sample_rate=model.sample_rate, clips=clips, seed=seed)
-        sed = (model.sed.module, model.sed.variables)
         begins = {
-            "mined": _find(sed, planted, model.segment_samples, seed)[:, None],
-            "random": _find((None, None), planted, model.segment_samples, seed)[:, None],
+            "mined": _find(model.sed, planted, model.segment_samples, seed)[:, None],
+            "random": _find(None, planted, model.segment_samples, seed)[:, None],
             "all places": np.broadcast_to(places, (clips, len(places))),
         }
         for anchors, begin in begins.items():
@@ -131,7 +130,7 @@ def coloured_noise(
 
 
 def _find(
-    net: tuple[Any, Any], planted: Planted, segment_samples: int, seed: int
+    sed: Net | None, planted: Planted, segment_samples: int, seed: int
 ) -> Integer[np.ndarray, " n"]:
     """Begin samples of anchors, in batches of one shape."""
     begins = []
@@ -143,7 +142,7 @@ def _find(
             "class_index": jnp.asarray(planted.class_index[at]),
         }
         key = jax.random.fold_in(jax.random.key(seed), first)
-        begins.append(anchors_of_batch(*net, batch, key, segment_samples).begin_sample)
+        begins.append(anchors_of_batch(sed, batch, key, segment_samples).begin_sample)
     return np.concatenate(begins)[: len(planted.audio)]
 
 

@@ -42,6 +42,7 @@ from uss_jax.evaluation.summary import (
 )
 from uss_jax.evaluation.table import format_table, markdown_table, write_results
 from uss_jax.evaluation.tagging import evaluate_tagging, format_tagging
+from uss_jax.precision import HIGHEST
 from uss_jax.separation.queries import require_npz, write_bank
 from uss_jax.training.model import Model
 
@@ -239,7 +240,15 @@ SUITES: dict[str, Callable[..., tuple[Results, str]]] = {
 }
 
 
-def evaluate(suite: str, model_path: str, data: str, out: str, **options: Any) -> str:
+def evaluate(
+    suite: str,
+    model_path: str,
+    data: str,
+    out: str,
+    *,
+    precision: str = HIGHEST,
+    **options: Any,
+) -> str:
     """Runs a suite and writes its results; returns the table.
 
     Args:
@@ -247,12 +256,14 @@ def evaluate(suite: str, model_path: str, data: str, out: str, **options: Any) -
       model_path: bundle or training workdir.
       data: pairs or records, as the suite takes them.
       out: the JSON file of results.
+      precision: of separator and query net, see uss_jax/precision.py.
       options: of the suite.
     """
     if not pathlib.Path(out).absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder to write it to; make it first")
-    model = Model(model_path)
+    model = Model(model_path, precision)
     results, text = SUITES[suite](model, data, out, **options)
-    how = {"data": os.fspath(data), "uss_jax": uss_jax.__version__, **results.pop("how")}
+    how = {"data": os.fspath(data), "uss_jax": uss_jax.__version__, "precision": precision}
+    how |= results.pop("how")
     write_results(out, {"suite": suite, "model": os.fspath(model_path), **results, "how": how})
     return text

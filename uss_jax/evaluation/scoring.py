@@ -31,7 +31,6 @@ from tqdm import tqdm
 from uss_jax.errors import UserError
 from uss_jax.evaluation.finished import Finished
 from uss_jax.evaluation.metrics import FLOOR, separation_figures
-from uss_jax.models.resunet import ResUNet
 from uss_jax.ontology import load_ontology
 from uss_jax.training.bundle import net_hash
 from uss_jax.training.mesh import batch_sharded, make_mesh, replicated
@@ -214,17 +213,16 @@ def score(
     return figures, {row.name: row for row in rows}
 
 
-@functools.partial(jax.jit, static_argnames=("module", "everywhere"))
+@functools.partial(jax.jit, static_argnames="everywhere")
 def _measure(
-    module: ResUNet,
-    variables: Any,
+    separator: Net,
     mixture: Float[Array, "b t"],
     source: Float[Array, "b t"],
     condition: Float[Array, "b d"],
     everywhere: NamedSharding,
 ) -> dict[str, Float[Array, " b"]]:
     """The figures of a batch of estimates, on every host."""
-    estimate = module.apply(variables, mixture[:, None], condition)[:, 0]
+    estimate = separator(mixture[:, None], condition)[:, 0]
     found = _figures(source, estimate, mixture)
     return jax.lax.with_sharding_constraint(found, everywhere)
 
@@ -249,9 +247,7 @@ def _score_batch(
 ) -> dict[str, Figures]:
     """Row name -> figure name -> [m]; `alone` adds the target alone."""
     mixtures, sources = batches.put(mixture), batches.put(source)
-    measure = functools.partial(
-        _measure, separator.module, separator.variables, everywhere=replicated(batches.mesh)
-    )
+    measure = functools.partial(_measure, separator, everywhere=replicated(batches.mesh))
     filled = batches.filled(at)
     found = {}
     for row in rows:
@@ -409,7 +405,8 @@ def _identity(
 ) -> Iterator[bytes]:
     """What the figures of a batch depend on."""
     yield net_hash(model.separator.variables).encode()
-    yield json.dumps([batch_size, oracle_only, [item.name for item in items]]).encode()
+    how = [model.precision, batch_size, oracle_only]
+    yield json.dumps([*how, [item.name for item in items]]).encode()
     for row in rows:
         yield row.name.encode() + row.conditions.tobytes() + row.exists.tobytes()
 

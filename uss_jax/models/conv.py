@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from uss_jax.models.reductions import sum_places
+from uss_jax.models.vjp import custom_vjp
 
 # Below this many channels XLA's own filter gradient is as fast on a CPU.
 _NARROW = 32
@@ -130,7 +131,7 @@ def _add_bias_backward(bias, dy):
 add_bias.defvjp(lambda x, bias: (x + bias, bias), _add_bias_backward)
 
 
-@jax.custom_vjp
+@custom_vjp
 def linear(
     x: Float[Array, "b n f c"] | tuple[Float[Array, "b n f _"], ...], matrix: Float[Array, "c d"]
 ) -> Float[Array, "b n f d"]:
@@ -186,7 +187,7 @@ def _matrix_gradient_by_rows(x: Array, dy: Array) -> Array:
     return jnp.sum(total, axis=0).astype(x.dtype)
 
 
-@jax.custom_vjp
+@custom_vjp
 def conv3x3(x: Float[Array, "b n f c"], kernel: Float[Array, "3 3 c d"]) -> Array:
     """Convolves; [b, n, f, d]. Its gradient is its own, so there is no forward-mode derivative."""
     _, n, f, c = x.shape

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Array, Float
 
 from uss_jax.audio.mel import log_mel
+from uss_jax.precision import HIGHEST, at_precision
 
 Augment = Callable[[Array], Array]
 
@@ -27,10 +28,12 @@ class TaggingNet(Protocol):
       classes: k.
       embedding_width: e.
       frame_hop_samples: samples between frames.
+      dtype: compute dtype, "float32" or "bfloat16".
     """
 
     sample_rate: int
     classes: int
+    dtype: str
 
     @property
     def embedding_width(self) -> int: ...
@@ -54,3 +57,16 @@ def front_end(net: Any, waveform: Float[Array, "b t"]) -> Float[Array, "b n m"]:
         f_min=net.f_min,
         f_max=net.f_max,
     )
+
+
+def as_detector(net: TaggingNet) -> TaggingNet:
+    """Returns the net computing in float32, whatever dtype it was trained in."""
+    return net.clone(dtype="float32")
+
+
+def detect(net: TaggingNet, variables: Any, waveform: Float[Array, "b t"]) -> dict[str, Array]:
+    """Runs a net as detector: in float32 at highest precision, whatever surrounds the call.
+
+    An anchor is where a maximum lies, so probabilities must not depend on the device.
+    """
+    return at_precision(HIGHEST, as_detector(net).apply)(variables, waveform)

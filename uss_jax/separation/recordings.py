@@ -25,6 +25,7 @@ from uss_jax.audio.files import (
     writing_audio,
 )
 from uss_jax.errors import UserError
+from uss_jax.precision import HIGHEST
 from uss_jax.separation.names import safe_name
 from uss_jax.separation.queries import Query
 from uss_jax.separation.separator import (
@@ -109,9 +110,9 @@ class Separator:
         self._batch_size = (1 if on_cpu else 16) * (mesh.size if mesh else 1)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Separator":
-        """Opens a bundle or workdir."""
-        return cls(Model(path))
+    def load(cls, path: str | os.PathLike, precision: str = HIGHEST) -> "Separator":
+        """Opens a bundle or workdir, to compute at a precision: see uss_jax/precision.py."""
+        return cls(Model(path, precision))
 
     def separate(
         self, waveform: Float32[np.ndarray, "*c t"], sample_rate: int, query: Query

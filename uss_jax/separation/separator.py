@@ -15,18 +15,15 @@ condition, `n` targets.
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32
 
-from uss_jax.models.resunet import ResUNet
 from uss_jax.training.mesh import batch_sharded
-from uss_jax.training.model import Model
+from uss_jax.training.model import Model, Net
 
 _WINDOW_FRAMES = 480
 _CONTEXT_FRAMES = 32
@@ -146,7 +143,7 @@ def separate_blocks(
             if mesh is not None:
                 windows, conditions = jax.device_put((windows, conditions), batch_sharded(mesh))
             with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-                separated = _separate(net.module, net.variables, windows, conditions)
+                separated = _separate(net, windows, conditions)
             for (place, number, _), estimate in zip(some, np.asarray(separated), strict=False):
                 estimates[place, number] = estimate
         for place, (index, window, true) in enumerate(pending):
@@ -171,11 +168,12 @@ def separate_blocks(
     yield from flush()
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _separate(
-    module: ResUNet, variables: Any, windows: Float[Array, "b c t"], conditions: Float[Array, "b d"]
+    net: Net,
+    windows: Float[Array | np.ndarray, "b c t"],
+    conditions: Float[Array | np.ndarray, "b d"],
 ) -> Float[Array, "b c t"]:
-    return module.apply(variables, windows, conditions, method=ResUNet.separate_with_shared_mask)
+    return net(windows, conditions, method="separate_with_shared_mask")
 
 
 def _windows(blocks: Blocks, layout: Layout) -> Iterator[tuple[int, Float32[np.ndarray, "c t"]]]:

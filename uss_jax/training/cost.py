@@ -1,41 +1,74 @@
 """What a step costs: operations of the model, bytes on a device, and what devices can do."""
 
+import collections
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.extend
 import numpy as np
 
-# Dense peaks in FLOP/s, as makers publish them, of what jax counts as one device: in bfloat16, and
-# in float32 at jax's default precision (TF32 on NVIDIA, bfloat16 passes on TPU). The first pattern
+# How products are done: on bfloat16 arrays, or on float32 ones at a precision.
+BFLOAT16 = "bfloat16"
+
+
+def _nvidia(bfloat16: float, tf32: float, float32: float) -> dict[str, float]:
+    return {BFLOAT16: bfloat16, "default": tf32, "high": tf32, "highest": float32}
+
+
+def _tpu(bfloat16: float) -> dict[str, float]:
+    """Float32 is made of one, three or six passes in bfloat16."""
+    passes = {BFLOAT16: 1, "default": 1, "high": 3, "highest": 6}
+    return {way: bfloat16 / times for way, times in passes.items()}
+
+
+# Dense peaks in FLOP/s, as makers publish them, of what jax counts as one device. The first pattern
 # found in `device_kind` counts.
 PEAKS = (
-    (r"B200", 2250e12, 1125e12),
-    (r"H200|H100 80GB HBM3|GH200", 989e12, 495e12),
-    (r"H100 NVL", 835e12, 418e12),
-    (r"H100", 756e12, 378e12),
-    (r"A100", 312e12, 156e12),
-    (r"L40S", 362e12, 183e12),
-    (r"L4\b", 121e12, 60e12),
-    (r"A10G", 70e12, 35e12),
-    (r"TPU v6 lite|TPU v6e", 918e12, 918e12),
-    (r"TPU v5 lite|TPU v5e", 197e12, 197e12),
-    (r"TPU v5", 459e12, 459e12),
-    (r"TPU v4", 275e12, 275e12),
-    (r"TPU v3", 61.5e12, 61.5e12),
-    (r"TPU v2", 22.5e12, 22.5e12),
+    (r"B200", _nvidia(2250e12, 1125e12, 75e12)),
+    (r"H200|H100 80GB HBM3|GH200", _nvidia(989e12, 495e12, 67e12)),
+    (r"H100 NVL", _nvidia(835e12, 418e12, 60e12)),
+    (r"H100", _nvidia(756e12, 378e12, 51e12)),
+    (r"A100", _nvidia(312e12, 156e12, 19.5e12)),
+    (r"L40S", _nvidia(362e12, 183e12, 91.6e12)),
+    (r"L4\b", _nvidia(121e12, 60e12, 30.3e12)),
+    (r"A10G", _nvidia(70e12, 35e12, 31.5e12)),
+    (r"TPU v6 lite|TPU v6e", _tpu(918e12)),
+    (r"TPU v5 lite|TPU v5e", _tpu(197e12)),
+    (r"TPU v5", _tpu(459e12)),
+    (r"TPU v4", _tpu(275e12)),
+    (r"TPU v3", _tpu(61.5e12)),
+    (r"TPU v2", _tpu(22.5e12)),
 )
 
 
-def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Peak of a device in FLOP/s, computing in "float32" or "bfloat16"; None if not known."""
-    for pattern, bfloat16, float32 in PEAKS:
+def peak_flops(device_kind: str, way: str) -> float | None:
+    """Peak of a device in FLOP/s; None if not known.
+
+    Args:
+      device_kind: as jax names it.
+      way: "bfloat16", or the precision of float32 products.
+    """
+    for pattern, peaks in PEAKS:
         if re.search(pattern, device_kind):
-            return bfloat16 if dtype == "bfloat16" else float32
+            return peaks[way]
     return None
+
+
+def least_seconds(flops: Mapping[str, float], device_kind: str) -> float | None:
+    """Time that a device needs at its peaks for the operations of `flops_by_way`.
+
+    None where its peaks are not known.
+    """
+    seconds = 0.0
+    for way, count in flops.items():
+        peak = peak_flops(device_kind, way)
+        if peak is None:
+            return None
+        seconds += count / peak
+    return seconds
 
 
 def model_flops(function: Callable, *arguments: Any) -> float:
@@ -49,30 +82,49 @@ def model_flops(function: Callable, *arguments: Any) -> float:
       function: traced, not run.
       arguments: arrays or their shapes (`jax.ShapeDtypeStruct`).
     """
-    return _flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return sum(flops_by_way(function, *arguments).values())
 
 
-def _flops(jaxpr: Any) -> float:
-    total = 0.0
+def flops_by_way(function: Callable, *arguments: Any) -> dict[str, float]:
+    """The operations of `model_flops` by how they are done: "bfloat16", or float32 at a precision.
+
+    A device's peaks in these differ up to fifteen times.
+    """
+    return dict(_flops(jax.make_jaxpr(function)(*arguments).jaxpr))
+
+
+def _flops(jaxpr: Any) -> dict[str, float]:
+    total: dict[str, float] = collections.defaultdict(float)
     for equation in jaxpr.eqns:
         name, out = equation.primitive.name, equation.outvars
         if name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
-            total += 2 * out[0].aval.size * math.prod(shape[axis] for axis in contracted)
+            count = 2.0 * out[0].aval.size * math.prod(shape[axis] for axis in contracted)
+            total[_way(equation)] += count
         elif name == "conv_general_dilated":
             features_out = equation.params["dimension_numbers"].rhs_spec[0]
             kernel = equation.invars[1].aval
-            total += 2 * out[0].aval.size * kernel.size / kernel.shape[features_out]
-        elif name == "cond":  # of forms for different platforms, the last is the plain one
-            *_, plain = _inner(equation.params)
-            total += _flops(plain)
+            count = 2.0 * out[0].aval.size * kernel.size / kernel.shape[features_out]
+            total[_way(equation)] += count
         else:
             times = equation.params["length"] if name == "scan" else 1
             if name == "shard_map":
                 times = equation.params["mesh"].size
-            total += times * sum(map(_flops, _inner(equation.params)))
+            programs = list(_inner(equation.params))
+            if name == "cond":  # of forms for different platforms, the last is the plain one
+                programs = programs[-1:]
+            for program in programs:
+                for way, count in _flops(program).items():
+                    total[way] += times * count
     return total
+
+
+def _way(product: Any) -> str:
+    if all(operand.aval.dtype == BFLOAT16 for operand in product.invars):
+        return BFLOAT16
+    precision = product.params["precision"]  # of both operands; None is JAX's own choice
+    return precision[0].name.lower() if isinstance(precision, tuple) else "default"
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Any]:

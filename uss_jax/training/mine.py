@@ -32,6 +32,7 @@ from uss_jax.data.index import RecordIndex
 from uss_jax.data.pipeline import batches
 from uss_jax.data.reader import ClipReader
 from uss_jax.errors import UserError
+from uss_jax.models.tagging import detect
 from uss_jax.ontology import load_ontology
 from uss_jax.training.bundle import net_hash
 from uss_jax.training.mesh import make_mesh, on_all_devices, to_devices
@@ -107,7 +108,8 @@ def anchors_of_labels(
     at = jnp.arange(framewise.shape[1]) * hop_samples
     end = jnp.minimum(best + segment_samples, samples[:, None])[:, :, None]
     inside = ((at >= best[:, :, None]) & (at <= end)).astype(framewise.dtype)
-    mean = jnp.einsum("bln,bnk->blk", inside, framewise) / jnp.sum(inside, axis=2, keepdims=True)
+    total = jnp.einsum("bln,bnk->blk", inside, framewise, precision=jax.lax.Precision.HIGHEST)
+    mean = total / jnp.sum(inside, axis=2, keepdims=True)
     return {
         "begin_sample": begin,
         "score": score.reshape(batch, width, candidates),
@@ -127,7 +129,7 @@ def _mine_batch(
 ) -> dict[str, Array]:
     clip = to_float(batch["audio"])
     return anchors_of_labels(
-        module.apply(variables, clip)["framewise"],
+        detect(module, variables, clip)["framewise"],
         clip,
         batch["samples"],
         batch["labels"],

@@ -7,10 +7,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from uss_jax.training.cost import device_bytes, model_flops, peak_flops
+from uss_jax.precision import PRECISIONS
+from uss_jax.training.cost import BFLOAT16, device_bytes, flops_by_way, least_seconds
 from uss_jax.training.mesh import batch_sharded, laid_out, replicated
 from uss_jax.training.state import TrainState, parameter_count
 from uss_jax.training.step import Step
+
+_WAYS = {BFLOAT16: "bfloat16", **{word: f"float32 at {word} precision" for word in PRECISIONS}}
 
 
 def clip_batch(items: int, samples: int, *, from_table: bool) -> dict[str, jax.ShapeDtypeStruct]:
@@ -31,7 +34,6 @@ def describe(
     *,
     counted: Step,
     mesh: Mesh,
-    dtype: str,
 ) -> list[str]:
     """Compiles a step for the devices of the mesh; lines that say what it is and needs.
 
@@ -41,7 +43,6 @@ def describe(
       frozen, batch: shapes.
       counted: the same step without `remat`, whose operations count.
       mesh: the devices.
-      dtype: that the separator computes in.
     """
     key = jax.random.key(0)
     began = time.monotonic()
@@ -56,11 +57,13 @@ def describe(
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
         compiled = jitted.lower(*arguments, key).compile()
         seconds = time.monotonic() - began
-        flops = model_flops(counted, state, frozen, batch, key)
+        by_way = flops_by_way(counted, state, frozen, batch, key)
 
     device = mesh.devices.flat[0]
     items = batch["audio"].shape[0]
     read = sum(x.size * x.dtype.itemsize for x in batch.values())
+    flops = sum(by_way.values())
+    ways = ", ".join(f"{_WAYS[way]} {count / 1e12:.4g}" for way, count in sorted(by_way.items()))
     trained, other = parameter_count(state.params), parameter_count(_params(frozen))
     lines = [
         f"mesh: {mesh.size} x {device.device_kind} along {mesh.axis_names[0]}, "
@@ -68,19 +71,19 @@ def describe(
         f"parameters: {trained / 1e6:.2f} M trained, {other / 1e6:.2f} M frozen",
         f"batch: {items} items, {items // mesh.size} a device",
         f"operations: {flops / 1e12:.4g} TFLOP a step, {flops / items / 1e12:.4g} an item, in "
-        "matrix products and convolutions",
+        f"matrix products and convolutions: {ways}",
         _memory(compiled, device),
         f"input: {read / 1e6:.4g} MB a step",
         f"compiled in {seconds:.1f} s",
     ]
-    peak = peak_flops(device.device_kind, dtype)
-    if peak is None:
+    least = least_seconds(by_way, device.device_kind)
+    if least is None:
         return [*lines, f"the peak of {device.device_kind} is not known"]
-    steps = peak * mesh.size / flops
+    steps = mesh.size / least
     return [
         *lines,
-        f"at the {dtype} peak, {peak / 1e12:.4g} TFLOP/s a device: {items * steps:.4g} items/s, "
-        f"which read {read * steps / 1e6:.4g} MB/s",
+        f"at the peaks of {device.device_kind} for these: {items * steps:.4g} items/s, which read "
+        f"{read * steps / 1e6:.4g} MB/s",
     ]
 
 

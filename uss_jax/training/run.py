@@ -23,6 +23,7 @@ from uss_jax.data.reader import ClipReader
 from uss_jax.data.sampling import BalancedOrder, GroupedOrder, UniformOrder
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
+from uss_jax.precision import check_precision
 from uss_jax.training.bundle import FORMAT_VERSION, read_bundle
 from uss_jax.training.checkpoints import Checkpoints
 from uss_jax.training.loop import Evaluate, fit
@@ -73,6 +74,7 @@ def check(config: ConfigDict, group_size: int = 1) -> None:
     for key in _AT_LEAST_ONE:
         if config.get(key, 1) < 1:
             raise UserError(f"config.{key} is {config[key]}, expected at least 1")
+    precision_of(config)
     ratio = config.get("max_norm_ratio", MAX_NORM_RATIO)
     if not (ratio == 0 or ratio > 1):
         raise UserError(
@@ -320,7 +322,9 @@ def train_on(
         start = checkpoints.latest_step or 0
         if start:
             say(f"resuming after step {start}")
-            _require_same_run(workdir, about, checkpoints.position(start), position)
+            saved = read_bundle(workdir).config
+            _require_same_run(saved, about, checkpoints.position(start), position)
+            _say_other_precision(saved["training"], config)
             state = checkpoints.restore(start, state)
         else:
             state = create(fresh, *fresh_from, like=state)
@@ -332,7 +336,7 @@ def train_on(
         throughput = Throughput(
             workdir, start, config.global_batch, parameters, dtype, counted or step
         )
-        if throughput.peak is None:
+        if not throughput.knows_device:
             say("the peak of this device is not known, so there is no FLOP utilisation")
         frozen = on_all_devices(frozen, mesh)
         multihost_utils.sync_global_devices("the workdir is written")
@@ -392,14 +396,24 @@ def _feed(
     )
 
 
+def precision_of(config: ConfigDict | Mapping[str, Any]) -> str:
+    """The precision of what trains; a config that does not say it has JAX's default."""
+    return check_precision(config.get("precision", "default"), "config.precision")
+
+
+def _say_other_precision(saved: Mapping[str, Any], config: ConfigDict) -> None:
+    before, now = precision_of(saved), precision_of(config)
+    if before != now:
+        say(f"config.precision is {now} from here on; up to here it was {before}")
+
+
 def _require_same_run(
-    workdir: pathlib.Path,
+    saved: Mapping[str, Any],
     about: Mapping[str, Any],
     saved_position: Mapping[str, Any],
     position: Mapping[str, Any],
 ) -> None:
-    """Raises a UserError where the workdir's run has other nets or would see other data."""
-    saved = read_bundle(workdir).config
+    """Raises a UserError where the saved run has other nets or would see other data."""
     _require_same_nets(saved, json.loads(json.dumps(about)))
     _require_same_data(saved_position, position)
     _require_same_drawing(saved["training"], about["training"])

@@ -15,7 +15,7 @@ from uss_jax.anchors.detect import Anchors, choose_anchor, cut, random_begin, se
 from uss_jax.anchors.mix import energy, mix, mix_sets
 from uss_jax.models.query import QueryNet
 from uss_jax.models.resunet import ResUNet
-from uss_jax.models.tagging import TaggingNet
+from uss_jax.models.tagging import TaggingNet, detect
 from uss_jax.training import guard
 from uss_jax.training.augment import add_noise, change_speed, mixup, mixup_weights, spec_augment
 from uss_jax.training.losses import binary_cross_entropy
@@ -58,7 +58,7 @@ def find_anchors(
         begin = random_begin(key, samples, segment_samples=segment_samples)
         score = jnp.zeros(begin.shape, clip.dtype)
     else:
-        framewise = sed.apply(sed_variables, clip)["framewise"]
+        framewise = detect(sed, sed_variables, clip)["framewise"]
         index = batch["class_index"][:, None, None]
         loudness = None
         if min_dbfs is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from uss_jax.atomic import replacing
-from uss_jax.training.cost import model_flops, peak_flops
+from uss_jax.training.cost import BFLOAT16, flops_by_way, least_seconds, peak_flops
 from uss_jax.training.step import Step
 
 LEDGER = "throughput.json"
@@ -21,7 +21,7 @@ class Throughput:
     """Times the steps of a run since it was started, less compiling, evaluating and saving.
 
     Attributes:
-      peak: FLOP/s that a device can do, None if not known.
+      knows_device: whether the peaks of the device are known.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Throughput:
         self._earlier = read_ledger(workdir)
         self._global_batch = global_batch
         device = jax.devices()[0].device_kind
-        self.peak = peak_flops(device, dtype)
+        self.knows_device = peak_flops(device, BFLOAT16) is not None
         self._about = {
             "start_step": start_step,
             "device": device,
@@ -70,7 +70,9 @@ class Throughput:
         began = time.monotonic()
         compiled = jitted.lower(*arguments).compile()
         self._about["compile_seconds"] = time.monotonic() - began
-        self._flops = self._about["flops_per_step"] = model_flops(self._counted, *arguments)
+        flops = flops_by_way(self._counted, *arguments)
+        self._about |= {"flops_per_step": sum(flops.values()), "flops_by_way": flops}
+        self._least_seconds = least_seconds(flops, self._about["device"])
         self.go()
         return compiled
 
@@ -107,9 +109,10 @@ class Throughput:
             "step_seconds": seconds / steps,
             "input_wait_share": waited / seconds,
         }
-        if self.peak is not None:  # else there is nothing to be a share of
-            flops = self._flops * steps / seconds
-            rates["flop_utilisation"] = flops / (self.peak * jax.device_count())
+        if self.knows_device:  # else there is nothing to be a share of
+            # Of all devices, each way of multiplying at its own peak.
+            least = self._least_seconds * steps / jax.device_count()
+            rates["flop_utilisation"] = least / seconds
         return rates
 
     def _write(self, step: int) -> None:

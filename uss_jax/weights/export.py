@@ -6,6 +6,7 @@ takes its place. Each carries the model's config with its licence, and how to lo
 Letters: `b` batch, `t` samples of a window, `d` width of the condition.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -25,6 +26,7 @@ from safetensors.numpy import load_file
 from uss_jax.errors import UserError
 from uss_jax.models.query import QueryNet
 from uss_jax.models.resunet import ResUNet
+from uss_jax.precision import HIGHEST, at_precision, check_precision
 from uss_jax.training.bundle import (
     Bundle,
     Variables,
@@ -55,6 +57,7 @@ part/collection/layer/.../leaf, convolutions are HWIO, dense layers (in, out).
     separated = read("separate.stablehlo").call(mixture, condition)
 
 mixture [b, {samples}] float32 at {rate} Hz, condition [b, {width}] float32, any b; needs jax alone.
+Products and convolutions of float32 arrays have the precision `{precision}`.
 {condition}""",
 }
 _CONDITION = {
@@ -82,6 +85,7 @@ def export(
     dtype: str = DTYPES[0],
     shards: int = 1,
     window_seconds: float | None = None,
+    precision: str = HIGHEST,
 ) -> str:
     """Writes another form of a model; the folder appears whole, and only if it runs as the model.
 
@@ -92,6 +96,8 @@ def export(
       dtype: of stored parameters; batch statistics stay float32.
       shards: for orbax: pieces over which every large array is divided, as on so many devices.
       window_seconds: for stablehlo: length of a window; that of a segment when None.
+      precision: for stablehlo: of the function's products, see uss_jax/precision.py. Other forms
+        hold no products.
 
     Returns:
       What was checked, for people.
@@ -103,6 +109,9 @@ def export(
         _require_flatbuffers()
         if dtype != DTYPES[0]:
             raise UserError("stablehlo holds the function as it runs; give no --dtype")
+    elif precision != HIGHEST:
+        raise UserError(f"{form} holds parameters and no products; give no --precision")
+    check_precision(precision, "precision")
     separator, _ = bundle.separator()
     parts = {p: bundle.variables(p) for p in _PARTS if _has(bundle, p)}
     parts = {p: _cast(variables, dtype) for p, variables in parts.items()}
@@ -114,7 +123,7 @@ def export(
     writers: dict[str, Callable[[], Float[np.ndarray, "b t"]]] = {
         "orbax": lambda: _orbax(bundle, parts, unfinished, shards, inputs),
         "safetensors": lambda: _safetensors(separator, parts, unfinished, inputs),
-        "stablehlo": lambda: _stablehlo(bundle, parts, unfinished, window, inputs),
+        "stablehlo": lambda: _stablehlo(bundle, parts, unfinished, window, inputs, precision),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -123,8 +132,10 @@ def export(
         difference = _require_same(live, writers[form](), f"the {form} export of {bundle.path}")
         if form != "orbax":
             config = {**_config(bundle), "hashes": {p: net_hash(v) for p, v in parts.items()}}
+            if form == "stablehlo":
+                config["precision"] = precision
             (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (unfinished / "README.md").write_text(_read_me(bundle, form, window))
+        (unfinished / "README.md").write_text(_read_me(bundle, form, window, precision))
         unfinished.rename(out)
     except OSError as error:
         raise UserError(f"{out} could not be written ({error.strerror or error})") from error
@@ -177,7 +188,11 @@ def _separate(separator: ResUNet, variables: Variables, mixture: Any, condition:
 def _live(
     separator: ResUNet, variables: Variables, inputs: Mapping[str, np.ndarray]
 ) -> Float[np.ndarray, "..."]:
-    run = jax.jit(lambda v, m, c: _separate(separator, v, m, c))
+    """The estimates that a form is held to, at highest precision.
+
+    An exported function runs on the CPU then, where every precision is the highest.
+    """
+    run = jax.jit(at_precision(HIGHEST, functools.partial(_separate, separator)))
     return np.asarray(run(variables, inputs["0"], inputs["1"]))
 
 
@@ -234,6 +249,7 @@ def _stablehlo(
     folder: pathlib.Path,
     window: int,
     inputs: Mapping[str, np.ndarray],
+    precision: str,
 ) -> np.ndarray:
     """The functions themselves, parameters included, run in a process without this package."""
     separator, _ = bundle.separator()
@@ -245,7 +261,7 @@ def _stablehlo(
     ]
     _write_function(
         folder / "separate.stablehlo",
-        lambda mixture, condition: _separate(separator, constants, mixture, condition),
+        at_precision(precision, functools.partial(_separate, separator, constants)),
         shapes,
     )
     if "query" in parts:
@@ -256,11 +272,12 @@ def _stablehlo(
         path = folder / "condition.stablehlo"
         _write_function(
             path,
-            lambda recording: _condition(query, variables, recording),
+            at_precision(precision, functools.partial(_condition, query, variables)),
             [jax.ShapeDtypeStruct((b, segment), np.float32)],
         )
         recording = recording.astype(np.float32)
-        live = jax.jit(lambda v, x: _condition(query, v, x))(variables, recording)
+        live = jax.jit(at_precision(HIGHEST, functools.partial(_condition, query)))
+        live = live(variables, recording)
         _require_same(np.asarray(live), _run_alone(path, {"0": recording}), str(path))
     return _run_alone(folder / "separate.stablehlo", inputs)
 
@@ -302,13 +319,14 @@ def _require_flatbuffers() -> None:
         ) from error
 
 
-def _read_me(bundle: Bundle, form: str, window: int) -> str:
+def _read_me(bundle: Bundle, form: str, window: int, precision: str) -> str:
     config = bundle.config
     segment = round(config["segment_seconds"] * _rate(bundle))
     about = {
         "samples": window,
         "rate": _rate(bundle),
         "width": bundle.separator()[0].condition_width,
+        "precision": precision,
         "condition": _CONDITION[config["query"]["kind"]].format(samples=segment) + "\n",
     }
     licence = config.get("licence", "as the recordings it was trained on allow")

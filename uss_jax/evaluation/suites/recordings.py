@@ -63,7 +63,7 @@ def answers(
 def identity(model: Model, averages: Averages, names: Sequence[str]) -> Iterator[bytes]:
     """What the figures of recordings depend on, for `Finished`."""
     yield net_hash(model.separator.variables).encode()
-    yield json.dumps([list(names), sorted(averages)]).encode()
+    yield json.dumps([model.precision, list(names), sorted(averages)]).encode()
     for _, vector in sorted(averages.items()):
         yield np.asarray(vector, np.float32).tobytes()
 

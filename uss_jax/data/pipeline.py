@@ -7,6 +7,7 @@ Letters: b clips of this host, t samples, k classes.
 """
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -141,6 +142,9 @@ def _until_closed(dataset: grain.IterDataset) -> Iterator[dict[str, np.ndarray]]
 def _end_with_parent(worker: int, workers: int) -> None:
     """In a worker: a run that is killed leaves none behind, waiting for it."""
     del worker, workers
+    # A terminal or scheduler that signals all processes of a run means the run; it closes these.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()
 
     def watch() -> None:

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 
 from uss_jax.errors import Stopped, UserError
 from uss_jax.training.checkpoints import Checkpoints
+from uss_jax.training.feed import DeviceFeed
 from uss_jax.training.hosts import StopNotice
-from uss_jax.training.mesh import to_devices
 from uss_jax.training.metrics import MetricsWriter
 from uss_jax.training.state import TrainState
 from uss_jax.training.step import Step
@@ -51,7 +51,8 @@ def fit(
       step: the training step.
       state: on the devices of the mesh; it is consumed.
       frozen: variables of the nets that do not train, on the devices too.
-      batches: this host's rows of the batch of each step, from the state's step on.
+      batches: this host's rows of the batch of each step, from the state's step on; read in a
+        thread of its own and closed in the end.
       key: the run's random key, on the devices too.
       mesh: the devices.
       total_steps: where to stop.
@@ -73,18 +74,20 @@ def fit(
       Stopped: a notice to stop was heard; there is a checkpoint of the step it came in.
     """
     losses: list[jax.Array] = []
+    idle: Callable[[], bool] = lambda: True  # whether every step dispatched is done
     shardings = jax.tree.map(lambda x: x.sharding, state)
     compiled = None
-    with jax.set_mesh(mesh), StopNotice() as notice, trace:
+    feed = DeviceFeed(batches, mesh)
+    with jax.set_mesh(mesh), StopNotice() as notice, trace, feed:
         for done in range(int(state.step) + 1, total_steps + 1):
-            with throughput.waiting():
-                batch = to_devices(next(batches), mesh)
+            batch = throughput.next_batch(feed, idle)
             if compiled is None:
                 jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
                 compiled = throughput.compile(jitted, state, frozen, batch, key)
             trace.before(done, state)
             state, metrics = compiled(state, frozen, batch, key)
             throughput.step()
+            idle = metrics["loss"].is_ready
             losses.append(metrics["loss"])
             if len(losses) > _STEPS_AHEAD:
                 jax.block_until_ready(losses[-1 - _STEPS_AHEAD])

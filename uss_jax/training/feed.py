@@ -19,8 +19,8 @@ class DeviceFeed:
     """A thread that fetches a host's batches and copies them to the devices.
 
     The loop's own thread neither reads nor copies: a batch is handed out once it is on the devices.
-    At most `BATCHES_AHEAD` batches lie there, beside those of the steps dispatched; of each this host
-    holds its rows until they are copied, beside what `batches` itself reads ahead.
+    At most `BATCHES_AHEAD` batches lie there, beside those of the steps dispatched. This host holds
+    its rows of one until they are copied, beside what `batches` itself reads ahead.
 
     Used as a context manager; when it is left, the thread has ended and `batches` is closed.
     """
@@ -88,4 +88,3 @@ class DeviceFeed:
         with self._changed:
             self._changed.wait_for(lambda: self._closed or len(self._ready) < BATCHES_AHEAD)
             return not self._closed
-

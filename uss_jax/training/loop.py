@@ -1,5 +1,7 @@
 """The loop around a step: batches in, metrics and checkpoints out, the same for every net."""
 
+import contextlib
+import gc
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -74,16 +76,17 @@ def fit(
       Stopped: a notice to stop was heard; there is a checkpoint of the step it came in.
     """
     losses: list[jax.Array] = []
-    idle: Callable[[], bool] = lambda: True  # whether every step dispatched is done
+    idle = None  # tells whether every step dispatched is done
     shardings = jax.tree.map(lambda x: x.sharding, state)
     compiled = None
     feed = DeviceFeed(batches, mesh)
-    with jax.set_mesh(mesh), StopNotice() as notice, trace, feed:
+    with jax.set_mesh(mesh), StopNotice() as notice, trace, feed, _sparing_collector() as spare:
         for done in range(int(state.step) + 1, total_steps + 1):
             batch = throughput.next_batch(feed, idle)
             if compiled is None:
                 jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
                 compiled = throughput.compile(jitted, state, frozen, batch, key)
+                spare()
             trace.before(done, state)
             state, metrics = compiled(state, frozen, batch, key)
             throughput.step()
@@ -124,3 +127,17 @@ def fit(
             losses = []
             throughput.go()
     return state
+
+
+@contextlib.contextmanager
+def _sparing_collector() -> Iterator[Callable[[], None]]:
+    """Yields a function after which the garbage collector leaves existing objects alone.
+
+    A step makes about a thousand arrays, enough to start a collection each time. The program and
+    its trace are a million objects that stay; looking through them again and again is a quarter of
+    the loop's CPU time, and now and then stops every thread for as long as several steps.
+    """
+    try:
+        yield gc.freeze
+    finally:
+        gc.unfreeze()

@@ -76,7 +76,7 @@ class Throughput:
         self.go()
         return compiled
 
-    def next_batch(self, feed: DeviceFeed, idle: Callable[[], bool]) -> dict[str, jax.Array]:
+    def next_batch(self, feed: DeviceFeed, idle: Callable[[], bool] | None) -> dict[str, jax.Array]:
         """Returns the next step's batch; counts how long the devices had nothing to do for it.
 
         That is the time in which every step dispatched was done and the next batch was not on the
@@ -84,12 +84,12 @@ class Throughput:
 
         Args:
           feed: of the batches.
-          idle: whether every step dispatched is done.
+          idle: tells whether every step dispatched is done; None before the first.
         """
         idle_from = None
         batch = feed.get(0.0)
         while batch is None:
-            if idle_from is None and idle():
+            if idle_from is None and (idle is None or idle()):
                 idle_from = time.monotonic()
             batch = feed.get(_POLL_SECONDS)
         if idle_from is not None:

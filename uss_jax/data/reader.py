@@ -93,6 +93,8 @@ class ClipReader:
         clip = int(index.samples[record])
         if not 0 <= begin <= begin + length <= clip:
             raise ValueError(f"samples {begin} to {begin + length} of a clip of {clip}")
+        if length > len(row):
+            raise ValueError(f"{length} samples into a row of {len(row)}")
         shard, samples = int(index.record_shard[record]), row[:length]
         audio, width = int(index.audio_offset[record]), SAMPLE_BYTES.get(encoding)
         whole = width is None or length == clip or self._verify_parts

@@ -134,7 +134,7 @@ def _sparing_collector() -> Iterator[Callable[[], None]]:
     """Yields a function after which the garbage collector leaves existing objects alone.
 
     A step makes about a thousand arrays, enough to start a collection each time. The program and
-    its trace are a million objects that stay; looking through them again and again is a quarter of
+    its trace are hundreds of thousands of objects that stay: looking through them is a quarter of
     the loop's CPU time, and now and then stops every thread for as long as several steps.
     """
     try:

@@ -135,7 +135,8 @@ def test_steps_in_any_sequence_get_what_stands_at_their_positions(steps, drawn_a
         patch.setattr(pipeline, "_BLOCKS_KEPT", kept)
         draws = pipeline._Draws(Squares(), None, 9, rows, 41)
         for step in steps:
-            drawn = draws.of_step(step)
+            positions, drawn = draws.of_step(step)
+            np.testing.assert_array_equal(positions, 9 * step + rows)
             np.testing.assert_array_equal(drawn["record"], (9 * step + rows) ** 2)
             np.testing.assert_array_equal(drawn["class_index"], 9 * step + rows + 1)
             drawn["record"][:] = 0  # the caller's own

@@ -6,6 +6,7 @@ position n of the data is step n of the training, and there is no iterator state
 Letters: b clips of this host, t samples, k classes.
 """
 
+import dataclasses
 import os
 import signal
 import sys
@@ -73,7 +74,8 @@ def batches(
       clip_samples: shorter clips are followed by zeros, longer ones cut to their beginning; of an
         anchor, how long it is.
       host, hosts: of the batch, this host gets the block of rows number `host` of `hosts`.
-      threads: how many batches are read at a time, in each process; up to `threads` + 1 are ahead.
+      threads: how many batches are read at a time, in each process, which holds up to `threads` + 1
+        of them; a worker two more, in shared memory.
       workers: processes that read, where one is too slow (FLAC); 0: only this one.
       labels: also give all labels of the clips.
       places: read the anchors that begin there, not the clips.
@@ -94,30 +96,7 @@ def batches(
         return iter(())
     rows = np.arange(host * batch_size // hosts, (host + 1) * batch_size // hosts)
     draws = _Draws(order, places, batch_size, rows, stop_step)
-    corrupt = _Corrupt(max_corrupt)
-
-    def make_batch(step: int) -> dict[str, np.ndarray]:
-        drawn = draws.of_step(step)
-        audio = np.empty((len(rows), clip_samples), np.int16)
-        samples, damaged = _read(reader, drawn, audio)
-        attempt = 0
-        while damaged:
-            attempt += 1
-            for row, error in damaged.items():
-                corrupt.note(int(drawn["record"][row]), error)
-            # A far position of the same order stands in: still a function of the position.
-            some = np.fromiter(damaged, np.int64)
-            far = step * batch_size + rows[some] + attempt * _FAR
-            others, their_audio = _draw(order, places, far), audio[some]
-            their_samples, wrong = _read(reader, others, their_audio)
-            audio[some], samples[some] = their_audio, their_samples
-            for name in drawn.keys() & _OF_RECORD:
-                drawn[name][some] = others[name]
-            damaged = {int(some[at]): error for at, error in wrong.items()}
-        if labels:
-            drawn["labels"] = _label_matrix(reader, drawn["record"])
-        return {"audio": audio, "samples": samples, **drawn}
-
+    make_batch = _MakeBatch(reader, draws, clip_samples, labels, _Corrupt(max_corrupt))
     dataset = grain.MapDataset.range(start_step, stop_step).map(make_batch)
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
     dataset = dataset.to_iter_dataset(ahead)
@@ -125,7 +104,7 @@ def batches(
         if not flags.FLAGS.is_parsed():  # grain reads flags of its own, ours are no absl program
             flags.FLAGS.mark_as_parsed()
         # Each takes every `workers`-th step; the steps come in order all the same.
-        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=threads + 1)
+        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=1)
         dataset = dataset.mp_prefetch(options, _end_with_parent)
     return _until_closed(dataset)
 
@@ -153,6 +132,39 @@ def _end_with_parent(worker: int, workers: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@dataclasses.dataclass(frozen=True)
+class _MakeBatch:
+    """Makes the batch of a step, in whatever thread or process; see `batches`."""
+
+    reader: ClipReader
+    draws: "_Draws"
+    clip_samples: int
+    labels: bool
+    corrupt: "_Corrupt"
+
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        positions, drawn = self.draws.of_step(step)
+        audio = np.empty((len(positions), self.clip_samples), np.int16)
+        samples, damaged = _read(self.reader, drawn, audio)
+        attempt = 0
+        while damaged:
+            attempt += 1
+            for row, error in damaged.items():
+                self.corrupt.note(int(drawn["record"][row]), error)
+            # A far position of the same order stands in: still a function of the position.
+            some = np.fromiter(damaged, np.int64)
+            others = self.draws.at(positions[some] + attempt * _FAR)
+            their_audio = audio[some]
+            their_samples, wrong = _read(self.reader, others, their_audio)
+            audio[some], samples[some] = their_audio, their_samples
+            for name in drawn.keys() & _OF_RECORD:
+                drawn[name][some] = others[name]
+            damaged = {int(some[at]): error for at, error in wrong.items()}
+        if self.labels:
+            drawn["labels"] = _label_matrix(self.reader, drawn["record"])
+        return {"audio": audio, "samples": samples, **drawn}
 
 
 class _Draws:
@@ -183,8 +195,8 @@ class _Draws:
     def __reduce__(self) -> tuple:
         return _Draws, self._arguments  # another process draws for itself
 
-    def of_step(self, step: int) -> dict[str, np.ndarray]:
-        """Columns of a step's batch, see `_draw`; they are the caller's own."""
+    def of_step(self, step: int) -> tuple[Integer[np.ndarray, " b"], dict[str, np.ndarray]]:
+        """A step's positions and columns of its batch, see `at`, which are the caller's own."""
         number, at = divmod(step, self._steps)
         with self._lock:
             block = self._blocks.get(number)
@@ -192,29 +204,32 @@ class _Draws:
                 while len(self._blocks) >= _BLOCKS_KEPT:
                     del self._blocks[min(self._blocks)]
                 block = self._blocks[number] = self._block(number)
-        b = len(self._arguments[3])
-        return {name: column[at * b : (at + 1) * b].copy() for name, column in block.items()}
+        positions = self._positions(np.array([step]))
+        here = slice(at * len(positions), (at + 1) * len(positions))
+        return positions, {name: column[here].copy() for name, column in block.items()}
 
     def _block(self, number: int) -> dict[str, np.ndarray]:
-        order, places, batch_size, rows, stop_step = self._arguments
+        stop_step = self._arguments[-1]
         steps = np.arange(number * self._steps, min((number + 1) * self._steps, stop_step))
-        return _draw(order, places, (steps[:, None] * batch_size + rows).ravel())
+        return self.at(self._positions(steps))
 
+    def _positions(self, steps: Integer[np.ndarray, " s"]) -> Integer[np.ndarray, " n"]:
+        _, _, batch_size, rows, _ = self._arguments
+        return (steps[:, None] * batch_size + rows).ravel()
 
-def _draw(
-    order: Order, places: Places | None, positions: Integer[np.ndarray, " n"]
-) -> dict[str, np.ndarray]:
-    """The columns of a batch that need no reading, for any positions; see `batches`."""
-    drawn = {}
-    if isinstance(order, GroupedOrder):
-        records, classes, *marks = order.draw_marked(positions)
-        drawn["conflict"], drawn["absent"] = (mark.astype(np.uint8) for mark in marks)
-    else:
-        records, classes = order.draw(positions)
-    if places is not None:
-        begin, score = places.place(positions, records, classes)
-        drawn |= {"begin_sample": begin.astype(np.int32), "score": score.astype(np.float32)}
-    return drawn | {"class_index": classes.astype(np.int32), "record": records.astype(np.int32)}
+    def at(self, positions: Integer[np.ndarray, " n"]) -> dict[str, np.ndarray]:
+        """The columns of a batch that need no reading, at any positions; see `batches`."""
+        order, places = self._arguments[:2]
+        drawn = {}
+        if isinstance(order, GroupedOrder):
+            records, classes, *marks = order.draw_marked(positions)
+            drawn["conflict"], drawn["absent"] = (mark.astype(np.uint8) for mark in marks)
+        else:
+            records, classes = order.draw(positions)
+        if places is not None:
+            begin, score = places.place(positions, records, classes)
+            drawn |= {"begin_sample": begin.astype(np.int32), "score": score.astype(np.float32)}
+        return drawn | {"class_index": classes.astype(np.int32), "record": records.astype(np.int32)}
 
 
 def _read(

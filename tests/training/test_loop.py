@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import itertools
 import json
 import signal
@@ -219,3 +220,15 @@ def test_a_run_that_ends_leaves_no_thread_and_closes_its_batches(tmp_path, ends)
     assert threads == {"device-feed"}
     assert closed == ["device-feed"]
     assert not _feed_threads()
+
+
+def test_the_collector_spares_what_a_run_keeps_and_only_while_it_runs(tmp_path):
+    frozen = []
+
+    def rate(done):
+        frozen.append(gc.get_freeze_count())
+        return 1.0
+
+    _fit(tmp_path, total=2, log=1, learning_rate=rate)
+    assert min(frozen) > 0
+    assert gc.get_freeze_count() == 0

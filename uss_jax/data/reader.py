@@ -73,7 +73,7 @@ class ClipReader:
             self._part(row, *of_row)
             for row, *of_row in zip(rows, records, begin, length, strict=True)
         ]
-        for number in {part.shard for part in parts} - self._checked:
+        for number in sorted({part.shard for part in parts} - self._checked):
             self._check_size(number)
         damaged = {}
         sizes = self._folder.read_into([part.range for part in parts])

@@ -101,7 +101,7 @@ class StandIn(Throughput):
 
     def __init__(self, workdir: pathlib.Path):
         super().__init__(workdir, 0, BATCH, 1, "float32", lambda *arguments: None)
-        self._dispatched = 0
+        self._dispatched, self._start = 0, (0.0, 0.0, 0.0)
 
     def compile(self, jitted: Callable, *arguments: object) -> Callable:
         compiled = jitted.lower(*arguments).compile()

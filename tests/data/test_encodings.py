@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tensorflow_datasets.proto import tf_example_pb2
 
 from uss_jax.audio.files import flac_bytes
-from uss_jax.data.encodings import count_samples, decode, varints
+from uss_jax.data.encodings import count_samples, decode, decode_into, varints
 from uss_jax.data.examples import parse
 from uss_jax.data.schema import Schema
 
@@ -49,6 +49,28 @@ def test_every_encoding_gives_back_the_samples(encoding):
     clip = parse(_example(STORED[encoding]), Schema(encoding=encoding))
     np.testing.assert_array_equal(decode(clip.audio, encoding), SAMPLES)
     assert count_samples(clip.audio, encoding, 8000) == len(SAMPLES)
+
+
+@pytest.mark.parametrize("encoding", STORED)
+def test_a_part_is_the_part_of_the_whole(encoding):
+    audio = parse(_example(STORED[encoding]), Schema(encoding=encoding)).audio
+    for begin, length in ((0, 1000), (0, 10), (990, 10), (333, 444), (1000, 0)):
+        part = np.full(length, 7, np.int16)
+        decode_into(part, audio, encoding, begin)
+        np.testing.assert_array_equal(part, SAMPLES[begin : begin + length])
+    with pytest.raises(ValueError, match="ends at sample 1000"):
+        decode_into(np.zeros(11, np.int16), audio, encoding, 990)
+
+
+@pytest.mark.parametrize(("form", "subtype"), [("WAV", "PCM_24"), ("FLAC", "PCM_S8")])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_parts_of_other_files_are_parts_of_what_they_decode_to(form, subtype, channels):
+    memory = io.BytesIO()
+    sound = np.random.default_rng(1).uniform(-0.9, 0.9, (500, channels))
+    soundfile.write(memory, sound, 8000, format=form, subtype=subtype)
+    part = np.zeros(100, np.int16)
+    decode_into(part, memory.getvalue(), form.lower(), 250)
+    np.testing.assert_array_equal(part, decode(memory.getvalue(), form.lower())[250:350])
 
 
 def test_channels_are_averaged():

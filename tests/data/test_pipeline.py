@@ -1,6 +1,13 @@
+import itertools
+import multiprocessing
+import threading
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from uss_jax.data import pipeline
 from uss_jax.data.examples import serialise
 from uss_jax.data.index import build_index
 from uss_jax.data.pipeline import batches
@@ -32,12 +39,16 @@ def directory(tmp_path_factory):
     return directory
 
 
-def _batches(directory, start=0, stop=6, **arguments):
+def _feed(directory, start=0, stop=6, **arguments):
     index = build_index(directory, "train")
     order = BalancedOrder(index.label_row, index.label_class, seed=3)
     arguments = {"batch_size": 12, "clip_samples": CLIP_SAMPLES, "threads": 2} | arguments
     reader = ClipReader(directory, index)
-    return list(batches(reader, order, start_step=start, stop_step=stop, **arguments))
+    return batches(reader, order, start_step=start, stop_step=stop, **arguments)
+
+
+def _batches(directory, *arguments, **options):
+    return list(_feed(directory, *arguments, **options))
 
 
 def _assert_same(ours, theirs):
@@ -71,9 +82,64 @@ def test_batches_follow_the_order(directory):
     assert np.bincount(classes).tolist() == [9] * 8  # 72 draws, 8 classes
 
 
-@pytest.mark.parametrize("threads", [1, 5])
+@pytest.mark.parametrize("threads", [1, 4, 16])
 def test_any_number_of_threads_gives_the_same_batches(directory, threads):
     _assert_same(_batches(directory, threads=threads), _batches(directory))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("threads", "workers"), [(1, 1), (4, 2)])
+def test_workers_give_the_same_batches_and_end_with_them(directory, threads, workers):
+    feed = _feed(directory, stop=30, threads=threads, workers=workers)
+    _assert_same(list(itertools.islice(feed, 6)), _batches(directory))
+    assert len(multiprocessing.active_children()) == workers
+    feed.close()
+    assert not multiprocessing.active_children()
+
+
+def test_threads_end_with_the_batches(directory):
+    def readers():
+        return [t for t in threading.enumerate() if t.name.startswith("grain-prefetch")]
+
+    feed = _feed(directory, stop=30, threads=4)
+    next(feed)
+    assert readers()
+    feed.close()
+    for thread in readers():
+        thread.join(60)  # with the batch it is at
+    assert not readers()
+
+
+@pytest.mark.parametrize("drawn_at_once", [1, 12, 30, 50])
+def test_positions_drawn_together_are_those_drawn_alone(directory, monkeypatch, drawn_at_once):
+    wanted = _batches(directory)
+    monkeypatch.setattr(pipeline, "_DRAWN_AT_ONCE", drawn_at_once)
+    for start in (0, 1, 5):
+        _assert_same(_batches(directory, start=start, threads=4), wanted[start:])
+
+
+@given(
+    steps=st.lists(st.integers(0, 40), min_size=1),
+    drawn_at_once=st.integers(1, 60),
+    kept=st.integers(1, 4),
+)
+def test_steps_in_any_sequence_get_what_stands_at_their_positions(steps, drawn_at_once, kept):
+    class Squares:
+        def draw(self, positions):
+            assert positions.max() < 41 * 9  # nothing after the last step is asked for
+            return positions**2, positions + 1
+
+    rows = np.array([3, 4, 5])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "_DRAWN_AT_ONCE", drawn_at_once)
+        patch.setattr(pipeline, "_BLOCKS_KEPT", kept)
+        draws = pipeline._Draws(Squares(), None, 9, rows, 41)
+        for step in steps:
+            positions, drawn = draws.of_step(step)
+            np.testing.assert_array_equal(positions, 9 * step + rows)
+            np.testing.assert_array_equal(drawn["record"], (9 * step + rows) ** 2)
+            np.testing.assert_array_equal(drawn["class_index"], 9 * step + rows + 1)
+            drawn["record"][:] = 0  # the caller's own
 
 
 @pytest.mark.parametrize("start", [1, 5])
@@ -105,27 +171,31 @@ def test_a_batch_that_hosts_cannot_share_is_refused(directory):
         _batches(directory, hosts=5)
 
 
-def test_a_corrupt_record_is_a_sentence_with_shard_and_byte(directory, tmp_path):
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_corrupt_record_is_a_sentence_with_shard_and_byte_at_its_step(
+    directory, tmp_path, threads
+):
     for path in directory.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     index = build_index(tmp_path, "train")
     record = 25  # 100 samples, read whole
+    wanted = _batches(tmp_path, stop=40)
     shard = tmp_path / str(index.shards[1])
     data = bytearray(shard.read_bytes())
     data[int(index.audio_offset[record])] ^= 1
     shard.write_bytes(data)
     order = BalancedOrder(index.label_row, index.label_class, seed=3)
-    reader = ClipReader(tmp_path, index)
+    first = next(step for step, batch in enumerate(wanted) if record in batch["record"])
+    feed = batches(
+        ClipReader(tmp_path, index),
+        order,
+        start_step=0,
+        stop_step=40,
+        batch_size=12,
+        clip_samples=CLIP_SAMPLES,
+        threads=threads,
+    )
+    _assert_same(list(itertools.islice(feed, first)), wanted[:first])
     begin = int(index.record_offset[record]) - 12
     with pytest.raises(UserError, match=f"00001-of-00002: the record at byte {begin} has a wrong"):
-        list(
-            batches(
-                reader,
-                order,
-                start_step=0,
-                stop_step=40,
-                batch_size=8,
-                clip_samples=CLIP_SAMPLES,
-                threads=2,
-            )
-        )
+        next(feed)

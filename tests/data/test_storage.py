@@ -86,6 +86,27 @@ def test_a_part_of_a_clip_costs_its_own_bytes(bucket):
     np.testing.assert_array_equal(part, reader.read(13)[300:500])
 
 
+def test_a_batch_is_asked_for_at_once(bucket, monkeypatch):
+    asked, ranges = [], CountingStore.cat_ranges
+    monkeypatch.setattr(
+        CountingStore, "cat_ranges", lambda *a, **k: asked.append(len(a[1])) or ranges(*a, **k)
+    )
+    index = build_index(bucket, "train")
+    order = BalancedOrder(index.label_row, index.label_class, 0)
+    reader = ClipReader(bucket, index)
+    ends = {"start_step": 0, "stop_step": 3}
+    list(batches(reader, order, batch_size=6, clip_samples=1000, **ends))
+    assert asked == [6, 6, 6]
+
+
+def test_an_object_that_vanishes_is_said_with_its_address(bucket):
+    reader = ClipReader(bucket, build_index(bucket, "train"))
+    reader.read(0)
+    CountingStore.store.pop(f"/lab/records/{SHARD}")
+    with pytest.raises(UserError, match=rf"{bucket}/{SHARD} cannot be read \(No such file"):
+        reader.read(0)
+
+
 def test_the_command_indexes_a_bucket(bucket, capsys):
     assert main(["index", bucket, "--workers", "1"]) == 0
     assert "20 records in 2 shards" in capsys.readouterr().out

@@ -8,10 +8,12 @@ import tensorboardX.record_writer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from uss_jax.audio.files import flac_bytes
 from uss_jax.data import storage
 from uss_jax.data.examples import serialise
 from uss_jax.data.index import build_index, load_index
 from uss_jax.data.reader import ClipReader
+from uss_jax.data.schema import Schema
 from uss_jax.data.tfrecord import RecordWriter, scan_records
 from uss_jax.errors import UserError
 
@@ -136,6 +138,44 @@ def test_reader_gives_whole_clips_and_parts(records):
         )
     with pytest.raises(ValueError, match="of a clip of 1000"):
         reader.read(0, 500, 501)
+
+
+def test_rows_hold_their_parts_and_then_zeros(records):
+    reader = ClipReader(records, build_index(records, "train"))
+    rows = np.full((len(CLIPS) + 1, 1200), 7, np.int16)
+    parts = [(record, n // 3, n // 2) for record, (_, n, _) in enumerate(CLIPS)]
+    parts.append((0, 0, CLIPS[0][1]))  # whole
+    assert reader.read_into(rows, *zip(*parts, strict=True)) == {}
+    for row, (record, begin, length) in zip(rows, parts, strict=True):
+        expected = _samples(*CLIPS[record][:2])[begin : begin + length]
+        np.testing.assert_array_equal(row, np.pad(expected, (0, 1200 - length)))
+
+
+def test_damaged_rows_are_told_apart(records):
+    index = build_index(records, "train")
+    data = bytearray(_shard(records).read_bytes())
+    data[int(index.audio_offset[3]) + 100] ^= 1
+    _shard(records).write_bytes(data)
+    rows = np.zeros((4, 2000), np.int16)
+    whole = index.samples[[3, 2, 3, 0]].astype(int)
+    damaged = ClipReader(records, index).read_into(rows, [3, 2, 3, 0], [0] * 4, whole.tolist())
+    assert list(damaged) == [0, 2]
+    assert all("has a wrong checksum" in str(error) for error in damaged.values())
+    for row, record in ((1, 2), (3, 0)):
+        expected = _samples(*CLIPS[record][:2])
+        np.testing.assert_array_equal(rows[row, : len(expected)], expected)
+
+
+@pytest.mark.parametrize("keep", [100, 600])
+def test_a_flac_file_that_cannot_be_decoded_is_damage(tmp_path, keep):
+    """Its header is whole, and so is the record's checksum."""
+    sound = _samples(b"a", 1000)
+    flac = flac_bytes(sound, 8000)
+    with RecordWriter(tmp_path / "toy-train.tfrecord-00000-of-00001") as writer:
+        writer.write(serialise(b"a", flac[:keep], [1]))
+    index = build_index(tmp_path, "train", Schema(encoding="flac"))
+    with pytest.raises(UserError, match=r"the record at byte 0 holds (no readable|audio that)"):
+        ClipReader(tmp_path, index).read(0)
 
 
 def test_many_threads_read_through_few_descriptors(records, monkeypatch):

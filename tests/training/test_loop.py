@@ -1,6 +1,9 @@
+import contextlib
+import gc
 import itertools
 import json
 import signal
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +27,17 @@ def _step(state, frozen, batch, key):
     return TrainState(state.step + 1, params, state.batch_stats, state.opt_state), metrics
 
 
+def _batch(i, loss=None, skipped=None, norms=None, spikes=()):
+    """Has x = i; metrics of a step can be given."""
+    loss, skipped, norms = loss or {}, skipped or {}, norms or {}
+    values = {"x": i, "loss": loss.get(i, i), "grad_norm": norms.get(i, 1)}
+    values["spike"] = i in spikes
+    values["skipped_spikes"] = sum(at <= i for at in spikes)
+    values["skipped_in_a_row"] = skipped.get(i, 0)
+    values["skipped_steps"] = sum(at <= i for at in skipped if at not in spikes)
+    return {name: np.full(8, value, np.float32) for name, value in values.items()}
+
+
 def _fit(
     workdir,
     *,
@@ -36,20 +50,11 @@ def _fit(
     spikes=(),
     stop=10,
     trace=(0, 0),
+    batches=None,
     **options,
 ):
-    """Runs on batches of which number i has x = i; metrics of a step can be given."""
+    """Runs on batches 1, 2, ... or those given."""
     mesh = make_mesh()
-    loss, skipped = loss or {}, skipped or {}
-
-    def batch(i):
-        values = {"x": i, "loss": loss.get(i, i), "grad_norm": (norms or {}).get(i, 1)}
-        values["spike"] = i in spikes
-        values["skipped_spikes"] = sum(at <= i for at in spikes)
-        values["skipped_in_a_row"] = skipped.get(i, 0)
-        values["skipped_steps"] = sum(at <= i for at in skipped if at not in spikes)
-        return {name: np.full(8, value, np.float32) for name, value in values.items()}
-
     tree = lambda: {"total": jnp.float32(0)}  # noqa: E731
     state = TrainState(jnp.int32(0), tree(), tree(), tree())
     with (
@@ -62,7 +67,7 @@ def _fit(
             _step,
             on_all_devices(state, mesh),
             {},
-            map(batch, itertools.count(1)),
+            batches or (_batch(i, loss, skipped, norms, spikes) for i in itertools.count(1)),
             key=jax.random.key(0),
             mesh=mesh,
             total_steps=total,
@@ -188,3 +193,72 @@ def test_sigterm_saves_after_the_step_and_says_so(tmp_path):
     assert _saved(tmp_path) == [5]
     assert [line["step"] for line in _lines(tmp_path)] == [4, 5]
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def _feed_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "device-feed"]
+
+
+def test_the_next_batch_is_on_the_devices_before_the_loop_asks_for_it(tmp_path):
+    second_is_there = threading.Event()
+
+    def batches():
+        yield _batch(1)
+        yield _batch(2)
+        second_is_there.set()  # the feed asks for the third
+        yield _batch(3)
+
+    def rate(done):  # called by the report of the first step
+        assert second_is_there.wait(60)
+        return 1.0
+
+    state = _fit(tmp_path, total=3, log=1, learning_rate=rate, batches=batches())
+    assert float(state.params["total"]) == 6
+
+
+def test_an_error_of_a_batch_ends_the_run_at_its_step(tmp_path):
+    def batches():
+        yield from map(_batch, (1, 2, 3))
+        raise UserError("the record at byte 7 is damaged")
+
+    with pytest.raises(UserError, match="the record at byte 7 is damaged"):
+        _fit(tmp_path, checkpoint=1, batches=batches())
+    assert _saved(tmp_path) == [1, 2, 3]
+    assert not _feed_threads()
+
+
+@pytest.mark.parametrize("ends", ["done", "stopped", "skipped too often"])
+def test_a_run_that_ends_leaves_no_thread_and_closes_its_batches(tmp_path, ends):
+    threads, closed = set(), []
+
+    def batches():
+        try:
+            for i in itertools.count(1):
+                threads.add(threading.current_thread().name)
+                yield _batch(i, skipped={2: 1} if ends == "skipped too often" else {})
+        finally:
+            closed.append(threading.current_thread().name)
+
+    def rate(done):
+        if ends == "stopped" and done == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return 1.0
+
+    expected = {"stopped": Stopped, "skipped too often": UserError}.get(ends)
+    with pytest.raises(expected) if expected else contextlib.nullcontext():
+        _fit(tmp_path, total=4, log=1, stop=1, learning_rate=rate, batches=batches())
+    assert threads == {"device-feed"}
+    assert closed == ["device-feed"]
+    assert not _feed_threads()
+
+
+def test_the_collector_spares_what_a_run_keeps_and_only_while_it_runs(tmp_path):
+    frozen = []
+
+    def rate(done):
+        frozen.append(gc.get_freeze_count())
+        return 1.0
+
+    _fit(tmp_path, total=2, log=1, learning_rate=rate)
+    assert min(frozen) > 0
+    assert gc.get_freeze_count() == 0

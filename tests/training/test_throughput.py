@@ -1,8 +1,10 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from uss_jax.training import cost, throughput
+from uss_jax.training.feed import DeviceFeed
 from uss_jax.training.throughput import Throughput, read_ledger
 
 
@@ -18,15 +20,14 @@ def test_utilisation_is_the_share_of_what_all_devices_can_do(tmp_path, monkeypat
     x = np.ones((8, 4), np.float32)
     compiled = timed.compile(jax.jit(gram), x)
     for _ in range(3):
-        with timed.waiting():
-            compiled(x)
+        compiled(x)
         timed.step()
     metrics = timed.report(8)
     (entry,) = read_ledger(tmp_path)
     assert entry["flops_per_step"] == 2 * 8 * 8 * 4
     assert (entry["start_step"], entry["step"], entry["parameters"]) == (5, 8, 1000)
     assert entry["step_seconds"] == metrics["step_seconds"]
-    assert 0 < metrics["input_wait_share"] <= 1
+    assert metrics["input_wait_share"] == 0
     if peak is None:
         assert "flop_utilisation" not in metrics | entry
     else:
@@ -36,20 +37,75 @@ def test_utilisation_is_the_share_of_what_all_devices_can_do(tmp_path, monkeypat
         )
 
 
-def test_what_is_between_reports_and_steps_does_not_count(tmp_path, monkeypatch):
-    clock = iter([0.0, 1.0, 3.0, 10.0, 11.0, 17.0, 20.0, 25.0])
-    monkeypatch.setattr(throughput.time, "monotonic", lambda: next(clock))
-    timed = Throughput(tmp_path, 0, 4, 1, "float32", gram)  # 0
-    with timed.waiting():  # 1, 3
-        pass
+class ScriptedFeed(DeviceFeed):
+    """Has its batch at the given time of a clock that its waits move."""
+
+    def __init__(self, clock, at):
+        self.clock, self.at, self.batch = clock, at, {"x": jnp.zeros(1)}
+
+    def get(self, timeout_seconds):
+        if self.clock.now < self.at:
+            self.clock.now = min(self.clock.now + timeout_seconds, self.at)
+        return self.batch if self.clock.now >= self.at else None
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(throughput.time, "monotonic", clock)
+    monkeypatch.setattr(throughput, "_POLL_SECONDS", 0.25)
+    return clock
+
+
+def _timed(tmp_path):
+    timed = Throughput(tmp_path, 0, 4, 1, "float32", gram)
+    timed.knows_device = False
+    return timed
+
+
+@pytest.mark.parametrize(
+    ("batch_at", "devices_done_at", "waited"),
+    [
+        (0, 0, 0),  # a batch that is there costs nothing, whether or not the devices are done
+        (0, 5, 0),
+        (4, 5, 0),  # nor does one that comes while they compute
+        (6, 4, 2),  # of a late one, what is after their last step
+        (6, 0, 6),
+    ],
+)
+def test_input_is_waited_for_when_the_devices_are_done_and_the_batch_is_not_there(
+    tmp_path, clock, batch_at, devices_done_at, waited
+):
+    timed = _timed(tmp_path)
+    feed = ScriptedFeed(clock, batch_at)
+    assert timed.next_batch(feed, lambda: clock.now >= devices_done_at) is feed.batch
     timed.step()
-    first = timed.report(1)  # 10
+    clock.now = 10.0
+    assert timed.report(1)["input_wait_share"] == waited / 10
+
+
+def test_what_is_between_reports_and_steps_does_not_count(tmp_path, clock):
+    timed = _timed(tmp_path)
+    clock.now = 1.0
+    timed.next_batch(ScriptedFeed(clock, 3.0), idle=lambda: True)
+    timed.step()
+    clock.now = 10.0
+    first = timed.report(1)
     assert (first["step_seconds"], first["input_wait_share"]) == (10.0, 0.2)
     assert first["items_per_second"] == 0.4
-    timed.go()  # 11
+    clock.now = 11.0
+    timed.go()
     timed.step()
     timed.step()
-    assert timed.report(3)["step_seconds"] == 3.0  # 17
+    clock.now = 17.0
+    assert timed.report(3)["step_seconds"] == 3.0
     (entry,) = read_ledger(tmp_path)
     assert entry["step_seconds"] == pytest.approx(16 / 3)
     assert entry["input_wait_share"] == 2 / 16

@@ -128,6 +128,31 @@ def decode_bytes(data: bytes) -> Float32[np.ndarray, "c t"]:
     return np.ascontiguousarray(waveform.T)
 
 
+def decode_pcm16(data: bytes | memoryview, begin_sample: int, out: Int16[np.ndarray, " t"]) -> bool:
+    """Fills `out` with the 16-bit samples that a WAV or FLAC file in memory stores.
+
+    Nothing before `begin_sample` is decoded.
+
+    Returns:
+      False, `out` left as it was, for files of another format, sample type or channel count.
+
+    Raises:
+      ValueError: the bytes are no audio file, or it ends too early.
+    """
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            form = file.format in ("WAV", "WAVEX", "FLAC"), file.subtype, file.channels
+            if form != (True, "PCM_16", 1):
+                return False
+            file.seek(begin_sample)
+            found = len(file.read(dtype="int16", out=out))
+    except soundfile.SoundFileError as error:
+        raise ValueError(f"holds no readable audio file ({_reason(error)})") from error
+    if found < len(out):
+        raise ValueError(f"holds audio that ends at sample {begin_sample + found}")
+    return True
+
+
 def format_of_bytes(data: bytes) -> Format:
     """What the header of an audio file in memory says; a ValueError when it is none."""
     try:

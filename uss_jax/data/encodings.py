@@ -11,7 +11,7 @@ Of `pcm_s16le` and `float` a part can be read without the rest.
 import numpy as np
 from jaxtyping import Float32, Int16, Int64
 
-from uss_jax.audio.files import decode_bytes, format_of_bytes
+from uss_jax.audio.files import decode_bytes, decode_pcm16, format_of_bytes
 
 ENCODINGS = ("pcm_s16le", "flac", "wav", "float", "int64")
 # Bytes of a sample, where all have the same.
@@ -32,6 +32,22 @@ def decode(data: bytes | memoryview, encoding: str) -> Int16[np.ndarray, " t"]:
     if encoding == "int64":
         return np.clip(varints(data), -32768, 32767).astype(np.int16)
     return to_int16(decode_bytes(bytes(data)).mean(axis=0))
+
+
+def decode_into(
+    out: Int16[np.ndarray, " t"], data: bytes | memoryview, encoding: str, begin: int = 0
+) -> None:
+    """Fills `out` with the samples from `begin` on; of WAV and FLAC no others are decoded.
+
+    Raises:
+      ValueError: the bytes are no audio file, or hold fewer samples.
+    """
+    if encoding in ("flac", "wav") and decode_pcm16(data, begin, out):
+        return
+    found = decode(data, encoding)[begin : begin + len(out)]
+    if len(found) < len(out):
+        raise ValueError(f"holds audio that ends at sample {begin + len(found)}")
+    out[:] = found
 
 
 def count_samples(data: bytes, encoding: str, sample_rate: int | None) -> int:

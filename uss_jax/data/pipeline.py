@@ -6,7 +6,9 @@ position n of the data is step n of the training, and there is no iterator state
 Letters: b clips of this host, t samples, k classes.
 """
 
+import dataclasses
 import os
+import signal
 import sys
 import threading
 import time
@@ -16,6 +18,7 @@ from typing import Protocol, runtime_checkable
 import grain
 import numpy as np
 from absl import flags
+from jaxtyping import Int16, Int32, Integer
 
 from uss_jax.data.reader import ClipReader
 from uss_jax.data.sampling import GroupedOrder
@@ -24,6 +27,9 @@ from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 
 _FAR = 2**44
+_DRAWN_AT_ONCE = 256  # positions: a few milliseconds
+_BLOCKS_KEPT = 4  # threads are at most a few steps apart
+_OF_RECORD = {"record", "class_index", "begin_sample", "score"}
 
 
 @runtime_checkable
@@ -68,7 +74,8 @@ def batches(
       clip_samples: shorter clips are followed by zeros, longer ones cut to their beginning; of an
         anchor, how long it is.
       host, hosts: of the batch, this host gets the block of rows number `host` of `hosts`.
-      threads: how many batches are read at a time, in each process.
+      threads: how many batches are read at a time, in each process, which holds up to `threads` + 1
+        of them; a worker two more, in shared memory.
       workers: processes that read, where one is too slow (FLAC); 0: only this one.
       labels: also give all labels of the clips.
       places: read the anchors that begin there, not the clips.
@@ -88,46 +95,8 @@ def batches(
     if start_step >= stop_step:
         return iter(())
     rows = np.arange(host * batch_size // hosts, (host + 1) * batch_size // hosts)
-    corrupt = _Corrupt(max_corrupt)
-
-    def make_batch(step: int) -> dict[str, np.ndarray]:
-        positions = step * batch_size + rows
-        batch: dict[str, np.ndarray] = {}
-        if isinstance(order, GroupedOrder):
-            records, classes, *marks = order.draw_marked(positions)
-            batch["conflict"], batch["absent"] = (mark.astype(np.uint8) for mark in marks)
-        else:
-            records, classes = order.draw(positions)
-        audio = np.zeros((len(rows), clip_samples), np.int16)
-        begin, score = _begins(places, positions, records, classes)
-        samples = np.zeros(len(rows), np.int32)
-        for row in range(len(rows)):
-            some = slice(row, row + 1)
-            for attempt in range(1, max_corrupt + 2):
-                length = min(int(reader.index.samples[records[row]]) - begin[row], clip_samples)
-                samples[row] = max(length, 0)
-                try:
-                    part = reader.read(int(records[row]), int(begin[row]), int(samples[row]))
-                    break
-                except DamagedRecord as error:
-                    corrupt.note(int(records[row]), error)
-                # A far position of the same order stands in: still a function of the position.
-                far = positions[some] + attempt * _FAR
-                records[some], classes[some] = order.draw(far)[:2]
-                begin[some], score[some] = _begins(places, far, records[some], classes[some])
-            audio[row, : samples[row]] = part
-        batch |= {
-            "audio": audio,
-            "samples": samples,
-            "class_index": classes.astype(np.int32),
-            "record": records.astype(np.int32),
-        }
-        if places is not None:
-            batch |= {"begin_sample": begin.astype(np.int32), "score": score.astype(np.float32)}
-        if labels:
-            batch["labels"] = _label_matrix(reader, records)
-        return batch
-
+    draws = _Draws(order, places, batch_size, rows, stop_step)
+    make_batch = _MakeBatch(reader, draws, clip_samples, labels, _Corrupt(max_corrupt))
     dataset = grain.MapDataset.range(start_step, stop_step).map(make_batch)
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
     dataset = dataset.to_iter_dataset(ahead)
@@ -135,14 +104,26 @@ def batches(
         if not flags.FLAGS.is_parsed():  # grain reads flags of its own, ours are no absl program
             flags.FLAGS.mark_as_parsed()
         # Each takes every `workers`-th step; the steps come in order all the same.
-        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=threads + 1)
+        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=1)
         dataset = dataset.mp_prefetch(options, _end_with_parent)
-    return iter(dataset)
+    return _until_closed(dataset)
+
+
+def _until_closed(dataset: grain.IterDataset) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the elements; when closed or done, the threads and processes that made them end."""
+    iterator = iter(dataset)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
 
 
 def _end_with_parent(worker: int, workers: int) -> None:
     """In a worker: a run that is killed leaves none behind, waiting for it."""
     del worker, workers
+    # A terminal or scheduler that signals all processes of a run means the run; it closes these.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()
 
     def watch() -> None:
@@ -153,12 +134,114 @@ def _end_with_parent(worker: int, workers: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _begins(
-    places: Places | None, positions: np.ndarray, records: np.ndarray, classes: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    if places is None:
-        return np.zeros(len(positions), np.int64), np.zeros(len(positions), np.float32)
-    return places.place(positions, records, classes)
+@dataclasses.dataclass(frozen=True)
+class _MakeBatch:
+    """Makes the batch of a step, in whatever thread or process; see `batches`."""
+
+    reader: ClipReader
+    draws: "_Draws"
+    clip_samples: int
+    labels: bool
+    corrupt: "_Corrupt"
+
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        positions, drawn = self.draws.of_step(step)
+        audio = np.empty((len(positions), self.clip_samples), np.int16)
+        samples, damaged = _read(self.reader, drawn, audio)
+        attempt = 0
+        while damaged:
+            attempt += 1
+            for row, error in damaged.items():
+                self.corrupt.note(int(drawn["record"][row]), error)
+            # A far position of the same order stands in: still a function of the position.
+            some = np.fromiter(damaged, np.int64)
+            others = self.draws.at(positions[some] + attempt * _FAR)
+            their_audio = audio[some]
+            their_samples, wrong = _read(self.reader, others, their_audio)
+            audio[some], samples[some] = their_audio, their_samples
+            for name in drawn.keys() & _OF_RECORD:
+                drawn[name][some] = others[name]
+            damaged = {int(some[at]): error for at, error in wrong.items()}
+        if self.labels:
+            drawn["labels"] = _label_matrix(self.reader, drawn["record"])
+        return {"audio": audio, "samples": samples, **drawn}
+
+
+class _Draws:
+    """What stands at a host's positions, drawn for the steps of a block together.
+
+    Drawing is a thousand small operations of numpy that keep the interpreter's lock, and takes
+    hardly longer for a few hundred positions than for 16.
+    """
+
+    def __init__(
+        self,
+        order: Order,
+        places: Places | None,
+        batch_size: int,
+        rows: Integer[np.ndarray, " b"],
+        stop_step: int,
+    ):
+        """
+        Args:
+          order, places, batch_size, stop_step: see `batches`.
+          rows: of each batch, which are this host's.
+        """
+        self._arguments = order, places, batch_size, rows, stop_step
+        self._steps = max(1, _DRAWN_AT_ONCE // len(rows))
+        self._blocks: dict[int, dict[str, np.ndarray]] = {}
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple:
+        return _Draws, self._arguments  # another process draws for itself
+
+    def of_step(self, step: int) -> tuple[Integer[np.ndarray, " b"], dict[str, np.ndarray]]:
+        """A step's positions and columns of its batch, see `at`, which are the caller's own."""
+        number, at = divmod(step, self._steps)
+        with self._lock:
+            block = self._blocks.get(number)
+            if block is None:
+                while len(self._blocks) >= _BLOCKS_KEPT:
+                    del self._blocks[min(self._blocks)]
+                block = self._blocks[number] = self._block(number)
+        positions = self._positions(np.array([step]))
+        here = slice(at * len(positions), (at + 1) * len(positions))
+        return positions, {name: column[here].copy() for name, column in block.items()}
+
+    def _block(self, number: int) -> dict[str, np.ndarray]:
+        stop_step = self._arguments[-1]
+        steps = np.arange(number * self._steps, min((number + 1) * self._steps, stop_step))
+        return self.at(self._positions(steps))
+
+    def _positions(self, steps: Integer[np.ndarray, " s"]) -> Integer[np.ndarray, " n"]:
+        _, _, batch_size, rows, _ = self._arguments
+        return (steps[:, None] * batch_size + rows).ravel()
+
+    def at(self, positions: Integer[np.ndarray, " n"]) -> dict[str, np.ndarray]:
+        """The columns of a batch that need no reading, at any positions; see `batches`."""
+        order, places = self._arguments[:2]
+        drawn = {}
+        if isinstance(order, GroupedOrder):
+            records, classes, *marks = order.draw_marked(positions)
+            drawn["conflict"], drawn["absent"] = (mark.astype(np.uint8) for mark in marks)
+        else:
+            records, classes = order.draw(positions)
+        if places is not None:
+            begin, score = places.place(positions, records, classes)
+            drawn |= {"begin_sample": begin.astype(np.int32), "score": score.astype(np.float32)}
+        return drawn | {"class_index": classes.astype(np.int32), "record": records.astype(np.int32)}
+
+
+def _read(
+    reader: ClipReader, drawn: dict[str, np.ndarray], audio: Int16[np.ndarray, "b t"]
+) -> tuple[Int32[np.ndarray, " b"], dict[int, DamagedRecord]]:
+    """Reads what was drawn into the rows of `audio`; returns true lengths and damaged rows."""
+    records = drawn["record"]
+    begin = drawn.get("begin_sample", np.zeros_like(records))
+    rest = reader.index.samples[records].astype(np.int64) - begin
+    samples = np.clip(rest, 0, audio.shape[1]).astype(np.int32)
+    damaged = reader.read_into(audio, records.tolist(), begin.tolist(), samples.tolist())
+    return samples, damaged
 
 
 class _Corrupt:

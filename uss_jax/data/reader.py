@@ -1,14 +1,16 @@
 """Random access to clips through their index."""
 
+import dataclasses
 import os
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int16
 
-from uss_jax.data.encodings import SAMPLE_BYTES, decode
+from uss_jax.data.encodings import SAMPLE_BYTES, decode_into
 from uss_jax.data.index import RecordIndex, check_size
-from uss_jax.data.storage import open_folder
-from uss_jax.data.tfrecord import CHECKSUM, HEADER, damage, masked_crc
+from uss_jax.data.storage import Range, open_folder
+from uss_jax.data.tfrecord import CHECKSUM, HEADER, DamagedRecord, damage, masked_crc
 from uss_jax.errors import UserError
 
 
@@ -37,53 +39,140 @@ class ClipReader:
     def read(
         self, record: int, begin: int = 0, length: int | None = None
     ) -> Int16[np.ndarray, " t"]:
-        """The samples of a clip, or `length` of them from `begin`.
+        """Returns the samples of a clip, or `length` of them from `begin`; see `read_into`."""
+        length = int(self.index.samples[record]) - begin if length is None else length
+        row = np.empty((1, max(length, 0)), np.int16)
+        for error in self.read_into(row, [record], [begin], [length]).values():
+            raise error
+        return row[0]
+
+    def read_into(
+        self,
+        rows: Int16[np.ndarray, "b t"],
+        records: Sequence[int],
+        begin: Sequence[int],
+        length: Sequence[int],
+    ) -> dict[int, DamagedRecord]:
+        """Reads a part of a clip into each row, and zeros into the rest of the row.
 
         Whole clips are checked against their checksum; parts cannot be, unless all is read (as is
-        needed for FLAC and the like); they are checked against the size of the file. Damage is a
-        UserError that names shard and byte.
+        needed for FLAC and the like); they are checked against the size of the file.
+
+        Args:
+          rows: where the samples go.
+          records: the clip of each row.
+          begin, length: the first sample and the number of samples of each row.
+
+        Returns:
+          The rows whose record is damaged, each with an error that names shard and byte.
+
+        Raises:
+          UserError: a shard cannot be read, or has changed since it was indexed.
         """
-        samples = int(self.index.samples[record])
-        length = samples - begin if length is None else length
-        if not 0 <= begin <= begin + length <= samples:
-            raise ValueError(f"samples {begin} to {begin + length} of a clip of {samples}")
-        encoding = self.index.encoding
-        width = SAMPLE_BYTES.get(encoding)
-        if width is not None and length < samples and not self._verify_parts:
-            offset = int(self.index.audio_offset[record]) + begin * width
-            return decode(self._pread(record, offset, length * width), encoding)
-        return decode(self._read_whole(record), encoding)[begin : begin + length]
+        parts = [
+            self._part(row, *of_row)
+            for row, *of_row in zip(rows, records, begin, length, strict=True)
+        ]
+        for number in sorted({part.shard for part in parts} - self._checked):
+            self._check_size(number)
+        damaged = {}
+        sizes = self._folder.read_into([part.range for part in parts])
+        for row, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+            if isinstance(size, OSError):
+                raise self._unreadable(part.shard, size) from size
+            rows[row, len(part.samples) :] = 0
+            wrong = "is cut off" if size < part.range.size else self._finish(part)
+            if wrong is not None:
+                header = int(self.index.record_offset[part.record]) - HEADER.size
+                damaged[row] = damage(self._path(part.shard), header, wrong)
+        return damaged
 
-    def _read_whole(self, record: int) -> memoryview:
-        index = self.index
-        offset, size = int(index.record_offset[record]), int(index.record_bytes[record])
-        payload = self._pread(record, offset, size)
-        if masked_crc(payload) != CHECKSUM.unpack(self._pread(record, offset + size, 4))[0]:
-            raise damage(self._path(record), offset - HEADER.size, "has a wrong checksum")
-        begin = int(index.audio_offset[record]) - offset
-        return memoryview(payload)[begin : begin + int(index.audio_bytes[record])]
+    def _part(self, row: Int16[np.ndarray, " t"], record: int, begin: int, length: int) -> "_Part":
+        """What to read for a row, and into which buffers."""
+        index, encoding = self.index, self.index.encoding
+        clip = int(index.samples[record])
+        if not 0 <= begin <= begin + length <= clip:
+            raise ValueError(f"samples {begin} to {begin + length} of a clip of {clip}")
+        if length > len(row):
+            raise ValueError(f"{length} samples into a row of {len(row)}")
+        shard, samples = int(index.record_shard[record]), row[:length]
+        audio, width = int(index.audio_offset[record]), SAMPLE_BYTES.get(encoding)
+        whole = width is None or length == clip or self._verify_parts
+        # PCM goes straight to where it belongs.
+        in_place = encoding == "pcm_s16le" and (length == clip or not whole)
+        if not whole:
+            offset = audio + begin * width
+            own = samples.view(np.uint8) if in_place else np.empty(length * width, np.uint8)
+            buffers = [own]
+        else:
+            offset = int(index.record_offset[record])
+            size = int(index.record_bytes[record]) + CHECKSUM.size
+            if in_place:
+                before = np.empty(audio - offset, np.uint8)
+                after = np.empty(size - len(before) - samples.nbytes, np.uint8)
+                buffers = [before, samples.view(np.uint8), after]
+            else:
+                buffers = [np.empty(size, np.uint8)]
+        reads = Range(self._shards[shard], offset, buffers)
+        return _Part(record, shard, begin, samples, reads, whole, in_place)
 
-    def _pread(self, record: int, offset: int, size: int) -> bytes:
-        index, number = self.index, int(self.index.record_shard[record])
-        shard = self._shards[number]
+    def _finish(self, part: "_Part") -> str | None:
+        """Checks and decodes what was read; returns what is wrong with it, None if nothing is."""
+        data = part.range.buffers[-1]
+        if part.whole:
+            checksum = CHECKSUM.unpack(data[-CHECKSUM.size :])[0]
+            if masked_crc(*part.range.buffers[:-1], data[: -CHECKSUM.size]) != checksum:
+                return "has a wrong checksum"
+        if part.in_place:
+            return None
+        begin = 0
+        if part.whole:
+            at = int(self.index.audio_offset[part.record]) - part.range.offset
+            data, begin = data[at : at + int(self.index.audio_bytes[part.record])], part.begin
         try:
-            if number not in self._checked:
-                expected = int(index.shard_bytes[number])
-                check_size(self._folder, shard, self._folder.size(shard), expected)
-                self._checked.add(number)
-            data = self._folder.read(shard, offset, size)
-        except OSError as error:
-            raise UserError(
-                f"{self._path(record)} cannot be read ({error.strerror}); copy it again"
-            ) from error
-        if len(data) < size:
-            begin = int(index.record_offset[record]) - HEADER.size
-            raise damage(self._path(record), begin, "is cut off")
-        return data
+            decode_into(part.samples, data.data, self.index.encoding, begin)
+        except ValueError as error:
+            return str(error)
+        return None
 
-    def _path(self, record: int) -> str:
-        return f"{self._folder}/{self.index.shards[self.index.record_shard[record]]}"
+    def _check_size(self, shard: int) -> None:
+        """Raises a UserError where a shard has not the size that it was indexed with."""
+        name = self._shards[shard]
+        try:
+            size = self._folder.size(name)
+        except OSError as error:
+            raise self._unreadable(shard, error) from error
+        check_size(self._folder, name, size, int(self.index.shard_bytes[shard]))
+        self._checked.add(shard)
+
+    def _unreadable(self, shard: int, error: OSError) -> UserError:
+        return UserError(f"{self._path(shard)} cannot be read ({error.strerror}); copy it again")
+
+    def _path(self, shard: int) -> str:
+        return f"{self._folder}/{self._shards[shard]}"
 
     def close(self) -> None:
         """Closes the shards; reading opens them again."""
         self._folder.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Part of a clip that is being read.
+
+    Attributes:
+      record, shard: where it is.
+      begin: its first sample.
+      samples: where they go.
+      range: bytes to read.
+      whole: these are the whole record and its checksum.
+      in_place: reading puts the samples where they go.
+    """
+
+    record: int
+    shard: int
+    begin: int
+    samples: np.ndarray
+    range: Range
+    whole: bool
+    in_place: bool

@@ -296,26 +296,57 @@ def arrange(
     """
     size = len(conflict)
     first, second = np.triu_indices(size, 1)
-    trial = np.arange(len(first))
     best, best_cost = np.arange(size), np.inf
     for restart in range(_RESTARTS):
         item = np.arange(size)
+        if restart == 1:
+            shuffled = _shuffled(size, key)
         if restart:
-            shuffled = permute(item, size, _mixed(key + np.uint64(restart)))
-            item = shuffled.astype(np.int64)
+            item = shuffled[restart - 1]
         cost = _mixed_conflicts(conflict, item[None], sources).sum()
         while cost and size > 1:
-            swapped = np.tile(item, (len(first), 1))
-            swapped[trial, first], swapped[trial, second] = item[second], item[first]
-            costs = _mixed_conflicts(conflict, swapped, sources).sum(axis=1)
-            if costs.min() >= cost:
+            changes = _swap_changes(conflict[np.ix_(item, item)], sources)[first, second]
+            swap = np.argmin(changes)
+            if changes[swap] >= 0:
                 break
-            item, cost = swapped[np.argmin(costs)], costs.min()
+            places = [first[swap], second[swap]]
+            item[places], cost = item[places[::-1]], cost + changes[swap]
         if cost < best_cost:
             best, best_cost = item, cost
         if not cost:
             break
     return best
+
+
+def _shuffled(size: int, key: UInt64[np.ndarray, "1"]) -> Integer[np.ndarray, "r i"]:
+    """The items in the random sequence of each restart."""
+    keys = _mixed(key + np.arange(1, _RESTARTS, dtype=np.uint64))
+    items = np.tile(np.arange(size), len(keys))
+    return permute(items, size, np.repeat(keys, size)).astype(np.int64).reshape(-1, size)
+
+
+def _swap_changes(conflict: Bool[np.ndarray, "i i"], sources: int) -> Integer[np.ndarray, "i i"]:
+    """How many more conflicts there are if the items at two places change places.
+
+    Args:
+      conflict: of the items in their places; symmetric.
+      sources: of a mixture.
+    """
+    held, mixed = conflict.astype(np.int64), _mixed_together(len(conflict), sources)
+    # The conflicts are sum(mixed * held) / 2; a swap exchanges two rows and two columns of `held`.
+    moved = mixed @ held
+    own, alone = np.diag(moved), np.diag(held)
+    stays = (mixed[0, 0] - mixed) * (2 * held - alone - alone[:, None])  # between the two
+    return moved + moved.T - own - own[:, None] - stays
+
+
+@functools.cache
+def _mixed_together(size: int, sources: int) -> Integer[np.ndarray, "i i"]:
+    """In how many mixtures of a group two places meet; the same for each by their distance."""
+    together = np.zeros((size, size), np.int64)
+    for far in range(1, sources):
+        together += (sources - far) * np.roll(np.eye(size, dtype=np.int64), far, axis=1)
+    return together + together.T
 
 
 def _mixed_conflicts(

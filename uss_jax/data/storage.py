@@ -1,7 +1,8 @@
 """Folders of shards, on disk or in a bucket (gs://, s3://, ...). The only importer of fsspec.
 
-fsspec, not etils.epath: it can ask for bytes a to b of an object in one request from many threads;
-epath opens an object and seeks, which fetches whole blocks ahead and needs a handle a thread.
+fsspec, not etils.epath: it can ask for bytes a to b of an object in one request, and for many such
+ranges at once; epath opens an object and seeks, which fetches whole blocks ahead and needs a handle
+a thread.
 """
 
 import contextlib
@@ -11,14 +12,30 @@ import pathlib
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import UInt8
 
 from uss_jax.atomic import replacing
 from uss_jax.errors import UserError
 
 _OPEN_FILES = 512  # an ordinary process may open 1024
 _READ_AHEAD = 1 << 20
+
+
+class Range(NamedTuple):
+    """Bytes of a file from `offset` on, and the buffers that they fill one after the other."""
+
+    name: str
+    offset: int
+    buffers: list[UInt8[np.ndarray, " _"]]
+
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        return sum(map(len, self.buffers))
 
 
 @runtime_checkable
@@ -41,8 +58,12 @@ class Folder(Protocol):
         """A file, to be read from its beginning."""
         ...
 
-    def read(self, name: str, offset: int, size: int) -> bytes:
-        """Part of a file, less at its end. Many threads may read at once."""
+    def read_into(self, ranges: Sequence[Range]) -> list[int | OSError]:
+        """Fills the buffers of each range. Many threads may read at once.
+
+        Returns:
+          For each the number of bytes read, fewer where the file ends, or why it cannot be read.
+        """
         ...
 
     def replacing(self, name: str) -> contextlib.AbstractContextManager[pathlib.Path]:
@@ -104,13 +125,20 @@ class DiskFolder:
     def open(self, name: str) -> io.IOBase:
         return open(self._path / name, "rb", buffering=_READ_AHEAD)
 
-    def read(self, name: str, offset: int, size: int) -> bytes:
-        descriptor, keep = self._descriptor(name)
+    def read_into(self, ranges: Sequence[Range]) -> list[int | OSError]:
+        return [self._read_one(some) for some in ranges]
+
+    def _read_one(self, some: Range) -> int | OSError:
         try:
-            return os.pread(descriptor, size, offset)
-        finally:
-            if not keep:
-                os.close(descriptor)
+            descriptor, keep = self._descriptor(some.name)
+            try:
+                # Straight into the buffers, and without the interpreter's lock.
+                return os.preadv(descriptor, some.buffers, some.offset)
+            finally:
+                if not keep:
+                    os.close(descriptor)
+        except OSError as error:
+            return error
 
     def _descriptor(self, name: str) -> tuple[int, bool]:
         """A file descriptor, and whether it stays open for the next read."""
@@ -181,9 +209,18 @@ class BucketFolder:
         with self._as_os_errors():
             return self._files.open(f"{self._path}/{name}", "rb", block_size=8 * _READ_AHEAD)
 
-    def read(self, name: str, offset: int, size: int) -> bytes:
-        with self._as_os_errors():
-            return self._files.cat_file(f"{self._path}/{name}", start=offset, end=offset + size)
+    def read_into(self, ranges: Sequence[Range]) -> list[int | OSError]:
+        # Stores whose client is asynchronous (GCS, S3, HTTP) get all requests at once.
+        found = self._files.cat_ranges(
+            [f"{self._path}/{some.name}" for some in ranges],
+            [some.offset for some in ranges],
+            [some.offset + some.size for some in ranges],
+            on_error="return",
+        )
+        return [
+            _as_os_error(data) if isinstance(data, Exception) else _scatter(data, some.buffers)
+            for data, some in zip(found, ranges, strict=True)
+        ]
 
     @contextlib.contextmanager
     def replacing(self, name: str) -> Iterator[pathlib.Path]:
@@ -208,12 +245,24 @@ class BucketFolder:
 
     @contextlib.contextmanager
     def _as_os_errors(self) -> Iterator[None]:
-        """Each store has errors of its own."""
         try:
             yield
-        except FileNotFoundError as error:
-            raise FileNotFoundError(2, "No such file or directory", str(error)) from error
-        except OSError:
-            raise
         except Exception as error:
-            raise OSError(5, f"{type(error).__name__}: {error}") from error
+            raise _as_os_error(error) from error
+
+
+def _as_os_error(error: Exception) -> OSError:
+    """The error of a store, each of which has its own kinds, as one with a `strerror`."""
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(2, "No such file or directory", str(error))
+    return error if isinstance(error, OSError) else OSError(5, f"{type(error).__name__}: {error}")
+
+
+def _scatter(data: bytes, buffers: Sequence[UInt8[np.ndarray, " _"]]) -> int:
+    """Copies bytes into buffers, one after the other; returns how many there were."""
+    found, at = np.frombuffer(data, np.uint8), 0
+    for buffer in buffers:
+        piece = found[at : at + len(buffer)]
+        buffer[: len(piece)] = piece
+        at += len(piece)
+    return at

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterator
 
 import google_crc32c
+import numpy as np
 
 from uss_jax.data.storage import open_folder, split_path
 from uss_jax.errors import UserError
@@ -17,9 +18,15 @@ HEADER = struct.Struct("<QI")  # length, its checksum
 CHECKSUM = struct.Struct("<I")
 
 
-def masked_crc(data: bytes) -> int:
-    """TFRecord's checksum: crc32c, rotated and shifted so that data may hold checksums itself."""
-    crc = google_crc32c.value(data)
+def masked_crc(*parts: bytes | np.ndarray) -> int:
+    """TFRecord's checksum: crc32c, rotated and shifted so that data may hold checksums itself.
+
+    Args:
+      *parts: the data, in one piece or several: bytes or contiguous arrays.
+    """
+    crc = 0
+    for part in parts:
+        crc = google_crc32c.extend(crc, part)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 

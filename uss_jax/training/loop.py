@@ -1,5 +1,7 @@
 """The loop around a step: batches in, metrics and checkpoints out, the same for every net."""
 
+import contextlib
+import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,8 +12,8 @@ from jax.sharding import Mesh
 
 from uss_jax.errors import Stopped, UserError
 from uss_jax.training.checkpoints import Checkpoints
+from uss_jax.training.feed import DeviceFeed
 from uss_jax.training.hosts import StopNotice
-from uss_jax.training.mesh import to_devices
 from uss_jax.training.metrics import MetricsWriter
 from uss_jax.training.state import TrainState
 from uss_jax.training.step import Step
@@ -53,7 +55,8 @@ def fit(
       step: the training step.
       state: on the devices of the mesh; it is consumed.
       frozen: variables of the nets that do not train, on the devices too.
-      batches: this host's rows of the batch of each step, from the state's step on.
+      batches: this host's rows of the batch of each step, from the state's step on; read in a
+        thread of its own and closed in the end.
       key: the run's random key, on the devices too.
       mesh: the devices.
       total_steps: where to stop.
@@ -76,18 +79,21 @@ def fit(
       Stopped: a notice to stop was heard; there is a checkpoint of the step it came in.
     """
     recent: list[Mapping[str, jax.Array]] = []  # metrics of the steps since the last report
+    idle = None  # tells whether every step dispatched is done
     shardings = jax.tree.map(lambda x: x.sharding, state)
     compiled = None
-    with jax.set_mesh(mesh), StopNotice() as notice, trace:
+    feed = DeviceFeed(batches, mesh)
+    with jax.set_mesh(mesh), StopNotice() as notice, trace, feed, _sparing_collector() as spare:
         for done in range(int(state.step) + 1, total_steps + 1):
-            with throughput.waiting():
-                batch = to_devices(next(batches), mesh)
+            batch = throughput.next_batch(feed, idle)
             if compiled is None:
                 jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
                 compiled = throughput.compile(jitted, state, frozen, batch, key)
+                spare()
             trace.before(done, state)
             state, metrics = compiled(state, frozen, batch, key)
             throughput.step()
+            idle = metrics["loss"].is_ready
             recent.append({name: metrics[name] for name in _EVERY_STEP if name in metrics})
             if len(recent) > _STEPS_AHEAD:
                 jax.block_until_ready(recent[-1 - _STEPS_AHEAD])
@@ -165,3 +171,17 @@ def _gone_wrong(done: int, in_a_row: int, spiked: bool) -> str:
         "skipped; the last good state is saved: lower config.schedule.learning_rate or look for "
         "broken clips, and resume"
     )
+
+
+@contextlib.contextmanager
+def _sparing_collector() -> Iterator[Callable[[], None]]:
+    """Yields a function after which the garbage collector leaves existing objects alone.
+
+    A step makes about a thousand arrays, enough to start a collection each time. The program and
+    its trace are hundreds of thousands of objects that stay: looking through them is a quarter of
+    the loop's CPU time, and now and then stops every thread for as long as several steps.
+    """
+    try:
+        yield gc.freeze
+    finally:
+        gc.unfreeze()

@@ -1,20 +1,22 @@
 """How fast a run goes: what its reports say of it, and the ledger `throughput.json`."""
 
-import contextlib
 import json
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from uss_jax.atomic import replacing
 from uss_jax.training.cost import BFLOAT16, flops_by_way, least_seconds, peak_flops
+from uss_jax.training.feed import DeviceFeed
 from uss_jax.training.step import Step
 
 LEDGER = "throughput.json"
+# How exactly the end of the last step is known while its successor's batch is late.
+_POLL_SECONDS = 1e-3
 
 
 class Throughput:
@@ -58,7 +60,7 @@ class Throughput:
             "parameters": parameters,
             "dtype": dtype,
         }
-        self._all = (0, 0.0, 0.0)  # steps, seconds, seconds waited for batches
+        self._all = (0, 0.0, 0.0)  # steps, seconds, seconds without work for want of a batch
         self.go()
 
     def go(self) -> None:
@@ -76,12 +78,25 @@ class Throughput:
         self.go()
         return compiled
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around the wait for a step's batch."""
-        asked = time.monotonic()
-        yield
-        self._waited += time.monotonic() - asked
+    def next_batch(self, feed: DeviceFeed, idle: Callable[[], bool] | None) -> dict[str, jax.Array]:
+        """Returns the next step's batch; counts how long the devices had nothing to do for it.
+
+        That is the time in which every step dispatched was done and the next batch was not on the
+        devices; a wait while they compute costs nothing and does not count.
+
+        Args:
+          feed: of the batches.
+          idle: tells whether every step dispatched is done; None before the first.
+        """
+        idle_from = None
+        batch = feed.get(0.0)
+        while batch is None:
+            if idle_from is None and (idle is None or idle()):
+                idle_from = time.monotonic()
+            batch = feed.get(_POLL_SECONDS)
+        if idle_from is not None:
+            self._waited += time.monotonic() - idle_from
+        return batch
 
     def step(self) -> None:
         """Counts one."""

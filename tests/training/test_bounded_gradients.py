@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.tiny import ONE_BLOCK, RATE, TAGGER, tagger_variables
+from tests.tiny import ONE_BLOCK, RATE, TAGGER, quick_jit, tagger_variables
 from uss_jax.models.norm import EPSILON, BatchNorm
 from uss_jax.models.resunet import ResUNet
 from uss_jax.training.losses import LOSSES, binary_cross_entropy
@@ -92,7 +92,7 @@ def training_gradient(net, variables, objective):
         )
         return objective["loss"](outputs)
 
-    return jax.jit(jax.grad(loss))(variables["params"])
+    return quick_jit(jax.grad(loss))(variables["params"])
 
 
 @pytest.mark.parametrize("net", [TAGGER, ONE_BLOCK], ids=["cnn14", "htsat"])

@@ -61,8 +61,10 @@ def get_config() -> ConfigDict:
     config.spec_augment.mel_width = 8
     config.spec_augment.mel_stripes = 2
 
+    config.norm_momentum = 0.1  # weight of a batch in the running statistics
     config.optimizer = "adamw"
     config.weight_decay = 0.05
+    config.clip_norm = 1.0  # greatest global norm of a gradient; 0 for any
     config.schedule = ConfigDict()
     config.schedule.name = "stepped"
     config.schedule.learning_rate = 1e-3

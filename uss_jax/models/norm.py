@@ -1,6 +1,6 @@
 """Batch normalisation over the global batch or parts of it, modulated per item (FiLM).
 
-As in the reference: momentum 0.01 of the new value, eps 1e-5, unbiased running variance, over all
+As in the reference: momentum 0.01 of the new value unless told otherwise, eps 1e-5, unbiased running variance, over all
 frames including padding. Letters: `b` batch, `g` groups, `c` channels.
 """
 
@@ -32,9 +32,11 @@ class BatchNorm(nn.Module):
         items of one device, so that devices need not speak to each other; or a number of items,
         which follow each other and, unlike replicas, are the same on any number of devices. The
         running statistics take the mean over the parts.
+      momentum: weight of a batch in the running statistics, as in torch; only training reads it.
     """
 
     over: str | int = "global"
+    momentum: float = MOMENTUM
 
     @nn.compact
     def __call__(
@@ -66,8 +68,8 @@ class BatchNorm(nn.Module):
         if not self.is_initializing():
             count = x.size // channels // x.shape[0] * rows
             unbiased = batch_var * (count / max(count - 1, 1))
-            mean.value = (1 - MOMENTUM) * mean.value + MOMENTUM * batch_mean
-            var.value = (1 - MOMENTUM) * var.value + MOMENTUM * unbiased
+            mean.value = (1 - self.momentum) * mean.value + self.momentum * batch_mean
+            var.value = (1 - self.momentum) * var.value + self.momentum * unbiased
         return y
 
 

@@ -11,6 +11,8 @@ from jaxtyping import Array, Float
 from uss_jax.audio.mel import log_mel
 
 Augment = Callable[[Array], Array]
+# Of the batch norms of PANNs and HTS-AT in training: PyTorch's default.
+TAGGING_MOMENTUM = 0.1
 
 
 @runtime_checkable

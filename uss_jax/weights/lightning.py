@@ -14,8 +14,9 @@ from uss_jax.training.bundle import Bundle
 from uss_jax.weights.torch import LIGHTNING_PREFIXES, SMOOTHING, StateDict, state_dict_of
 
 FOREIGN = "foreign.safetensors"
-# Lightning brings older files up to date by this; the version that the published ones are of.
-_LIGHTNING_VERSION = "1.6.0"
+# Lightning brings files of older versions up to date, and for that reads the state of loops before
+# 1.6.5 and expects one from 2.0 on only where there is one. A newer version than its own it warns of.
+_LIGHTNING_VERSION = "1.9.0"
 _SEPARATOR_BUFFERS = (
     "base.stft.conv_real.weight",
     "base.stft.conv_imag.weight",

@@ -189,7 +189,9 @@ class LogMel(nn.Module):
         power = spectrum.real**2 + spectrum.imag**2
         mel = power @ self.mel.to(power.dtype)
         x = 10 * torch.log10(torch.clamp(mel, min=1e-10))[:, None]
-        return self.bn0(x.transpose(1, 3)).transpose(1, 3)
+        # Contiguous: on a CPU, PyTorch 2.13 sums the gradient of a batch norm whose last axis has
+        # one element in another order than that of a transposed input, and gets it wrong.
+        return self.bn0(x.transpose(1, 3).contiguous()).transpose(1, 3)
 
 
 class Cnn14(LogMel):

@@ -182,16 +182,16 @@ class LogMel(nn.Module):
         super().__init__()
         self.n_fft, self.hop_samples = n_fft, hop_samples
         self.mel = torch.from_numpy(mel_matrix(sample_rate, n_fft, mel_bins, f_min, f_max))
-        self.bn0 = nn.BatchNorm2d(mel_bins)
+        # The published nets have a BatchNorm2d over [b, m, n, 1]. Where the layouts of that map and
+        # of its gradient differ, PyTorch 2.13 returns wrong gradients of weight and bias on a CPU.
+        self.bn0 = nn.BatchNorm1d(mel_bins)
 
     def log_mel(self, waveform: Tensor) -> Tensor:
         spectrum = stft(waveform, self.n_fft, self.hop_samples)
         power = spectrum.real**2 + spectrum.imag**2
         mel = power @ self.mel.to(power.dtype)
-        x = 10 * torch.log10(torch.clamp(mel, min=1e-10))[:, None]
-        # Contiguous: on a CPU, PyTorch 2.13 sums the gradient of a batch norm whose last axis has
-        # one element in another order than that of a transposed input, and gets it wrong.
-        return self.bn0(x.transpose(1, 3).contiguous()).transpose(1, 3)
+        x = 10 * torch.log10(torch.clamp(mel, min=1e-10))
+        return self.bn0(x.transpose(1, 2)).transpose(1, 2)[:, None]
 
 
 class Cnn14(LogMel):

@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pairing",
         choices=("conflict_free", "reference"),
         default="conflict_free",
-        help="the second sound: of a clip of unrelated labels (default), or, as published, the next "
-        "one drawn; that keeps silent anchors too",
+        help="the second sound: of a clip of unrelated labels (default), or, as published, the "
+        "next one drawn; that keeps silent anchors too",
     )
     parser.add_argument(
         "--groups",

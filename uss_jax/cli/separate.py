@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mono",
         action="store_true",
-        help="mix the channels down to one first, as in bytedance/uss; otherwise the channels share "
-        "a mask made of their mean power, and sounds stay in their place",
+        help="mix the channels down to one first, as in bytedance/uss; otherwise the channels "
+        "share a mask made of their mean power, and sounds stay in their place",
     )
     parser.add_argument(
         "--format", choices=_FORMATS, default="wav", help="default: wav (32-bit float)"

@@ -185,7 +185,11 @@ def run_musdb18(model: Model, data: str, out: str, *, legacy: bool) -> tuple[Res
     rows = musdb18.score_songs(model, folder, averages, unfinished, legacy=legacy)
     figures = ("sdr", "sdri", *(("legacy_sdr", "legacy_sdri") if legacy else ()))
     cells = [
-        (row["query"], *(row.get(f) for f in figures), *(row["stems"][s]["sdr"] for s in musdb18.STEMS))
+        (
+            row["query"],
+            *(row.get(f) for f in figures),
+            *(row["stems"][s]["sdr"] for s in musdb18.STEMS),
+        )
         for row in rows
     ]
     header = ("", *figures, *(f"{stem} sdr" for stem in musdb18.STEMS))

@@ -266,4 +266,3 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
         jax.tree_util.keystr(key, simple=True, separator="/"): tuple(leaf.shape)
         for key, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
-

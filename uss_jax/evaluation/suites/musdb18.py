@@ -91,9 +91,7 @@ def _score_song(
     }
     found = {
         f"{row}/{stem}": {"sdr": median_sdr(sources[stem], estimate, rate)}
-        for (row, stem), estimate in answers(
-            model, mixture, sources, rate, averages, alone
-        ).items()
+        for (row, stem), estimate in answers(model, mixture, sources, rate, averages, alone).items()
     }
     if legacy:
         mono = resample(mixture.mean(axis=0), rate, model.sample_rate)
@@ -110,9 +108,7 @@ def _legacy(
 ) -> dict[str, Values]:
     """ "row/stem" -> the published figures of a song of one channel at the model's rate."""
     rate, rows = model.sample_rate, {stem: source[None] for stem, source in sources.items()}
-    estimates = answers(
-        model, mixture[None], rows, rate, averages, sources, reference_blocks=True
-    )
+    estimates = answers(model, mixture[None], rows, rate, averages, sources, reference_blocks=True)
     found = {}
     for (row, stem), estimate in estimates.items():
         values = {"legacy_sdr": median_sdr(estimate, rows[stem], rate)}

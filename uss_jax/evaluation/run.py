@@ -184,14 +184,10 @@ def run_musdb18(model: Model, data: str, out: str, *, legacy: bool) -> tuple[Res
     unfinished = _beside(out, ".unfinished")
     rows = musdb18.score_songs(model, folder, averages, unfinished, legacy=legacy)
     figures = ("sdr", "sdri", *(("legacy_sdr", "legacy_sdri") if legacy else ()))
-    cells = [
-        (
-            row["query"],
-            *(row.get(f) for f in figures),
-            *(row["stems"][s]["sdr"] for s in musdb18.STEMS),
-        )
-        for row in rows
-    ]
+    cells = []
+    for row in rows:
+        of_stems = (row["stems"][stem]["sdr"] for stem in musdb18.STEMS)
+        cells.append((row["query"], *(row.get(figure) for figure in figures), *of_stems))
     header = ("", *figures, *(f"{stem} sdr" for stem in musdb18.STEMS))
     return _whole(model, out, rows, header, cells, {"legacy": legacy}, "dB; median over songs")
 

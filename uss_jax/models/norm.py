@@ -1,7 +1,7 @@
 """Batch normalisation over the global batch or parts of it, modulated per item (FiLM).
 
-As in the reference: momentum 0.01 of the new value unless told otherwise, eps 1e-5, unbiased running variance, over all
-frames including padding. Letters: `b` batch, `g` groups, `c` channels.
+As in the reference: momentum 0.01 of the new value unless told otherwise, eps 1e-5, unbiased
+running variance, over all frames including padding. Letters: `b` batch, `g` groups, `c` channels.
 """
 
 import functools

@@ -14,8 +14,8 @@ from uss_jax.training.bundle import Bundle
 from uss_jax.weights.torch import LIGHTNING_PREFIXES, SMOOTHING, StateDict, state_dict_of
 
 FOREIGN = "foreign.safetensors"
-# Lightning brings files of older versions up to date, and for that reads the state of loops before
-# 1.6.5 and expects one from 2.0 on only where there is one. A newer version than its own it warns of.
+# Lightning brings files of older versions up to date: those before 1.6.5 must hold the state of its
+# loops, which this one lacks. Of a file newer than itself it warns.
 _LIGHTNING_VERSION = "1.9.0"
 _SEPARATOR_BUFFERS = (
     "base.stft.conv_real.weight",

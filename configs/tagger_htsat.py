@@ -48,6 +48,7 @@ def get_config() -> ConfigDict:
     config.tagger.depths = (2, 2, 6, 2)
     config.tagger.heads = (4, 8, 16, 32)
     config.tagger.classes = 527
+    config.tagger.repeat_short = True  # clips that fit more than once; False stretches them
     config.tagger.stochastic_depth = 0.1
     config.tagger.dtype = "float32"
 

@@ -4,16 +4,20 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
-make_environment 'test,torch'
+make_environment 'test'
+torch=torch==2.13.0
+.venv/bin/python -m pip install --quiet --disable-pip-version-check "$torch"
 [ $# -gt 0 ] || set -- 1.9.5 2.0.9 2.6.6
 pythons=""
 for version in "$@"; do
     place=.original/$version
     if [ ! -e "$place/done" ]; then
+        packages=("lightning==$version" "$torch" librosa torchlibrosa einops pandas h5py matplotlib)
+        # Lightning 1.9 asks setuptools for pkg_resources, and its cloud for classes of then.
+        packages+=(panns_inference 'setuptools<81')
+        [[ $version != 1.* ]] || packages+=(lightning-cloud==0.5.31)
         python3 -m venv "$place"
-        # setuptools: Lightning 1.9 asks it for pkg_resources.
-        "$place/bin/pip" install --quiet --disable-pip-version-check "lightning==$version" torch \
-            librosa torchlibrosa einops pandas h5py matplotlib panns_inference 'setuptools<81'
+        "$place/bin/pip" install --quiet --disable-pip-version-check "${packages[@]}"
         "$place/bin/pip" install --quiet --disable-pip-version-check --no-deps uss==0.0.4
         touch "$place/done"
     fi

@@ -69,7 +69,7 @@ def score_songs(
       legacy: whether to give the published figures too.
     """
     test = songs(folder, "test")
-    names = [str(song) for song in test] + [str(legacy)]
+    names = [str(song) for song in test] + [f"legacy: {legacy}"]
     finished = Finished(unfinished, identity(model, averages, names))
     for song in tqdm(test, "songs", disable=None):
         if song.name not in finished.done:

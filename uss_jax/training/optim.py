@@ -74,14 +74,15 @@ OPTIMIZERS = {f.__name__: f for f in (adamw_amsgrad, adamw)}
 def clipped(optimizer: optax.GradientTransformation, norm: float) -> optax.GradientTransformation:
     """An optimiser that sees gradients of at most this global norm; 0 leaves them.
 
-    The state is that of the optimiser alone, so that a run may be resumed with another norm.
+    As torch.nn.utils.clip_grad_norm_ does it. The state is that of the optimiser alone, so that a
+    run may be resumed with another norm.
     """
     if not norm:
         return optimizer
-    clip = optax.clip_by_global_norm(norm)
 
     def update(updates, state, params=None):
-        return optimizer.update(clip.update(updates, clip.init(updates))[0], state, params)
+        scale = jnp.minimum(1, norm / (optax.tree.norm(updates) + 1e-6))
+        return optimizer.update(jax.tree.map(lambda g: scale * g, updates), state, params)
 
     return optax.GradientTransformation(optimizer.init, update)
 

@@ -43,6 +43,7 @@ def _tagger() -> ConfigDict:
     config.outputs = ("clipwise", "tagging")
     # The bundled clips are cleaner than the world, and short ones end in digital silence.
     config.noise = ConfigDict(dict(least_snr_db=10.0, most_snr_db=60.0))
+    config.norm_momentum = 0.01  # eight clips are a poor sample of all
     config.mixup_alpha = 0.2
     config.spec_augment.time_width = 16
     config.spec_augment.mel_width = 4

@@ -63,8 +63,10 @@ def get_config() -> ConfigDict:
     config.spec_augment.mel_width = 8
     config.spec_augment.mel_stripes = 2
 
+    config.norm_momentum = 0.1  # weight of a batch in the running statistics
     config.optimizer = "adamw_amsgrad"  # or "adamw"
     config.weight_decay = 0.0
+    config.clip_norm = 0.0  # greatest global norm of a gradient; 0 for any
     config.schedule = ConfigDict()
     config.schedule.name = "constant_warm_up"
     config.schedule.learning_rate = 1e-3

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.tiny import (
+    CONFIGS,
     RATE,
     SEGMENT,
     noise,
@@ -122,6 +123,27 @@ def test_taggers_train_and_their_workdir_is_a_bundle_of_both_nets(
     assert detected["framewise"].shape == (2, 101, 527)
 
 
+@pytest.mark.long
+def test_a_tagger_s_run_of_before_its_newer_keys_goes_on(
+    place, tmp_path, monkeypatch, quick_compilation
+):
+    # Without them: momentum 0.01, no clipping, as runs were when configs did not have them.
+    text = (CONFIGS / "tagger_cnn14.py").read_text()
+    older = [line for line in text.splitlines() if not re.search("norm_momentum|clip_norm", line)]
+    (tmp_path / "tagger_cnn14.py").write_text("\n".join(older))
+    words = ("tagger_cnn14.py", place)
+    with monkeypatch.context() as patch:
+        patch.setattr("tests.tiny.CONFIGS", tmp_path)
+        assert main(train_words(*words, tmp_path / "run", {"total_steps": 1})) == 0
+    assert main(train_words(*words, tmp_path / "new", {"total_steps": 1})) == 0
+    means = [
+        Model(tmp_path / name).sed.variables["batch_stats"]["bn0"]["mean"]
+        for name in ("run", "new")
+    ]
+    np.testing.assert_allclose(10 * means[0], means[1], rtol=1e-5)
+    _train(*words, tmp_path / "run", {"total_steps": 2, "clip_norm": 1.0})
+
+
 def _records(path, **metadata):
     write_records(path, "train", [("a", tone(300, 1.0), [1]), ("b", noise(1, 1.0), [2])])
     (path / "metadata.json").write_text(
@@ -206,6 +228,8 @@ def test_what_cannot_run_is_said_before_the_first_step(place, tmp_path, changed,
         ({"outputs": ()}, "config.outputs is (); probabilities of a clip"),
         ({"tagger.dtype": "int8"}, "sed.model.dtype is 'int8', expected float32 or bfloat16"),
         ({"schedule.name": "none"}, "config.schedule.name is 'none'"),
+        ({"clip_norm": -1.0}, "config.clip_norm=-1.0 is below 0"),
+        ({"norm_momentum": 0.0}, "config.norm_momentum=0.0 is not above 0"),
     ],
 )
 def test_what_cannot_run_of_a_tagger_is_said_too(place, tmp_path, changed, said, capsys):

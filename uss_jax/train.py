@@ -270,8 +270,6 @@ def _check(config: ConfigDict) -> None:
             f"config.mixing.silent_share={mixing.silent_share} needs a config.mixing.group_size "
             f"above config.mixing.sources={mixing.sources}: an item asks for what another is"
         )
-    if config.clip_norm < 0:
-        raise UserError(f"config.clip_norm={config.clip_norm} is below 0; 0 clips nothing")
     if not 1 <= config.mixing.sources <= config.mixing.group_size:
         raise UserError(
             f"config.mixing.sources={config.mixing.sources} is not between 1 and "

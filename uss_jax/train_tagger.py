@@ -7,11 +7,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from uss_jax.errors import UserError
+from uss_jax.models.norm import MOMENTUM
 from uss_jax.models.tagging import TaggingNet
 from uss_jax.precision import at_precision
 from uss_jax.training import nets, run
 from uss_jax.training.mesh import make_mesh
-from uss_jax.training.optim import OPTIMIZERS, make_schedule
+from uss_jax.training.optim import OPTIMIZERS, clipped, make_schedule
 from uss_jax.training.state import TrainState, create_state
 from uss_jax.training.step import make_tagging_step
 
@@ -37,7 +38,9 @@ def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
             f"config.optimizer is {config.optimizer!r}, expected {' or '.join(OPTIMIZERS)}"
         )
     schedule = make_schedule(**config.schedule)
-    optimizer = OPTIMIZERS[config.optimizer](schedule, config.weight_decay)
+    optimizer = clipped(
+        OPTIMIZERS[config.optimizer](schedule, config.weight_decay), config.get("clip_norm", 0.0)
+    )
     workdir = run.open_workdir(workdir)
     records = run.open_records(config.data, config.sample_rate, config.seed)
     clips_per_step = config.global_batch * (1 if config.mixup_alpha is None else 2)
@@ -55,7 +58,7 @@ def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
 
     # One step as a pure function.
     step = make_tagging_step(
-        tagger,
+        tagger.clone(norm_momentum=config.get("norm_momentum", MOMENTUM)),
         optimizer,
         outputs=tuple(config.outputs),
         mixup_alpha=config.mixup_alpha,

@@ -26,6 +26,31 @@ def test_cnn14_equals_the_reference(golden):
 
 
 @pytest.mark.long
+def test_cnn14_decision_level_max_equals_the_reference(golden):
+    from tests.benchmarks.torch_nets import Cnn14DecisionLevelMax, load
+
+    net = load(Cnn14DecisionLevelMax(), build_state_dict("cnn14_decision_level_max"))
+    with np.load(golden / "cnn14_decision_level_max.npz") as fixture, torch.inference_mode():
+        waveform = make_batch("dev/cnn14_decision_level_max/64000", 3, 64000)
+        clipwise, _ = net(torch.from_numpy(waveform))
+        assert relative_error(fixture, "b3n64000/clipwise_output", clipwise.numpy()) < TOLERANCE
+
+
+@pytest.mark.long
+def test_htsat_equals_the_reference(golden):
+    from tests.benchmarks.torch_htsat import HTSAT
+    from tests.benchmarks.torch_nets import load
+
+    tensors = build_state_dict("htsat")
+    net = load(HTSAT(), {name.removeprefix("sed_model."): x for name, x in tensors.items()})
+    with np.load(golden / "htsat.npz") as fixture, torch.inference_mode():
+        waveform = make_batch("dev/htsat/exact1024", 1, 327500)
+        clipwise, embedding = net(torch.from_numpy(waveform))
+        for name, found in (("clipwise_output", clipwise), ("latent_output", embedding)):
+            assert relative_error(fixture, f"exact1024/{name}", found.numpy()) < TOLERANCE
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("tag", "layout", "shape"),
     [

@@ -18,7 +18,7 @@ ENCODER_WIDTHS = (32, 64, 128, 256, 384, 384)
 def stft(waveform: Tensor, n_fft: int, hop: int) -> Tensor:
     """Complex [..., n, f] of [..., t]: periodic Hann window, centred, reflect padding."""
     flat = waveform.reshape(-1, waveform.shape[-1])
-    window = torch.hann_window(n_fft)
+    window = torch.hann_window(n_fft, dtype=waveform.dtype)
     spectrum = torch.stft(flat, n_fft, hop, window=window, return_complex=True, pad_mode="reflect")
     return spectrum.transpose(1, 2).reshape(*waveform.shape[:-1], -1, n_fft // 2 + 1)
 
@@ -167,31 +167,78 @@ class TaggerBlock(nn.Module):
         return F.relu_(self.bn2(self.conv2(F.relu_(self.bn1(self.conv1(x))))))
 
 
-class Cnn14(nn.Module):
+class LogMel(nn.Module):
+    """The front end of both tagging nets and the norm behind it: [b, t] to [b, 1, n, m]."""
+
+    def __init__(
+        self,
+        sample_rate: int = 32000,
+        n_fft: int = 1024,
+        hop_samples: int = 320,
+        mel_bins: int = 64,
+        f_min: float = 50.0,
+        f_max: float = 14000.0,
+    ):
+        super().__init__()
+        self.n_fft, self.hop_samples = n_fft, hop_samples
+        self.mel = torch.from_numpy(mel_matrix(sample_rate, n_fft, mel_bins, f_min, f_max))
+        # The published nets have a BatchNorm2d over [b, m, n, 1]. Where the layouts of that map and
+        # of its gradient differ, PyTorch 2.13 returns wrong gradients of weight and bias on a CPU.
+        self.bn0 = nn.BatchNorm1d(mel_bins)
+
+    def log_mel(self, waveform: Tensor) -> Tensor:
+        spectrum = stft(waveform, self.n_fft, self.hop_samples)
+        power = spectrum.real**2 + spectrum.imag**2
+        mel = power @ self.mel.to(power.dtype)
+        x = 10 * torch.log10(torch.clamp(mel, min=1e-10))
+        return self.bn0(x.transpose(1, 2)).transpose(1, 2)[:, None]
+
+
+class Cnn14(LogMel):
     """The published tagging net: waveform [b, t] to probabilities [b, 527], embedding [b, 2048]."""
 
-    def __init__(self):
-        super().__init__()
-        mel = torch.from_numpy(mel_matrix(32000, 1024, 64, 50, 14000)).float()
-        self.register_buffer("mel", mel, persistent=False)
-        self.bn0 = nn.BatchNorm2d(64)
-        widths = (1, 64, 128, 256, 512, 1024, 2048)
-        for i in range(1, 7):
-            self.add_module(f"conv_block{i}", TaggerBlock(widths[i - 1], widths[i]))
-        self.fc1 = nn.Linear(2048, 2048)
-        self.fc_audioset = nn.Linear(2048, 527)
+    def __init__(
+        self,
+        channels: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048),
+        classes: int = 527,
+        **front_end: float,
+    ):
+        super().__init__(**front_end)
+        self.blocks = range(1, len(channels) + 1)
+        for i, inputs, outputs in zip(self.blocks, (1, *channels), channels, strict=False):
+            self.add_module(f"conv_block{i}", TaggerBlock(inputs, outputs))
+        self.fc1 = nn.Linear(channels[-1], channels[-1])
+        self.fc_audioset = nn.Linear(channels[-1], classes)
+
+    def dropout(self, x: Tensor, rate: float) -> Tensor:
+        """Of channels (axis 1) or, of [b, e], features; off here."""
+        return x
+
+    def features(self, waveform: Tensor) -> Tensor:
+        """[b, e, s]."""
+        x = self.log_mel(waveform)
+        for i in self.blocks:
+            x = getattr(self, f"conv_block{i}")(x)
+            x = F.avg_pool2d(x, 2) if i < len(self.blocks) else x
+            x = self.dropout(x, 0.2)
+        return x.mean(3)
 
     def forward(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
-        spectrum = stft(waveform, 1024, 320)
-        power = spectrum.real**2 + spectrum.imag**2
-        x = 10 * torch.log10(torch.clamp(power @ self.mel, min=1e-10))[:, None]
-        x = self.bn0(x.transpose(1, 3)).transpose(1, 3)
-        for i in range(1, 7):
-            x = getattr(self, f"conv_block{i}")(x)
-            x = F.avg_pool2d(x, 2) if i < 6 else x
-        x = x.mean(3)
-        embedding = F.relu_(self.fc1(x.amax(2) + x.mean(2)))
+        x = self.features(waveform)
+        embedding = F.relu(self.fc1(self.dropout(x.amax(2) + x.mean(2), 0.5)))
         return torch.sigmoid(self.fc_audioset(embedding)), embedding
+
+
+class Cnn14DecisionLevelMax(Cnn14):
+    """The published detector: waveform [b, t] to clipwise [b, k] and segmentwise [b, s, k]."""
+
+    def forward(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.features(waveform)
+        x = F.max_pool1d(x, 3, 1, 1) + F.avg_pool1d(x, 3, 1, 1)
+        x = self.dropout(x, 0.5).transpose(1, 2)
+        x = self.dropout(F.relu(self.fc1(x)).transpose(1, 2), 0.5).transpose(1, 2)
+        segmentwise = torch.sigmoid(self.fc_audioset(x))
+        return segmentwise.amax(1), segmentwise
 
 
 def load(net: nn.Module, state_dict: dict) -> nn.Module:

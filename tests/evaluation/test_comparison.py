@@ -48,10 +48,11 @@ def test_what_is_missing_says_how_to_get_it(runs, capsys):
     printed = capsys.readouterr().out
     a, b = runs / "a", runs / "b"
     command = (
-        f"uss-jax evaluate musdb18 --model {a} --data FOLDER_OF_MUSDB18 --out {a}/musdb18.json"
+        f"uss-jax evaluate musdb18 --model {a} --data FOLDER_OF_MUSDB18 --legacy "
+        f"--out {a}/musdb18.json"
     )
     assert command in printed
-    assert f"{b}/pairs.json (it was scored without class averages)" in printed
+    assert f"{b}/pairs.json (it was scored without --train-pairs TRAIN_PAIRS)" in printed
     assert f"--model {a} --data PAIRS" not in printed
     text = out.read_text()
     assert "| AudioSet, 527 classes | SDRi, dB | class average | 5.00 | - | 5.57 | 7.74 |" in text

@@ -11,6 +11,7 @@ from uss_jax.data.index import load_index
 from uss_jax.data.reader import ClipReader
 from uss_jax.data.sampling import BalancedOrder
 from uss_jax.errors import UserError
+from uss_jax.evaluation import make_pairs
 from uss_jax.evaluation.clips import Chosen, mine
 from uss_jax.evaluation.make_pairs import draw_pairs, mixed_pairs, read_groups
 from uss_jax.ontology import load_ontology
@@ -96,22 +97,24 @@ def test_partners_share_no_label_nor_branch(made):
             assert not load_ontology().relatives(label) & set(labels[row["partner_id"]])
 
 
-def test_the_reference_s_partner_is_the_next_of_another_class(place, tmp_path):
+def test_the_reference_s_partner_is_the_next_item_of_its_batch(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(make_pairs, "_REFERENCE_BATCH", 8)
     assert _make(place, tmp_path / "out", "--pairing", "reference") == 0
     order = BalancedOrder(*(load_index(place / "records", "test").__dict__[n] for n in _CSR), 0)
-    records, classes = order.draw(np.arange(4 * order.round_length))
+    wanted = 4 * order.round_length
+    records, classes = order.draw(np.arange(wanted + 8))
     ids = [id for id, _, _ in CLIPS]
     drawn = [(ids[record], int(label)) for record, label in zip(records, classes, strict=True)]
     expected = []
-    for at, (id, label) in enumerate(drawn):
-        further = drawn[at + 1 :] + drawn[:at]
-        partner = next(other for other in further if other[0] != id and other[1] != label)
-        expected.append((label, id, *partner))
+    for at in range(wanted):
+        batch, place_in_batch = divmod(at, 8)
+        partner = drawn[8 * batch + (place_in_batch + 1) % 8]
+        expected.append((drawn[at][1], drawn[at][0], *partner))
     found = [
         (int(r["class_index"]), r["id"], r["partner_id"], int(r["partner_class_index"]))
         for r in _manifest(tmp_path / "out")
     ]
-    assert found == sorted(expected, key=lambda row: row[0])
+    assert found == sorted(expected, key=lambda row: row[0])  # silent ones too
 
 
 def test_checksums_are_of_the_samples(made):
@@ -162,6 +165,9 @@ def test_silent_anchors_and_lonely_clips_are_left_out(place, tmp_path, capsys):
     assert main(["make-pairs", *map(str, words), "--out", str(tmp_path / "out")]) == 1
     assert "every anchor of the split is silent" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    published = ["--out", str(tmp_path / "published"), "--pairing", "reference"]
+    assert main(["make-pairs", *map(str, words), *published]) == 0
+    assert "4 pairs of 2 classes" in capsys.readouterr().out
 
     clips[1] = ("b", tone(300, 1.0), [PIANO])
     write_records(tmp_path / "records", "test", clips)

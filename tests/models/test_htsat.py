@@ -5,6 +5,7 @@ import pytest
 
 from tests.golden.weights import relative_index, shift_mask
 from tests.tiny import TINY_HTSAT, random_variables
+from uss_jax.models import htsat
 from uss_jax.models.cnn14 import Cnn14, Cnn14DecisionLevelMax
 from uss_jax.models.htsat import (
     HTSAT,
@@ -13,6 +14,7 @@ from uss_jax.models.htsat import (
     cut_windows,
     fold,
     join_windows,
+    random_frames,
     relative_positions,
     side_labels,
     steps_of_frames,
@@ -86,6 +88,44 @@ def test_long_clips_are_seen_in_three_views_that_reach_the_end(frames):
     assert [view[0] for view in views] == [0, step, 2 * step]
     assert {len(view) for view in views} == {length}
     assert frames - 1 - views[-1][-1] <= 4
+
+
+def test_training_cuts_the_image_s_frames_out_of_a_longer_clip():
+    # The reference draws from all but the last possible beginning, for each item apart.
+    mel = jnp.tile(jnp.arange(12.0)[None, :, None], (64, 1, 2))
+    cuts = random_frames(jax.random.key(0), mel, 8)
+    begins = cuts[:, 0, 0]
+    np.testing.assert_array_equal(cuts, (begins[:, None] + np.arange(8))[:, :, None] + [0.0, 0.0])
+    assert set(np.asarray(begins).tolist()) == {0, 1, 2, 3}
+
+
+def test_a_longer_clip_is_seen_once_in_training(variables, monkeypatch):
+    net = TINY.clone(stochastic_depth=0.0)
+    waveform = noise((CAPACITY + 9) * net.hop_samples, batch=2)
+    begins = np.array([2, 7])
+
+    def cut(key, mel, count):
+        return jnp.stack([row[b : b + count] for row, b in zip(mel, begins, strict=True)])
+
+    monkeypatch.setattr(htsat, "random_frames", cut)
+    outputs, statistics = net.apply(
+        variables,
+        waveform,
+        train=True,
+        rngs={"augment": jax.random.key(0)},
+        mutable=["batch_stats"],
+    )
+    assert outputs["framewise"].shape == (2, CAPACITY, net.classes)
+    # The statistics are of the whole clip, in training as in the reference.
+    mel = htsat.front_end(net, waveform)
+    moved = 0.9 * variables["batch_stats"]["bn0"]["mean"] + 0.1 * mel.mean(axis=(0, 1))
+    np.testing.assert_allclose(statistics["batch_stats"]["bn0"]["mean"], moved, rtol=1e-5)
+    normalised = (mel - mel.mean(axis=(0, 1))) / jnp.sqrt(mel.var(axis=(0, 1)) + 1e-5)
+    shown = cut(None, normalised, CAPACITY)
+    tokens = net.apply(variables, shown, True, method=HTSAT.tokens, rngs={})
+    logits = net.apply(variables, tokens, method=HTSAT.logits)
+    expected = jax.nn.sigmoid(logits[:, 0].mean(axis=1))
+    np.testing.assert_allclose(outputs["clipwise"], expected, atol=1e-4)
 
 
 def test_longer_clips_are_seen_whole():

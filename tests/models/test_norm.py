@@ -56,6 +56,19 @@ def test_trains_as_torch_does(shape):
             np.testing.assert_allclose(variables["batch_stats"][name], value, rtol=1e-6)
 
 
+def test_statistics_move_by_the_momentum():
+    variables, x = random_variables(), normal(*SHAPE)
+    x = 3 * x + 2
+    before = variables["batch_stats"]
+    slow, fast = (
+        BatchNorm(momentum=momentum).apply(variables, x, True, mutable=["batch_stats"])[1]
+        for momentum in (0.01, 0.1)
+    )
+    for name, old in before.items():
+        moved = [found["batch_stats"][name] - old for found in (slow, fast)]
+        np.testing.assert_allclose(10 * moved[0], moved[1], rtol=1e-4)
+
+
 def test_equals_torch_itself():
     torch = pytest.importorskip("torch")
     layer = torch.nn.BatchNorm2d(3, momentum=MOMENTUM, eps=EPSILON)

@@ -72,6 +72,23 @@ def test_estimates_have_the_form_of_the_recording_and_are_those_of_the_waveform(
     np.testing.assert_allclose(total, waveform, atol=4e-6 * max(np.abs(waveform).max(), 1))
 
 
+def test_channels_are_mixed_down_where_asked(model, tmp_path):
+    # As the original: of stereo one channel, whose estimates stand beside its own mixture.
+    path = recording(tmp_path / "in.wav", rate=44100, channels=2)
+    settings = Settings(mono=True, reference_blocks=True, residual=True)
+    made = Separator(model, settings).separate_file(path, tmp_path / "out", vectors(model))
+    mixed = soundfile.read(path, dtype="float32")[0].mean(axis=1)
+    expected = Separator(model, settings).separate(mixed, 44100, vectors(model))
+    total = np.zeros_like(mixed)
+    for name, file in made.files.items():
+        written, _ = soundfile.read(file, dtype="float32")
+        assert written.shape == mixed.shape
+        total += written
+        if name != RESIDUAL:
+            np.testing.assert_allclose(written, expected[name], atol=2e-6)
+    np.testing.assert_allclose(total, mixed, atol=4e-6)
+
+
 def test_estimates_that_sum_to_the_mixture(model, tmp_path):
     path = recording(tmp_path / "in.wav", rate=22050, channels=2)
     mixture, _ = soundfile.read(path, dtype="float32", always_2d=True)

@@ -3,6 +3,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -10,7 +11,7 @@ from uss_jax.errors import UserError
 from uss_jax.training.checkpoints import Checkpoints, latest_step, load_tree, save_tree
 from uss_jax.training.guard import no_norms
 from uss_jax.training.mesh import make_mesh, on_all_devices
-from uss_jax.training.optim import adamw_amsgrad
+from uss_jax.training.optim import adamw_amsgrad, clipped
 from uss_jax.training.state import TrainState, create_state
 
 OPTIMIZER = adamw_amsgrad(1e-3)
@@ -61,6 +62,25 @@ def test_a_run_from_before_norms_were_recorded_goes_on_with_an_empty_record(tmp_
     assert restored.norms["spikes"] == 0
     assert restored.norms["window"].sharding == like.norms["window"].sharding
     jax.tree.map(np.testing.assert_array_equal, restored.params, _state().params)
+
+
+@pytest.mark.parametrize("before", [OPTIMIZER, optax.chain(optax.clip(1.0), OPTIMIZER)])
+@pytest.mark.parametrize("norm", [0.0, 0.5])
+def test_a_run_goes_on_with_another_clipping(tmp_path, before, norm):
+    # The state of a clipped optimiser once stood behind an empty one.
+    saved = _state()
+    after = jax.tree.map(jnp.ones_like, before.init(saved.params))
+    with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
+        checkpoints.save(5, saved.replace(opt_state=after), POSITION)
+    like = on_all_devices(
+        _state(seed=1).replace(opt_state=clipped(OPTIMIZER, norm).init(saved.params)), make_mesh()
+    )
+    with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
+        restored = checkpoints.restore(5, like)
+    assert jax.tree.structure(restored) == jax.tree.structure(like)
+    for found in jax.tree.leaves(restored.opt_state):
+        np.testing.assert_array_equal(found, np.ones_like(found))
+    np.testing.assert_array_equal(restored.params["net"]["kernel"], saved.params["net"]["kernel"])
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ def test_golden_schedules(case):
 def test_warm_up_of_no_steps_is_none():
     schedule = make_schedule("linear_warm_up", 0.5, warm_up_steps=0, reduce_lr_steps=10)
     np.testing.assert_allclose([schedule(step) for step in (0, 1, 10)], [0.5, 0.5, 0.45])
+    schedule = make_schedule("constant_warm_up", 0.5, warm_up_steps=0)
+    np.testing.assert_allclose([schedule(step) for step in (0, 1, 10)], [0.5] * 3)
 
 
 def test_cosine_warms_up_and_ends_at_a_hundredth():

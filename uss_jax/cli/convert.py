@@ -4,7 +4,7 @@ IN is one file, or two: a tagging net and a detector, which share the bundle the
 holds its separator, query net and detector and becomes a separator bundle; PANNs' Cnn14 and
 Cnn14_DecisionLevelMax become a tagger bundle with a query net, a detector ("sed"), or both; HTS-AT
 becomes one in which it is both. The other way, IN is a bundle of a USS checkpoint and OUT a .ckpt,
-which the original program loads with strict=True.
+which the original program loads with strict=True under Lightning 1.9 and newer.
 
 Both need PyTorch (pip install 'uss-jax[torch]'); nothing that a file names is run.
 """

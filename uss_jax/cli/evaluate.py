@@ -65,7 +65,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     made["musdb18"].add_argument(
         "--legacy",
         action="store_true",
-        help="also give the figure with reference and estimate swapped, as the reference does",
+        help="also give the published figures: one channel at the model's rate, blocks of 2 s side "
+        "by side, reference and estimate swapped",
+    )
+    made["voicebank_demand"].add_argument(
+        "--blocks",
+        choices=("windows", "reference"),
+        default="windows",
+        help="windows with context (default), or blocks of 2 s side by side, as published",
     )
     parser.epilog = (
         "example:\n"

@@ -2,7 +2,8 @@
 
 For each class of the split, --per-class sources are taken: the 2-second anchor of a clip, found by
 the detector as in training. Each is mixed, at equal energy, with an anchor of a clip of unrelated
-classes or, with --pairing reference, of the next clip drawn. Written as
+classes; pairs with an anchor below -60 dBFS are left out. With --pairing reference each is mixed
+with the next one drawn, as published, whatever its labels and its level. Written as
 DIR/class_id=K/NUMBER.source.wav and NUMBER.mixture.wav, with manifest.csv. The same records,
 detector and seed give the same pairs.
 """
@@ -32,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pairing",
         choices=("conflict_free", "reference"),
         default="conflict_free",
-        help="the second sound: of a clip of unrelated labels (default), or the next one drawn",
+        help="the second sound: of a clip of unrelated labels (default), or, as published, the "
+        "next one drawn; that keeps silent anchors too",
     )
     parser.add_argument(
         "--groups",

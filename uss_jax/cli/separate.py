@@ -46,7 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--blocks",
         choices=("windows", "reference"),
         default="windows",
-        help="windows with context (default), or blocks of 2 s side by side as in bytedance/uss",
+        help="windows with context (default), or blocks of 2 s side by side as in bytedance/uss; "
+        "for stereo that is its way with --mono only",
+    )
+    parser.add_argument(
+        "--mono",
+        action="store_true",
+        help="mix the channels down to one first, as in bytedance/uss; otherwise the channels "
+        "share a mask made of their mean power, and sounds stay in their place",
     )
     parser.add_argument(
         "--format", choices=_FORMATS, default="wav", help="default: wav (32-bit float)"
@@ -70,7 +77,7 @@ _FORMATS = {
 
 
 _REPORTED = ("model", "classes", "levels", "first_parent", "query", "threshold")
-_REPORTED += ("blocks", "residual", "sum_to_mixture", "format", "precision")
+_REPORTED += ("blocks", "mono", "residual", "sum_to_mixture", "format", "precision")
 
 
 def _probability(text: str) -> float:
@@ -100,6 +107,7 @@ def run(args: argparse.Namespace) -> None:
     suffix, subtype = _FORMATS[args.format]
     settings = Settings(
         reference_blocks=args.blocks == "reference",
+        mono=args.mono,
         residual=args.residual,
         sum_to_mixture=args.sum_to_mixture,
         suffix=suffix,

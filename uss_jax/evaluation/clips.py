@@ -79,16 +79,17 @@ def batches_of(
         yield batch, min(BATCH_SIZE, len(chosen.records) - step * BATCH_SIZE)
 
 
-@functools.partial(jax.jit, static_argnames="segment_samples")
+@functools.partial(jax.jit, static_argnames=("segment_samples", "min_dbfs"))
 def anchors_of_batch(
     sed: Net | None,
     batch: dict[str, jax.Array],
     key: jax.Array,
     segment_samples: int,
+    min_dbfs: float | None = MIN_DBFS,
 ) -> Any:
     """The batch's anchors as training finds them, or random ones without a detector."""
     net = (None, None) if sed is None else (sed.module, sed.variables)
-    return find_anchors(*net, batch, key, segment_samples=segment_samples, min_dbfs=MIN_DBFS)
+    return find_anchors(*net, batch, key, segment_samples=segment_samples, min_dbfs=min_dbfs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,13 +108,20 @@ class MinedAnchors:
         return MinedAnchors(self.begin_sample[rows], self.samples[rows])
 
 
-def mine(reader: ClipReader, chosen: Chosen, sed: Net, segment_samples: int) -> MinedAnchors:
-    """Finds the anchors of the chosen clips with a detector."""
+def mine(
+    reader: ClipReader,
+    chosen: Chosen,
+    sed: Net,
+    segment_samples: int,
+    *,
+    min_dbfs: float | None = MIN_DBFS,
+) -> MinedAnchors:
+    """Finds the anchors of the chosen clips with a detector; None passes over no quiet segment."""
     found = []
     for batch, rows in batches_of(reader, chosen, segment_samples):
         inputs = {name: batch[name] for name in ("audio", "samples", "class_index")}
         key = jax.random.key(0)  # unused with a detector
-        anchors = anchors_of_batch(sed, inputs, key, segment_samples)
+        anchors = anchors_of_batch(sed, inputs, key, segment_samples, min_dbfs)
         found.append((anchors.begin_sample[:rows], anchors.samples[:rows]))
     begin, samples = (np.concatenate(column) for column in zip(*found, strict=True))
     return MinedAnchors(begin, samples)

@@ -42,6 +42,7 @@ _COLUMNS = (
     "mixture_sha256",
 )
 _PAIRS_AT_A_TIME = 64
+_REFERENCE_BATCH = 32  # items in which the reference's mixer looks for the next one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,8 @@ class MadePairs:
       pairs: how many.
       classes: of how many classes.
       without_partner: drawn clips for which the split has no clip of unrelated classes.
-      silent: drawn pairs of which an anchor is below -60 dBFS, left out.
+      silent: drawn pairs of which an anchor is below -60 dBFS, left out; the reference's pairing
+        keeps them.
     """
 
     pairs: int
@@ -91,7 +93,8 @@ def make_pairs(
     out = pathlib.Path(out)
     _check_free(out, overwrite)
     source, partner, without_partner = draw_pairs(reader.index, per_class, seed, pairing)
-    table = _mine_distinct(reader, model, source, partner)
+    min_dbfs = None if pairing == "reference" else MIN_DBFS
+    table = _mine_distinct(reader, model, min_dbfs, source, partner)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         unfinished.mkdir(parents=True)
@@ -99,7 +102,9 @@ def make_pairs(
         ranges = range(0, len(source.records), _PAIRS_AT_A_TIME)
         for first in tqdm(ranges, desc="make-pairs", disable=None):
             some = slice(first, first + _PAIRS_AT_A_TIME)
-            made = _write_some(reader, model, unfinished, table, source, partner, some, first)
+            made = _write_some(
+                reader, model, unfinished, table, min_dbfs, source, partner, some, first
+            )
             rows += made
             silent += len(source.records[some]) - len(made)
         if not rows:
@@ -129,13 +134,15 @@ def draw_pairs(
     Sources follow the balanced order: each class equally often, each of its clips once before any
     twice. With the pairing "conflict_free" a partner is a clip none of whose labels is a label of
     the source's clip, above it or below it in the ontology, of a class drawn first, so that
-    partners are balanced too. With "reference" it is the next source of another clip and class,
-    whatever else it is labelled.
+    partners are balanced too. With "reference" it is the next source, whatever it is: of a batch
+    of 32 as the reference draws them, whose last source is mixed with its first.
     """
     order = BalancedOrder(index.label_row, index.label_class, seed)
-    records, classes = order.draw(np.arange(per_class * order.round_length))
+    wanted = per_class * order.round_length
     if pairing == "reference":
-        return _next_ones(records, classes)
+        batches = -(-wanted // _REFERENCE_BATCH)
+        return _next_ones(*order.draw(np.arange(batches * _REFERENCE_BATCH)), wanted)
+    records, classes = order.draw(np.arange(wanted))
     arranged = np.argsort(classes, kind="stable")  # pairs are numbered class by class
     records, classes = records[arranged], classes[arranged]
     clips = _Clips(index)
@@ -157,26 +164,18 @@ def draw_pairs(
 
 
 def _next_ones(
-    records: Integer[np.ndarray, " n"], classes: Integer[np.ndarray, " n"]
+    records: Integer[np.ndarray, " n"], classes: Integer[np.ndarray, " n"], wanted: int
 ) -> tuple[Chosen, Chosen, int]:
-    """Each drawn source with the next one of another clip and class."""
-    partners = np.full(len(records), -1)
-    for at in range(len(records)):
-        for step in range(1, len(records)):  # mostly one step
-            other = (at + step) % len(records)
-            if records[other] != records[at] and classes[other] != classes[at]:
-                partners[at] = other
-                break
-    if (partners < 0).all():
-        raise UserError("the split has one clip or one class only; a mixture needs two of each")
-    arranged = np.argsort(classes, kind="stable")
-    arranged = arranged[partners[arranged] >= 0]
+    """The first `wanted` sources, each with the next item of its batch; n is whole batches."""
     records, classes = records.astype(np.int64), classes.astype(np.int64)
+    batches = np.arange(len(records)).reshape(-1, _REFERENCE_BATCH)
+    partners = np.roll(batches, -1, axis=1).ravel()[:wanted]
+    arranged = np.argsort(classes[:wanted], kind="stable")
     chosen = partners[arranged]
     return (
         Chosen(records[arranged], classes[arranged]),
         Chosen(records[chosen], classes[chosen]),
-        int((partners < 0).sum()),
+        0,
     )
 
 
@@ -202,13 +201,15 @@ class _Clips:
 
 
 def _mine_distinct(
-    reader: ClipReader, model: Model, *chosen: Chosen
+    reader: ClipReader, model: Model, min_dbfs: float | None, *chosen: Chosen
 ) -> dict[tuple[int, int], tuple[int, int]]:
     """(begin sample, samples) of the anchor of every (record, class), each mined once."""
     keys = {key for some in chosen for key in zip(some.records, some.classes, strict=True)}
     keys = sorted((int(record), int(label)) for record, label in keys)
     records, classes = np.array(keys).T
-    anchors = mine(reader, Chosen(records, classes), model.sed, model.segment_samples)
+    anchors = mine(
+        reader, Chosen(records, classes), model.sed, model.segment_samples, min_dbfs=min_dbfs
+    )
     places = zip(anchors.begin_sample.tolist(), anchors.samples.tolist(), strict=True)
     return dict(zip(keys, places, strict=True))
 
@@ -218,6 +219,7 @@ def _write_some(
     model: Model,
     folder: pathlib.Path,
     table: dict[tuple[int, int], tuple[int, int]],
+    min_dbfs: float | None,
     source: Chosen,
     partner: Chosen,
     some: slice,
@@ -235,17 +237,20 @@ def _write_some(
             )
         )
     mixtures = mixed_pairs(*segments)
-    loud = [np.mean(np.square(side), axis=1) >= 10 ** (MIN_DBFS / 10) for side in segments]
+    written = np.ones(len(mixtures), bool)
+    if min_dbfs is not None:
+        for side in segments:
+            written &= np.mean(np.square(side), axis=1) >= 10 ** (min_dbfs / 10)
     rows = []
-    for row in np.flatnonzero(loud[0] & loud[1]).tolist():
+    for row in np.flatnonzero(written).tolist():
         (record, label), (other, other_label) = keys[0][row], keys[1][row]
         name = f"class_id={label}/{first + row:06d}"
         (folder / f"class_id={label}").mkdir(exist_ok=True)
-        written = {}
+        digests = {}
         for what, waveform in (("source", segments[0][row]), ("mixture", mixtures[row])):
             write_wav(folder / f"{name}.{what}.wav", waveform[None], model.sample_rate)
             # Of the samples: the file itself holds the time of writing.
-            written[f"{what}_sha256"] = samples_digest(waveform)
+            digests[f"{what}_sha256"] = samples_digest(waveform)
         rows.append(
             {
                 "file": name,
@@ -256,7 +261,7 @@ def _write_some(
                 "partner_id": _id(reader, other),
                 "partner_class_index": other_label,
                 "partner_begin_sample": table[other, other_label][0],
-                **written,
+                **digests,
             }
         )
     return rows

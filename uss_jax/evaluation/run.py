@@ -184,24 +184,31 @@ def run_musdb18(model: Model, data: str, out: str, *, legacy: bool) -> tuple[Res
     averages = musdb18.stem_averages(model, folder)
     unfinished = _beside(out, ".unfinished")
     rows = musdb18.score_songs(model, folder, averages, unfinished, legacy=legacy)
-    figures = ("sdr", "sdri", *(("legacy_sdr",) if legacy else ()))
-    cells = [
-        (row["query"], *(row[f] for f in figures), *(row["stems"][s]["sdr"] for s in musdb18.STEMS))
-        for row in rows
-    ]
+    figures = ("sdr", "sdri", *(("legacy_sdr", "legacy_sdri") if legacy else ()))
+    cells = []
+    for row in rows:
+        of_stems = (row["stems"][stem]["sdr"] for stem in musdb18.STEMS)
+        cells.append((row["query"], *(row.get(figure) for figure in figures), *of_stems))
     header = ("", *figures, *(f"{stem} sdr" for stem in musdb18.STEMS))
     return _whole(model, out, rows, header, cells, {"legacy": legacy}, "dB; median over songs")
 
 
-def run_voicebank_demand(model: Model, data: str, out: str) -> tuple[Results, str]:
+def run_voicebank_demand(model: Model, data: str, out: str, *, blocks: str) -> tuple[Results, str]:
     """Sentences of Voicebank-Demand; see evaluation/suites/voicebank_demand.py."""
     folder = pathlib.Path(data)
     voicebank_demand.sentences(folder)
     averages = voicebank_demand.speech_average(model, folder)
-    rows = voicebank_demand.score_sentences(model, folder, averages, _beside(out, ".unfinished"))
+    rows = voicebank_demand.score_sentences(
+        model,
+        folder,
+        averages,
+        _beside(out, ".unfinished"),
+        reference_blocks=blocks == "reference",
+    )
     figures = ("pesq", "ssnr", "csig", "cbak", "covl")
     cells = [(row["query"], *(row[figure] for figure in figures)) for row in rows]
-    return _whole(model, out, rows, ("", *figures), cells, {}, "means over sentences; SSNR in dB")
+    explanation = "medians over sentences, as published; means are in the JSON file; SSNR in dB"
+    return _whole(model, out, rows, ("", *figures), cells, {"blocks": blocks}, explanation)
 
 
 def _beside(out: str, ending: str) -> pathlib.Path:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from uss_jax.models.conv import Conv3x3
 from uss_jax.models.norm import BatchNorm
-from uss_jax.models.tagging import Augment, front_end
+from uss_jax.models.tagging import TAGGING_MOMENTUM, Augment, front_end
 
 _INIT = nn.initializers.xavier_uniform()
 # Classes start as rare as they are: a clip of AudioSet has 2.6 of 527. PANNs starts them at 1/2 and
@@ -23,12 +23,14 @@ class ConvBlock(nn.Module):
 
     features: int
     dtype: str
+    norm_momentum: float
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n m c"], train: bool) -> Float[Array, "b n m _"]:
         for i in (1, 2):
             x = Conv3x3(self.features, self.dtype, name=f"conv{i}")(x)
-            x = nn.relu(BatchNorm(name=f"bn{i}")(x, train))
+            norm = BatchNorm(momentum=self.norm_momentum, name=f"bn{i}")
+            x = nn.relu(norm(x, train))
         return x
 
 
@@ -46,6 +48,7 @@ class Cnn14(nn.Module):
         embedding has the last width.
       classes: k.
       dtype: compute dtype of the convolutions; log-mel, statistics and outputs are float32.
+      norm_momentum: weight of a batch in the running statistics of training.
     """
 
     sample_rate: int = 32000
@@ -57,11 +60,12 @@ class Cnn14(nn.Module):
     channels: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
     classes: int = 527
     dtype: str = "float32"
+    norm_momentum: float = TAGGING_MOMENTUM
 
     def setup(self) -> None:
-        self.bn0 = BatchNorm()
+        self.bn0 = BatchNorm(momentum=self.norm_momentum)
         self.conv_block = [
-            ConvBlock(width, self.dtype, name=f"conv_block{i}")
+            ConvBlock(width, self.dtype, self.norm_momentum, name=f"conv_block{i}")
             for i, width in enumerate(self.channels, start=1)
         ]
         self.fc1 = nn.Dense(self.channels[-1], kernel_init=_INIT)
@@ -87,7 +91,7 @@ class Cnn14(nn.Module):
         """
         features = self.features(self.log_mel(waveform), train, augment)
         embedding = self.embed(features, train)
-        return {"clipwise": self.classify(embedding, train), "embedding": embedding}
+        return {"clipwise": self.classify(embedding), "embedding": embedding}
 
     def log_mel(self, waveform: Float[Array, "b t"]) -> Float[Array, "b n m"]:
         """The front end: mel power in dB; n = t // hop_samples + 1."""
@@ -111,9 +115,9 @@ class Cnn14(nn.Module):
         pooled = jnp.max(features, axis=1) + jnp.mean(features, axis=1)
         return nn.relu(self.fc1(self.dropout(pooled, deterministic=not train)))
 
-    def classify(self, embedding: Float[Array, "*b e"], train: bool) -> Float[Array, "*b k"]:
+    def classify(self, embedding: Float[Array, "*b e"]) -> Float[Array, "*b k"]:
         """Probabilities of the classes."""
-        return nn.sigmoid(self.fc_audioset(self.dropout(embedding, deterministic=not train)))
+        return nn.sigmoid(self.fc_audioset(embedding))
 
     @property
     def embedding_width(self) -> int:
@@ -158,7 +162,7 @@ class Cnn14DecisionLevelMax(Cnn14):
             "clipwise": jnp.max(segmentwise, axis=1),
             "framewise": repeat_to_frames(segmentwise, self.frame_stride, mel.shape[1]),
             "embedding": embedding,
-            "tagging": self.classify(embedding, train),
+            "tagging": self.classify(embedding),
         }
 
     def detect(self, features: Float[Array, "b s e"], train: bool) -> Float[Array, "b s k"]:
@@ -166,7 +170,7 @@ class Cnn14DecisionLevelMax(Cnn14):
         window = dict(window_shape=(3,), strides=(1,), padding=((1, 1),))
         x = nn.max_pool(features, **window) + nn.avg_pool(features, **window)
         x = nn.relu(self.fc1(self.dropout(x, deterministic=not train)))
-        return self.classify(x, train)
+        return self.classify(self.dropout(x, deterministic=not train))
 
 
 def repeat_to_frames(

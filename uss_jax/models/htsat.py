@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from uss_jax.models.conv import in_compute_dtype
 from uss_jax.models.norm import BatchNorm
-from uss_jax.models.tagging import Augment, front_end
+from uss_jax.models.tagging import TAGGING_MOMENTUM, Augment, front_end
 
 PATCH = 4  # pixels a side
 WINDOW = 8  # tokens a side
@@ -48,6 +48,9 @@ class HTSAT(nn.Module):
       multiple of four, and never sees the last quarter of such a clip.
     - Longer, where the reference fails: views of 1024 frames, half as many apart.
 
+    In training a clip longer than the image is cut to 1024 frames that begin at a random one, each
+    item's own, as in the reference.
+
     Attributes:
       sample_rate: Hz.
       n_fft: window in samples.
@@ -66,6 +69,7 @@ class HTSAT(nn.Module):
         none in the first block.
       dtype: compute dtype of the linear maps and of attention, "float32" or "bfloat16"; log-mel,
         residual sums, norms, softmax and outputs are float32.
+      norm_momentum: weight of a batch in the running statistics of training.
     """
 
     sample_rate: int = 32000
@@ -82,12 +86,13 @@ class HTSAT(nn.Module):
     repeat_short: bool = True
     stochastic_depth: float = 0.1
     dtype: str = "float32"
+    norm_momentum: float = TAGGING_MOMENTUM
 
     def setup(self) -> None:
         self._check()
         rates = np.linspace(0, self.stochastic_depth, sum(self.depths)).tolist()
         ends = np.cumsum(self.depths).tolist()
-        self.bn0 = BatchNorm()
+        self.bn0 = BatchNorm(momentum=self.norm_momentum)
         self.patch_embedding = PatchEmbedding(self.token_width, self.dtype)
         self.stage = [
             Stage(
@@ -115,22 +120,24 @@ class HTSAT(nn.Module):
 
         Args:
           waveform: samples in [-1, 1].
-          train: batch statistics and stochastic depth (random keys "augment").
+          train: batch statistics, stochastic depth and random cuts (random keys "augment").
           augment: applied to the normalised log-mel, [b, n, m] to [b', n, m].
 
         Returns:
           `clipwise` [b, k] in [0, 1], from the mean logits of the time steps; `framewise` [b, n, k]
-          for the n frames of the log-mel; `embedding` [b, e], the mean over the last tokens
-          (`latent_output` in the reference).
+          for the n frames of the log-mel, or of its cut; `embedding` [b, e], the mean over the last
+          tokens (`latent_output` in the reference).
         """
         mel = front_end(self, waveform)
         x = self.bn0(mel, train)
         x = augment(x) if augment else x
+        if train and x.shape[1] > self.image_frames:
+            x = random_frames(self.make_rng("augment"), x, self.image_frames)
         tokens = self.tokens(x, train)
         logits = self.logits(tokens)
         framewise = jnp.einsum(
             "ns,bsk->bnk",
-            steps_of_frames(mel.shape[1], self.image_frames, logits.shape[2], self.repeat_short),
+            steps_of_frames(x.shape[1], self.image_frames, logits.shape[2], self.repeat_short),
             nn.sigmoid(logits).reshape(logits.shape[0], -1, self.classes),
             precision=jax.lax.Precision.HIGHEST,
         )
@@ -420,6 +427,15 @@ def cut_views(
         return views
     resize = bicubic_matrix(length, capacity).astype(mel.dtype)
     return jnp.einsum("Nn,bvnm->bvNm", resize, views, precision=jax.lax.Precision.HIGHEST)
+
+
+def random_frames(key: Array, mel: Float[Array, "b n m"], count: int) -> Float[Array, "b N m"]:
+    """Cuts `count` adjacent frames out of each item, which has more, at a random place.
+
+    As in the reference, the last frame is in none of the cuts.
+    """
+    begin = jax.random.randint(key, (mel.shape[0],), 0, mel.shape[1] - count)
+    return jnp.take_along_axis(mel, (begin[:, None] + jnp.arange(count))[:, :, None], axis=1)
 
 
 def bicubic_matrix(length: int, size: int) -> np.ndarray:

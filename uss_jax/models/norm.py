@@ -1,7 +1,7 @@
 """Batch normalisation over the global batch or parts of it, modulated per item (FiLM).
 
-As in the reference: momentum 0.01 of the new value, eps 1e-5, unbiased running variance, over all
-frames including padding. Letters: `b` batch, `g` groups, `c` channels.
+As in the reference: momentum 0.01 of the new value unless told otherwise, eps 1e-5, unbiased
+running variance, over all frames including padding. Letters: `b` batch, `g` groups, `c` channels.
 """
 
 import functools
@@ -34,9 +34,11 @@ class BatchNorm(nn.Module):
         items of one device, so that devices need not speak to each other; or a number of items,
         which follow each other and, unlike replicas, are the same on any number of devices. The
         running statistics take the mean over the parts.
+      momentum: weight of a batch in the running statistics, as in torch; only training reads it.
     """
 
     over: str | int = "global"
+    momentum: float = MOMENTUM
 
     @nn.compact
     def __call__(
@@ -76,8 +78,8 @@ class BatchNorm(nn.Module):
             y, batch_mean, batch_var = _normalise(maps, scale, bias, mean.value, rows, leak)
             if not self.is_initializing():
                 unbiased = batch_var * _bessel(maps[0], rows)
-                mean.value = (1 - MOMENTUM) * mean.value + MOMENTUM * batch_mean
-                var.value = (1 - MOMENTUM) * var.value + MOMENTUM * unbiased
+                mean.value = (1 - self.momentum) * mean.value + self.momentum * batch_mean
+                var.value = (1 - self.momentum) * var.value + self.momentum * unbiased
         return y if isinstance(x, tuple) else y[0]
 
 

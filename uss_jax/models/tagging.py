@@ -12,6 +12,8 @@ from uss_jax.audio.mel import log_mel
 from uss_jax.precision import HIGHEST, at_precision
 
 Augment = Callable[[Array], Array]
+# Of the batch norms of PANNs and HTS-AT in training: PyTorch's default.
+TAGGING_MOMENTUM = 0.1
 
 
 @runtime_checkable

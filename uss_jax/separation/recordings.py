@@ -47,6 +47,8 @@ class Settings:
 
     Attributes:
       reference_blocks: cut as the reference does, for comparison with it.
+      mono: mix the channels of a file down to one first, as the reference does. Otherwise one mask,
+        of the channels' mean power, is for all of them. Waveforms are mixed by whoever gives them.
       residual: also write what is left of the mixture.
       sum_to_mixture: give each estimate an equal share of what is left, so that together they are
         the mixture (mixture consistency, arXiv:1811.08521).
@@ -56,6 +58,7 @@ class Settings:
     """
 
     reference_blocks: bool = False
+    mono: bool = False
     residual: bool = False
     sum_to_mixture: bool = False
     suffix: str = ".wav"
@@ -168,9 +171,15 @@ class Separator:
           query: what to separate.
         """
         form, rate = audio_format(path), self.model.sample_rate
+        if self.settings.mono:
+            form = dataclasses.replace(form, channels=1)
+
+        def recorded() -> Iterator[np.ndarray]:
+            pieces = read_blocks(path)
+            return (p.mean(axis=0, keepdims=True) for p in pieces) if self.settings.mono else pieces
 
         def blocks() -> Iterator[np.ndarray]:
-            return resample_blocks(read_blocks(path), form.sample_rate, rate)
+            return resample_blocks(recorded(), form.sample_rate, rate)
 
         targets, probabilities = self.find_targets(blocks, query)
         names = [target.name for target in targets]
@@ -197,7 +206,7 @@ class Separator:
                 disable=None,
             )
             stack.enter_context(progress)
-            for mixture, estimates in _beside(read_blocks(path), pieces, len(targets)):
+            for mixture, estimates in _beside(recorded(), pieces, len(targets)):
                 if self.settings.sum_to_mixture:
                     estimates = consistent(estimates, mixture)
                 if self.settings.residual:

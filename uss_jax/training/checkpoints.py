@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 
 from uss_jax.errors import UserError
@@ -117,11 +118,16 @@ class Checkpoints:
         # record of norms: theirs begins now.
         source = {"ema": "params"} if "ema" not in saved else {}
         begun = {} if "norms" in saved or not like.norms else {"norms": no_norms()}
+        behind = "opt_state" in saved and _stands_behind(
+            like.opt_state, self._tree(step, "opt_state")
+        )
         abstract = {}
         for name, tree in _parts(like).items():
             if name in begun:
                 continue
             found = self._tree(step, source.get(name, name))
+            if name == "opt_state" and behind:
+                tree = (optax.EmptyState(), tree)
             require_same_layout(tree, found, name, f"step {step}")
             if name not in source:
                 abstract[name] = jax.tree.map(_abstract, tree)
@@ -132,6 +138,8 @@ class Checkpoints:
         for name, tree in begun.items():
             place = lambda x, wanted: jax.device_put(x, wanted.sharding)  # noqa: E731
             restored[name] = jax.tree.map(place, tree, getattr(like, name))
+        if behind:
+            restored["opt_state"] = restored["opt_state"][1]
         count = jax.device_put(np.int32(step), like.step.sharding)
         return like.replace(step=count, **{name: restored[name] for name in _parts(like)})
 
@@ -247,10 +255,7 @@ def require_same_layout(expected: Any, found: Any, what: str, where: str) -> Non
       what: name of the tree, for the message.
       where: what was read, for the message.
     """
-    wanted, present = (
-        {jax.tree_util.keystr(k, simple=True, separator="/"): tuple(v.shape) for k, v in leaves}
-        for leaves in map(_leaves, (expected, found))
-    )
+    wanted, present = _shapes(expected), _shapes(found)
     for key in sorted(wanted.keys() | present.keys()):
         if wanted.get(key) != present.get(key):
             raise UserError(
@@ -260,5 +265,14 @@ def require_same_layout(expected: Any, found: Any, what: str, where: str) -> Non
             )
 
 
-def _leaves(tree: Any) -> list:
-    return jax.tree_util.tree_leaves_with_path(tree)
+def _stands_behind(state: Any, found: Any) -> bool:
+    """Whether an optimiser's state was saved behind the empty one of clipping, as it once was."""
+    return {f"1/{key}" for key in _shapes(state)} == _shapes(found).keys()
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of each array."""
+    return {
+        jax.tree_util.keystr(key, simple=True, separator="/"): tuple(leaf.shape)
+        for key, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from uss_jax.errors import UserError
 from uss_jax.models.cnn14 import Cnn14, Cnn14DecisionLevelMax
 from uss_jax.models.htsat import HTSAT
+from uss_jax.models.norm import MOMENTUM
 from uss_jax.models.query import KINDS, Adaptor, QueryNet
 from uss_jax.models.resunet import ResUNet
 from uss_jax.models.tagging import TaggingNet
@@ -29,7 +30,7 @@ TAGGERS = {
 _DEFAULT = "cnn14"
 
 # No part of what a net is: the first say how it trains, the last where it stands.
-_NO_FIELDS = ("norm_scope", "remat", "parent", "name")
+_NO_FIELDS = ("norm_scope", "norm_momentum", "remat", "parent", "name")
 
 
 def build(net: type[Net], fields: Mapping[str, Any], where: str) -> Net:
@@ -105,7 +106,10 @@ def build_query(section: Mapping[str, Any], model: Mapping[str, Any] | None) -> 
     fields = {k: v for k, v in section.items() if k != "model"}
     if fields.get("kind") not in KINDS:
         raise UserError(f"query.kind is {fields.get('kind')!r}, expected {', '.join(KINDS)}")
-    tagger = None if model is None else build_tagger(model, "query", "query.model")
+    tagger = None
+    if model is not None:
+        # One that trains does so together with a separator, and takes its momentum.
+        tagger = build_tagger(model, "query", "query.model").clone(norm_momentum=MOMENTUM)
     query = build(QueryNet, {**fields, "tagger": tagger}, "query")
     if query.shortcut and query.adaptor_width not in (0, width := _unadapted_width(query)):
         raise UserError(

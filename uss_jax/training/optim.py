@@ -72,15 +72,26 @@ OPTIMIZERS = {f.__name__: f for f in (adamw_amsgrad, adamw)}
 
 
 def clipped(optimizer: optax.GradientTransformation, norm: float) -> optax.GradientTransformation:
-    """An optimiser that sees gradients of at most this global norm; 0 leaves them."""
-    return optax.chain(optax.clip_by_global_norm(norm), optimizer) if norm else optimizer
+    """An optimiser that sees gradients of at most this global norm; 0 leaves them.
+
+    As torch.nn.utils.clip_grad_norm_ does it. The state is that of the optimiser alone, so that a
+    run may be resumed with another norm.
+    """
+    if not norm:
+        return optimizer
+
+    def update(updates, state, params=None):
+        scale = jnp.minimum(1, norm / (optax.tree.norm(updates) + 1e-6))
+        return optimizer.update(jax.tree.map(lambda g: scale * g, updates), state, params)
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def constant_warm_up(learning_rate: float, warm_up_steps: int) -> optax.Schedule:
-    """x 0.001, x 0.01, x 0.1 for `warm_up_steps` each, then constant."""
+    """x 0.001, x 0.01, x 0.1 for `warm_up_steps` each, then constant; from the start without."""
 
     def schedule(step):
-        stage = jnp.clip(step // max(warm_up_steps, 1), 0, 3)
+        stage = jnp.clip(step // warm_up_steps, 0, 3) if warm_up_steps else 3
         return learning_rate * jnp.asarray([1e-3, 1e-2, 1e-1, 1.0])[stage]
 
     return schedule

@@ -22,6 +22,7 @@ from uss_jax.data.pipeline import batches
 from uss_jax.data.reader import ClipReader
 from uss_jax.data.sampling import BalancedOrder, GroupedOrder, UniformOrder
 from uss_jax.errors import UserError
+from uss_jax.models.norm import MOMENTUM
 from uss_jax.ontology import load_ontology
 from uss_jax.precision import check_precision
 from uss_jax.training.bundle import FORMAT_VERSION, read_bundle
@@ -81,6 +82,10 @@ def check(config: ConfigDict, group_size: int = 1) -> None:
             f"config.max_norm_ratio is {ratio}, expected more than 1, or 0 for no limit: updates "
             "whose gradient is longer than that many times the running median are left out"
         )
+    if config.get("clip_norm", 0.0) < 0:
+        raise UserError(f"config.clip_norm={config.clip_norm} is below 0; 0 clips nothing")
+    if not 0 < config.get("norm_momentum", MOMENTUM) <= 1:
+        raise UserError(f"config.norm_momentum={config.norm_momentum} is not above 0 and at most 1")
     steps = config.profile.steps
     if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
         raise UserError(

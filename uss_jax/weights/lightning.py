@@ -14,8 +14,9 @@ from uss_jax.training.bundle import Bundle
 from uss_jax.weights.torch import LIGHTNING_PREFIXES, SMOOTHING, StateDict, state_dict_of
 
 FOREIGN = "foreign.safetensors"
-# Lightning brings older files up to date by this; the version that the published ones are of.
-_LIGHTNING_VERSION = "1.6.0"
+# Lightning brings files of older versions up to date: those before 1.6.5 must hold the state of its
+# loops, which this one lacks. Of a file newer than itself it warns.
+_LIGHTNING_VERSION = "1.9.0"
 _SEPARATOR_BUFFERS = (
     "base.stft.conv_real.weight",
     "base.stft.conv_imag.weight",

@@ -1,5 +1,6 @@
 """FSDKaggle2018, FSD50K and Slakh2100: their imitations, scored and recomputed."""
 
+import csv
 import json
 
 import numpy as np
@@ -70,27 +71,55 @@ def _read(path):
     return np.resize(soundfile.read(path, dtype="float32")[0], SAMPLES)
 
 
-def _published(folder, split, table, count):
-    """The reference's pairs of FSDKaggle2018, told again from its description."""
-    names = [line.split(",")[:2] for line in table.read_text().splitlines()[1:]]
+def _published(audio, names, count):
+    """The reference's pairs of (file, label) rows, in the order in which it makes them."""
     random = np.random.RandomState(1234)
-    made = {label: [] for _, label in names}
-    while min(map(len, made.values())) < count:
-        for i in random.permutation(len(names) - 1):
+    counts, pairs = dict.fromkeys((label for _, label in names), 0), []
+    while min(counts.values()) < count:
+        for i in random.permutation(len(names)):
             (name, label), (other, other_label) = names[i], names[(i + 1) % len(names)]
-            if label != other_label and len(made[label]) < count:
-                a, b = (_read(folder / f"FSDKaggle2018.audio_{split}" / n) for n in (name, other))
-                made[label].append((a, a + b * np.sqrt(np.mean(a**2) / np.mean(b**2))))
-    return [(label, *pair) for label, pairs in made.items() for pair in pairs]
+            if label != other_label and counts[label] < count:
+                a, b = (_read(audio / n) for n in (name, other))
+                ratio = (np.mean(a**2) / max(np.mean(b**2), 1e-10)) ** 0.5
+                pairs.append((label, a, a + b * np.clip(ratio, 0.02, 50)))
+                counts[label] += 1
+    return pairs
+
+
+def _kaggle(folder, split, count):
+    name = {"train": "train_post_competition", "test": "test_post_competition_scoring_clips"}[split]
+    lines = (folder / "FSDKaggle2018.meta" / f"{name}.csv").read_text().splitlines()[1:]
+    names = [line.split(",")[:2] for line in lines]
+    return _published(folder / f"FSDKaggle2018.audio_{split}", names, count)
+
+
+def _fsd50k(folder, split, count):
+    part = {"train": "dev", "test": "eval"}[split]
+    with open(folder / "FSD50K.ground_truth" / f"{part}.csv", newline="") as file:
+        names = [(f"{r['fname']}.wav", r["labels"].split(",")[0]) for r in csv.DictReader(file)]
+    return _published(folder / f"FSD50K.{part}_audio", names, count)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize(("suite", "transcribed"), [(fsdkaggle2018, _kaggle), (fsd50k, _fsd50k)])
+def test_pairs_are_the_published_ones_sample_by_sample(
+    place, monkeypatch, suite, transcribed, split
+):
+    monkeypatch.setattr(mixing, "PER_CLASS", 5)
+    folder = place / suite.__name__.split(".")[-1]
+    expected = transcribed(folder, split, 5)
+    items = suite.items(folder, split)
+    assert [item.label for item in items] == [label for label, _, _ in expected]
+    for item, (_, source, mixture) in zip(items, expected, strict=True):
+        np.testing.assert_array_equal(item.read("source", imitations.RATE), source)
+        np.testing.assert_allclose(item.read("mixture", imitations.RATE), mixture, atol=1e-6)
 
 
 def test_fsdkaggle2018(place, tmp_path, monkeypatch):
     monkeypatch.setattr(mixing, "PER_CLASS", 4)
     results = _evaluate(place, "fsdkaggle2018", "soft", tmp_path / "r.json")
     model, folder = Model(place / "soft"), place / "fsdkaggle2018"
-    meta = folder / "FSDKaggle2018.meta"
-    train = _published(folder, "train", meta / "train_post_competition.csv", 4)
-    test = _published(folder, "test", meta / "test_post_competition_scoring_clips.csv", 4)
+    train, test = (_kaggle(folder, split, 4) for split in ("train", "test"))
     averages = _averages(model, [(label, source) for label, source, _ in train])
     expected = _recomputed(model, test, averages)
     rows = _rows(results)

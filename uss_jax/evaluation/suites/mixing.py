@@ -126,7 +126,7 @@ def mixed_neighbours(
     items: list[Mixed] = []
     while min(counts.values()) < PER_CLASS:
         before = len(items)
-        for at in random.permutation(len(recordings) - 1).tolist():
+        for at in random.permutation(len(recordings)).tolist():
             recording = recordings[at]
             labels = recording.labels if conflict_free else recording.labels[:1]
             wanted = [n for n, label in enumerate(labels) if counts[label] < PER_CLASS]

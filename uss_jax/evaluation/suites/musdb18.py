@@ -6,15 +6,16 @@ As its archive unpacks:
         mixture.wav    vocals.wav    drums.wav    bass.wav    other.wav    (stereo, 44.1 kHz)
 
 Figures: SDR of BSSEval v4 (museval) in windows of one second side by side, the median over the
-windows of a song, then over songs. The reference hands museval the estimate as reference and the
-reference as estimate; `legacy` gives that figure too, to be compared with published ones.
+windows of a song, then over songs. `legacy` adds the published figures, of the same song mixed down
+to one channel at the model's rate and separated in blocks side by side: museval is handed the
+estimate as reference and the source as estimate, and for the gain the mixture as estimate.
 
 The distortion filters of BSSEval v4 split the error into parts whose sum they do not change, so its
 SDR needs none of them (a test holds ours to museval's); museval itself needs ffmpeg to be imported.
 """
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float32
@@ -65,10 +66,10 @@ def score_songs(
       folder: of the data set.
       averages: a condition of each stem.
       unfinished: where to keep the figures of finished songs.
-      legacy: whether to give the swapped figure too.
+      legacy: whether to give the published figures too.
     """
     test = songs(folder, "test")
-    names = [str(song) for song in test] + [str(legacy)]
+    names = [str(song) for song in test] + [f"legacy: {legacy}"]
     finished = Finished(unfinished, identity(model, averages, names))
     for song in tqdm(test, "songs", disable=None):
         if song.name not in finished.done:
@@ -88,11 +89,32 @@ def _score_song(
         stem: resample(source.mean(axis=0), rate, model.sample_rate)
         for stem, source in sources.items()
     }
+    found = {
+        f"{row}/{stem}": {"sdr": median_sdr(sources[stem], estimate, rate)}
+        for (row, stem), estimate in answers(model, mixture, sources, rate, averages, alone).items()
+    }
+    if legacy:
+        mono = resample(mixture.mean(axis=0), rate, model.sample_rate)
+        for name, values in _legacy(model, mono, alone, averages).items():
+            found[name] |= values
+    return found
+
+
+def _legacy(
+    model: Model,
+    mixture: Float32[np.ndarray, " t"],
+    sources: Mapping[str, Float32[np.ndarray, " t"]],
+    averages: Averages,
+) -> dict[str, Values]:
+    """ "row/stem" -> the published figures of a song of one channel at the model's rate."""
+    rate, rows = model.sample_rate, {stem: source[None] for stem, source in sources.items()}
+    estimates = answers(model, mixture[None], rows, rate, averages, sources, reference_blocks=True)
     found = {}
-    for (row, stem), estimate in answers(model, mixture, sources, rate, averages, alone).items():
-        values = {"sdr": median_sdr(sources[stem], estimate, rate)}
-        if legacy:
-            values["legacy_sdr"] = median_sdr(estimate, sources[stem], rate)
+    for (row, stem), estimate in estimates.items():
+        values = {"legacy_sdr": median_sdr(estimate, rows[stem], rate)}
+        if row != MIXTURE:  # beside itself it is infinitely good
+            of_mixture = median_sdr(estimate, mixture[None], rate)
+            values["legacy_sdri"] = values["legacy_sdr"] - of_mixture
         found[f"{row}/{stem}"] = values
     return found
 

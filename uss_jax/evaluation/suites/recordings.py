@@ -15,7 +15,7 @@ from uss_jax.errors import UserError
 from uss_jax.evaluation.averages import Averages
 from uss_jax.evaluation.scoring import AVERAGE, HALF, MIXTURE, ORACLE
 from uss_jax.separation.queries import Vectors, recording_vector
-from uss_jax.separation.recordings import Separator
+from uss_jax.separation.recordings import Separator, Settings
 from uss_jax.training.bundle import net_hash
 from uss_jax.training.mesh import make_mesh
 from uss_jax.training.model import Model
@@ -31,6 +31,8 @@ def answers(
     sample_rate: int,
     averages: Averages,
     oracles: Mapping[str, Float32[np.ndarray, "_"]],
+    *,
+    reference_blocks: bool = False,
 ) -> dict[tuple[str, str], Float32[np.ndarray, "c t"]]:
     """(row, label) -> what each way of asking gives for a recording.
 
@@ -41,6 +43,7 @@ def answers(
       sample_rate: of both, in Hz.
       averages: label -> condition.
       oracles: label -> the source as one channel at the model's rate.
+      reference_blocks: separate in blocks side by side, as the reference does.
     """
     vectors = {}
     if model.query.module.kind == "one_hot":
@@ -51,7 +54,8 @@ def answers(
         vectors[f"{ORACLE}/{label}"] = recording_vector(model, oracles[label])
         if label in averages:
             vectors[f"{AVERAGE}/{label}"] = averages[label]
-    separator = Separator(model, mesh=make_mesh())
+    settings = Settings(reference_blocks=reference_blocks)
+    separator = Separator(model, settings, mesh=make_mesh())
     separated = separator.separate(mixture, sample_rate, Vectors(vectors))
     found = {tuple(name.split("/", 1)): estimate for name, estimate in separated.items()}
     for label in sources:

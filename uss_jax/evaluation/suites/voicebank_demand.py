@@ -6,17 +6,20 @@ As its archives unpack:
     clean_testset_wav/*.wav           noisy_testset_wav/*.wav    (the same names, 48 kHz)
 
 The paper's copy names the first two `clean_trainset_wav`, `noisy_trainset_wav`; both are taken.
-Figures at 16 kHz, means over sentences: PESQ (wide band), SSNR, CSIG, CBAK and COVL, of speech
-asked for by the condition averaged over the training sentences, silence removed.
+Sentences are separated at the model's rate; the figures are of what is resampled to 16 kHz: PESQ
+(wide band), SSNR, CSIG, CBAK and COVL, of speech asked for by the condition averaged over the
+training sentences, silence removed. As published, the figure of the set is the median over its
+sentences, NaN left out; their means, as others report them, stand beside it.
 """
 
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float
 from tqdm import tqdm
 
-from uss_jax.audio.files import read_mono
+from uss_jax.audio.files import read_mono, resample
 from uss_jax.errors import UserError
 from uss_jax.evaluation.averages import Averages, file_averages
 from uss_jax.evaluation.finished import Finished
@@ -56,41 +59,63 @@ def speech_average(model: Model, folder: pathlib.Path) -> Averages:
 
 
 def score_sentences(
-    model: Model, folder: pathlib.Path, averages: Averages, unfinished: pathlib.Path
+    model: Model,
+    folder: pathlib.Path,
+    averages: Averages,
+    unfinished: pathlib.Path,
+    *,
+    reference_blocks: bool,
 ) -> list[dict[str, object]]:
-    """For each row the mean of every figure over the test sentences, and its gain over the noisy.
+    """For each row the median and mean of every figure, and those of its gain over the noisy.
 
     Args:
       model: separates.
       folder: of the data set.
       averages: the condition of speech.
       unfinished: where to keep the figures of finished sentences.
+      reference_blocks: separate in blocks side by side, as published.
     """
     require_package("pesq", _NAME)
     test = sentences(folder)
-    names = [str(clean) for clean, _ in test]
+    names = [str(clean) for clean, _ in test] + [str(reference_blocks)]
     finished = Finished(unfinished, identity(model, averages, names))
     for clean, noisy in tqdm(test, "sentences", disable=None):
         if clean.name not in finished.done:
-            finished.add(clean.name, _score_sentence(model, clean, noisy, averages))
+            figures = _score_sentence(model, clean, noisy, averages, reference_blocks)
+            finished.add(clean.name, figures)
     per_sentence = [finished.done[clean.name] for clean, _ in test]
     finished.remove()
     return _summary(per_sentence)
 
 
 def _score_sentence(
-    model: Model, clean: pathlib.Path, noisy: pathlib.Path, averages: Averages
+    model: Model,
+    clean: pathlib.Path,
+    noisy: pathlib.Path,
+    averages: Averages,
+    reference_blocks: bool,
 ) -> dict[str, Values]:
     """Row -> figures."""
-    mixture = read_mono(noisy, RATE)[None]
-    source = read_mono(clean, RATE)
-    if abs(len(source) - mixture.shape[1]) > RATE // 100:
+    rate = model.sample_rate
+    source, mixture = read_mono(clean, rate), read_mono(noisy, rate)
+    if abs(len(source) - len(mixture)) > rate // 100:
         raise UserError(f"{clean} and {noisy} are not equally long; unpack {_NAME} again")
-    length = min(len(source), mixture.shape[1])
-    source, mixture = source[:length], mixture[:, :length]
-    alone = {SPEECH: read_mono(clean, model.sample_rate)}
-    found = answers(model, mixture, {SPEECH: source[None]}, RATE, averages, alone)
-    return {row: speech_figures(source, estimate[0]) for (row, _), estimate in found.items()}
+    length = min(len(source), len(mixture))
+    source, mixture = source[:length], mixture[:length]
+    found = answers(
+        model,
+        mixture[None],
+        {SPEECH: source[None]},
+        rate,
+        averages,
+        {SPEECH: source},
+        reference_blocks=reference_blocks,
+    )
+    heard = resample(source, rate, RATE)
+    return {
+        row: speech_figures(heard, resample(estimate[0], rate, RATE))
+        for (row, _), estimate in found.items()
+    }
 
 
 def _summary(per_sentence: Sequence[dict[str, Values]]) -> list[dict[str, object]]:
@@ -100,7 +125,13 @@ def _summary(per_sentence: Sequence[dict[str, Values]]) -> list[dict[str, object
         for figure in per_sentence[0][row]:
             values = np.array([sentence[row][figure] for sentence in per_sentence])
             before = np.array([sentence[MIXTURE][figure] for sentence in per_sentence])
-            figures[figure] = float(np.mean(values))
-            figures[f"{figure}_gain"] = float(np.mean(values - before))
+            for name, of in ((figure, values), (f"{figure}_gain", values - before)):
+                figures[name], figures[f"{name}_mean"] = _middle(of)
         summaries.append(figures)
     return summaries
+
+
+def _middle(values: Float[np.ndarray, " n"]) -> tuple[float | None, float | None]:
+    """Median and mean of the values that are not NaN; None without any."""
+    numbers = values[~np.isnan(values)]
+    return (float(np.median(numbers)), float(np.mean(numbers))) if numbers.size else (None, None)

@@ -162,15 +162,23 @@ def test_a_stopped_run_goes_on(place, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("blocks", ["windows", "reference"])
-def test_voicebank_demand(place, tmp_path, blocks):
-    pesq = pytest.importorskip("pesq")
+def test_voicebank_s_figures_are_of_the_published_samples(place, tmp_path, monkeypatch, blocks):
+    # Files as one channel at the model's rate, separated there, both sides resampled for figures.
+    heard = []
+
+    def figures(clean, estimate):
+        heard.append((clean, estimate))
+        return {name: float(len(heard)) for name in ("pesq", "ssnr", "csig", "cbak", "covl")}
+
+    monkeypatch.setattr(voicebank_demand, "speech_figures", figures)
+    monkeypatch.setattr(voicebank_demand, "require_package", lambda *_: None)
     assert _evaluate(place, "voicebank_demand", tmp_path / "r.json", "--blocks", blocks) == 0
-    rows = {row["query"]: row for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
     model, folder = Model(place / "soft"), place / "voicebank_demand"
     average = _average(model, sorted((folder / "clean_trainset_28spk_wav").glob("*.wav")))
-    expected = {AVERAGE: [], MIXTURE: []}
-    for clean in sorted((folder / "clean_testset_wav").glob("*.wav")):
-        # Separated at the model's rate, resampled for the figures: both sides went through it.
+    files = sorted((folder / "clean_testset_wav").glob("*.wav"))
+    rows = (ORACLE, AVERAGE, HALF, MIXTURE)
+    assert len(heard) == len(rows) * len(files)
+    for at, clean in enumerate(files):
         source = read_mono(clean, RATE)
         noisy = read_mono(folder / "noisy_testset_wav" / clean.name, RATE)
         if blocks == "reference":
@@ -178,17 +186,27 @@ def test_voicebank_demand(place, tmp_path, blocks):
         else:
             vectors = Vectors({"speech": average})
             estimate = Separator(model).separate(noisy[None], RATE, vectors)["speech"][0]
-        source, estimate, noisy = (resample(x, RATE, 16000) for x in (source, estimate, noisy))
-        for row, heard in ((AVERAGE, estimate), (MIXTURE, noisy)):
-            expected[row].append(speech_figures(source, heard))
-        assert expected[MIXTURE][-1]["pesq"] == pytest.approx(
-            pesq.pesq(16000, source, noisy, "wb"), abs=1e-6
-        )
-    for row, of_sentences in expected.items():
-        for figure in ("pesq", "ssnr", "csig", "cbak", "covl"):
-            values = [sentence[figure] for sentence in of_sentences]
-            assert rows[row][figure] == pytest.approx(np.nanmedian(values), abs=2e-3)
-            assert rows[row][f"{figure}_mean"] == pytest.approx(np.nanmean(values), abs=2e-3)
+        found = dict(zip(rows, heard[len(rows) * at :], strict=False))
+        for row, expected in ((AVERAGE, estimate), (HALF, noisy / 2), (MIXTURE, noisy)):
+            np.testing.assert_array_equal(found[row][0], resample(source, RATE, 16000))
+            np.testing.assert_allclose(found[row][1], resample(expected, RATE, 16000), atol=1e-5)
+
+
+def test_voicebank_demand(place, tmp_path):
+    pesq = pytest.importorskip("pesq")
+    assert _evaluate(place, "voicebank_demand", tmp_path / "r.json") == 0
+    rows = {row["query"]: row for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
+    folder, expected = place / "voicebank_demand", []
+    for clean in sorted((folder / "clean_testset_wav").glob("*.wav")):
+        files = (clean, folder / "noisy_testset_wav" / clean.name)
+        source, noisy = (resample(read_mono(file, RATE), RATE, 16000) for file in files)
+        expected.append(speech_figures(source, noisy))
+        sides = (side.astype(np.float64) for side in (source, noisy))
+        assert expected[-1]["pesq"] == pytest.approx(pesq.pesq(16000, *sides, "wb"), abs=1e-6)
+    for figure in ("pesq", "ssnr", "csig", "cbak", "covl"):
+        values = [sentence[figure] for sentence in expected]
+        assert rows[MIXTURE][figure] == pytest.approx(np.median(values), abs=1e-6)
+        assert rows[MIXTURE][f"{figure}_mean"] == pytest.approx(np.mean(values), abs=1e-6)
     assert rows[MIXTURE]["pesq_gain"] == 0
     assert "| oracle |" in (tmp_path / "r.md").read_text()
 

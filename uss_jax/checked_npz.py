@@ -73,6 +73,15 @@ def read_npz(file: io.IOBase, columns: Mapping[str, Column]) -> dict[str, np.nda
         raise ValueError(words) from error
 
 
+def names_in_npz(file: io.IOBase) -> set[str]:
+    """The names of the arrays in an .npz file; a ValueError where it is none."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except _DAMAGE as error:
+        raise ValueError(" ".join(str(error).split())[:200]) from error
+
+
 def _read(file: io.IOBase, columns: Mapping[str, Column]) -> dict[str, np.ndarray]:
     size = file.seek(0, 2)
     with zipfile.ZipFile(file) as archive:

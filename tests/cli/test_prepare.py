@@ -53,7 +53,7 @@ def test_prepare_then_index_says_what_it_made(collection, capsys):
 def test_left_out_clips_are_pointed_at(collection, capsys):
     (collection / "man.wav").write_text("not a sound")
     assert main(["prepare", *_arguments(collection)]) == 0
-    assert "1 clips left out, with reasons in " in capsys.readouterr().out
+    assert "1 clips left out (1 unreadable), with reasons in " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -78,12 +78,16 @@ def test_errors_are_one_sentence_and_status_1(collection, changed, said):
 
 
 def test_numbers_that_make_no_sense_are_refused(collection, capsys):
-    for option, value in (("--shards", "0"), ("--clip-seconds", "nan"), ("--sample-rate", "32k")):
+    for option, value in (
+        *(("--shards", "0"), ("--shards", "100000"), ("--workers", "10000000")),
+        *(("--clip-seconds", bad) for bad in ("nan", "inf", "1e9", "0", "-1", "ten")),
+        *(("--sample-rate", bad) for bad in ("32k", "9" * 11, "9" * 5000, "0", "-8000", "٣٢٠٠٠")),
+    ):
         with pytest.raises(SystemExit):
             main(["prepare", *_arguments(collection), option, value])
-        assert f"expected {'seconds' if 'seconds' in option else 'a whole number'}" in (
-            capsys.readouterr().err
-        )
+        said = capsys.readouterr().err
+        assert f"expected a {'number' if 'seconds' in option else 'whole number'} from" in said
+        assert len(said) < 3000
 
 
 def test_index_of_a_folder_without_shards_is_an_error(tmp_path, capsys):

@@ -63,13 +63,19 @@ def find_recordings(
     return recordings, others
 
 
-def truncation(path: str | os.PathLike) -> str | None:
+class CutOff(UserError):
+    """A recording whose end is missing."""
+
+
+def truncation(path: str | os.PathLike, decode: bool = True) -> str | None:
     """What tells that the end of a recording is missing; None where nothing does.
 
-    A FLAC file is decoded for it; of others the headers tell.
+    Args:
+      path: the file.
+      decode: decode a FLAC file to its end, of which nothing else tells; reading one tells too.
     """
     with _opened(path) as (file, cut):
-        if file.format != "FLAC":
+        if file.format != "FLAC" or not decode:
             return cut
         done = 0
         while len(block := mended.read_block(file, 1 << 16)[0]):
@@ -179,7 +185,7 @@ def _read(
         raise _unreadable(path, _reason(error)) from error
     if error and not accept_truncated:
         why = mended.cut_off(file, done + len(block)) or _reason(error)
-        raise UserError(f"{path} is cut off ({why}); copy or download it again")
+        raise CutOff(f"{path} is cut off ({why}); copy or download it again")
     block = block.T
     if not np.isfinite(block).all():
         at = done + np.argmin(np.isfinite(block).all(axis=0))

@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -41,6 +42,15 @@ class FfmpegFailed(Exception):
     """ffmpeg could not decode a file; its words."""
 
 
+class _Temporary:
+    """A temporary file; it goes with this object."""
+
+    def __init__(self):
+        descriptor, self.name = tempfile.mkstemp(prefix="uss-jax-", suffix=".w64")
+        os.close(descriptor)
+        weakref.finalize(self, os.unlink, self.name)
+
+
 class Opened(NamedTuple):
     """An open recording.
 
@@ -65,17 +75,21 @@ def opened(path: str | os.PathLike) -> Iterator[Opened]:
         data = stack.enter_context(_mapped(path))
         source, truncation = _source(path, data)
         try:
-            file = soundfile.SoundFile(source)
+            file = _open(source)
         # soundfile raises TypeError for names ending in ".raw", whose rate it cannot know.
         except TypeError:
             raise FfmpegFailed("its name says that it has no header") from None
         except soundfile.LibsndfileError as error:
             if error.code != 1:  # "format not recognised"
                 raise
-            decoded, truncation = _kept(os.fspath(path), _stamp(path))
-            file = soundfile.SoundFile(decoded.name)
+            source, truncation = _kept(os.fspath(path), _stamp(path))
+            file = _open(source)
         file = stack.enter_context(file)
         yield Opened(file, truncation or cut_off(file))
+
+
+def _open(source: bytes | io.RawIOBase | _Temporary) -> soundfile.SoundFile:
+    return soundfile.SoundFile(getattr(source, "name", source))
 
 
 def mended_bytes(data: bytes) -> bytes:
@@ -92,14 +106,16 @@ def mended_bytes(data: bytes) -> bytes:
     return head + data[begin:]
 
 
-def _source(path: str | os.PathLike, data: mmap.mmap) -> tuple[str | io.RawIOBase, str | None]:
+def _source(
+    path: str | os.PathLike, data: mmap.mmap
+) -> tuple[bytes | io.RawIOBase | _Temporary, str | None]:
     """What libsndfile shall open, and what tells that the file was cut off."""
     path = os.fspath(path)
     if len(containers.read_parts(data)) > 1 or containers.flac_samples(data) == 0:
-        decoded, cut = _kept(path, _stamp(path))
-        return decoded.name, cut
+        return _kept(path, _stamp(path))
     head, begin, cut = _right_head(data)
-    return (_Spliced(path, head, begin, len(data)) if head else path), cut
+    # soundfile takes bytes for names that are not UTF-8.
+    return (_Spliced(path, head, begin, len(data)) if head else os.fsencode(path)), cut
 
 
 def _right_head(data: containers.Bytes) -> tuple[bytes, int, str | None]:
@@ -186,17 +202,13 @@ def _stamp(path: str | os.PathLike) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=_KEPT_FILES)
-def _kept(path: str, stamp: tuple[int, int]) -> "tuple[tempfile._TemporaryFileWrapper, str | None]":
+def _kept(path: str, stamp: tuple[int, int]) -> tuple[_Temporary, str | None]:
     """A file decoded whole, which goes when others take its place; and whether it was cut off."""
-    decoded = tempfile.NamedTemporaryFile(prefix="uss-jax-", suffix=".w64")  # noqa: SIM115
-    try:
-        with _mapped(path) as data:
-            if data[:4] in (b"OggS", b"fLaC", b"RIFF"):
-                return decoded, _decode_in_turn(path, containers.read_parts(data), decoded.name)
-        return decoded, _decode_with_ffmpeg(path, decoded.name)
-    except BaseException:
-        decoded.close()
-        raise
+    decoded = _Temporary()
+    with _mapped(path) as data:
+        if data[:4] in (b"OggS", b"fLaC", b"RIFF"):
+            return decoded, _decode_in_turn(path, containers.read_parts(data), decoded.name)
+    return decoded, _decode_with_ffmpeg(path, decoded.name)
 
 
 def _decode_in_turn(path: str, parts: list[containers.Part], out: str) -> str | None:
@@ -204,7 +216,9 @@ def _decode_in_turn(path: str, parts: list[containers.Part], out: str) -> str | 
     writer = cut = None
     with contextlib.ExitStack() as stack:
         for part in parts:
-            source = _Spliced(path, b"", part.begin, part.end) if len(parts) > 1 else path
+            source = os.fsencode(path)
+            if len(parts) > 1:
+                source = _Spliced(path, b"", part.begin, part.end)
             with soundfile.SoundFile(source) as file:
                 form = file.samplerate, file.channels
                 if writer is None:

@@ -16,14 +16,19 @@ found, any of:
 import argparse
 import os
 
-from uss_jax.cli.arguments import positive
+from uss_jax.cli.arguments import path, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", metavar="DIR", help="directory of the shards, or its URL")
-    parser.add_argument("--schema", metavar="FILE", help="JSON file, see above")
     parser.add_argument(
-        "--workers", type=positive, default=os.cpu_count(), help="processes; default: one a core"
+        "directory", type=path, metavar="DIR", help="directory of the shards, or its URL"
+    )
+    parser.add_argument("--schema", type=path, metavar="FILE", help="JSON file, see above")
+    parser.add_argument(
+        "--workers",
+        type=whole(1, 1024),
+        default=os.cpu_count(),
+        help="processes; default: one a core",
     )
     parser.epilog = (
         "example:\n"
@@ -37,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.data.index import build_index, splits
     from uss_jax.data.metadata import write_format
     from uss_jax.data.schema import read_schema
+    from uss_jax.data.storage import versions_below
     from uss_jax.errors import UserError
 
     given = read_schema(args.schema) if args.schema else {}
@@ -45,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"{args.directory} has no shards named as mine-train.tfrecord-00000-of-00004; where "
             'they are named otherwise, give a --schema with "shards": "*.tfrecord"'
+            f"{versions_below(args.directory)}"
         )
     for split in found:
         schema, new = find_schema(args.directory, split, given)

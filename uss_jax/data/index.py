@@ -5,6 +5,7 @@ read; see data/reader.py.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import fnmatch
 import functools
@@ -12,8 +13,11 @@ import hashlib
 import multiprocessing
 import os
 import re
+import signal
 import struct
 import sys
+import threading
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Float32
@@ -22,7 +26,7 @@ from tqdm import tqdm
 from uss_jax.checked_npz import Column, read_npz
 from uss_jax.data.encodings import ENCODINGS, SAMPLE_BYTES, clipped_share, count_samples
 from uss_jax.data.schema import Schema
-from uss_jax.data.storage import Folder, open_folder
+from uss_jax.data.storage import Folder, open_folder, versions_below
 from uss_jax.data.tfrecord import CHECKSUM, HEADER, masked_crc, scan_records
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
@@ -154,7 +158,7 @@ def shards_of_split(
         found = f'it has "{", ".join(others)}"' if others else "it has none at all"
         raise UserError(
             f'{directory} has no shards of split "{split}" ({found}); expected names such as '
-            f"mine-{split}.tfrecord-00000-of-00004"
+            f"mine-{split}.tfrecord-00000-of-00004{versions_below(directory)}"
         )
     sets = sorted({(match["name"], match["of"]) for match in matches})
     if len(sets) > 1:
@@ -196,14 +200,36 @@ def build_index(
         else:
             # Fresh processes: a fork of one in which threads run may hang.
             context = multiprocessing.get_context("spawn")
-            with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-                for _ in pool.map(_index_shard, *zip(*jobs, strict=True)):
+            pool = concurrent.futures.ProcessPoolExecutor(workers, context, _die_of_interrupt)
+            try:
+                with _interrupt_ignored():  # by processes that start, too
+                    done = pool.map(_index_shard, *zip(*jobs, strict=True))
+                for _ in done:
                     progress.update()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
     index = _join_parts(folder, shards, [part for _, _, part, _ in jobs], schema)
     with folder.replacing(_index_name(split)) as temporary:
         np.savez(temporary, format_version=FORMAT_VERSION, **dataclasses.asdict(index))
     folder.remove(parts)
     return index
+
+
+@contextlib.contextmanager
+def _interrupt_ignored() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _die_of_interrupt() -> None:
+    """In a worker: Ctrl-C, which reaches all processes, ends it without a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _index_shard(directory: str, shard: str, part: str, schema: Schema | None) -> None:

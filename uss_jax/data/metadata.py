@@ -14,7 +14,7 @@ from typing import Any
 from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
 from uss_jax.checked_json import Rule, list_of, read_json, record, text, whole
 from uss_jax.data.encodings import ENCODINGS
-from uss_jax.data.storage import Folder, open_folder
+from uss_jax.data.storage import Folder, open_folder, versions_below
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 
@@ -47,6 +47,7 @@ def _format(directory: str | os.PathLike) -> tuple[int, str]:
         raise UserError(
             f"{path} does not exist, so the sample rate of these records is unknown; prepare them "
             f'again, or write {{"sample_rate": 32000, "encoding": "pcm_s16le"}} into it'
+            f"{versions_below(directory)}"
         )
     return metadata["sample_rate"], metadata["encoding"]
 

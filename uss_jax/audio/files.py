@@ -227,10 +227,17 @@ def holds_floats(data: bytes) -> bool:
         return file.subtype in ("FLOAT", "DOUBLE")
 
 
+class _Memory(io.BytesIO):
+    """Bytes as a file; libsndfile seeks before the beginning of some that are damaged."""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return super().seek(max(offset, 0) if whence == os.SEEK_SET else offset, whence)
+
+
 @contextlib.contextmanager
 def _opened_bytes(data: bytes) -> Iterator[soundfile.SoundFile]:
     try:
-        with soundfile.SoundFile(io.BytesIO(mended.mended_bytes(data))) as file:
+        with soundfile.SoundFile(_Memory(mended.mended_bytes(data))) as file:
             if cut := mended.cut_off(file):
                 raise ValueError(f"holds an audio file that is cut off ({cut})")
             yield file

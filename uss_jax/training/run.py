@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from uss_jax.anchors.table import Placement, read_table, usable, without
 from uss_jax.atomic import replacing
+from uss_jax.checked_json import number, whole
 from uss_jax.data.index import RecordIndex, load_index
 from uss_jax.data.metadata import read_sample_rate
 from uss_jax.data.pipeline import batches
@@ -38,6 +39,12 @@ _DRAWING += ("mixing.sources", "mixing.group_size", "mixing.order", "mixing.matc
 _DRAWING += ("mixing.all_targets",)
 _DRAWING += ("anchors.min_score", "anchors.min_dbfs", "anchors.top_k", "anchors.jitter_samples")
 
+_DATA_RANGES = {
+    "clip_seconds": number(0.01, 3600),
+    "threads": whole(1, 256),
+    "workers": whole(0, 1024),
+    "max_corrupt": whole(0, 2**31),
+}
 _AT_LEAST_ONE = ("total_steps", "global_batch", "accumulate", "max_skipped_steps")
 _AT_LEAST_ONE += ("log_every_steps", "checkpoint_every_steps")
 
@@ -67,6 +74,13 @@ def say(text: str) -> None:
 
 def check(config: ConfigDict, group_size: int = 1) -> None:
     """Raises a UserError where the numbers of a config do not fit each other or the devices."""
+    for key, rule in _DATA_RANGES.items():
+        if key not in config.data:
+            continue
+        try:
+            rule(config.data[key], f"config.data.{key}")
+        except ValueError as error:
+            raise UserError(str(error)) from None
     for key in _AT_LEAST_ONE:
         if config.get(key, 1) < 1:
             raise UserError(f"config.{key} is {config[key]}, expected at least 1")
@@ -218,11 +232,10 @@ def _class_weights(places: ConfigDict | None) -> np.ndarray | None:
     ontology = load_ontology()
     weights = np.ones(len(ontology.class_mids), np.int64)
     for label, count in places.items():
-        if not isinstance(count, int) or count < 0:
-            raise UserError(
-                f"config.data.class_weights[{label!r}] is {count!r}, expected a whole number from "
-                "0: places of the class in each round"
-            )
+        try:
+            whole(0, 10_000)(count, f"config.data.class_weights[{label!r}]")
+        except ValueError as error:
+            raise UserError(f"{error}: places of the class in each round") from None
         weights[ontology.resolve(label)] = count
     return weights
 

@@ -13,6 +13,7 @@ from uss_jax.anchors.table import read_header
 from uss_jax.checked_npz import Column, names_in_npz, read_npz
 from uss_jax.data.index import load_index, splits
 from uss_jax.data.metadata import read_encoding, read_sample_rate
+from uss_jax.data.storage import versions_below
 from uss_jax.errors import UserError
 from uss_jax.separation.queries import load_bank
 from uss_jax.training.bundle import Bundle, net_hash, read_bundle
@@ -41,7 +42,7 @@ def inspect(path: str | os.PathLike) -> list[str]:
         return _of_model(path)
     if (path / "metadata.json").is_file():
         return list(_of_records(path))
-    raise UserError(f"{path} is nothing that can be inspected; give {_KINDS}")
+    raise UserError(f"{path} is nothing that can be inspected; give {_KINDS}{versions_below(path)}")
 
 
 def _of_export(path: pathlib.Path) -> list[str]:

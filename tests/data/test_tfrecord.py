@@ -9,11 +9,13 @@ import tensorboardX.record_writer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from uss_jax.audio.files import flac_bytes
 from uss_jax.data import storage
 from uss_jax.data.examples import serialise
 from uss_jax.data.index import build_index, load_index
 from uss_jax.data.reader import ClipReader
-from uss_jax.data.tfrecord import RecordWriter, scan_records
+from uss_jax.data.schema import Schema
+from uss_jax.data.tfrecord import DamagedRecord, RecordWriter, scan_records
 from uss_jax.errors import UserError
 
 # Clips by shard: (id, samples, labels).
@@ -288,6 +290,18 @@ def test_a_shard_cut_while_open_is_noticed(records):
     _shard(records).write_bytes(_shard(records).read_bytes()[:-50])
     with pytest.raises(UserError, match="is cut off"):
         reader.read(3)
+
+
+def test_a_record_that_holds_less_than_was_indexed_is_damage(tmp_path):
+    records = tmp_path / "records"
+    records.mkdir()
+    with RecordWriter(records / "toy-train.tfrecord-00000-of-00001") as writer:
+        writer.write(serialise(b"a", flac_bytes(_samples(b"a", 20000), 8000), [1]))
+    index = build_index(records, "train", Schema(encoding="flac"))
+    assert len(ClipReader(records, index).read(0)) == 20000
+    longer = dataclasses.replace(index, samples=index.samples + np.uint32(5))
+    with pytest.raises(DamagedRecord, match="holds 20000 samples, 20005 were indexed"):
+        ClipReader(records, longer).read(0)
 
 
 def _overwrite(path, change):

@@ -52,7 +52,8 @@ def clipped_share(data: bytes, encoding: str) -> float:
         check_scale(waveform)
     elif encoding == "int64":
         integers = varints(data)
-        if integers.size and np.abs(integers).max() > 32768 * PEAK_LIMIT:
+        most = 32768 * PEAK_LIMIT
+        if integers.max(initial=0) > most or integers.min(initial=0) < -most:
             raise ValueError("has samples that are no 16-bit integers; divide them to be such")
         waveform = integers / 32768
     elif encoding in ("flac", "wav") and holds_floats(data):

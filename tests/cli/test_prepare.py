@@ -1,6 +1,7 @@
 """`uss-jax prepare` and `uss-jax index`, in a process of their own where exit status matters."""
 
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -151,13 +152,16 @@ def test_ctrl_c_while_processes_index_prints_no_traceback(tmp_path):
             for at in range(8):
                 writer.write(serialise(b"%d.%d" % (number, at), samples, [at]))
     (tmp_path / "metadata.json").write_text('{"sample_rate": 8000, "encoding": "pcm_s16le"}')
-    for seconds in (1.0, 3.0):
+    for seconds in (0.0, 2.0):
         run = subprocess.Popen(
             [sys.executable, "-m", "uss_jax.cli.main", "index", str(tmp_path), "--workers", "2"],
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
         )
+        children = pathlib.Path(f"/proc/{run.pid}/task/{run.pid}/children")
+        while run.poll() is None and len(children.read_text().split()) < 2:
+            time.sleep(0.01)
         time.sleep(seconds)
         os.killpg(run.pid, signal.SIGINT)  # as a terminal does
         said = run.communicate(timeout=60)[1]

@@ -80,13 +80,19 @@ class AnchorTable:
         return digest.hexdigest()
 
 
+def typed(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The columns of a table in the types in which it is stored."""
+    return {name: columns[name].astype(column.dtype) for name, column in COLUMNS.items()}
+
+
 def write_table(
     path: str | os.PathLike, header: dict[str, Any], columns: dict[str, np.ndarray]
 ) -> None:
     """Writes a table, whole or not at all."""
-    typed = {name: columns[name].astype(column.dtype) for name, column in COLUMNS.items()}
     with replacing(path) as temporary:
-        np.savez(temporary, format_version=FORMAT_VERSION, header=json.dumps(header), **typed)
+        np.savez(
+            temporary, format_version=FORMAT_VERSION, header=json.dumps(header), **typed(columns)
+        )
 
 
 def read_header(path: str | os.PathLike) -> dict[str, Any]:

@@ -423,23 +423,24 @@ def _check(index: RecordIndex) -> None:
     """Raises a ValueError where an index of right types and shapes says what cannot be."""
     records, row = len(index), index.label_row.astype(np.int64)
     width = SAMPLE_BYTES.get(index.encoding)
-    # Differences, not sums: sums of what an index may hold could overflow.
+    if not len(index.shards) or len(set(index.shards.tolist())) < len(index.shards):
+        raise ValueError("its shards cannot be right")
     order = index.record_shard.astype(np.int64)
-    sized = index.shard_bytes[np.minimum(order, max(len(index.shards) - 1, 0))]
+    sized = index.shard_bytes[np.minimum(order, len(index.shards) - 1)]
+    # Cannot wrap around: offsets below the size of a real file, and sizes of 32 bits.
     end = index.record_offset + index.record_bytes
     into_record = index.audio_offset - index.record_offset
     frame = HEADER.size + CHECKSUM.size
     for what, right in {
         "encoding": index.encoding in ENCODINGS,
-        "shards": len(index.shards) > 0 and len(set(index.shards.tolist())) == len(index.shards),
         "names of shards": all(
             name and "/" not in name and name not in (".", "..") for name in index.shards.tolist()
         ),
         "record_shard": (order < len(index.shards)).all() and (np.diff(order) >= 0).all(),
+        "shard_bytes": ((sized >= frame) & (sized < 2**63)).all(),
         "record_offset": (index.record_offset >= HEADER.size).all()
         and (index.record_offset < sized).all()
         and (end <= sized - CHECKSUM.size).all(),
-        "record_bytes": (sized >= frame).all(),
         "audio_offset": (index.audio_offset >= index.record_offset).all()
         and (into_record + index.audio_bytes <= index.record_bytes).all()
         and (into_record < 2**32).all(),

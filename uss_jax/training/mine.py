@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 from tqdm import tqdm
 
 from uss_jax.anchors.detect import choose_anchors, segment_loudness
-from uss_jax.anchors.table import COLUMNS, read_header, write_table
+from uss_jax.anchors.table import COLUMNS, read_header, typed, write_table
 from uss_jax.atomic import replacing
 from uss_jax.checked_npz import read_npz
 from uss_jax.data.index import RecordIndex
@@ -204,7 +204,7 @@ def mine(
                 progress,
             )
             with replacing(_part(parts, part)) as temporary:
-                np.savez(temporary, **columns)
+                np.savez(temporary, **typed(columns))
             if progress.disable:  # a log gets lines instead of a bar
                 done += len(records)
                 rate = done / (time.monotonic() - began)

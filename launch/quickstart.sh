@@ -27,7 +27,7 @@ rm -f out/example*
 for split in train test; do
     step "Recordings and labels to records: $split" prepare --audio "$sounds" \
         --labels "$sounds/manifest.csv" --out out/data --name demo --version 1.0.0 \
-        --split "$split" --sample-rate 16000 --clip-seconds 5
+        --split "$split" --sample-rate 16000 --clip-seconds 5 --overwrite
 done
 step "A tagging and detection net, from weak labels" train-tagger \
     --config configs/quickstart.py:part=tagger --workdir "$runs/tagger" \

@@ -5,8 +5,19 @@ class UserError(Exception):
     """Bad input, said in one sentence: what was wrong with which file or key, and what to do.
 
     The command line prints the sentence on standard error and exits with 1; a traceback is for
-    our own mistakes only.
+    our own mistakes only. Line breaks and other control characters, which names and values of the
+    input may hold, are shown as escapes.
     """
+
+    def __init__(self, sentence: str):
+        super().__init__("".join(map(_visible, sentence)))
+
+
+def _visible(character: str) -> str:
+    # Names that are not UTF-8 keep their bytes, as surrogates.
+    if character.isprintable() or "\ud800" <= character <= "\udfff":
+        return character
+    return character.encode("unicode_escape").decode()
 
 
 class Stopped(Exception):

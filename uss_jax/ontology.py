@@ -13,6 +13,8 @@ import importlib.resources
 
 from uss_jax.errors import UserError
 
+_LABEL_SHOWN = 80  # characters
+
 
 @dataclasses.dataclass(frozen=True)
 class Node:
@@ -80,10 +82,12 @@ class Ontology:
     def resolve(self, label: str) -> int:
         """The class index of a label: a name or mid in any case, or an index written as text."""
         text = label.strip()
-        if text.isascii() and text.isdigit() and int(text) < len(self.class_mids):
+        is_index = text.isascii() and text.isdigit() and len(text) < 10
+        if is_index and int(text) < len(self.class_mids):
             return int(text)
         node = self._by_label.get(text.casefold())
         if node is None:
+            text = text if len(text) <= _LABEL_SHOWN else f"{text[:_LABEL_SHOWN]}..."
             raise UserError(f'no sound class is called "{text}"; {self._advice(text)}')
         if node.class_index is None:
             below = [self.class_names[index] for index in self.class_indexes(node.mid)]
@@ -97,7 +101,7 @@ class Ontology:
         return node.class_index
 
     def _advice(self, text: str) -> str:
-        if text.lstrip("-").isdigit():
+        if text.strip("-.").isdigit():
             return f"class indexes go from 0 to {len(self.class_mids) - 1}"
         names = {name.casefold(): name for name in self.class_names}
         close = difflib.get_close_matches(text.casefold(), names, n=3, cutoff=0.6)

@@ -62,7 +62,7 @@ def main() -> None:
     args = parser.parse_args()
     demo = importlib.resources.files("uss_jax") / "assets" / "demo"
     prepared = prepare(
-        read_labels(demo / "manifest.csv", demo, "train"),
+        read_labels(demo / "manifest.csv", demo, "train").clips,
         demo,
         args.out,
         name="demo",

@@ -1,14 +1,20 @@
 """`uss-jax prepare` and `uss-jax index`, in a process of their own where exit status matters."""
 
+import os
+import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import soundfile
 
 from uss_jax.cli.main import main
+from uss_jax.data.examples import serialise
 from uss_jax.data.index import load_index
+from uss_jax.data.tfrecord import RecordWriter
 
 
 @pytest.fixture
@@ -53,7 +59,7 @@ def test_prepare_then_index_says_what_it_made(collection, capsys):
 def test_left_out_clips_are_pointed_at(collection, capsys):
     (collection / "man.wav").write_text("not a sound")
     assert main(["prepare", *_arguments(collection)]) == 0
-    assert "1 clips left out, with reasons in " in capsys.readouterr().out
+    assert "1 clips left out (1 unreadable), with reasons in " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -78,14 +84,86 @@ def test_errors_are_one_sentence_and_status_1(collection, changed, said):
 
 
 def test_numbers_that_make_no_sense_are_refused(collection, capsys):
-    for option, value in (("--shards", "0"), ("--clip-seconds", "nan"), ("--sample-rate", "32k")):
+    for option, value in (
+        *(("--shards", "0"), ("--shards", "100000"), ("--workers", "10000000")),
+        *(("--clip-seconds", bad) for bad in ("nan", "inf", "1e9", "0", "-1", "ten")),
+        *(("--sample-rate", bad) for bad in ("32k", "9" * 11, "9" * 5000, "0", "-8000", "٣٢٠٠٠")),
+    ):
         with pytest.raises(SystemExit):
             main(["prepare", *_arguments(collection), option, value])
-        assert f"expected {'seconds' if 'seconds' in option else 'a whole number'}" in (
-            capsys.readouterr().err
-        )
+        said = capsys.readouterr().err
+        assert f"expected a {'number' if 'seconds' in option else 'whole number'} from" in said
+        assert len(said) < 3000
 
 
 def test_index_of_a_folder_without_shards_is_an_error(tmp_path, capsys):
     assert main(["index", str(tmp_path)]) == 1
     assert "has no shards" in capsys.readouterr().err
+
+
+def test_a_home_folder_after_an_equals_sign_is_one(collection, monkeypatch):
+    monkeypatch.setenv("HOME", str(collection.parent))
+    words = [word for word in _arguments(collection) if word not in ("--out",)]
+    words.remove(str(collection.parent / "data sets"))
+    assert main(["prepare", *words, "--out=~/sets"]) == 0
+    assert (collection.parent / "sets" / "toy" / "1.0.0" / "index-train.npz").is_file()
+
+
+def test_what_is_passed_over_is_told(collection, capsys):
+    (collection / "more.OPUS").touch()
+    (collection / "notes.txt").touch()
+    (collection / "labels.csv").write_text("file,labels\ndog.wav,Dog;Wuff\nman.wav,Mann\n")
+    assert main(["prepare", *_arguments(collection)]) == 1
+    assert '(unknown labels and how many lines have them: "Wuff" (1), "Mann" (1))' in (
+        capsys.readouterr().err
+    )
+    assert main(["prepare", *_arguments(collection), "--skip-unknown-labels"]) == 0
+    told = capsys.readouterr().out
+    assert '2 labels are no classes and are passed over: "Wuff" (1), "Mann" (1)' in told
+    assert "1 recordings in " in told
+    assert "such as more.OPUS" in told
+    assert "2 files in " in told  # the label file is one
+    assert "1 clips left out (1 no label)" in told
+    (collection / "own.csv").write_text("name,class\nWuff,Bark\nMann,Speech\n")
+    words = [*_arguments(collection, **{"label-map": collection / "own.csv"}), "--overwrite"]
+    assert main(["prepare", *words]) == 0
+    assert "2 clips, 0.0 minutes, 3 classes" in capsys.readouterr().out
+    (collection / "list.txt").write_text("dog.wav\n")
+    assert main(["prepare", *words, "--files-from", str(collection / "list.txt")]) == 0
+    assert "1 clips, 0.0 minutes, 2 classes" in capsys.readouterr().out
+
+
+def test_the_folder_without_its_version_is_pointed_to(collection, capsys):
+    assert main(["prepare", *_arguments(collection)]) == 0
+    directory = collection.parent / "data sets" / "toy"
+    for command in ("index", "inspect"):
+        assert main([command, str(directory)]) == 1
+        assert f"did you mean {directory / '1.0.0'}?" in capsys.readouterr().err
+    assert main(["inspect", str(directory / "nothing")]) == 1
+    assert "nothing does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_ctrl_c_while_processes_index_prints_no_traceback(tmp_path):
+    samples = np.random.default_rng(0).integers(-9999, 9999, 4_000_000).astype(np.int16)
+    for number in range(8):
+        shard = tmp_path / f"toy-train.tfrecord-{number:05d}-of-00008"
+        with RecordWriter(shard) as writer:
+            for at in range(8):
+                writer.write(serialise(b"%d.%d" % (number, at), samples, [at]))
+    (tmp_path / "metadata.json").write_text('{"sample_rate": 8000, "encoding": "pcm_s16le"}')
+    for seconds in (0.0, 2.0):
+        run = subprocess.Popen(
+            [sys.executable, "-m", "uss_jax.cli.main", "index", str(tmp_path), "--workers", "2"],
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        children = pathlib.Path(f"/proc/{run.pid}/task/{run.pid}/children")
+        while run.poll() is None and len(children.read_text().split()) < 2:
+            time.sleep(0.01)
+        time.sleep(seconds)
+        os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+        said = run.communicate(timeout=60)[1]
+        assert "Traceback" not in said
+        assert run.returncode in (130, -signal.SIGINT, 0)

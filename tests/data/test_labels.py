@@ -1,6 +1,6 @@
 import pytest
 
-from uss_jax.data.labels import read_labels
+from uss_jax.data.labels import read_file_list, read_label_map, read_labels
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 
@@ -14,10 +14,11 @@ AUDIOSET = """# Segments csv created Sun Mar  5 10:54:31 2017
 """
 
 
-def _read(tmp_path, text, split="train", encoding="utf-8"):
+def _read(tmp_path, text, split="train", encoding="utf-8", whole=False, **options):
     (tmp_path / "audio").mkdir(exist_ok=True)
     (tmp_path / "labels.csv").write_bytes(text.encode(encoding))
-    return read_labels(tmp_path / "labels.csv", tmp_path / "audio", split)
+    labels = read_labels(tmp_path / "labels.csv", tmp_path / "audio", split, **options)
+    return labels if whole else [clip[:3] for clip in labels.clips]
 
 
 def test_names_mids_and_indexes_are_labels(tmp_path):
@@ -54,13 +55,112 @@ def test_audiosets_own_segments_are_read_as_published(tmp_path):
 
 
 def test_segments_without_a_file_stay_listed(tmp_path):
-    assert _read(tmp_path, AUDIOSET)[0].file == "Y--PJHxphWEs.wav"
+    assert _read(tmp_path, AUDIOSET)[0][0] == "Y--PJHxphWEs.wav"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("x_30_40", "Yx_30_40", "x_30000_40000", "x_30.000", "x_30.0_40.0", "x_000030"),
+        *("x-30.000-40.000", "x-30-40", "x_30000", "x-30000", "Yx_000030_000040"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".wav", ".opus", ".AIFF", ".m4a", ".w64"])
+def test_names_of_common_downloaders_are_found(tmp_path, name, suffix):
+    (tmp_path / "audio").mkdir()
+    (tmp_path / "audio" / f"{name}{suffix}").touch()
+    text = '# YTID\nx, 30.000, 40.000, "/m/09x0r"\n'
+    labels = _read(tmp_path, text, whole=True)
+    assert labels.clips == [(f"{name}{suffix}", (SPEECH,), 2, None)]
+    assert not labels.unlisted
+
+
+def test_a_file_without_times_may_be_the_whole_video(tmp_path):
+    (tmp_path / "audio").mkdir()
+    for name in ("x.wav", "Yz.opus", "z_1_2.wav", "other.flac", "notes.txt", "._x.wav"):
+        (tmp_path / "audio" / name).touch()
+    text = '# YTID\nx, 30.000, 40.000, "/m/09x0r"\nz, 1, 2, "/m/09x0r"\n'
+    labels = _read(tmp_path, text, whole=True)
+    assert labels.clips == [
+        ("x.wav", (SPEECH,), 2, (30.0, 40.0)),
+        ("z_1_2.wav", (SPEECH,), 3, None),
+    ]
+    assert [str(path) for path in labels.unlisted] == ["Yz.opus", "other.flac"]
+    assert [path.name for path in labels.others] == ["notes.txt"]
+
+
+def test_one_file_has_one_name(tmp_path):
+    assert _read(tmp_path, "file,labels\n./sub//a.wav,Dog\n")[0][0] == "sub/a.wav"
+    with pytest.raises(UserError, match=r"line 3: a.wav was listed in line 2"):
+        _read(tmp_path, "file,labels\n./a.wav,Dog\na.wav,Dog\n")
+
+
+def test_the_header_may_be_in_any_case(tmp_path):
+    assert _read(tmp_path, "File, Labels\na,Dog\n") == [("a", (DOG,), 2)]
+
+
+def test_all_unknown_labels_are_told_with_counts(tmp_path):
+    text = "file,labels\na,Dgo;Speech\nb,wuff\nc,Dgo\nd,Dog\n"
+    with pytest.raises(UserError, match=r'line 2: no sound class is called "Dgo"') as error:
+        _read(tmp_path, text)
+    assert '"Dgo" (2), "wuff" (1)' in str(error.value)
+    assert "--skip-unknown-labels" in str(error.value)
+    labels = _read(tmp_path, text, whole=True, skip_unknown=True)
+    assert [clip.labels for clip in labels.clips] == [(SPEECH,), (), (), (DOG,)]
+    assert labels.unknown == {"Dgo": [2, 4], "wuff": [3]}
+
+
+def test_labels_joined_by_commas_are_named_as_such(tmp_path):
+    with pytest.raises(UserError, match=r'"Dog,Speech"; put ";" between labels'):
+        _read(tmp_path, 'file,labels\na,"Dog,Speech"\n')
+
+
+def test_own_names_stand_for_classes(tmp_path):
+    (tmp_path / "map.csv").write_text("name,class\nWuff,Bark;Dog\nnoise,\n大声,/m/09x0r\n")
+    own = read_label_map(tmp_path / "map.csv")
+    text = "file,labels\na,wuff;大声\nb,noise;Dog\nc,noise\n"
+    labels = _read(tmp_path, text, whole=True, label_map=own)
+    found = [clip.labels for clip in labels.clips]
+    assert found == [tuple(sorted((SPEECH, DOG, BARK))), (DOG,), ()]
+    assert not labels.unknown
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("own,class\na,Dog\n", 'line 1: expected a header with the columns "name,class"'),
+        ("", "line 1: expected a header"),
+        ("name,class\na,Dgo\n", r'line 2: no sound class is called "Dgo"; did you mean "Dog"'),
+        ("name,class\na\n", "line 2: 1 fields"),
+        ("name,class\na,Dog\nA,Bark\n", "line 3: 'A' was said to be something else"),
+    ],
+)
+def test_bad_label_maps_are_said(tmp_path, text, said):
+    (tmp_path / "map.csv").write_text(text)
+    with pytest.raises(UserError, match=said):
+        read_label_map(tmp_path / "map.csv")
+
+
+def test_a_list_of_files_chooses_lines(tmp_path):
+    (tmp_path / "list.txt").write_text("b.wav\n\n./sub/c.wav\n")
+    wanted = read_file_list(tmp_path / "list.txt")
+    text = "file,labels\na.wav,Dog\nb.wav,Dog\nsub/c.wav,Dog\n"
+    assert [clip[0] for clip in _read(tmp_path, text, files=wanted)] == ["b.wav", "sub/c.wav"]
+    with pytest.raises(UserError, match=r"no line for 1 of the 2 files .*such as x.wav"):
+        _read(tmp_path, text, files=["a.wav", "x.wav"])
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("", "is empty"),
+        ("file;labels\na.wav;Dog\n", "its columns are separated by semicolons"),
+        ("File\tLabels\na.wav\tDog\n", "its columns are separated by tabs"),
+        ("file,labels,File\na,Dog,b\n", "line 1: expected a header"),
+        ("# YTID\nabc, nan, 2, x\n", "line 2: expected YTID"),
+        ("# YTID\nabc, 5, 2, x\n", "line 2: expected YTID"),
+        ("# YTID\nabc, 1, inf, x\n", "line 2: expected YTID"),
+        ("file,labels\na.wav,%s\n" % ("9" * 5000), "line 2: no sound class"),
         ("file,labels\n", "lists no clips"),
         ("a.wav,Dog\n", "line 1: expected a header"),
         ("file,labels\na.wav,Dog\nb.wav,Dgo\n", r"line 3: no sound class.*\"Dog\""),

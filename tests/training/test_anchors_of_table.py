@@ -40,7 +40,7 @@ SED = Net(build_sed(fields_of(TAGGER)), tagger_variables())
 def real(tmp_path_factory):
     """Records of bundled recordings that are as long as a clip, and their table."""
     path = tmp_path_factory.mktemp("real")
-    labelled = read_labels(DEMO / "manifest.csv", DEMO, "train")[::3]
+    labelled = read_labels(DEMO / "manifest.csv", DEMO, "train").clips[::3]
     settings = ClipSettings(sample_rate=RATE, clip_seconds=LENGTH / RATE)
     made = prepare(
         labelled, DEMO, path, name="demo", version="1.0.0", split="train", settings=settings

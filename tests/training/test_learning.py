@@ -51,7 +51,7 @@ def _without_common_labels(labelled, count):
 @pytest.mark.long
 def test_a_separator_beats_every_constant_mask(tmp_path):
     demo = importlib.resources.files("uss_jax") / "assets" / "demo"
-    labelled = read_labels(demo / "manifest.csv", demo, "train")
+    labelled = read_labels(demo / "manifest.csv", demo, "train").clips
     prepared = prepare(
         _without_common_labels(labelled, 8),
         demo,

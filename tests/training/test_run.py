@@ -1,5 +1,6 @@
 """Runs that stop and go on, through `uss-jax train` and `train-tagger`."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -25,6 +26,7 @@ from tests.tiny import (
     write_tagger,
 )
 from uss_jax.cli.main import main
+from uss_jax.errors import UserError
 from uss_jax.training import run
 from uss_jax.training.bundle import read_bundle
 from uss_jax.training.checkpoints import Checkpoints, latest_step
@@ -62,6 +64,25 @@ def _lines(workdir):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     clocks = ("items_per_second", "step_seconds", "input_wait_share")
     return [{k: v for k, v in line.items() if k not in clocks} for line in lines]
+
+
+def test_records_of_other_labels_are_not_resumed(tmp_path):
+    clips = [("a", noise(1, 0.9), [72, 3])]
+    index = write_records(tmp_path / "records", "train", clips)
+    position = {"seed": 1, "global_batch": 8, "index_digest": index.digest}
+    run._require_same_data(position, position, index)
+    # A run of before the digest covered labels goes on.
+    run._require_same_data({**position, "index_digest": index._digest_of_shards}, position, index)
+    relabelled = dataclasses.replace(index, label_class=index.label_class + np.uint16(1))
+    now = {**position, "index_digest": relabelled.digest}
+    with pytest.raises(UserError, match="the records have changed since this run was started"):
+        run._require_same_data(position, now, relabelled)
+
+
+@pytest.mark.parametrize("places", [-1, 10**9, 1.5, True, "2"])
+def test_class_weights_have_a_range(places):
+    with pytest.raises(UserError, match=r"class_weights\['Dog'\] is .*, expected a whole number"):
+        run._class_weights(ConfigDict({"Dog": places}))
 
 
 def _require_same_run(found, wanted, steps):

@@ -1,22 +1,53 @@
-"""Arguments that several commands have: kinds of numbers, and the precision."""
+"""Arguments that several commands have: kinds of values with their ranges, and the precision."""
 
 import argparse
+import math
+import os
+from collections.abc import Callable
 
 from uss_jax.precision import HIGHEST, PRECISIONS
 
-
-def natural(text: str) -> int:
-    """A whole number from 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0, not {text!r}")
-    return int(text)
+_MOST = 2**31 - 1  # where nothing smaller is known
 
 
-def positive(text: str) -> int:
-    """A whole number from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, not {text!r}")
-    return int(text)
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """A whole number in a range, both ends included."""
+
+    def parse(text: str) -> int:
+        # int() would take signs, "_" and digits of other scripts, and thousands of digits.
+        if text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) <= most:
+            return int(text)
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from {least} to {most}, not {text[:60]!r}"
+        )
+
+    return parse
+
+
+def number(least: float | int, most: float | int) -> Callable[[str], float]:
+    """A number in a range, both ends included."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if least <= value <= most:  # which NaN is not
+            return value
+        raise argparse.ArgumentTypeError(
+            f"expected a number from {least:g} to {most:g}, not {text[:60]!r}"
+        )
+
+    return parse
+
+
+natural = whole(0, _MOST)
+positive = whole(1, _MOST)
+
+
+def path(text: str) -> str:
+    """A path; "~" is the home folder, also after "=", where a shell leaves it."""
+    return os.path.expanduser(text)
 
 
 def add_precision(parser: argparse.ArgumentParser, of: str = "") -> None:

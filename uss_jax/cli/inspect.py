@@ -6,9 +6,11 @@ it was trained.
 
 import argparse
 
+from uss_jax.cli.arguments import path
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH")
+    parser.add_argument("path", type=path, metavar="PATH")
     parser.epilog = "example:\n  uss-jax inspect runs/soft"
 
 

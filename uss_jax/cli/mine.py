@@ -9,43 +9,73 @@ With --show the anchors of one clip are drawn over its spectrogram instead.
 """
 
 import argparse
+import sys
 
-from uss_jax.cli.arguments import add_detector_precision, positive, say_detector_precision
+from uss_jax.cli.arguments import (
+    add_detector_precision,
+    natural,
+    number,
+    path,
+    positive,
+    say_detector_precision,
+    whole,
+)
+
+# A median score below this says that the detector does not know the classes.
+_GUESSING = 0.02
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--records", required=True, metavar="R", help="directory of the records")
+    parser.add_argument(
+        "--records", type=path, required=True, metavar="R", help="directory of the records"
+    )
     parser.add_argument("--split", default="train", help="of the records; default: train")
     parser.add_argument(
-        "--sed", required=True, metavar="BUNDLE", help="bundle or workdir that holds a detector"
+        "--sed",
+        type=path,
+        required=True,
+        metavar="BUNDLE",
+        help="bundle or workdir that holds a detector",
     )
-    parser.add_argument("--out", required=True, metavar="TABLE", help="the table, an .npz file")
     parser.add_argument(
-        "--candidates", type=positive, default=4, metavar="K", help="anchors a label; default: 4"
+        "--out", type=path, required=True, metavar="TABLE", help="the table, an .npz file"
+    )
+    parser.add_argument(
+        "--candidates",
+        type=whole(1, 64),
+        default=4,
+        metavar="K",
+        help="anchors a label; default: 4",
     )
     parser.add_argument(
         "--clip-seconds",
-        type=float,
+        type=number(0.01, 3600),
         metavar="S",
         help="pad or cut clips to this length, as the training config's data.clip_seconds; "
         "default: the longest clip of the split",
     )
     parser.add_argument(
         "--min-dbfs",
-        type=float,
+        type=number(-200, 0),
         default=-60.0,
         metavar="DB",
         help="pass over quieter segments; default: -60",
     )
     parser.add_argument(
-        "--batch", type=positive, default=16, help="clips at a time on a device; default: 16"
+        "--batch",
+        type=whole(1, 65_536),
+        default=16,
+        help="clips at a time on a device; default: 16",
     )
-    parser.add_argument("--threads", type=positive, default=4, help="that read; default: 4")
-    parser.add_argument("--host", type=int, default=0, help="number of this machine, from 0")
+    parser.add_argument("--threads", type=whole(1, 256), default=4, help="that read; default: 4")
+    parser.add_argument("--host", type=natural, default=0, help="number of this machine, from 0")
     parser.add_argument("--hosts", type=positive, default=1, help="how many share the work")
     parser.add_argument("--show", metavar="ID", help="draw this clip of the table")
     parser.add_argument(
-        "--picture", metavar="PNG", help="where --show draws; default: anchors.png beside TABLE"
+        "--picture",
+        type=path,
+        metavar="PNG",
+        help="where --show draws; default: anchors.png beside TABLE",
     )
     add_detector_precision(parser)
     parser.epilog = (
@@ -112,3 +142,11 @@ def run(args: argparse.Namespace) -> None:
         f"{np.median(best):.3f}, median purity {np.median(table.purity.astype(np.float32)):.3f}"
         + (f", {silent} below {args.min_dbfs:g} dBFS" if silent else "")
     )
+    heard = best[best >= 0]
+    if heard.size and np.median(heard) < _GUESSING:
+        print(
+            f"the detector hardly hears the labels (half of the scores are below "
+            f"{np.median(heard):.3f}): such anchors are little better than random ones "
+            "(config.anchors.source=random); train the detector longer or convert a published one",
+            file=sys.stderr,
+        )

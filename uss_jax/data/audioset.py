@@ -54,11 +54,12 @@ class AudioSet(tfds.core.GeneratorBasedBuilder):
         self, labels: pathlib.Path, split: str
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         audio = labels.parent / "audio"
-        for item in read_labels(labels, audio, split):
-            made = prepare_clip(audio / item.file, item.file, item.labels, SETTINGS)
+        for item in read_labels(labels, audio, split).clips:
+            path = audio / item.file
+            made = prepare_clip(path, item.file, item.labels, SETTINGS, item.segment)
             if isinstance(made, Skipped):
                 logging.warning("%s", made.reason)
                 continue
-            clip = parse(made)
+            clip = parse(made.data)
             samples = np.frombuffer(clip.audio, "<i2")
             yield item.file, {"id": item.file, "audio": samples, "labels": list(clip.labels)}

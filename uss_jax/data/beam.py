@@ -47,7 +47,7 @@ def _absolute(block: Block) -> Block:
 
 def _make(block: Block) -> int:
     # A worker may be given a block twice; what is there stays.
-    if block.reasons() is None:
+    if block.outcome() is None:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             block.make(pool, lambda: None)
     return block.number

@@ -8,14 +8,19 @@ dogs/a.wav,Bark;Dog               labels separated by ";": names, mids or class 
 """
 
 import csv
+import dataclasses
+import functools
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
-from uss_jax.audio.files import AUDIO_SUFFIXES
+from uss_jax.audio.files import find_recordings
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
+
+_UNKNOWN_SHOWN = 10
+_LONGEST_VIDEO = 1e6  # seconds
 
 
 class LabelledFile(NamedTuple):
@@ -23,24 +28,53 @@ class LabelledFile(NamedTuple):
 
     Attributes:
       file: path of the recording, relative to the folder of the recordings.
-      labels: class indexes, ascending.
+      labels: class indexes, ascending; none where all are unknown and skipped.
       line: where in the label file it stands, from 1.
+      segment: begin and end in seconds of what is labelled, where the file may be the whole video
+        that it is part of; None where the file is what is labelled.
     """
 
     file: str
     labels: tuple[int, ...]
     line: int
+    segment: tuple[float, float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """What a label file says.
+
+    Attributes:
+      clips: its lines.
+      unknown: labels that were skipped, with the lines they stand in.
+      unlisted: recordings in the folder that no line names.
+      others: files in the folder that are no recordings by their names.
+    """
+
+    clips: list[LabelledFile]
+    unknown: dict[str, list[int]]
+    unlisted: list[pathlib.Path]
+    others: list[pathlib.Path]
 
 
 def read_labels(
-    path: str | os.PathLike, audio: str | os.PathLike, split: str
-) -> list[LabelledFile]:
+    path: str | os.PathLike,
+    audio: str | os.PathLike,
+    split: str,
+    *,
+    label_map: Mapping[str, str] | None = None,
+    skip_unknown: bool = False,
+    files: Collection[str] | None = None,
+) -> Labels:
     """Reads a label file of either form.
 
     Args:
       path: the CSV file.
       audio: the folder of the recordings.
       split: when the file has a column `split`, only lines with this value count.
+      label_map: own name of a label -> the classes it stands for, separated by ";".
+      skip_unknown: labels that are no classes are passed over; False: they are an error.
+      files: only the lines of these files count; None: all do.
     """
     if not os.path.isdir(audio):
         raise UserError(f"{audio} is not a folder; give the folder that holds the recordings")
@@ -49,19 +83,137 @@ def read_labels(
     if first is None:
         raise UserError(f"{path} is empty; expected lines of file and labels")
     line, header = first
+    recordings, others = find_recordings(audio)
+    names = [os.path.relpath(found, audio) for found in recordings]
+    resolver = _Resolver(label_map or {})
     if header[0].startswith("#"):
-        labelled = _audioset_segments(path, rows, pathlib.Path(audio))
-    elif {"file", "labels"} <= set(header):
-        labelled = _table(path, header, rows, split)
+        clips = _audioset_segments(path, rows, names, resolver)
     else:
-        raise UserError(
-            f'{path}, line {line}: expected a header with the columns "file" and "labels", or '
-            "AudioSet's segments, which begin with # comments"
-        )
-    _refuse_duplicates(path, labelled)
-    if not labelled:
+        clips = _table(path, _checked_header(path, line, header), rows, split, resolver)
+    if resolver.unknown and not skip_unknown:
+        raise UserError(f"{path}, {resolver.complaint()}")
+    _refuse_duplicates(path, clips)
+    listed = {clip.file for clip in clips}
+    if files is not None:
+        wanted = {os.path.normpath(file) for file in files}
+        clips = [clip for clip in clips if clip.file in wanted]
+        if missing := sorted(wanted - listed):
+            raise UserError(
+                f"{path} has no line for {len(missing)} of the {len(wanted)} files that were asked "
+                f"for, such as {missing[0]}; name files as the label file does"
+            )
+    if not clips:
         raise UserError(f"{path} lists no clips; expected a line for each")
-    return labelled
+    unlisted = [pathlib.Path(name) for name in names if name not in listed]
+    return Labels(clips, resolver.unknown, unlisted, others)
+
+
+def read_label_map(path: str | os.PathLike) -> dict[str, str]:
+    """Reads a CSV file with the columns `name` and `class`: what own names of labels stand for.
+
+    The classes, if several, are separated by ";"; a name without any is passed over.
+    """
+    rows = _read_rows(path)
+    line, header = next(rows, (1, []))
+    if [field.strip().lower() for field in header] != ["name", "class"]:
+        raise UserError(f'{path}, line {line}: expected a header with the columns "name,class"')
+    found: dict[str, str] = {}
+    for line, row in rows:
+        if len(row) != 2:
+            raise UserError(
+                f"{path}, line {line}: {len(row)} fields, expected name and class; put quotes "
+                "around a name that has commas"
+            )
+        name, classes = row
+        for word in filter(str.strip, classes.split(";")):
+            try:
+                load_ontology().resolve(word)
+            except UserError as error:
+                raise UserError(f"{path}, line {line}: {error}") from None
+        if found.setdefault(name.strip().casefold(), classes) != classes:
+            raise UserError(f"{path}, line {line}: {name!r} was said to be something else before")
+    return found
+
+
+def read_file_list(path: str | os.PathLike) -> list[str]:
+    """The lines of a text file that are not blank: names of files."""
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+            return [line for line in map(str.strip, file) if line]
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); give a text file with a name a line"
+        ) from None
+
+
+class _Resolver:
+    """Labels to class indexes; keeps those that are no classes, with their lines."""
+
+    def __init__(self, label_map: Mapping[str, str]):
+        self._map = label_map
+        self._known: dict[str, tuple[int, ...]] = {}
+        self.unknown: dict[str, list[int]] = {}
+        self._advice: dict[str, str] = {}
+
+    def __call__(self, line: int, labels: list[str]) -> tuple[int, ...]:
+        found: set[int] = set()
+        for label in labels:
+            if label not in self._known:
+                self._known[label] = self._resolve(label)
+            found.update(self._known[label])
+            if label in self._advice:
+                self.unknown.setdefault(label, []).append(line)
+        return tuple(sorted(found))
+
+    def _resolve(self, label: str) -> tuple[int, ...]:
+        own = self._map.get(label.strip().casefold())
+        words = [label] if own is None else list(filter(str.strip, own.split(";")))
+        try:
+            return tuple(load_ontology().resolve(word) for word in words)
+        except UserError as error:
+            self._advice[label] = str(error)
+            parts = label.split(",")
+            if len(parts) > 1 and all(map(_is_class, parts)):
+                self._advice[label] = f'no sound class is called "{label}"; put ";" between labels'
+            return ()
+
+    def complaint(self) -> str:
+        """What is wrong: the line of the first unknown label, and all of them with counts."""
+        (first, lines), *rest = self.unknown.items()
+        said = f"line {lines[0]}: {self._advice[first]}"
+        if rest:
+            counts = [f'"{name}" ({len(at)})' for name, at in list(self.unknown.items())]
+            more = ", ..." if len(counts) > _UNKNOWN_SHOWN else ""
+            said += (
+                f" (unknown labels and how many lines have them: "
+                f"{', '.join(counts[:_UNKNOWN_SHOWN])}{more})"
+            )
+        return f"{said}; or give --label-map or --skip-unknown-labels"
+
+
+def _is_class(label: str) -> bool:
+    try:
+        load_ontology().resolve(label)
+    except UserError:
+        return False
+    return True
+
+
+def _checked_header(path: str | os.PathLike, line: int, header: list[str]) -> list[str]:
+    """The names of the columns, in lower case."""
+    names = [name.strip().lower() for name in header]
+    if {"file", "labels"} <= set(names) and len(set(names)) == len(names):
+        return names
+    for delimiter, called in ((";", "semicolons"), ("\t", "tabs")):
+        if {"file", "labels"} <= {name.strip() for name in ",".join(names).split(delimiter)}:
+            raise UserError(
+                f"{path}, line {line}: its columns are separated by {called}; save it with commas "
+                '(the labels of a clip are separated by ";")'
+            )
+    raise UserError(
+        f'{path}, line {line}: expected a header with the columns "file" and "labels", each once, '
+        "or AudioSet's segments, which begin with # comments"
+    )
 
 
 def _read_rows(path: str | os.PathLike) -> Iterator[tuple[int, list[str]]]:
@@ -85,7 +237,11 @@ def _read_rows(path: str | os.PathLike) -> Iterator[tuple[int, list[str]]]:
 
 
 def _table(
-    path: str | os.PathLike, header: list[str], rows: Iterator[tuple[int, list[str]]], split: str
+    path: str | os.PathLike,
+    header: list[str],
+    rows: Iterator[tuple[int, list[str]]],
+    split: str,
+    resolve: _Resolver,
 ) -> list[LabelledFile]:
     labelled, other_splits = [], set()
     for line, row in rows:
@@ -100,8 +256,8 @@ def _table(
             continue
         if not fields["file"]:
             raise UserError(f'{path}, line {line}: the column "file" is empty; name a recording')
-        labels = _resolve(path, line, fields["labels"].split(";"))
-        labelled.append(LabelledFile(fields["file"], labels, line))
+        labels = resolve(line, fields["labels"].split(";"))
+        labelled.append(LabelledFile(os.path.normpath(fields["file"]), labels, line))
     if not labelled and other_splits:
         raise UserError(
             f'{path} has no line whose column "split" says "{split}"; '
@@ -111,52 +267,56 @@ def _table(
 
 
 def _audioset_segments(
-    path: str | os.PathLike, rows: Iterator[tuple[int, list[str]]], audio: pathlib.Path
+    path: str | os.PathLike,
+    rows: Iterator[tuple[int, list[str]]],
+    recordings: list[str],
+    resolve: _Resolver,
 ) -> list[LabelledFile]:
-    files = _files_by_stem(audio)
+    files: dict[str, str] = {}
+    for name in recordings:
+        files.setdefault(os.path.splitext(os.path.basename(name))[0], name)
     labelled = []
     for line, row in rows:
         if row[0].startswith("#"):
             continue
         try:
             video, begin, end, mids = row
-            names = _segment_stems(video, float(begin), float(end))
+            segment = float(begin), float(end)
+            if not 0 <= segment[0] < segment[1] <= _LONGEST_VIDEO:
+                raise ValueError
         except ValueError:
             raise UserError(
                 f"{path}, line {line}: expected YTID, start_seconds, end_seconds, positive_labels "
                 "as in AudioSet's segments"
             ) from None
-        # A clip that was never downloaded is listed as missing under the first name.
-        file = next((files[name] for name in names if name in files), f"{names[0]}.wav")
-        labelled.append(LabelledFile(file, _resolve(path, line, mids.split(",")), line))
+        labels = resolve(line, mids.split(","))
+        # A file with the times in its name is the segment; another may be the whole video.
+        whole = next((files[name] for name in _whole_stems(video) if name in files), None)
+        cut = next((files[name] for name in _segment_stems(video, *segment) if name in files), None)
+        if cut or not whole:
+            # A clip that was never downloaded is listed as missing under the first name.
+            labelled.append(LabelledFile(cut or f"Y{video}.wav", labels, line))
+        else:
+            labelled.append(LabelledFile(whole, labels, line, segment))
     return labelled
+
+
+def _whole_stems(video: str) -> tuple[str, str]:
+    return f"Y{video}", video
 
 
 def _segment_stems(video: str, begin: float, end: float) -> list[str]:
     """How common downloaders name a segment's file, without its suffix."""
-    seconds = f"{begin:g}", f"{end:g}"
-    milliseconds = f"{begin * 1000:.0f}", f"{end * 1000:.0f}"
-    tails = ["", *(f"_{t[0]}_{t[1]}" for t in (seconds, milliseconds))]
-    tails += [f"_{t[0]}" for t in (seconds, milliseconds)]
-    return [head + video + tail for tail in tails for head in ("Y", "")]
+    return [head + tail for tail in _tails(begin, end) for head in _whole_stems(video)]
 
 
-def _files_by_stem(audio: pathlib.Path) -> dict[str, str]:
-    found = {}
-    for folder, folders, names in os.walk(audio):
-        folders.sort()
-        for name in sorted(names):
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() in AUDIO_SUFFIXES:
-                found.setdefault(stem, os.path.relpath(os.path.join(folder, name), audio))
-    return found
-
-
-def _resolve(path: str | os.PathLike, line: int, labels: list[str]) -> tuple[int, ...]:
-    try:
-        return tuple(sorted({load_ontology().resolve(label) for label in labels}))
-    except UserError as error:
-        raise UserError(f"{path}, line {line}: {error}") from None
+@functools.lru_cache(maxsize=4096)
+def _tails(begin: float, end: float) -> list[str]:
+    times = [(f"{begin:{form}}", f"{end:{form}}") for form in ("g", ".3f", ".1f", "06.0f", ".0f")]
+    times.insert(1, (f"{begin * 1000:.0f}", f"{end * 1000:.0f}"))
+    tails = [f"{mark}{first}{mark}{last}" for mark in "_-" for first, last in times]
+    tails += [f"{mark}{first}" for mark in "_-" for first, _ in times]
+    return tails
 
 
 def _refuse_duplicates(path: str | os.PathLike, labelled: list[LabelledFile]) -> None:

@@ -19,12 +19,14 @@ import pathlib
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from uss_jax.atomic import replacing
-from uss_jax.audio.files import flac_bytes, read_mono
+from uss_jax.audio.files import CutOff, audio_format, flac_bytes, read_mono, truncation
+from uss_jax.checked_json import list_of, mapping_of, number, parse_json, record, text
 from uss_jax.data.encodings import to_int16
 from uss_jax.data.examples import serialise
 from uss_jax.data.index import RecordIndex, build_index
@@ -38,6 +40,8 @@ from uss_jax.errors import UserError
 _SILENT_PEAK = 1e-3
 _SHARD_BYTES = 200e6
 _CLIPS_IN_FLIGHT = 256
+_SEGMENT_SLACK = 1.0  # seconds that downloaders cut too much or too little
+_CLIPPED_TOLD = 0.001
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,40 +52,104 @@ class ClipSettings:
       sample_rate: in Hz.
       clip_seconds: longer recordings are cut to their first so many seconds; shorter keep theirs.
       encoding: `pcm_s16le`, of which a part can be read, or `flac`, half as large and slower.
+      accept_truncated: take what there is of recordings that are cut off; False: leave them out.
     """
 
     sample_rate: int = 32000
     clip_seconds: float = 10.0
     encoding: str = "pcm_s16le"
+    accept_truncated: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Skipped:
-    """Why there is no record of a clip."""
+class Skipped(NamedTuple):
+    """Why there is no record of a clip.
 
+    Attributes:
+      kind: in a word or two, to be counted: "missing", "unreadable", "cut off", ...
+      reason: a sentence.
+    """
+
+    kind: str
     reason: str
 
 
+class Record(NamedTuple):
+    """A clip as a record.
+
+    Attributes:
+      data: its bytes.
+      clipped: the share of its samples that were above full scale and are cut to 16 bits.
+    """
+
+    data: bytes
+    clipped: float
+
+
 def prepare_clip(
-    path: str | os.PathLike, id: str, labels: tuple[int, ...], settings: ClipSettings
-) -> bytes | Skipped:
-    """A recording as the bytes of a record, or why it cannot be one. Pure but for reading `path`.
+    path: str | os.PathLike,
+    id: str,
+    labels: tuple[int, ...],
+    settings: ClipSettings,
+    segment: tuple[float, float] | None = None,
+) -> Record | Skipped:
+    """A recording as a record, or why it cannot be one. Pure but for reading `path`.
 
     Args:
       path: the recording.
       id: its name in the records.
       labels: class indexes.
       settings: what to make of it.
+      segment: see LabelledFile.
     """
     try:
-        waveform = read_mono(path, settings.sample_rate, settings.clip_seconds)
+        if not labels:
+            raise _LeftOut("no label", f"{path} has no label that is a class")
+        if not os.path.exists(path):
+            raise _LeftOut("missing", f"{path} does not exist")
+        cut = None if settings.accept_truncated else truncation(path, decode=False)
+        if cut:
+            raise CutOff(f"{path} is cut off ({cut}); copy or download it again")
+        begin, seconds = _place(path, segment, settings.clip_seconds)
+        waveform = read_mono(path, settings.sample_rate, seconds, begin, settings.accept_truncated)
+        waveform = waveform[: round(seconds * settings.sample_rate)]
+        if np.abs(waveform).max(initial=0) < _SILENT_PEAK:
+            raise _LeftOut("silent", f"{path} is silent (no sample reaches -60 dBFS)")
+    except _LeftOut as error:
+        return Skipped(error.kind, str(error))
     except UserError as error:
-        return Skipped(str(error))
-    samples = to_int16(waveform[: round(settings.clip_seconds * settings.sample_rate)])
-    if not samples.size or np.abs(waveform).max() < _SILENT_PEAK:
-        return Skipped(f"{path} is silent (no sample reaches -60 dBFS)")
+        return Skipped("cut off" if isinstance(error, CutOff) else "unreadable", str(error))
+    samples = to_int16(waveform)
     audio = flac_bytes(samples, settings.sample_rate) if settings.encoding == "flac" else samples
-    return serialise(id.encode(errors="surrogateescape"), audio, labels)
+    data = serialise(id.encode(errors="surrogateescape"), audio, labels)
+    return Record(data, float(np.mean(np.abs(waveform) > 1)))
+
+
+class _LeftOut(UserError):
+    """A clip is left out; `kind` as in Skipped."""
+
+    def __init__(self, kind: str, sentence: str):
+        super().__init__(sentence)
+        self.kind = kind
+
+
+def _place(
+    path: str | os.PathLike, segment: tuple[float, float] | None, clip_seconds: float
+) -> tuple[float, float]:
+    """Where in a file the clip begins, and how long it may be, in seconds."""
+    if segment is None:
+        return 0.0, clip_seconds
+    begin, end = segment
+    form = audio_format(path)
+    seconds = form.samples / form.sample_rate
+    if seconds <= end - begin + _SEGMENT_SLACK:  # it was cut out already
+        return 0.0, clip_seconds
+    if seconds < end - _SEGMENT_SLACK:
+        raise _LeftOut(
+            "not its segment",
+            f"{path} lasts {seconds:.1f} s: longer than its segment of {end - begin:g} s, and too "
+            f"short for a whole video with {begin:g} to {end:g} s; get the one or the other",
+        )
+    return begin, min(end - begin, clip_seconds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,12 +160,15 @@ class Prepared:
       directory: where it is.
       index: of the split's records.
       skipped: the clips without a record, with the reason.
-      report: the CSV file that lists them.
+      clipped: the clips of which more than 0.1 % of the samples were above full scale and are cut
+        to 16 bits, with that share.
+      report: the CSV file that lists those that were skipped.
     """
 
     directory: pathlib.Path
     index: RecordIndex
-    skipped: list[tuple[LabelledFile, str]]
+    skipped: list[tuple[LabelledFile, Skipped]]
+    clipped: list[tuple[LabelledFile, float]]
     report: pathlib.Path
 
 
@@ -116,6 +187,7 @@ def prepare(
     shards: int | None = None,
     workers: int = 1,
     engine: Engine | None = None,
+    overwrite: bool = False,
 ) -> Prepared:
     """Makes a split of records in `out`/`name`/`version`, whole or not at all.
 
@@ -131,33 +203,40 @@ def prepare(
       shards: at most so many files; None: about 200 MB each.
       workers: threads that read and convert.
       engine: runs the blocks; None: threads of this process.
+      overwrite: replace a split that is there already; False: that is an error.
     """
     _check_names(name, version, split)
     directory = pathlib.Path(out) / name / version
     check_format(directory, split, settings.sample_rate, settings.encoding)
     unfinished = directory / f".unfinished-{split}"
     schema = Schema(encoding=settings.encoding, sample_rate=settings.sample_rate)
-    skipped: list[tuple[LabelledFile, str]] = []
+    skipped: list[tuple[LabelledFile, Skipped]] = []
+    clipped: list[tuple[LabelledFile, float]] = []
     blocks = _blocks(labelled, shards, settings)
+    plan = repr((os.fspath(audio), settings, blocks))
+    if not overwrite and not _is_of_plan(unfinished, plan):
+        _refuse_existing(directory, split)
     try:
-        _keep_if_same(unfinished, repr((os.fspath(audio), settings, blocks)))
+        _keep_if_same(unfinished, plan)
 
         jobs = [Block(unfinished, at, block, audio, settings) for at, block in enumerate(blocks)]
-        todo = [job for job in jobs if job.reasons() is None]
+        todo = [job for job in jobs if job.outcome() is None]
         (engine or functools.partial(_run_here, workers=workers))(todo)
         paths = []
         for job in jobs:
-            reasons = job.reasons()
-            if reasons is None:
+            outcome = job.outcome()
+            if outcome is None:
                 raise UserError(f"{job.path} was not made; give the same command again")
-            skipped += [(job.items[int(number)], reason) for number, reason in reasons.items()]
-            if len(reasons) < len(job.items):
+            skipped += [(job.items[number], why) for number, why in outcome.skipped.items()]
+            clipped += [(job.items[number], share) for number, share in outcome.clipped.items()]
+            if len(outcome.skipped) < len(job.items):
                 paths.append(job.path)
         if not paths:
             shutil.rmtree(unfinished, ignore_errors=True)
             _remove_if_empty(directory, directory.parent)
             raise UserError(
-                f"none of the {len(labelled)} clips could be used; the first: {skipped[0][1]}"
+                f"none of the {len(labelled)} clips could be used; the first: "
+                f"{skipped[0][1].reason}"
             )
         for at, path in enumerate(paths):
             path.rename(unfinished / f"{name}-{split}.tfrecord-{at:05d}-of-{len(paths):05d}")
@@ -168,8 +247,6 @@ def prepare(
             f"{directory} could not be written ({error.strerror or error}); choose --out where "
             "there is space and permission, or make some and go on with the same command"
         ) from error
-    shutil.rmtree(unfinished, ignore_errors=True)
-
     write_metadata(
         directory,
         name=name,
@@ -182,14 +259,16 @@ def prepare(
     )
     report = directory / f"skipped-{split}.csv"
     _write_report(report, skipped)
-    return Prepared(directory, index, skipped, report)
+    # Last, so that a command that is stopped before knows that it made what is there.
+    shutil.rmtree(unfinished, ignore_errors=True)
+    return Prepared(directory, index, skipped, clipped, report)
 
 
 def _check_names(name: str, version: str, split: str) -> None:
     """TFDS and the shards' names know only these."""
     for option, value, pattern, example in (
         ("--name", name, r"[a-zA-Z][a-zA-Z0-9_]*", "my_sounds"),
-        ("--version", version, r"\d+\.\d+\.\d+", "1.0.0"),
+        ("--version", version, r"[0-9]{1,9}(\.[0-9]{1,9}){2}", "1.0.0"),
         ("--split", split, r"[a-zA-Z][a-zA-Z0-9_]*", "train"),
     ):
         if not re.fullmatch(pattern, value):
@@ -208,14 +287,55 @@ def _blocks(
     return [labelled[begin:end] for begin, end in itertools.pairwise(edges)]
 
 
+def _refuse_existing(directory: pathlib.Path, split: str) -> None:
+    """Raises a UserError where the split is there already."""
+    index = directory / f"index-{split}.npz"
+    shards = list(directory.glob(f"*-{split}.tfrecord-?????-of-?????"))
+    if shards or index.exists():
+        raise UserError(
+            f'{directory} has a split "{split}" already ({len(shards)} shards); give --overwrite '
+            "to replace it, or another --split, --version or --name"
+        )
+
+
+def _is_of_plan(unfinished: pathlib.Path, plan: str) -> bool:
+    """Whether the folder of unfinished work is part of the same plan."""
+    try:
+        return (unfinished / ".plan").read_text() == _digest(plan)
+    except (OSError, ValueError):
+        return False
+
+
+def _digest(plan: str) -> str:
+    return hashlib.sha256(plan.encode(errors="surrogateescape")).hexdigest()
+
+
 def _keep_if_same(unfinished: pathlib.Path, plan: str) -> None:
     """Empties the folder of unfinished work, unless that is part of the same plan."""
-    digest = hashlib.sha256(plan.encode(errors="surrogateescape")).hexdigest()
-    path = unfinished / ".plan"
-    if not path.is_file() or path.read_text() != digest:
+    if not _is_of_plan(unfinished, plan):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        path.write_text(digest)
+        (unfinished / ".plan").write_text(_digest(plan))
+
+
+class Outcome(NamedTuple):
+    """What became of the clips of a block, by their number.
+
+    Attributes:
+      skipped: why clips were left out.
+      clipped: the share of cut samples, where it is more than 0.1 %.
+    """
+
+    skipped: dict[int, Skipped]
+    clipped: dict[int, float]
+
+
+_OUTCOME = record(
+    {
+        "skipped": mapping_of(list_of(text(), least=2, most=2)),
+        "clipped": mapping_of(number(0, 1)),
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,33 +365,37 @@ class Block:
     def _done(self) -> pathlib.Path:
         return self.folder / f".block-{self.number:05d}.json"
 
-    def reasons(self) -> dict[str, str] | None:
-        """Why clips were left out, by their number; None when the block is not finished."""
+    def outcome(self) -> Outcome | None:
+        """What became of its clips; None when the block is not finished."""
         try:
-            reasons = json.loads(self._done.read_text())
+            stored = parse_json(self._done.read_bytes(), _OUTCOME)
+            skipped = {int(at): Skipped(*why) for at, why in stored["skipped"].items()}
+            outcome = Outcome(skipped, {int(at): x for at, x in stored["clipped"].items()})
         except (OSError, ValueError):
             return None
-        return reasons if self.path.exists() or len(reasons) == len(self.items) else None
+        return outcome if self.path.exists() or len(skipped) == len(self.items) else None
 
     def make(self, pool: concurrent.futures.Executor, progress: Callable[[], object]) -> None:
         """Makes the shard, reading clips with `pool`; calls `progress` after each."""
 
-        def make(item: LabelledFile) -> bytes | Skipped:
+        def make(item: LabelledFile) -> Record | Skipped:
             path = os.path.join(self.audio, item.file)
-            return prepare_clip(path, item.file, item.labels, self.settings)
+            return prepare_clip(path, item.file, item.labels, self.settings, item.segment)
 
-        reasons = {}
+        outcome = Outcome({}, {})
         with replacing(self.path) as temporary, RecordWriter(temporary) as writer:
             for number, made in enumerate(_map_in_order(pool, make, self.items)):
                 progress()
                 if isinstance(made, Skipped):
-                    reasons[str(number)] = made.reason
-                else:
-                    writer.write(made)
-        if len(reasons) == len(self.items):
+                    outcome.skipped[number] = made
+                    continue
+                writer.write(made.data)
+                if made.clipped > _CLIPPED_TOLD:
+                    outcome.clipped[number] = made.clipped
+        if len(outcome.skipped) == len(self.items):
             self.path.unlink()
         with replacing(self._done) as temporary:
-            temporary.write_text(json.dumps(reasons))
+            temporary.write_text(json.dumps(outcome._asdict()))
 
 
 def _run_here(blocks: list[Block], workers: int) -> None:
@@ -287,9 +411,9 @@ def _run_here(blocks: list[Block], workers: int) -> None:
 
 def _map_in_order(
     pool: concurrent.futures.Executor,
-    make: Callable[[LabelledFile], bytes | Skipped],
+    make: Callable[[LabelledFile], Record | Skipped],
     items: list[LabelledFile],
-) -> Iterator[bytes | Skipped]:
+) -> Iterator[Record | Skipped]:
     """Like `pool.map`, with few results in memory at once."""
     for begin in range(0, len(items), _CLIPS_IN_FLIGHT):
         yield from pool.map(make, items[begin : begin + _CLIPS_IN_FLIGHT])
@@ -316,8 +440,12 @@ def _remove_if_empty(*folders: pathlib.Path) -> None:
             folder.rmdir()
 
 
-def _write_report(path: pathlib.Path, skipped: list[tuple[LabelledFile, str]]) -> None:
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+def _write_report(path: pathlib.Path, skipped: list[tuple[LabelledFile, Skipped]]) -> None:
+    with (
+        replacing(path) as temporary,
+        # Names of files need not be UTF-8.
+        open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
         writer = csv.writer(file)
-        writer.writerow(["file", "line", "reason"])
-        writer.writerows([item.file, item.line, reason] for item, reason in skipped)
+        writer.writerow(["file", "line", "kind", "reason"])
+        writer.writerows([item.file, item.line, *why] for item, why in skipped)

@@ -94,6 +94,18 @@ def split_path(path: str | os.PathLike) -> tuple[str, str]:
     return folder or ("/" if os.fspath(path).startswith("/") else "."), name
 
 
+def versions_below(path: str | os.PathLike) -> str:
+    """A question for an error, where records are one or two folders below; else nothing."""
+    if "://" in os.fspath(path):
+        return ""
+    found = [
+        folder.parent
+        for pattern in ("*/metadata.json", "*/*/metadata.json")
+        for folder in sorted(pathlib.Path(path).glob(pattern))
+    ]
+    return f"; did you mean {found[-1]}?" if found else ""
+
+
 class DiskFolder:
     """A folder of this machine; files stay open between reads."""
 

@@ -91,7 +91,7 @@ def find_pairs(directory: str | os.PathLike) -> list[Pair]:
                     source,
                     int(match[1]),
                     said.get("group") or "",
-                    int(other) if other.isdigit() else None,
+                    int(other) if re.fullmatch("[0-9]{1,9}", other) else None,
                 )
             )
     if not pairs:

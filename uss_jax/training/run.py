@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from uss_jax.anchors.table import Placement, read_table, usable, without
 from uss_jax.atomic import replacing
+from uss_jax.checked_json import number, whole
 from uss_jax.data.index import RecordIndex, load_index
 from uss_jax.data.metadata import read_sample_rate
 from uss_jax.data.pipeline import batches
@@ -43,6 +44,12 @@ _DRAWING += ("anchors.min_score", "anchors.min_dbfs", "anchors.top_k", "anchors.
 # Of configs that say nothing. The largest ratio of a healthy float32 run of 827 steps was 10.
 MAX_NORM_RATIO = 100.0
 
+_DATA_RANGES = {
+    "clip_seconds": number(0.01, 3600),
+    "threads": whole(1, 256),
+    "workers": whole(0, 1024),
+    "max_corrupt": whole(0, 2**31),
+}
 _AT_LEAST_ONE = ("total_steps", "global_batch", "accumulate", "max_skipped_steps")
 _AT_LEAST_ONE += ("log_every_steps", "checkpoint_every_steps")
 
@@ -72,6 +79,13 @@ def say(text: str) -> None:
 
 def check(config: ConfigDict, group_size: int = 1) -> None:
     """Raises a UserError where the numbers of a config do not fit each other or the devices."""
+    for key, rule in _DATA_RANGES.items():
+        if key not in config.data:
+            continue
+        try:
+            rule(config.data[key], f"config.data.{key}")
+        except ValueError as error:
+            raise UserError(str(error)) from None
     for key in _AT_LEAST_ONE:
         if config.get(key, 1) < 1:
             raise UserError(f"config.{key} is {config[key]}, expected at least 1")
@@ -234,11 +248,10 @@ def _class_weights(places: ConfigDict | None) -> np.ndarray | None:
     ontology = load_ontology()
     weights = np.ones(len(ontology.class_mids), np.int64)
     for label, count in places.items():
-        if not isinstance(count, int) or count < 0:
-            raise UserError(
-                f"config.data.class_weights[{label!r}] is {count!r}, expected a whole number from "
-                "0: places of the class in each round"
-            )
+        try:
+            whole(0, 10_000)(count, f"config.data.class_weights[{label!r}]")
+        except ValueError as error:
+            raise UserError(f"{error}: places of the class in each round") from None
         weights[ontology.resolve(label)] = count
     return weights
 
@@ -328,7 +341,7 @@ def train_on(
         if start:
             say(f"resuming after step {start}")
             saved = read_bundle(workdir).config
-            _require_same_run(saved, about, checkpoints.position(start), position)
+            _require_same_run(saved, about, checkpoints.position(start), position, records.index)
             _say_other_precision(saved["training"], config)
             state = checkpoints.restore(start, state)
         else:
@@ -417,14 +430,17 @@ def _require_same_run(
     about: Mapping[str, Any],
     saved_position: Mapping[str, Any],
     position: Mapping[str, Any],
+    index: RecordIndex,
 ) -> None:
     """Raises a UserError where the saved run has other nets or would see other data."""
     _require_same_nets(saved, json.loads(json.dumps(about)))
-    _require_same_data(saved_position, position)
+    _require_same_data(saved_position, position, index)
     _require_same_drawing(saved["training"], about["training"])
 
 
-def _require_same_data(saved: Mapping[str, Any], position: Mapping[str, Any]) -> None:
+def _require_same_data(
+    saved: Mapping[str, Any], position: Mapping[str, Any], index: RecordIndex
+) -> None:
     """Raises a UserError where the next data would not be what it would have been."""
     for key in ("seed", "global_batch"):
         if saved[key] != position[key]:
@@ -432,7 +448,7 @@ def _require_same_data(saved: Mapping[str, Any], position: Mapping[str, Any]) ->
                 f"this run was started with config.{key}={saved[key]}, not {position[key]}; resume "
                 f"with --config.{key}={saved[key]} or start in a new workdir"
             )
-    if saved["index_digest"] != position["index_digest"]:
+    if not index.has_digest(saved["index_digest"]):
         raise UserError(
             "the records have changed since this run was started; start in a new workdir"
         )

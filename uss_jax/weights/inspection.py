@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +10,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from uss_jax.anchors.table import read_header
+from uss_jax.checked_npz import Column, names_in_npz, read_npz
 from uss_jax.data.index import load_index, splits
 from uss_jax.data.metadata import read_encoding, read_sample_rate
+from uss_jax.data.storage import versions_below
 from uss_jax.errors import UserError
 from uss_jax.separation.queries import load_bank
 from uss_jax.training.bundle import Bundle, net_hash, read_bundle
@@ -29,6 +30,8 @@ def inspect(path: str | os.PathLike) -> list[str]:
       UserError: it is none of what this program writes.
     """
     path = pathlib.Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give {_KINDS}")
     if path.suffix == ".npz" and path.is_file():
         return _of_npz(path)
     if path.parent.name == "checkpoints" and path.name.isdigit():
@@ -39,7 +42,7 @@ def inspect(path: str | os.PathLike) -> list[str]:
         return _of_model(path)
     if (path / "metadata.json").is_file():
         return list(_of_records(path))
-    raise UserError(f"{path} is nothing that can be inspected; give {_KINDS}")
+    raise UserError(f"{path} is nothing that can be inspected; give {_KINDS}{versions_below(path)}")
 
 
 def _of_export(path: pathlib.Path) -> list[str]:
@@ -136,10 +139,11 @@ def _of_records(path: pathlib.Path) -> Iterator[str]:
 
 def _of_npz(path: pathlib.Path) -> list[str]:
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            names = set(stored.files)
-            rows = len(stored["record"]) if "record" in names else 0
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        with open(path, "rb") as file:
+            names = names_in_npz(file)
+            column = {"record": Column("u4", "r", optional=True)}
+            rows = len(read_npz(file, column).get("record", ()))
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); give {_KINDS}") from error
     if "net_hash" in names:
         bank = load_bank(path)

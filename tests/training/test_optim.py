@@ -122,3 +122,14 @@ def test_clipping_keeps_the_direction_of_a_gradient_and_bounds_its_norm():
     updates, _ = optimizer.update(small, optimizer.init(small))
     jax.tree.map(lambda u, g: np.testing.assert_array_equal(u, -g), updates, small)
     assert clipped(optimizer, 0.0) is optimizer
+
+
+def test_the_first_steps_have_their_length_to_the_last_digits_of_float32():
+    gradients = np.float32([3e-4, -7.0, 1e-6, 0.02])
+    state = adamw_amsgrad(1.0).init(jnp.zeros(4))
+    m, v = np.zeros(4), np.zeros(4)
+    for step in range(1, 6):
+        updates, state = adamw_amsgrad(1.0).update(jnp.asarray(gradients), state, jnp.zeros(4))
+        m, v = 0.9 * m + 0.1 * gradients, 0.999 * v + 0.001 * np.float64(gradients) ** 2
+        expected = m / (1 - 0.9**step) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
+        np.testing.assert_allclose(updates, -expected, rtol=1e-6)

@@ -25,7 +25,9 @@ def _linear():
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
-    ("function", "arrays"), [*map(_convolution, CONVOLUTIONS), _linear()], ids=str
+    ("function", "arrays"),
+    [*map(_convolution, CONVOLUTIONS), _linear()],
+    ids=[*map(str, CONVOLUTIONS), "linear"],
 )
 def test_gradients_have_the_precision_of_the_call(function, arrays, compiled, platform):
     """Differentiated where that precision is no longer in force, and another one is."""

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -18,6 +19,10 @@ from uss_jax.atomic import replacing
 from uss_jax.errors import UserError
 
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".mp3"})
+# Hz; beyond them soxr fails, and no audio is meant.
+SAMPLE_RATES = (100, 10_000_000)
+# Floats may go beyond full scale, but not by more than 36 dB: such samples are integers.
+LARGEST_PEAK = 64.0
 _LARGEST_WAV = 2**32 - 2**16  # bytes; a WAV file's sizes have 32 bits
 
 
@@ -88,11 +93,16 @@ def read_segment(
 def _opened(path: str | os.PathLike) -> Iterator[soundfile.SoundFile]:
     _check_is_file(path)
     try:
-        file = soundfile.SoundFile(os.fspath(path))
+        file = soundfile.SoundFile(os.fsencode(path))  # any bytes, not UTF-8 alone
     # soundfile raises TypeError for names ending in ".raw", whose rate it cannot know.
     except (soundfile.SoundFileError, TypeError) as error:
         raise _unreadable(path, error) from error
     with file:
+        if not SAMPLE_RATES[0] <= file.samplerate <= SAMPLE_RATES[1]:
+            raise UserError(
+                f"{path} claims a sample rate of {file.samplerate:,} Hz, which is not from "
+                f"{SAMPLE_RATES[0]:,} to {SAMPLE_RATES[1]:,}; give the recording again"
+            )
         yield file
 
 
@@ -110,7 +120,18 @@ def _read(
             f"{path} has a sample that is not a number, at {at / file.samplerate:.3f} s; "
             "export the recording again"
         )
+    require_scale(float(np.abs(block).max(initial=0)), os.fspath(path))
     return (np.ascontiguousarray(block),) if block.size else ()
+
+
+def require_scale(peak: float, what: str) -> None:
+    """Raises a UserError where no samples in [-1, 1], nor any that clip, can have such a peak."""
+    if peak > LARGEST_PEAK:
+        raise UserError(
+            f"{what} peaks at {peak:,.6g}; full scale is 1, and no more than {LARGEST_PEAK:g} is "
+            "taken. Its samples are probably integers in a float file: divide them by 32768 "
+            "(ffmpeg -i IN -af volume=1/32768 -c:a pcm_f32le OUT.wav)"
+        )
 
 
 def _unreadable(path: str | os.PathLike, error: Exception) -> UserError:
@@ -206,8 +227,11 @@ def write_wav(
 @contextlib.contextmanager
 def writing_audio(
     path: str | os.PathLike, form: Format, subtype: str = "FLOAT"
-) -> Iterator[Callable[[Float32[np.ndarray, "c _"]], None]]:
+) -> Iterator[Callable[[Float32[np.ndarray, "c _"]], int]]:
     """Yields a function that writes the next samples; the file appears whole or not at all.
+
+    The function returns how many of the samples lie beyond full scale and were clipped; of floats
+    none are.
 
     Args:
       path: the file, WAV or, if its name says so, FLAC.
@@ -220,9 +244,14 @@ def writing_audio(
     with replacing(path) as temporary:
         try:
             with soundfile.SoundFile(
-                temporary, "w", form.sample_rate, form.channels, subtype, format=kind
+                os.fsencode(temporary), "w", form.sample_rate, form.channels, subtype, format=kind
             ) as file:
-                yield lambda block: file.write(block.T)
+
+                def write(block: Float32[np.ndarray, "c _"]) -> int:
+                    file.write(block.T)
+                    return 0 if subtype == "FLOAT" else int((np.abs(block) > 1).sum())
+
+                yield write
         except soundfile.SoundFileError as error:
             raise UserError(
                 f"{path} could not be written ({_reason(error)}); choose a folder that exists, may "
@@ -232,6 +261,9 @@ def writing_audio(
 
 def _check_is_file(path: str | os.PathLike) -> None:
     try:
+        # Opening a pipe or a device could wait for ever.
+        if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
+            raise UserError(f"{path} is not a regular file; give an audio file")
         with open(path, "rb") as file:
             empty = not file.read(1)
     except FileNotFoundError:

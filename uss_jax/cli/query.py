@@ -50,13 +50,19 @@ def _make(args: argparse.Namespace) -> None:
     import numpy as np
 
     from uss_jax.errors import UserError
-    from uss_jax.separation.queries import Bank, require_npz, vector_of_recordings, write_bank
+    from uss_jax.separation.queries import (
+        Bank,
+        name_of_examples,
+        require_npz,
+        vector_of_recordings,
+        write_bank,
+    )
     from uss_jax.training.model import Model
 
     require_npz(args.bank)
     if pathlib.Path(args.bank).exists() and not args.overwrite:
         raise UserError(f"{args.bank} exists; give --overwrite to replace it")
-    names = [pathlib.Path(example).resolve().stem for example in args.examples]
+    names = [name_of_examples(example) for example in args.examples]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f'two examples are called "{min(twice)}"; rename one of them')
     model = Model(args.model)

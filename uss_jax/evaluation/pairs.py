@@ -17,7 +17,7 @@ from uss_jax.evaluation.make_pairs import MANIFEST
 from uss_jax.evaluation.picture import write_picture
 from uss_jax.evaluation.scoring import ORACLE, Figures, Item, Row
 from uss_jax.ontology import load_ontology
-from uss_jax.separation.names import safe_name
+from uss_jax.separation.names import file_name
 from uss_jax.training.model import Model
 
 # Programs that cut or resample may differ by a frame; more than this is another recording.
@@ -152,7 +152,7 @@ def write_examples(
             f"Estimate, oracle query: SDR {values['sdr']:.1f} dB (SDRi {values['sdri']:.1f}, "
             f"SI-SDRi {values['si_sdri']:.1f})": estimate,
         }
-        stem = folder / f"example{example}_{safe_name(item.label)}"
+        stem = folder / f"example{example}_{file_name(item.label)}"
         for what, waveform in zip(("mixture", "target", "estimate"), panels.values(), strict=True):
             write_wav(f"{stem}_{what}.wav", waveform[None], model.sample_rate)
         pictures.append(stem.with_name(stem.name + ".png"))

@@ -7,6 +7,7 @@ Letters: `t` samples of a recording, `s` segments of it, `k` classes, `d` width 
 import dataclasses
 import os
 import pathlib
+import unicodedata
 import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -18,7 +19,6 @@ from uss_jax.atomic import replacing
 from uss_jax.audio.files import read_mono
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology, reference_tree
-from uss_jax.separation.names import safe_name
 from uss_jax.separation.separator import Target
 from uss_jax.training.model import Model
 
@@ -29,6 +29,9 @@ THRESHOLD = 0.2
 _SILENT_PEAK = 0.02
 _FRAMES_A_SECOND = 10
 _BATCH_SIZE = 8
+# Conditions are probabilities, activations or what an adaptor makes of them; a net's arithmetic
+# overflows long before the largest float32.
+_LARGEST_VALUE = 1e6
 
 
 def parse_classes(words: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -87,14 +90,32 @@ class Classes:
     only_active: bool = False
     needs_tags: ClassVar[bool] = True
 
-    def targets(self, model: Model, probabilities: Float32[np.ndarray, "s k"]) -> list[Target]:
-        """The targets of a recording with these tagging probabilities of its segments."""
-        kind = model.query.module.kind
-        if kind == "embedding":
+    def require_fit(self, model: Model) -> None:
+        """Raises a UserError where the model does not take classes, or has none of this number."""
+        if model.query.module.kind == "embedding":
             raise UserError(
                 f"{model.path} does not take classes but embeddings of examples; give --query a "
                 "folder of recordings, or a bank of vectors and its names with --classes"
             )
+        number = len(load_ontology().class_mids)
+        for name, indexes in self.sets.items():
+            if not len(indexes) or not all(0 <= index < number for index in indexes):
+                raise UserError(
+                    f'"{name}" asks for the classes {list(indexes)}; give one or more from 0 to '
+                    f"{number - 1}"
+                )
+
+    def peaks(self, probabilities: Float32[np.ndarray, "s k"]) -> dict[str, float]:
+        """Returns the highest probability of each set in a recording."""
+        return {
+            name: float(probabilities[:, list(indexes)].max())
+            for name, indexes in self.sets.items()
+        }
+
+    def targets(self, model: Model, probabilities: Float32[np.ndarray, "s k"]) -> list[Target]:
+        """The targets of a recording with these tagging probabilities of its segments."""
+        self.require_fit(model)
+        kind = model.query.module.kind
         targets = []
         for name, indexes in self.sets.items():
             indexes = list(indexes)
@@ -122,8 +143,8 @@ class Vectors:
     vectors: Mapping[str, Float32[np.ndarray, " d"]]
     needs_tags: ClassVar[bool] = False
 
-    def targets(self, model: Model, probabilities: Any) -> list[Target]:
-        """The targets, whatever the recording."""
+    def require_fit(self, model: Model) -> None:
+        """Raises a UserError where a vector is not one that the model takes."""
         width = model.separator.module.condition_width
         for name, vector in self.vectors.items():
             if vector.shape != (width,):
@@ -131,6 +152,15 @@ class Vectors:
                     f'the vector "{name}" has {vector.size} values, {model.path} takes conditions '
                     f"of width {width}"
                 )
+            if not np.abs(vector).max(initial=0) <= _LARGEST_VALUE:  # a NaN is not, either
+                raise UserError(
+                    f'the vector "{name}" has a value that is not finite or beyond '
+                    f"{_LARGEST_VALUE:g}; make it again"
+                )
+
+    def targets(self, model: Model, probabilities: Any) -> list[Target]:
+        """The targets, whatever the recording."""
+        self.require_fit(model)
         always = np.ones(1, bool)
         return [Target(name, vector[None], always) for name, vector in self.vectors.items()]
 
@@ -166,6 +196,12 @@ def recording_vector(
         classes = np.zeros(_BATCH_SIZE, np.int32)  # unused: one_hot takes no recordings
         vectors.append(np.asarray(model.condition(batch, classes))[: len(some)])
     return np.concatenate(vectors).mean(axis=0)
+
+
+def name_of_examples(path: str | os.PathLike) -> str:
+    """Returns what examples are called: their folder's whole name, or a file's without suffix."""
+    path = pathlib.Path(os.path.abspath(path))
+    return path.name if path.is_dir() else path.stem
 
 
 def vector_of_recordings(model: Model, path: str | os.PathLike) -> Float32[np.ndarray, " d"]:
@@ -218,17 +254,34 @@ class Bank:
     how: str = ""
 
     def select(self, names: Sequence[str], where: str) -> list[int]:
-        """Where the names are in the bank, in any case or as in file names.
+        """Returns the rows of the vectors with these names.
 
-        A UserError says which are there.
+        A name that is not there as it is written is also found in other case, or with "_" for
+        spaces, if only one vector is meant.
+
+        Raises:
+          UserError: a name that is not there, is several vectors', or comes twice.
         """
-        place = {safe_name(name).casefold(): row for row, name in enumerate(self.name)}
-        for name in names:
-            if safe_name(name).casefold() not in place:
-                raise UserError(
-                    f'{where} has no vector called "{name}"; it has {", ".join(self.name)}'
-                )
-        return [place[safe_name(name).casefold()] for name in names]
+        rows = [self._row(name, where) for name in names]
+        for row in rows:
+            if rows.count(row) > 1:
+                raise UserError(f'"{self.name[row]}" is asked for twice; once is enough')
+        return rows
+
+    def _row(self, name: str, where: str) -> int:
+        if name in self.name:
+            return self.name.index(name)
+        alike = [row for row, other in enumerate(self.name) if _folded(other) == _folded(name)]
+        if not alike:
+            raise UserError(f'{where} has no vector called "{name}"; it has {", ".join(self.name)}')
+        if len(alike) > 1:
+            choices = " or ".join(f'"{self.name[row]}"' for row in alike)
+            raise UserError(f'"{name}" could be {choices} of {where}; write it exactly')
+        return alike[0]
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).replace("_", " ").casefold()
 
 
 def write_bank(path: str | os.PathLike, bank: Bank) -> None:
@@ -272,6 +325,8 @@ def load_bank(path: str | os.PathLike) -> Bank:
             f"{path} holds vectors of shape {bank.vectors.shape} for {len(bank.name)} names; make "
             "it again"
         )
+    if twice := [name for name in bank.name if bank.name.count(name) > 1]:
+        raise UserError(f'{path} holds two vectors called "{twice[0]}"; make it again')
     return bank
 
 
@@ -284,8 +339,6 @@ def read_bank(path: str | os.PathLike, model: Model) -> Bank:
             f"{path} holds vectors of shape {bank.vectors.shape} for {len(bank.name)} names, "
             f"{model.path} takes conditions of width {width}; make the bank with this model"
         )
-    if not np.isfinite(bank.vectors).all():
-        raise UserError(f"{path} holds a vector with a value that is not a number; make it again")
     if bank.net_hash != model.query_hash:
         raise UserError(
             f"{path} was made with another query net than that of {model.path}; make the bank with "

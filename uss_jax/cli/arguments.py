@@ -20,6 +20,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seconds(text: str) -> float:
+    """A length above 0, to an hour."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 3600:
+        raise argparse.ArgumentTypeError(f"expected seconds, above 0 and to 3600, not {text!r}")
+    return value
+
+
 def refuse_idle(args: argparse.Namespace, options: Iterable[str], why: str) -> None:
     """Raises a UserError where an option is given that would have no effect.
 

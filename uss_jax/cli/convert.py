@@ -13,6 +13,8 @@ import argparse
 import dataclasses
 import pathlib
 
+from uss_jax.cli.arguments import refuse_idle
+
 KINDS = ("cnn14", "decision-level-max", "htsat", "uss")
 _LICENCES = {
     "cnn14": "PANNs, https://zenodo.org/records/3987831: CC BY 4.0",
@@ -47,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.weights.unpickle import read_checkpoint
 
     if len(args.inputs) == 1 and pathlib.Path(args.inputs[0]).is_dir():
+        refuse_idle(args, ("kind",), "with a bundle, which says what it is")
         _write_back(args.inputs[0], args.out)
         return
     kinds = args.kind or [None] * len(args.inputs)

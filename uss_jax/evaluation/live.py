@@ -51,7 +51,8 @@ def make_evaluation(
     `sdri` and `si_sdri` in dB and `l1`, the mean absolute error, are of the clean sources'
     conditions; those that begin with `average_` of a condition for each class, over the pairs whose
     class has one; `half_sdri` is what half the mixture scores, which needs no model; `seconds` is
-    how long it took.
+    how long it took. Pairs whose source is silent have no SDRi and are left out of its medians;
+    where there are any, `silent` is their number.
 
     Args:
       separator, query: the nets.
@@ -86,6 +87,8 @@ def make_evaluation(
             name: np.concatenate([part[name] for part in parts])[: len(pairs)] for name in parts[0]
         }
         means = {name: _mean_of_medians(of, classes) for name, of in values.items()}
+        if silent := int(np.isnan(values["half_sdri"]).sum()):
+            means["silent"] = silent
         return {**means, "seconds": time.monotonic() - began}
 
     return evaluate

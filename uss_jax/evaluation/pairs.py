@@ -136,10 +136,11 @@ def write_examples(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be made ({error.strerror}); name a folder") from error
-    ranked = np.argsort(figures[ORACLE]["sdri"], kind="stable")
-    quantiles = (np.arange(min(number, len(items))) + 0.5) / min(number, len(items))
+    sdri = figures[ORACLE]["sdri"]
+    ranked = np.argsort(sdri, kind="stable")[: np.isfinite(sdri).sum()]  # NaN is last
+    quantiles = (np.arange(min(number, len(ranked))) + 0.5) / min(number, len(ranked))
     pictures = []
-    for example, at in enumerate(ranked[(quantiles * len(items)).astype(int)].tolist(), start=1):
+    for example, at in enumerate(ranked[(quantiles * len(ranked)).astype(int)].tolist(), start=1):
         item = items[at]
         samples = item.samples(model.sample_rate)
         sides = (item.read(side, model.sample_rate) for side in ("mixture", "source"))

@@ -54,6 +54,11 @@ class Bundle:
     config: dict[str, Any]
     averaged: bool = True
 
+    @property
+    def is_run(self) -> bool:
+        """Whether it is the workdir of a run."""
+        return (self.path / "checkpoints").is_dir()
+
     def separator(self) -> tuple[ResUNet, Variables]:
         """The separator and its variables."""
         return self._built("separator", nets.build_separator, self._section("separator"))

@@ -100,7 +100,9 @@ def _summary(per_sentence: Sequence[dict[str, Values]]) -> list[dict[str, object
         for figure in per_sentence[0][row]:
             values = np.array([sentence[row][figure] for sentence in per_sentence])
             before = np.array([sentence[MIXTURE][figure] for sentence in per_sentence])
-            figures[figure] = float(np.mean(values))
-            figures[f"{figure}_gain"] = float(np.mean(values - before))
+            figures[figure] = float(np.nanmean(values))
+            figures[f"{figure}_gain"] = float(np.nanmean(values - before))
+        silent = [np.isnan(sentence[MIXTURE]["pesq"]) for sentence in per_sentence]
+        figures["silent"] = int(np.sum(silent))
         summaries.append(figures)
     return summaries

@@ -7,8 +7,9 @@ import contextlib
 import dataclasses
 import io
 import os
+import pathlib
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import soundfile
@@ -16,13 +17,15 @@ import soxr
 from jaxtyping import Float32, Int16
 
 from uss_jax.atomic import replacing
+from uss_jax.audio import mended
 from uss_jax.errors import UserError
 
-AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".mp3"})
-# Hz; beyond them soxr fails, and no audio is meant.
-SAMPLE_RATES = (100, 10_000_000)
-# Floats may go beyond full scale, but not by more than 36 dB: such samples are integers.
-LARGEST_PEAK = 64.0
+# Of what libsndfile reads, and of what is decoded by ffmpeg.
+_LIBSNDFILE = ".wav .wave .rf64 .w64 .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .voc"
+_FFMPEG = ".m4a .mp4 .m4b .m4v .mov .webm .mkv .mka .aac .wma .3gp .amr .ac3 .eac3 .ape .wv .tta"
+AUDIO_SUFFIXES = frozenset(f"{_LIBSNDFILE} {_FFMPEG}".split())
+# Samples beyond 20 dB above full scale are integers in a file that says they are floats.
+PEAK_LIMIT = 10.0
 _LARGEST_WAV = 2**32 - 2**16  # bytes; a WAV file's sizes have 32 bits
 
 
@@ -37,25 +40,60 @@ class Format:
 
 def audio_format(path: str | os.PathLike) -> Format:
     """Reads a file's header."""
-    with _opened(path) as file:
+    with _opened(path) as (file, _):
         return Format(file.samplerate, file.channels, file.frames)
 
 
+def find_recordings(
+    folder: str | os.PathLike,
+) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
+    """The files in a folder and below it that are recordings by their names, and the others.
+
+    Hidden files and folders (`._x.mp3` of macOS among them) and what systems leave in folders are
+    in neither list.
+    """
+    recordings, others = [], []
+    for where, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini"):
+                continue
+            is_recording = os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES
+            (recordings if is_recording else others).append(pathlib.Path(where, name))
+    return recordings, others
+
+
+def truncation(path: str | os.PathLike) -> str | None:
+    """What tells that the end of a recording is missing; None where nothing does.
+
+    A FLAC file is decoded for it; of others the headers tell.
+    """
+    with _opened(path) as (file, cut):
+        if file.format != "FLAC":
+            return cut
+        done = 0
+        while len(block := mended.read_block(file, 1 << 16)[0]):
+            done += len(block)
+        return mended.cut_off(file, done)
+
+
 def read_blocks(
-    path: str | os.PathLike, block_samples: int = 1 << 18
+    path: str | os.PathLike, block_samples: int = 1 << 18, accept_truncated: bool = False
 ) -> Iterator[Float32[np.ndarray, "c t"]]:
-    """Reads a wav, flac, ogg or mp3 file, or any other that libsndfile knows, piece by piece.
+    """Reads a recording piece by piece: whatever libsndfile knows, or ffmpeg if it is installed.
 
     Args:
       path: the file.
       block_samples: samples of each channel in a piece; the last one is shorter.
+      accept_truncated: a FLAC file that is cut off ends where it does; False: it is refused.
 
     Raises:
-      UserError: not such a file, no samples in it, or one that is not a number.
+      UserError: not such a file, no samples in it, one that is not a number or far above full
+        scale.
     """
-    with _opened(path) as file:
+    with _opened(path) as (file, _):
         done = 0
-        while block := _read(path, file, block_samples, done):
+        while block := _read(path, file, block_samples, done, accept_truncated):
             yield block[0]
             done += block[0].shape[1]
     if not done:
@@ -63,24 +101,35 @@ def read_blocks(
 
 
 def read_audio(
-    path: str | os.PathLike, seconds: float | None = None
+    path: str | os.PathLike,
+    seconds: float | None = None,
+    begin_seconds: float = 0.0,
+    accept_truncated: bool = False,
 ) -> tuple[Float32[np.ndarray, "c t"], int]:
-    """Reads a file, or no more than `seconds` from its beginning; see `read_blocks`.
+    """Reads a file, or no more than `seconds` of it from a time on; see `read_blocks`.
 
     Returns:
       The waveform, [channels, samples], and its sample rate in Hz.
     """
-    sample_rate = audio_format(path).sample_rate
-    if seconds is None:
-        return np.concatenate(list(read_blocks(path)), axis=1), sample_rate
-    return next(read_blocks(path, max(round(seconds * sample_rate), 1))), sample_rate
+    form = audio_format(path)
+    begin = round(begin_seconds * form.sample_rate)
+    most = None if seconds is None else max(round(seconds * form.sample_rate), 1)
+    blocks = []
+    done = 0  # samples before the block
+    for block in read_blocks(path, min(most or 1 << 18, 1 << 18), accept_truncated):
+        wanted = block[:, max(begin - done, 0) : None if most is None else begin + most - done]
+        done += block.shape[1]
+        blocks.append(wanted)
+        if most is not None and done >= begin + most:
+            break
+    return np.concatenate(blocks, axis=1), form.sample_rate
 
 
 def read_segment(
     path: str | os.PathLike, begin_sample: int, samples: int
 ) -> Float32[np.ndarray, "c t"]:
     """Reads so many samples from one on, fewer at the file's end, without what is before."""
-    with _opened(path) as file:
+    with _opened(path) as (file, _):
         if not 0 <= begin_sample < file.frames:
             raise UserError(
                 f"{path} has {file.frames} samples, so none at {begin_sample}; get it again"
@@ -90,72 +139,104 @@ def read_segment(
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[soundfile.SoundFile]:
+def _opened(path: str | os.PathLike) -> Iterator[mended.Opened]:
     _check_is_file(path)
-    try:
-        file = soundfile.SoundFile(os.fsencode(path))  # any bytes, not UTF-8 alone
-    # soundfile raises TypeError for names ending in ".raw", whose rate it cannot know.
-    except (soundfile.SoundFileError, TypeError) as error:
-        raise _unreadable(path, error) from error
-    with file:
-        if not SAMPLE_RATES[0] <= file.samplerate <= SAMPLE_RATES[1]:
+    with contextlib.ExitStack() as stack:
+        try:
+            opened = stack.enter_context(mended.opened(path))
+        except soundfile.SoundFileError as error:
+            raise _unreadable(path, _reason(error)) from error
+        except mended.FfmpegNeeded:
             raise UserError(
-                f"{path} claims a sample rate of {file.samplerate:,} Hz, which is not from "
-                f"{SAMPLE_RATES[0]:,} to {SAMPLE_RATES[1]:,}; give the recording again"
-            )
-        yield file
+                f"{path} is of a format that only ffmpeg decodes (m4a, mp4, webm, ...) or is no "
+                "audio file; install ffmpeg, or give a wav, flac, ogg or mp3 file"
+            ) from None
+        except mended.FfmpegFailed as error:
+            raise _unreadable(path, str(error)) from error
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be read ({error.strerror or error}); copy it again"
+            ) from error
+        yield opened
 
 
 def _read(
-    path: str | os.PathLike, file: soundfile.SoundFile, samples: int, done: int
+    path: str | os.PathLike,
+    file: soundfile.SoundFile,
+    samples: int,
+    done: int,
+    accept_truncated: bool = False,
 ) -> tuple[Float32[np.ndarray, "c t"], ...]:
     """The next block, if there is one."""
     try:
-        block = file.read(samples, dtype="float32", always_2d=True).T
+        block, error = mended.read_block(file, samples)
     except soundfile.SoundFileError as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(path, _reason(error)) from error
+    if error and not accept_truncated:
+        why = mended.cut_off(file, done + len(block)) or _reason(error)
+        raise UserError(f"{path} is cut off ({why}); copy or download it again")
+    block = block.T
     if not np.isfinite(block).all():
         at = done + np.argmin(np.isfinite(block).all(axis=0))
         raise UserError(
             f"{path} has a sample that is not a number, at {at / file.samplerate:.3f} s; "
             "export the recording again"
         )
-    require_scale(float(np.abs(block).max(initial=0)), os.fspath(path))
+    try:
+        check_scale(block)
+    except ValueError as error:
+        raise UserError(f"{path} {error}; export the recording again") from None
     return (np.ascontiguousarray(block),) if block.size else ()
 
 
-def require_scale(peak: float, what: str) -> None:
-    """Raises a UserError where no samples in [-1, 1], nor any that clip, can have such a peak."""
-    if peak > LARGEST_PEAK:
-        raise UserError(
-            f"{what} peaks at {peak:,.6g}; full scale is 1, and no more than {LARGEST_PEAK:g} is "
-            "taken. Its samples are probably integers in a float file: divide them by 32768 "
-            "(ffmpeg -i IN -af volume=1/32768 -c:a pcm_f32le OUT.wav)"
-        )
-
-
-def _unreadable(path: str | os.PathLike, error: Exception) -> UserError:
+def _unreadable(path: str | os.PathLike, reason: str) -> UserError:
     return UserError(
-        f"{path} cannot be read as audio ({_reason(error)}); give a wav, flac, ogg or mp3 file"
+        f"{path} cannot be read as audio ({reason}); give a recording such as a wav, flac, ogg or "
+        "mp3 file"
     )
 
 
 def decode_bytes(data: bytes) -> Float32[np.ndarray, "c t"]:
     """The samples of an audio file that is in memory; a ValueError when it is none."""
-    try:
-        waveform, _ = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
-    except soundfile.SoundFileError as error:
-        raise ValueError(f"holds no readable audio file ({_reason(error)})") from error
+    with _opened_bytes(data) as file:
+        waveform = file.read(dtype="float32", always_2d=True)
+    check_scale(waveform)
     return np.ascontiguousarray(waveform.T)
 
 
 def format_of_bytes(data: bytes) -> Format:
     """What the header of an audio file in memory says; a ValueError when it is none."""
+    with _opened_bytes(data) as file:
+        return Format(file.samplerate, file.channels, file.frames)
+
+
+def holds_floats(data: bytes) -> bool:
+    """Whether an audio file in memory holds floats, which may be of any scale."""
+    with _opened_bytes(data) as file:
+        return file.subtype in ("FLOAT", "DOUBLE")
+
+
+@contextlib.contextmanager
+def _opened_bytes(data: bytes) -> Iterator[soundfile.SoundFile]:
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            return Format(file.samplerate, file.channels, file.frames)
+        with soundfile.SoundFile(io.BytesIO(mended.mended_bytes(data))) as file:
+            if cut := mended.cut_off(file):
+                raise ValueError(f"holds an audio file that is cut off ({cut})")
+            yield file
     except soundfile.SoundFileError as error:
         raise ValueError(f"holds no readable audio file ({_reason(error)})") from error
+
+
+def check_scale(waveform: Float32[np.ndarray, "*t"]) -> None:
+    """Raises a ValueError where a sample is no number or far above full scale."""
+    if not np.isfinite(waveform).all():
+        raise ValueError("has a sample that is not a number")
+    peak = max(waveform.max(initial=0), -waveform.min(initial=0))
+    if peak > PEAK_LIMIT:
+        raise ValueError(
+            f"has samples of {peak:g}, {20 * np.log10(peak):.0f} dB above full scale (1.0): "
+            "integers that are stored as floats, to be divided by 32768"
+        )
 
 
 def flac_bytes(samples: Int16[np.ndarray, " t"], sample_rate: int) -> bytes:
@@ -166,10 +247,14 @@ def flac_bytes(samples: Int16[np.ndarray, " t"], sample_rate: int) -> bytes:
 
 
 def read_mono(
-    path: str | os.PathLike, sample_rate: int, seconds: float | None = None
+    path: str | os.PathLike,
+    sample_rate: int,
+    seconds: float | None = None,
+    begin_seconds: float = 0.0,
+    accept_truncated: bool = False,
 ) -> Float32[np.ndarray, " t"]:
     """Reads a file as the mean of its channels at the given rate in Hz; see `read_audio`."""
-    waveform, file_rate = read_audio(path, seconds)
+    waveform, file_rate = read_audio(path, seconds, begin_seconds, accept_truncated)
     return resample(waveform.mean(axis=0), file_rate, sample_rate)
 
 
@@ -224,14 +309,29 @@ def write_wav(
         write(waveform)
 
 
+class AudioWriter:
+    """Writes the next samples of a file when it is called.
+
+    Attributes:
+      clipped: samples so far that lay outside the format's range and were cut to it; floats have
+        no such range.
+    """
+
+    def __init__(self, file: soundfile.SoundFile):
+        self._file = file
+        self.clipped = 0
+
+    def __call__(self, block: Float32[np.ndarray, "c _"]) -> None:
+        if self._file.subtype != "FLOAT":
+            self.clipped += int(np.count_nonzero((block > 1) | (block < -1)))
+        self._file.write(block.T)
+
+
 @contextlib.contextmanager
 def writing_audio(
     path: str | os.PathLike, form: Format, subtype: str = "FLOAT"
-) -> Iterator[Callable[[Float32[np.ndarray, "c _"]], int]]:
-    """Yields a function that writes the next samples; the file appears whole or not at all.
-
-    The function returns how many of the samples lie beyond full scale and were clipped; of floats
-    none are.
+) -> Iterator[AudioWriter]:
+    """Yields what writes the next samples; the file appears whole or not at all.
 
     Args:
       path: the file, WAV or, if its name says so, FLAC.
@@ -244,14 +344,9 @@ def writing_audio(
     with replacing(path) as temporary:
         try:
             with soundfile.SoundFile(
-                os.fsencode(temporary), "w", form.sample_rate, form.channels, subtype, format=kind
+                temporary, "w", form.sample_rate, form.channels, subtype, format=kind
             ) as file:
-
-                def write(block: Float32[np.ndarray, "c _"]) -> int:
-                    file.write(block.T)
-                    return 0 if subtype == "FLOAT" else int((np.abs(block) > 1).sum())
-
-                yield write
+                yield AudioWriter(file)
         except soundfile.SoundFileError as error:
             raise UserError(
                 f"{path} could not be written ({_reason(error)}); choose a folder that exists, may "
@@ -261,20 +356,21 @@ def writing_audio(
 
 def _check_is_file(path: str | os.PathLike) -> None:
     try:
-        # Opening a pipe or a device could wait for ever.
-        if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
-            raise UserError(f"{path} is not a regular file; give an audio file")
-        with open(path, "rb") as file:
-            empty = not file.read(1)
+        # Opening a pipe would wait for who writes into it.
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise UserError(f"{path} is a folder; give an audio file")
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path} is not a regular file (a pipe or device); give an audio file")
+        with open(path, "rb"):
+            pass
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; check the name of the audio file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; give an audio file") from None
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be opened ({error}); give an audio file that may be read"
         ) from error
-    if empty:
+    if not status.st_size:
         raise UserError(f"{path} is empty (0 bytes); copy or download it again")
 
 

@@ -1,0 +1,256 @@
+"""What the bytes of audio files hold, where their headers do not say it or say it wrong.
+
+libsndfile believes the length in a header. An MP3 file of variable bit rate may have none, a file
+made by joining two says the length of the first, and a file that was cut off says what it had.
+"""
+
+import functools
+import itertools
+import mmap
+import re
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_BIT_RATES = {  # kbit/s of layer III, by whether it is MPEG 1
+    True: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    False: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+_RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
+_BEGIN_OF_STREAM, _END_OF_STREAM = 2, 4
+_FLAC_BEGIN = b"fLaC\0\0\0\x22"  # the marker and the header of STREAMINFO, which comes first
+_OGG_PAGE = struct.Struct("<4sBBqIIIB")
+
+
+Bytes = bytes | mmap.mmap
+
+
+class Mp3(NamedTuple):
+    """The frames of an MP3 file.
+
+    Attributes:
+      begin: byte at which the first frame with sound begins.
+      frames: how many there are, counted.
+      frame_samples: samples of a frame.
+      sample_rate: in Hz.
+      promised: frames that the file's own header promises; None where it has none.
+      whole: the last frame is all there.
+    """
+
+    begin: int
+    frames: int
+    frame_samples: int
+    sample_rate: int
+    promised: int | None
+    whole: bool
+
+
+class _Frame(NamedTuple):
+    size: int
+    samples: int
+    sample_rate: int
+
+
+@functools.lru_cache(maxsize=1024)
+def _frame(header: bytes) -> _Frame | None:
+    """The frame that begins with these four bytes, if they are a header of MPEG layer III."""
+    if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE6 != 0xE2:
+        return None
+    version, bits = header[1] >> 3 & 3, header[2]
+    if version == 1 or not 1 <= bits >> 4 <= 14 or bits >> 2 & 3 == 3:
+        return None
+    samples = 1152 if version == 3 else 576
+    rate = _RATES[version][bits >> 2 & 3]
+    size = samples // 8 * _BIT_RATES[version == 3][bits >> 4] * 1000 // rate + (bits >> 1 & 1)
+    return _Frame(size, samples, rate)
+
+
+def _frames(data: Bytes) -> Iterator[tuple[int, _Frame]]:
+    """Yields (byte, frame) of all frames of one kind; what lies between them is passed over."""
+    at, kind = _after_id3(data, 0), None
+    while at >= 0:
+        header = bytes(data[at : at + 4])
+        frame = _frame(header)
+        # Of a first frame, or one after a gap, the next one must follow: two bytes may look like
+        # the beginning of a frame anywhere.
+        if frame and (kind is None or kind == (header[1] & 0xFE, header[2] & 12)):
+            yield at, frame
+            kind = header[1] & 0xFE, header[2] & 12
+            at += frame.size
+            following = bytes(data[at : at + 4])
+            if _frame(following) and (following[1] & 0xFE, following[2] & 12) == kind:
+                continue
+        at = _resync(data, _after_id3(data, at) if frame else at + 1, kind)
+
+
+def _resync(data: Bytes, at: int, kind: tuple[int, int] | None) -> int:
+    """The next byte from `at` on at which two frames of this kind begin, or -1."""
+    while (at := data.find(b"\xff", at)) >= 0:
+        header = bytes(data[at : at + 4])
+        frame = _frame(header)
+        if frame and kind in (None, (header[1] & 0xFE, header[2] & 12)):
+            following = bytes(data[at + frame.size : at + frame.size + 4])
+            same = (following[1:2] and following[1] & 0xFE) == header[1] & 0xFE
+            if _frame(following) and same:
+                return at
+        at += 1
+    return -1
+
+
+def _after_id3(data: Bytes, at: int) -> int:
+    """Where an ID3 tag that begins at a byte ends; the byte itself if none does."""
+    while bytes(data[at : at + 3]) == b"ID3" and at + 10 <= len(data):
+        sizes = bytes(data[at + 6 : at + 10])
+        at += 10 + sum((byte & 127) << 7 * place for place, byte in enumerate(sizes[::-1]))
+    return at
+
+
+def looks_like_mp3(data: Bytes) -> bool:
+    """Whether the file begins with three frames of MP3, after tags."""
+    at = _after_id3(data, 0)
+    for _ in range(3):
+        frame = _frame(bytes(data[at : at + 4]))
+        if frame is None:
+            return False
+        at += frame.size
+    return True
+
+
+def read_mp3(data: Bytes) -> Mp3 | None:
+    """Counts the frames of an MP3 file; None where it has none that could be counted."""
+    first = promised = None
+    count, whole = 0, True
+    for at, frame in _frames(data):
+        if first is None:
+            promised = _promised(bytes(data[at : at + frame.size]))
+            first = (at + frame.size if promised is not None else at), frame
+            if promised is not None:
+                continue
+        if at + frame.size > len(data):
+            whole = False
+            break
+        count += 1
+    if first is None or not count:
+        return None
+    begin, frame = first
+    return Mp3(begin, count, frame.samples, frame.sample_rate, promised, whole)
+
+
+def _promised(frame: bytes) -> int | None:
+    """The number of frames that a Xing, Info or VBRI header in the first frame promises."""
+    mpeg_1, mono = frame[1] >> 3 & 3 == 3, frame[3] >> 6 == 3
+    side = {(True, False): 32, (True, True): 17, (False, False): 17, (False, True): 9}[mpeg_1, mono]
+    tag, at = frame[4 + side : 8 + side], 8 + side
+    if tag in (b"Xing", b"Info") and len(frame) >= at + 8:
+        flags, frames = struct.unpack(">II", frame[at : at + 8])
+        return frames if flags & 1 else None
+    if frame[36:40] == b"VBRI" and len(frame) >= 54:
+        return struct.unpack(">I", frame[50:54])[0]
+    return None
+
+
+def header_of_mp3(data: Bytes, mp3: Mp3) -> bytes:
+    """A frame without sound that says how many frames follow it, as decoders look for it."""
+    header = bytearray(data[mp3.begin : mp3.begin + 4])
+    header[1] |= 1  # no checksum
+    header[2] = header[2] & 12 | (9 if header[1] >> 3 & 3 == 3 else 8) << 4
+    size = _frame(bytes(header)).size
+    mpeg_1, mono = header[1] >> 3 & 3 == 3, header[3] >> 6 == 3
+    side = {(True, False): 32, (True, True): 17, (False, False): 17, (False, True): 9}[mpeg_1, mono]
+    length = size + len(data) - mp3.begin
+    says = b"Info" + struct.pack(">III", 3, mp3.frames, min(length, 2**32 - 1))
+    return (bytes(header) + bytes(side) + says).ljust(size, b"\0")
+
+
+class Part(NamedTuple):
+    """One of the recordings that follow each other in a file.
+
+    Attributes:
+      begin, end: bytes.
+      whole: its end is there; None where only decoding it could tell.
+    """
+
+    begin: int
+    end: int
+    whole: bool | None = None
+
+
+def read_parts(data: Bytes) -> list[Part]:
+    """The recordings in an Ogg, FLAC or WAV file: more than one where files were joined."""
+    magic = bytes(data[:4])
+    if magic == b"OggS":
+        return _ogg_parts(data)
+    begins = {b"fLaC": _flac_begins, b"RIFF": _wav_begins}.get(magic, lambda data: [0])(data)
+    return [Part(*ends) for ends in itertools.pairwise([*begins, len(data)])]
+
+
+def _ogg_parts(data: Bytes) -> list[Part]:
+    parts: list[Part] = []
+    begin, at, before, ended = 0, 0, 0, False
+    while 0 <= at <= len(data) - _OGG_PAGE.size:
+        magic, _, flags, _, _, _, _, segments = _OGG_PAGE.unpack(data[at : at + _OGG_PAGE.size])
+        if magic != b"OggS":
+            at = data.find(b"OggS", at)
+            continue
+        if flags & _BEGIN_OF_STREAM and at and not before & _BEGIN_OF_STREAM:
+            parts.append(Part(begin, at, ended))
+            begin = at
+        table = at + _OGG_PAGE.size
+        size = _OGG_PAGE.size + segments + sum(data[table : table + segments])
+        ended = bool(flags & _END_OF_STREAM) and at + size <= len(data)
+        before, at = flags, at + size
+    return [*parts, Part(begin, len(data), ended)]
+
+
+def _flac_begins(data: Bytes) -> list[int]:
+    begins = [0]
+    while (at := data.find(_FLAC_BEGIN, begins[-1] + 4)) >= 0:
+        begins.append(at)
+    return begins
+
+
+def _wav_begins(data: Bytes) -> list[int]:
+    begins, at = [], 0
+    while bytes(data[at : at + 4]) == b"RIFF" and bytes(data[at + 8 : at + 12]) == b"WAVE":
+        begins.append(at)
+        size = struct.unpack("<I", data[at + 4 : at + 8])[0]
+        at += 8 + size + size % 2
+    return begins or [0]
+
+
+def wav_without_length(data: Bytes) -> bytes | None:
+    """The header of a WAV file, mended, where it says that no samples follow and some do."""
+    if bytes(data[:4]) != b"RIFF" or bytes(data[8:12]) != b"WAVE":
+        return None
+    at = 12
+    while at + 8 <= len(data):
+        name, size = struct.unpack("<4sI", data[at : at + 8])
+        if name == b"data":
+            unsaid = size == 0 and at + 8 < len(data)
+            # What a recorder writes into a pipe, and libsndfile takes for "up to the end".
+            return bytes(data[: at + 4]) + b"\xff\xff\xff\xff" if unsaid else None
+        at += 8 + size + size % 2
+    return None
+
+
+def flac_samples(data: Bytes) -> int | None:
+    """How many samples the header of a FLAC file promises, 0 where it leaves that open."""
+    if bytes(data[:4]) != b"fLaC" or len(data) < 26:
+        return None
+    return int.from_bytes(data[18:26], "big") & (1 << 36) - 1
+
+
+def promised_share(log: str) -> float | None:
+    """How many times more than it holds a WAV, AIFF, AU or W64 header promises; None: no more.
+
+    Args:
+      log: what libsndfile noted while it read the header.
+    """
+    noted = re.findall(r"^\s*(?:data|SSND|Data Size|riff)\s*: (\d+) \(should be (\d+)\)", log, re.M)
+    if not noted:
+        return None
+    promised, held = map(int, noted[-1])
+    # Sizes of a file that was written into a pipe, whose length could not be known.
+    if (promised >= 2**31 - 2**16 and promised <= 2**32) or promised >= 2**62:
+        return None
+    return promised / held if promised > held > 0 else None

@@ -1,0 +1,269 @@
+"""Opens recordings that libsndfile alone would not read, or not to their end.
+
+An MP3 or WAV file whose header is wrong about its length gets a right one in front; joined files
+are decoded one after the other; what libsndfile does not know (m4a, mp4, webm, ...) is decoded by
+ffmpeg where that is installed. The last two go through a temporary file of float samples.
+"""
+
+import contextlib
+import functools
+import io
+import mmap
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import soundfile
+from jaxtyping import Float32
+
+from uss_jax.audio import containers
+
+# ffmpeg decodes these and no others: a playlist could name other files of this machine.
+_DEMUXERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,aac,asf,avi,flv,mpegts,mpeg,amr,ac3,eac3,ape,wv,tta,"
+    "mp3,ogg,flac,wav,w64,aiff,au,caf,dsf,mpc,mpc8"
+)
+_BLOCK_SAMPLES = 1 << 16
+_KEPT_FILES = 4
+_UNKNOWN = 2**40  # libsndfile has a larger number of samples where a header leaves it open
+
+
+class FfmpegNeeded(Exception):
+    """A file that only ffmpeg could decode, and it is not installed."""
+
+
+class FfmpegFailed(Exception):
+    """ffmpeg could not decode a file; its words."""
+
+
+class Opened(NamedTuple):
+    """An open recording.
+
+    Attributes:
+      file: libsndfile's view of it.
+      truncation: what tells that its end is missing; None where nothing does.
+    """
+
+    file: soundfile.SoundFile
+    truncation: str | None
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike) -> Iterator[Opened]:
+    """Opens a recording.
+
+    Raises:
+      soundfile.SoundFileError: libsndfile knows the format and finds the file damaged.
+      FfmpegNeeded, FfmpegFailed: libsndfile does not know the format.
+    """
+    with contextlib.ExitStack() as stack:
+        data = stack.enter_context(_mapped(path))
+        source, truncation = _source(path, data)
+        try:
+            file = soundfile.SoundFile(source)
+        # soundfile raises TypeError for names ending in ".raw", whose rate it cannot know.
+        except TypeError:
+            raise FfmpegFailed("its name says that it has no header") from None
+        except soundfile.LibsndfileError as error:
+            if error.code != 1:  # "format not recognised"
+                raise
+            decoded, truncation = _kept(os.fspath(path), _stamp(path))
+            file = soundfile.SoundFile(decoded.name)
+        file = stack.enter_context(file)
+        yield Opened(file, truncation or cut_off(file))
+
+
+def mended_bytes(data: bytes) -> bytes:
+    """An audio file in memory, with a right header where its own is wrong about its length.
+
+    Raises:
+      ValueError: it is cut off, or it is more than one file.
+    """
+    if len(containers.read_parts(data)) > 1:
+        raise ValueError("holds several audio files, one after the other")
+    head, begin, cut = _right_head(data)
+    if cut:
+        raise ValueError(f"holds an audio file that is cut off ({cut})")
+    return head + data[begin:]
+
+
+def _source(path: str | os.PathLike, data: mmap.mmap) -> tuple[str | io.RawIOBase, str | None]:
+    """What libsndfile shall open, and what tells that the file was cut off."""
+    path = os.fspath(path)
+    if len(containers.read_parts(data)) > 1 or containers.flac_samples(data) == 0:
+        decoded, cut = _kept(path, _stamp(path))
+        return decoded.name, cut
+    head, begin, cut = _right_head(data)
+    return (_Spliced(path, head, begin, len(data)) if head else path), cut
+
+
+def _right_head(data: containers.Bytes) -> tuple[bytes, int, str | None]:
+    """What to put in place of a file's first bytes, how many, and what tells that it was cut off.
+
+    Nothing takes the place of nothing where the header is right.
+    """
+    if head := containers.wav_without_length(data):
+        return head, len(head), None
+    mp3 = containers.read_mp3(data) if containers.looks_like_mp3(data) else None
+    if mp3 is None:
+        whole = containers.read_parts(data)[-1].whole
+        return b"", 0, "its last page is missing" if whole is False else None
+    cut = None
+    if mp3.promised is not None and mp3.frames < mp3.promised - 1:
+        promised, held = (n * mp3.frame_samples for n in (mp3.promised, mp3.frames))
+        cut = _promise(promised, held, mp3.sample_rate)
+    elif not mp3.whole:
+        cut = "it ends inside a frame"
+    if mp3.promised == mp3.frames:
+        return b"", 0, cut
+    return containers.header_of_mp3(data, mp3), mp3.begin, cut
+
+
+def _promise(promised: int, held: int, sample_rate: int) -> str:
+    return (
+        f"its header promises {promised / sample_rate:.1f} s, it holds {held / sample_rate:.1f} s"
+    )
+
+
+def cut_off(file: soundfile.SoundFile, held: int | None = None) -> str | None:
+    """What tells that a file's end is missing, of its header or of how many samples were read."""
+    if held is not None and held < file.frames < _UNKNOWN:
+        return _promise(file.frames, held, file.samplerate)
+    share = containers.promised_share(file.extra_info)
+    return share and _promise(round(file.frames * share), file.frames, file.samplerate)
+
+
+@contextlib.contextmanager
+def _mapped(path: str | os.PathLike) -> Iterator[mmap.mmap]:
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        yield data
+
+
+class _Spliced(io.RawIOBase):
+    """A file with other bytes in place of its beginning, or a part of one."""
+
+    def __init__(self, path: str, head: bytes, begin: int, end: int):
+        self._head, self._begin = head, begin
+        self._length = len(head) + end - begin
+        self._file = open(path, "rb", buffering=1 << 16)  # noqa: SIM115, closed in close
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(offset + (0, self._at, self._length)[whence], 0)
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        size = min(len(buffer), max(self._length - self._at, 0))
+        head = self._head[self._at : self._at + size]
+        self._file.seek(self._begin + max(self._at - len(self._head), 0))
+        data = head + self._file.read(size - len(head))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _stamp(path: str | os.PathLike) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=_KEPT_FILES)
+def _kept(path: str, stamp: tuple[int, int]) -> "tuple[tempfile._TemporaryFileWrapper, str | None]":
+    """A file decoded whole, which goes when others take its place; and whether it was cut off."""
+    decoded = tempfile.NamedTemporaryFile(prefix="uss-jax-", suffix=".w64")  # noqa: SIM115
+    try:
+        with _mapped(path) as data:
+            if data[:4] in (b"OggS", b"fLaC", b"RIFF"):
+                return decoded, _decode_in_turn(path, containers.read_parts(data), decoded.name)
+        return decoded, _decode_with_ffmpeg(path, decoded.name)
+    except BaseException:
+        decoded.close()
+        raise
+
+
+def _decode_in_turn(path: str, parts: list[containers.Part], out: str) -> str | None:
+    """Decodes the recordings in a file one after the other; says if the last was cut off."""
+    writer = cut = None
+    with contextlib.ExitStack() as stack:
+        for part in parts:
+            source = _Spliced(path, b"", part.begin, part.end) if len(parts) > 1 else path
+            with soundfile.SoundFile(source) as file:
+                form = file.samplerate, file.channels
+                if writer is None:
+                    writer = stack.enter_context(
+                        soundfile.SoundFile(out, "w", *form, "FLOAT", format="W64")
+                    )
+                elif form != (writer.samplerate, writer.channels):
+                    raise soundfile.SoundFileRuntimeError(
+                        "recordings of different sample rates or channels follow each other in it"
+                    )
+                held = 0
+                while len(block := read_block(file, _BLOCK_SAMPLES)[0]):
+                    writer.write(block)
+                    held += len(block)
+                cut = "its last page is missing" if part.whole is False else cut_off(file, held)
+    return cut
+
+
+def read_block(
+    file: soundfile.SoundFile, samples: int
+) -> tuple[Float32[np.ndarray, "t c"], soundfile.SoundFileError | None]:
+    """Reads the next samples; fewer at the end.
+
+    Returns:
+      The samples, and libsndfile's error when it came upon one after them: a FLAC file that was cut
+      off, or does not say its length, ends with one.
+
+    Raises:
+      soundfile.SoundFileError: an error before any samples.
+    """
+    out = np.full((samples, file.channels), np.nan, np.float32)
+    try:
+        return file.read(out=out), None
+    except soundfile.SoundFileError as error:
+        # What was read before the error is there, and how much only the untouched rest tells.
+        untouched = np.isnan(out).all(axis=1)
+        count = int(np.argmax(untouched)) if untouched.any() else samples
+        if file.format != "FLAC":
+            raise
+        return out[:count], error
+
+
+def _decode_with_ffmpeg(path: str, out: str) -> str | None:
+    ffmpeg = shutil.which("ffmpeg")
+    if ffmpeg is None:
+        raise FfmpegNeeded
+    done = subprocess.run(
+        [
+            *(ffmpeg, "-nostdin", "-y", "-v", "error"),
+            *("-protocol_whitelist", "file", "-format_whitelist", _DEMUXERS),
+            *("-i", f"file:{os.path.abspath(path)}", "-map", "0:a:0"),
+            *("-c:a", "pcm_f32le", "-f", "w64", f"file:{out}"),
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    words = done.stderr.decode(errors="replace").replace(f"file:{os.path.abspath(path)}: ", "")
+    if done.returncode or not os.path.getsize(out):
+        raise FfmpegFailed((words.strip().splitlines() or ["it found no sound"])[-1].strip())
+    cut = re.search(r"[^\]\n]*(?:partial file|ended prematurely|truncated)[^\n]*", words)
+    return f"ffmpeg says: {cut[0].strip()}" if cut else None

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from uss_jax.anchors.table import (
     FORMAT_VERSION,
     Placement,
+    read_header,
     read_table,
     usable,
     without,
@@ -157,13 +159,63 @@ def test_damage_is_said(path):
     with pytest.raises(UserError, match="has format 2, this program 1"):
         read_table(path, INDEX, SEGMENT)
     write_table(path, {"sed_hash": "s"}, COLUMNS)
-    with pytest.raises(UserError, match="does not say its index_digest"):
+    with pytest.raises(UserError, match="has no key 'index_digest'"):
         read_table(path, INDEX, SEGMENT)
     write_table(path, HEADER, {name: column[:3] for name, column in COLUMNS.items()})
-    with pytest.raises(UserError, match="is damaged: rows"):
+    with pytest.raises(UserError, match="is damaged: it has 3 rows for 5 labels"):
         read_table(path, INDEX, SEGMENT)
     with pytest.raises(UserError, match="cannot be read"):
         read_table(path.with_name("nothing.npz"), INDEX, SEGMENT)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"begin_sample": (1, 0, 901)}, "begin_sample cannot be right"),
+        ({"begin_sample": (4, 0, 1)}, "begin_sample cannot be right"),
+        ({"score": (0, 0, np.nan)}, "score cannot be right"),
+        ({"score": (0, 1, 1.5)}, "score cannot be right"),
+        ({"score": (0, 1, -0.5)}, "score cannot be right"),
+        ({"record": (1, 2)}, "record cannot be right"),
+        ({"class": (1, 2)}, "class cannot be right"),
+        ({"purity": (0, np.inf)}, "purity cannot be right"),
+        ({"rms_db": (0, np.nan)}, "rms_db cannot be right"),
+    ],
+)
+def test_rows_that_cannot_be_are_refused(path, changed, said):
+    columns = {name: column.copy() for name, column in COLUMNS.items()}
+    for name, (*at, value) in changed.items():
+        columns[name][tuple(at)] = value
+    write_table(path, HEADER, columns)
+    with pytest.raises(UserError, match=f"is damaged: its {said}"):
+        read_table(path, INDEX, SEGMENT)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"segment_samples": 0}, "segment_samples is 0"),
+        ({"sample_rate": 1e300}, "sample_rate is 1e"),
+        ({"index_digest": None}, "index_digest is None"),
+        ({"min_dbfs": float("nan")}, "min_dbfs is nan"),
+        ({"more": [[]] * 9, "deep": [[[[[[[[]]]]]]]] * 3}, None),
+    ],
+)
+def test_headers_are_checked(path, changed, said):
+    write_table(path, {**HEADER, **changed}, COLUMNS)
+    if said is None:
+        assert read_header(path)["index_digest"] == INDEX.digest
+        return
+    with pytest.raises(UserError, match=said):
+        read_header(path)
+    write_table(path, {**HEADER, "deep": json.loads("[" * 90 + "]" * 90)}, COLUMNS)
+    with pytest.raises(UserError, match="nested deeper"):
+        read_header(path)
+
+
+def test_a_table_of_before_the_digest_covered_labels_is_still_read(path):
+    write_table(path, {**HEADER, "index_digest": INDEX._digest_of_shards}, COLUMNS)
+    assert len(read_table(path, INDEX, SEGMENT)) == 5
 
 
 def test_the_digest_tells_other_anchors_apart(table):

@@ -7,7 +7,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from tests.data.test_encodings import SAMPLES, STORED
 from uss_jax.cli.main import main
-from uss_jax.data.examples import serialise
+from uss_jax.data.examples import guess_schema, parse, serialise
 from uss_jax.data.index import build_index, load_index
 from uss_jax.data.metadata import read_sample_rate
 from uss_jax.data.reader import ClipReader
@@ -90,6 +90,83 @@ def test_usual_names_are_found_without_a_schema(tmp_path, encoding, capsys):
     assert _index(directory) == 0  # and again
 
 
+@pytest.mark.parametrize("encoding", STORED)
+def test_what_a_schema_leaves_open_is_recognised(tmp_path, encoding):
+    names = ("lab-eval.tfrecord-00000-of-00001",)
+    directory = _write(tmp_path / "lab", encoding, "mid", names=names)
+    (tmp_path / "s.json").write_text('{"sample_rate": 8000}')
+    assert _index(directory, "--schema", tmp_path / "s.json") == 0
+    index = load_index(directory, "eval")
+    assert index.encoding == encoding
+    np.testing.assert_array_equal(ClipReader(directory, index).read(1), SAMPLES)
+    assert index.labels(0).tolist() == sorted([DOG, SPEECH])
+
+
+def test_a_whole_audio_file_is_never_taken_for_samples(tmp_path, capsys):
+    names = ("lab-eval.tfrecord-00000-of-00001",)
+    for encoding in ("wav", "flac"):
+        directory = _write(tmp_path / encoding, encoding, "mid", names=names)
+        schema = tmp_path / "s.json"
+        schema.write_text('{"sample_rate": 8000, "encoding": "pcm_s16le"}')
+        assert _index(directory, "--schema", schema) == 1
+        assert (
+            "a whole audio file (encoding wav or flac), no PCM samples" in capsys.readouterr().err
+        )
+
+
+def test_zeros_and_ones_for_all_classes_are_recognised_and_no_indexes(tmp_path, capsys):
+    hot = [int(index in (DOG, SPEECH)) for index in range(527)]
+    names = ("lab-eval.tfrecord-00000-of-00001",)
+    directory = _write(tmp_path / "lab", "float", "index", names=names, labels=hot)
+    schema = tmp_path / "s.json"
+    schema.write_text('{"sample_rate": 8000}')
+    assert _index(directory, "--schema", schema) == 0
+    assert "labels in 'classes' (multi_hot)" in capsys.readouterr().out
+    assert load_index(directory, "eval").labels(0).tolist() == sorted([DOG, SPEECH])
+    schema.write_text('{"sample_rate": 8000, "label_form": "index"}')
+    assert _index(directory, "--schema", schema) == 1
+    assert "has the label 1 more than once" in capsys.readouterr().err
+    schema.write_text('{"sample_rate": 8000, "label_form": "multi_hot"}')
+    other = _write(tmp_path / "other", "float", "index", names=names, labels=[0, 1])
+    assert _index(other, "--schema", schema) == 1
+    assert "needs 527 zeros and ones" in capsys.readouterr().err
+
+
+def test_a_label_list_with_repeats_is_wrong(tmp_path):
+    with pytest.raises(ValueError, match="has the label 5 more than once"):
+        parse(
+            _record(b"a", "float", "index", [5, 7, 5]),
+            Schema("video_id", "waveform", "classes", "float"),
+        )
+
+
+def test_an_empty_list_of_names_is_no_crash():
+    example = tf_example_pb2.Example()
+    feature = example.features.feature
+    for name in ("id", "audio", "labels"):
+        feature[name].bytes_list.SetInParent()
+    schema = guess_schema(example.SerializeToString(), {"sample_rate": 8000})
+    assert (schema.encoding, schema.label_form) == ("pcm_s16le", "name")
+
+
+@pytest.mark.parametrize("encoding", ["float", "int64"])
+def test_records_of_another_scale_are_refused_and_clipped_ones_told(
+    tmp_path, monkeypatch, encoding, capsys
+):
+    full_scale = 1.0 if encoding == "float" else 32768
+    names = ("lab-eval.tfrecord-00000-of-00001",)
+    schema = tmp_path / "s.json"
+    schema.write_text('{"sample_rate": 8000}')
+    for number, (scale, status) in enumerate(((20, 1), (2, 0), (0.9, 0))):
+        loud = np.asarray(scale * full_scale * np.sin(np.arange(SAMPLES.size)))
+        monkeypatch.setitem(STORED, encoding, loud.astype(np.float32 if full_scale == 1 else int))
+        directory = _write(tmp_path / f"lab{number}", encoding, "mid", names=names)
+        assert _index(directory, "--schema", schema) == status
+        told = capsys.readouterr().err
+        assert ("divide" in told) == (scale == 20)
+        assert ("2 of 2 records have more than 0.1%" in told) == (scale == 2)
+
+
 def test_names_that_cannot_be_guessed_are_asked_for(tmp_path, capsys):
     names = ("lab-eval.tfrecord-00000-of-00001",)
     directory = _write(tmp_path / "lab", names=names, audio_name="loudspeaker")
@@ -124,11 +201,14 @@ def test_what_is_not_as_the_schema_says_is_said_with_its_place(tmp_path, record,
     ("text", "said"),
     [
         ("{", "is not JSON"),
-        ("[]", "must hold an object"),
+        ("[" * 10**5, "is nested deeper"),
+        ("[]", "is a list of 0, expected an object"),
         ('{"idd": "a"}', "there is no key 'idd'; there are id, audio"),
-        ('{"sample_rate": "8000"}', "sample_rate is '8000', expected int"),
+        ('{"sample_rate": "8000"}', "sample_rate is '8000', expected a whole number"),
+        ('{"sample_rate": 0}', "sample_rate is 0, expected a whole number from 1,000 to 768,000"),
+        ('{"sample_rate": %s}' % ("9" * 30), "expected a whole number from 1,000"),
         ('{"encoding": "mp3"}', "encoding is 'mp3', expected pcm_s16le, flac"),
-        ('{"label_form": "words"}', "label_form is 'words', expected index, mid, name"),
+        ('{"label_form": "words"}', "label_form is 'words', expected index, mid, name, multi_hot"),
     ],
 )
 def test_bad_schemas_are_said(tmp_path, text, said):

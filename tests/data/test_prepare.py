@@ -191,10 +191,19 @@ def test_names_that_tfds_cannot_read_are_refused(audio, tmp_path, field, value):
 def test_missing_or_damaged_metadata_is_said(audio, tmp_path):
     directory = _prepare(audio, tmp_path / "out").directory
     (directory / "metadata.json").write_text(json.dumps({"sample_rate": 8000, "encoding": "opus"}))
-    with pytest.raises(UserError, match="only pcm_s16le"):
+    with pytest.raises(UserError, match="expected pcm_s16le"):
         read_sample_rate(directory)
     (directory / "metadata.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
+        read_sample_rate(directory)
+    for rate in (0, -5, 10**30, True, "8000", None, 8000.5):
+        (directory / "metadata.json").write_text(
+            json.dumps({"sample_rate": rate, "encoding": "pcm_s16le"})
+        )
+        with pytest.raises(UserError, match=r"sample_rate is .*, expected a whole number"):
+            read_sample_rate(directory)
+    (directory / "metadata.json").write_text("[" * 10**5)
+    with pytest.raises(UserError, match="nested deeper"):
         read_sample_rate(directory)
     (directory / "metadata.json").unlink()
     with pytest.raises(UserError, match="sample rate of these records is unknown"):

@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import threading
 
 import google_crc32c
@@ -123,6 +124,106 @@ def test_digest_tells_other_content_apart(records, tmp_path):
     assert build_index(_write(tmp_path / "again"), "train").digest == digest
     other = [SHARDS[0], [(b"c", 320, [525]), SHARDS[1][1]]]
     assert build_index(_write(tmp_path / "other", other), "train").digest != digest
+
+
+@pytest.mark.parametrize(
+    ("column", "change"),
+    [
+        ("shards", lambda x: np.array([f"{name}2" for name in x])),
+        ("shard_bytes", lambda x: x + np.uint64(1)),
+        ("shard_digest", lambda x: x[::-1]),
+        ("record_shard", lambda x: x[::-1]),
+        ("record_offset", lambda x: x + np.uint64(1)),
+        ("record_bytes", lambda x: x + np.uint32(1)),
+        ("audio_offset", lambda x: x + np.uint64(1)),
+        ("audio_bytes", lambda x: x + np.uint32(1)),
+        ("samples", lambda x: x + np.uint32(1)),
+        ("ids", lambda x: x[::-1]),
+        ("label_row", lambda x: np.array([0, 1, 2, 3, 6], np.uint64)),
+        ("label_class", lambda x: x + np.uint16(1)),
+        ("encoding", lambda x: "flac"),
+    ],
+)
+def test_digest_covers_every_column(records, column, change):
+    index = build_index(records, "train")
+    other = dataclasses.replace(index, **{column: change(getattr(index, column))})
+    assert other.digest != index.digest
+    assert not index.has_digest(other.digest)
+
+
+def test_runs_of_before_the_digest_covered_labels_are_known(records):
+    index = build_index(records, "train")
+    parts = list(zip(index.shards.tolist(), index.shard_digest.tolist(), strict=True))
+    assert index.has_digest(hashlib.sha256(repr(parts).encode()).hexdigest())
+    assert index.has_digest(index.digest)
+    assert not index.has_digest("")
+
+
+def _changed(column, at, value):
+    def change(stored):
+        stored[column] = stored[column].copy()
+        stored[column][at] = value
+
+    return change
+
+
+def _of_type(column, dtype):
+    return lambda stored: stored.update({column: stored[column].astype(dtype)})
+
+
+TAMPERED = {
+    "shard above": (lambda s: s["shards"].__setitem__(0, "../" + s["shards"][0][3:]), "shards"),
+    "shard twice": (lambda s: s["shards"].__setitem__(0, s["shards"][1]), "its shards"),
+    "no shard": (_changed("record_shard", 3, 2), "its record_shard"),
+    "shards mixed": (_changed("record_shard", 0, 1), "its record_shard"),
+    "header": (_changed("record_offset", 0, 0), "its record_offset"),
+    "beyond": (_changed("record_offset", 3, 10**6), "its record_offset"),
+    "far beyond": (_changed("record_offset", 3, 2**64 - 8), "its record_offset"),
+    "long": (_changed("record_bytes", 3, 2**32 - 1), "its record_offset"),
+    "audio before": (_changed("audio_offset", 1, 12), "its audio_offset"),
+    "audio beyond": (_changed("audio_offset", 0, 2**64 - 1), "its audio_offset"),
+    "audio long": (_changed("audio_bytes", 0, 2**32 - 1), "its audio_offset"),
+    "no samples": (_changed("samples", 0, 0), "its samples"),
+    "more samples": (_changed("samples", 0, 1001), "its samples"),
+    "label_row first": (_changed("label_row", 0, 1), "its label_row"),
+    "label_row down": (_changed("label_row", 1, 5), "its label_row"),
+    "label_row last": (_changed("label_row", 4, 2**63), "its label_row"),
+    "class": (_changed("label_class", 0, 527), "its label_class"),
+    "labels twice": (_changed("label_class", 1, 1), "do not ascend"),
+    "encoding": (lambda s: s.update(encoding="mp3"), "its encoding"),
+    "float offsets": (_of_type("record_offset", float), "'record_offset' of type float64"),
+    "signed": (_of_type("samples", np.int32), "'samples' of type int32"),
+    "objects": (_of_type("ids", object), "'ids' of type object"),
+    "column gone": (lambda s: s.pop("samples"), "has no array 'samples'"),
+    "short column": (lambda s: s.update(samples=s["samples"][:3]), r"shape \(3,\)"),
+    "matrix": (lambda s: s.update(samples=s["samples"][None]), r"shape \(1, 4\)"),
+    "version": (lambda s: s.update(format_version="1"), "'format_version' of type"),
+}
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_a_tampered_index_is_refused_at_load(records, case):
+    change, said = TAMPERED[case]
+    build_index(records, "train")
+    path = records / "index-train.npz"
+    with np.load(path) as file:
+        stored = dict(file)
+    change(stored)
+    np.savez(path, **stored)
+    with pytest.raises(UserError, match=said) as error:
+        load_index(records, "train")
+    assert "index-train.npz is damaged" in str(error.value)
+    assert "run `uss-jax index" in str(error.value)
+
+
+def test_a_packed_sample_count_beyond_any_encoding_is_refused(tmp_path):
+    index = build_index(_write(tmp_path / "r"), "train")
+    path = tmp_path / "r" / "index-train.npz"
+    columns = {**dataclasses.asdict(index), "encoding": "flac"}
+    columns["samples"] = np.full(4, 2**32 - 1, np.uint32)
+    np.savez(path, format_version=1, **columns)
+    with pytest.raises(UserError, match="its samples cannot be right"):
+        load_index(tmp_path / "r", "train")
 
 
 def test_reader_gives_whole_clips_and_parts(records):

@@ -11,29 +11,41 @@ import hashlib
 import json
 import os
 import pathlib
-import zipfile
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Integer
 
 from uss_jax.atomic import replacing
+from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
+from uss_jax.checked_json import either, nothing, number, parse_json, record, text, whole
+from uss_jax.checked_npz import Column, read_npz
 from uss_jax.data.index import RecordIndex
 from uss_jax.data.sampling import ANCHORS, JITTER, uniform
 from uss_jax.errors import UserError
 
 FORMAT_VERSION = 1
-# Columns of a row, and whether there is one value for each of its anchors.
 COLUMNS = {
-    "record": (np.uint32, False),
-    "class": (np.uint16, False),
-    "begin_sample": (np.uint32, True),
-    "score": (np.float32, True),
-    "purity": (np.float16, False),
-    "rms_db": (np.float16, False),
+    "record": Column("u4", "r"),
+    "class": Column("u2", "r"),
+    "begin_sample": Column("u4", "r k"),
+    "score": Column("f4", "r k"),
+    "purity": Column("f2", "r"),
+    "rms_db": Column("f2", "r"),
 }
 _AGAIN = "mine again with `uss-jax mine`"
-_HEADER = ("sed_hash", "index_digest", "sample_rate", "segment_samples", "clip_samples")
+_SAMPLES = whole(1, 2**31)
+_HEADER = record(
+    {
+        "sed_hash": text(),
+        "index_digest": text(),
+        "sample_rate": whole(LOWEST_SAMPLE_RATE, HIGHEST_SAMPLE_RATE),
+        "segment_samples": _SAMPLES,
+        "clip_samples": _SAMPLES,
+    },
+    {"candidates": whole(1, 10**6), "min_dbfs": either(nothing(), number())},
+    others=True,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +84,7 @@ def write_table(
     path: str | os.PathLike, header: dict[str, Any], columns: dict[str, np.ndarray]
 ) -> None:
     """Writes a table, whole or not at all."""
-    typed = {name: columns[name].astype(dtype) for name, (dtype, _) in COLUMNS.items()}
+    typed = {name: columns[name].astype(column.dtype) for name, column in COLUMNS.items()}
     with replacing(path) as temporary:
         np.savez(temporary, format_version=FORMAT_VERSION, header=json.dumps(header), **typed)
 
@@ -90,11 +102,11 @@ def read_table(path: str | os.PathLike, index: RecordIndex, segment_samples: int
     """Reads a table that was mined for these records and this length of segments.
 
     Raises:
-      UserError: it cannot be read, or it is for others.
+      UserError: it cannot be read, is damaged, or is for others.
     """
     path = pathlib.Path(path)
     header, columns = _read(path)
-    if header["index_digest"] != index.digest:
+    if not index.has_digest(header["index_digest"]):
         raise UserError(
             f"{path} is of other records (index digest {header['index_digest'][:12]}, here "
             f"{index.digest[:12]}); {_AGAIN}"
@@ -104,29 +116,48 @@ def read_table(path: str | os.PathLike, index: RecordIndex, segment_samples: int
             f"{path} has anchors of {header['segment_samples']} samples, the config "
             f"{segment_samples}; change config.segment_seconds or {_AGAIN}"
         )
-    lengths = {name: len(column) for name, column in columns.items()}
-    if set(lengths.values()) != {len(index.label_class)}:
-        raise UserError(f"{path} is damaged: rows {lengths}, labels {len(index.label_class)}")
+    _check(path, columns, index, segment_samples)
+    del columns["record"], columns["class"]
     return AnchorTable(header, **columns)
+
+
+def _check(
+    path: pathlib.Path, columns: dict[str, np.ndarray], index: RecordIndex, segment_samples: int
+) -> None:
+    """Raises a UserError where a row is not of the label in its place, or not inside its clip."""
+    rows, labels = len(columns["record"]), len(index.label_class)
+    if rows != labels:
+        raise UserError(f"{path} is damaged: it has {rows} rows for {labels} labels; {_AGAIN}")
+    record = np.repeat(np.arange(len(index)), np.diff(index.label_row.astype(np.int64)))
+    latest = np.maximum(index.samples[record].astype(np.int64) - segment_samples, 0)
+    score = columns["score"]
+    for name, right in {
+        "record": columns["record"] == record,
+        "class": columns["class"] == index.label_class,
+        "begin_sample": columns["begin_sample"] <= latest[:, None],
+        # Means of probabilities, with room for rounding; -1 where there is no such anchor.
+        "score": (score == -1) | ((score >= 0) & (score <= 1.001)),
+        "purity": (columns["purity"] >= 0) & (columns["purity"] <= 1.001),
+        "rms_db": ~np.isnan(columns["rms_db"]),
+    }.items():
+        if not right.all():
+            raise UserError(f"{path} is damaged: its {name} cannot be right; {_AGAIN}")
 
 
 def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
-        with open(path, "rb") as file, np.load(file) as stored:
-            version = int(stored["format_version"])
+        with open(path, "rb") as file:
+            version = int(read_npz(file, {"format_version": Column("i8")})["format_version"])
             if version != FORMAT_VERSION:
                 raise UserError(
                     f"{path} has format {version}, this program {FORMAT_VERSION}; {_AGAIN}"
                 )
-            header = json.loads(str(stored["header"]))
-            columns = {name: stored[name] for name in COLUMNS if name not in ("record", "class")}
-        missing = [key for key in _HEADER if key not in header]
+            columns = read_npz(file, {"header": Column("U"), **COLUMNS})
+        header = parse_json(str(columns.pop("header")), _HEADER)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); {_AGAIN}") from error
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not a table of anchors ({error}); {_AGAIN}") from error
-    if missing:
-        raise UserError(f"{path} does not say its {missing[0]}; {_AGAIN}")
     return header, columns
 
 

@@ -17,7 +17,7 @@ import soxr
 from jaxtyping import Float32, Int16
 
 from uss_jax.atomic import replacing
-from uss_jax.audio import mended
+from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE, mended
 from uss_jax.errors import UserError
 
 # Of what libsndfile reads, and of what is decoded by ffmpeg.
@@ -157,6 +157,11 @@ def _opened(path: str | os.PathLike) -> Iterator[mended.Opened]:
             raise UserError(
                 f"{path} cannot be read ({error.strerror or error}); copy it again"
             ) from error
+        if not LOWEST_SAMPLE_RATE <= opened.file.samplerate <= HIGHEST_SAMPLE_RATE:
+            raise UserError(
+                f"{path} says that its sample rate is {opened.file.samplerate} Hz, expected "
+                f"{LOWEST_SAMPLE_RATE} to {HIGHEST_SAMPLE_RATE}; export the recording again"
+            )
         yield opened
 
 

@@ -4,12 +4,12 @@ Every checksum is checked; what is wrong is said with shard and byte. A job that
 with the shards that are left.
 
 Records of others (tf.train.Example) are read as they are. Features with usual names and kinds are
-found by themselves, TFDS's layout among them; --schema names a JSON file that says what is not, any
-of:
+found by themselves, TFDS's layout among them; --schema names a JSON file that says what cannot be
+found, any of:
   {"id": "video_id", "audio": "waveform", "labels": "mids", "encoding": "float",
    "label_form": "mid", "sample_rate": 32000, "shards": "*.tfrecord", "split": "train"}
   encoding    pcm_s16le, flac, wav (bytes), float, int64 (lists)
-  label_form  index (int64), mid or name (bytes)
+  label_form  index (int64), mid or name (bytes), multi_hot (a 0 or 1 for each class)
   shards      a pattern, where the shards are not named as TFDS does; they become the split "split"
 """
 
@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.data.schema import read_schema
     from uss_jax.errors import UserError
 
-    given = read_schema(args.schema) if args.schema else None
-    found = [given.split] if given and given.shards else splits(args.directory)
+    given = read_schema(args.schema) if args.schema else {}
+    found = [given.get("split", "train")] if "shards" in given else splits(args.directory)
     if not found:
         raise UserError(
             f"{args.directory} has no shards named as mine-train.tfrecord-00000-of-00004; where "

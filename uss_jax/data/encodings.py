@@ -11,11 +11,13 @@ Of `pcm_s16le` and `float` a part can be read without the rest.
 import numpy as np
 from jaxtyping import Float32, Int16, Int64
 
-from uss_jax.audio.files import decode_bytes, format_of_bytes
+from uss_jax.audio.containers import looks_like_mp3
+from uss_jax.audio.files import PEAK_LIMIT, check_scale, decode_bytes, format_of_bytes, holds_floats
 
 ENCODINGS = ("pcm_s16le", "flac", "wav", "float", "int64")
 # Bytes of a sample, where all have the same.
 SAMPLE_BYTES = {"pcm_s16le": 2, "float": 4}
+_FILES = (b"RIFF", b"RF64", b"fLaC", b"OggS", b"FORM", b"ID3\2\0", b"ID3\3\0", b"ID3\4\0")
 
 
 def to_int16(waveform: Float32[np.ndarray, " t"]) -> Int16[np.ndarray, " t"]:
@@ -34,12 +36,43 @@ def decode(data: bytes | memoryview, encoding: str) -> Int16[np.ndarray, " t"]:
     return to_int16(decode_bytes(bytes(data)).mean(axis=0))
 
 
+def begins_audio_file(data: bytes) -> bool:
+    """Whether bytes are a whole audio file, with a header, and not samples alone."""
+    return data.startswith(_FILES) or looks_like_mp3(data)
+
+
+def clipped_share(data: bytes, encoding: str) -> float:
+    """The share of samples that lie outside of 16 bits and are cut when these bytes are decoded.
+
+    Raises:
+      ValueError: a sample is no number, or the samples are of another scale than [-1, 1].
+    """
+    if encoding == "float":
+        waveform = np.frombuffer(data, "<f4")
+        check_scale(waveform)
+    elif encoding == "int64":
+        integers = varints(data)
+        if integers.size and np.abs(integers).max() > 32768 * PEAK_LIMIT:
+            raise ValueError("has samples that are no 16-bit integers; divide them to be such")
+        waveform = integers / 32768
+    elif encoding in ("flac", "wav") and holds_floats(data):
+        waveform = decode_bytes(data)
+    else:
+        return 0.0
+    return float(np.mean((waveform > 1) | (waveform < -1)))
+
+
 def count_samples(data: bytes, encoding: str, sample_rate: int | None) -> int:
     """How many samples are in these bytes.
 
     Raises:
       ValueError: they are not of this encoding, or a file of another sample rate.
     """
+    if encoding == "pcm_s16le" and data.startswith(_FILES):
+        raise ValueError(
+            f"has audio that begins with {data[:4]!r}: a whole audio file (encoding wav or flac), "
+            "no PCM samples"
+        )
     if encoding in SAMPLE_BYTES:
         count, rest = divmod(len(data), SAMPLE_BYTES[encoding])
         if rest or not count:

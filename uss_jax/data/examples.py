@@ -8,7 +8,6 @@ Sample rate and encoding are the same for all records of a directory: see data/m
 records of others differ from this is said in data/schema.py.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import numpy as np
 from jaxtyping import Int16
 from tensorflow_datasets.proto import tf_example_pb2
 
+from uss_jax.data.encodings import begins_audio_file
 from uss_jax.data.schema import Schema
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
@@ -28,8 +28,12 @@ _GUESSES = {
 }
 
 
-def guess_schema(payload: bytes, schema: Schema) -> Schema:
-    """The schema of a record that is not as `schema` has it, by the names and kinds of features.
+def guess_schema(payload: bytes, given: Mapping[str, Any]) -> Schema:
+    """The schema of a record, of which some is given, by the names and kinds of its features.
+
+    Args:
+      payload: the record.
+      given: attributes of the schema that need no guess.
 
     Raises:
       ValueError: what cannot be found.
@@ -37,21 +41,34 @@ def guess_schema(payload: bytes, schema: Schema) -> Schema:
     feature = _features(payload)
     found = {}
     for what, names in _GUESSES.items():
+        names = (given[what],) if what in given else names
         name = next((name for name in names if name in feature), None)
         if name is None:
-            raise ValueError(
-                f"has no feature that looks like its {what} (it has {sorted(feature)})"
-            )
+            looked = f"{names[0]!r}" if what in given else f"that looks like its {what}"
+            raise ValueError(f"has no feature {looked} (it has {sorted(feature)})")
         found[what] = name
-    audio, labels = feature[found["audio"]], feature[found["labels"]]
-    encoding = {"float_list": "float", "int64_list": "int64"}.get(audio.WhichOneof("kind"))
-    if encoding is None:
-        begin = audio.bytes_list.value[0][:4] if audio.bytes_list.value else b""
-        encoding = {b"RIFF": "wav", b"fLaC": "flac"}.get(begin, "pcm_s16le")
-    form = "index"
+    found["encoding"] = _guess_encoding(feature[found["audio"]])
+    found["label_form"] = _guess_label_form(feature[found["labels"]])
+    return Schema(**{**found, **given})
+
+
+def _guess_encoding(audio: Any) -> str:
+    kind = audio.WhichOneof("kind")
+    if kind != "bytes_list":
+        return {"float_list": "float", "int64_list": "int64"}.get(kind, "pcm_s16le")
+    data = audio.bytes_list.value[0] if audio.bytes_list.value else b""
+    if data.startswith(b"fLaC"):
+        return "flac"
+    return "wav" if begins_audio_file(data) else "pcm_s16le"
+
+
+def _guess_label_form(labels: Any) -> str:
     if labels.WhichOneof("kind") == "bytes_list":
-        form = "mid" if labels.bytes_list.value[0].startswith(b"/") else "name"
-    return dataclasses.replace(schema, **found, encoding=encoding, label_form=form)
+        mids = any(value.startswith(b"/") for value in labels.bytes_list.value[:1])
+        return "mid" if mids else "name"
+    values = [*labels.int64_list.value, *labels.float_list.value]
+    classes = len(load_ontology().class_mids)
+    return "multi_hot" if len(values) == classes and set(values) <= {0, 1} else "index"
 
 
 class Clip(NamedTuple):
@@ -131,10 +148,23 @@ def _packed(feature: Mapping[str, Any], name: str, kind: str) -> bytes:
 
 def _labels(feature: Any, schema: Schema) -> tuple[int, ...]:
     kind = feature.WhichOneof("kind")
+    if schema.label_form == "multi_hot":
+        values = [*feature.int64_list.value, *feature.float_list.value]
+        classes = len(load_ontology().class_mids)
+        if len(values) != classes or not set(values) <= {0, 1}:
+            raise ValueError(f"needs {classes} zeros and ones in feature {schema.labels!r}")
+        return tuple(index for index, value in enumerate(values) if value)
     if schema.label_form == "index":
         if kind not in ("int64_list", None):
             raise ValueError(f"needs class indexes (int64) in feature {schema.labels!r}")
-        return tuple(feature.int64_list.value)
+        indexes = tuple(feature.int64_list.value)
+        if len(set(indexes)) < len(indexes):
+            twice = next(label for label in indexes if indexes.count(label) > 1)
+            raise ValueError(
+                f"has the label {twice} more than once in feature {schema.labels!r} (zeros and "
+                "ones for all classes are the label_form multi_hot)"
+            )
+        return indexes
     if kind not in ("bytes_list", None):
         raise ValueError(f"needs {schema.label_form}s (bytes) in feature {schema.labels!r}")
     words = [value.decode(errors="replace") for value in feature.bytes_list.value]

@@ -1,75 +1,83 @@
 """What a directory of TFRecords holds that `prepare` did not write."""
 
 import dataclasses
-import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
+from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
+from uss_jax.checked_json import read_json
 from uss_jax.data.examples import guess_schema, parse
 from uss_jax.data.index import shards_of_split
 from uss_jax.data.metadata import read_encoding, read_sample_rate
 from uss_jax.data.schema import Schema
 from uss_jax.data.storage import Folder, open_folder
-from uss_jax.data.tfrecord import scan_records
+from uss_jax.data.tfrecord import HEADER, scan_records
 from uss_jax.errors import UserError
 
 
 def find_schema(
-    directory: str | os.PathLike, split: str, given: Schema | None
+    directory: str | os.PathLike, split: str, given: Mapping[str, Any]
 ) -> tuple[Schema, bool]:
     """How the records of a split hold a clip, and whether that is news to the directory.
 
-    Where no schema is given, the first record is looked at. The sample rate is that of the schema,
-    of metadata.json or of TFDS's features.json.
+    What is not given is taken from metadata.json and TFDS's features.json, or recognised in the
+    first record.
+
+    Args:
+      directory: where the shards are.
+      split: such as "train".
+      given: attributes of a Schema.
 
     Raises:
       UserError: it cannot be found out; says what to write into a schema.
     """
     folder = open_folder(directory)
-    names = shards_of_split(directory, split, given or Schema())
-    if given is None and "metadata.json" in folder.sizes():
-        rate, encoding = read_sample_rate(directory), read_encoding(directory)
-        schema, known = Schema(encoding=encoding, sample_rate=rate), True
-    else:
-        schema, known = given or Schema(), False
+    names = shards_of_split(directory, split, Schema(**given))
     shard = f"{folder}/{names[0]}"
     offset, _, payload = next(scan_records(shard))
-    if given is None:
+    described = {}
+    if "metadata.json" in folder.sizes():
+        described = {
+            "sample_rate": read_sample_rate(directory),
+            "encoding": read_encoding(directory),
+        }
+    if described and not given:
+        schema = Schema(**described)
         try:
             parse(payload, schema)
         except ValueError:
-            schema = _guess(payload, schema, f"{shard}: the record at byte {offset - 12}")
-            known = False
+            pass
         else:
-            if not known:
-                schema = _guess(payload, schema, f"{shard}: the record at byte {offset - 12}")
-    if schema.sample_rate is None:
-        rate = _tfds_sample_rate(folder)
-        if rate is None:
-            raise UserError(
-                f"the sample rate of the records in {directory} is nowhere said; give a --schema "
-                'with "sample_rate"'
-            )
-        schema = dataclasses.replace(schema, sample_rate=rate)
-    return schema, not known
-
-
-def _guess(payload: bytes, schema: Schema, where: str) -> Schema:
+            return schema, False
     try:
-        return guess_schema(payload, schema)
+        schema = guess_schema(payload, given)
     except ValueError as error:
-        raise UserError(f"{where} {error}; say what is what with a --schema") from None
+        raise UserError(
+            f"{shard}: the record at byte {offset - HEADER.size} {error}; say what is what with a "
+            "--schema"
+        ) from None
+    rate = schema.sample_rate or described.get("sample_rate") or _tfds_sample_rate(folder)
+    if rate is None:
+        raise UserError(
+            f"the sample rate of the records in {directory} is nowhere said; give a --schema with "
+            '"sample_rate"'
+        )
+    return dataclasses.replace(schema, sample_rate=rate), True
 
 
 def _tfds_sample_rate(folder: Folder) -> int | None:
     """What TFDS's own description of an audio feature says, if there is one."""
     try:
         with folder.open("features.json") as file:
-            described = json.load(file)
+            described = read_json(file)
     except (OSError, ValueError):
         return None
-    rates = list(_values(described, "sampleRate"))
-    return int(rates[0]) if rates and str(rates[0]).isdecimal() else None
+    rates = [str(rate) for rate in _values(described, "sampleRate")]
+    if not rates or not (rates[0].isascii() and rates[0].isdigit() and len(rates[0]) < 10):
+        return None
+    rate = int(rates[0])
+    return rate if LOWEST_SAMPLE_RATE <= rate <= HIGHEST_SAMPLE_RATE else None
 
 
 def _values(node: Any, key: str) -> Any:

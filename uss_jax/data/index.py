@@ -13,15 +13,17 @@ import multiprocessing
 import os
 import re
 import struct
-import zipfile
+import sys
 
 import numpy as np
+from jaxtyping import Float32
 from tqdm import tqdm
 
-from uss_jax.data.encodings import count_samples
+from uss_jax.checked_npz import Column, read_npz
+from uss_jax.data.encodings import ENCODINGS, SAMPLE_BYTES, clipped_share, count_samples
 from uss_jax.data.schema import Schema
 from uss_jax.data.storage import Folder, open_folder
-from uss_jax.data.tfrecord import HEADER, masked_crc, scan_records
+from uss_jax.data.tfrecord import CHECKSUM, HEADER, masked_crc, scan_records
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 
@@ -69,25 +71,52 @@ class RecordIndex:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Identifies the content: the same for the same clips in the same shards."""
+        """Identifies the index: it differs when any column does."""
+        digest = hashlib.sha256(self.encoding.encode())
+        for name in COLUMNS:
+            column = np.ascontiguousarray(getattr(self, name))
+            digest.update(f"{name} {column.dtype.str} {column.shape}".encode())
+            digest.update(column.tobytes())
+        return digest.hexdigest()
+
+    def has_digest(self, digest: str) -> bool:
+        """Whether a digest that was stored with a run or a table is of this index.
+
+        Those made before `digest` covered all columns hold one of the shards alone.
+        """
+        return digest in (self.digest, self._digest_of_shards)
+
+    @functools.cached_property
+    def _digest_of_shards(self) -> str:
         parts = zip(self.shards.tolist(), self.shard_digest.tolist(), strict=True)
         return hashlib.sha256(repr(list(parts)).encode()).hexdigest()
 
 
-_DTYPES = {
-    "shards": np.str_,
-    "shard_bytes": np.uint64,
-    "shard_digest": np.str_,
-    "record_shard": np.uint32,
-    "record_offset": np.uint64,
-    "record_bytes": np.uint32,
-    "audio_offset": np.uint64,
-    "audio_bytes": np.uint32,
-    "samples": np.uint32,
-    "ids": np.bytes_,
-    "label_row": np.uint64,
-    "label_class": np.uint16,
+COLUMNS = {
+    "shards": Column("U", "s"),
+    "shard_bytes": Column("u8", "s"),
+    "shard_digest": Column("U", "s"),
+    "record_shard": Column("u4", "r"),
+    "record_offset": Column("u8", "r"),
+    "record_bytes": Column("u4", "r"),
+    "audio_offset": Column("u8", "r"),
+    "audio_bytes": Column("u4", "r"),
+    "samples": Column("u4", "r"),
+    "ids": Column("S", "r"),
+    "label_row": Column("u8", "q"),
+    "label_class": Column("u2", "l"),
 }
+_FILE = {**COLUMNS, "encoding": Column("U", optional=True)}
+_PART = {
+    "made_of": Column("U"),
+    "digest": Column("U"),
+    "label_count": Column("i8", "r"),
+    "label_class": Column("u2", "l"),
+    "clipped": Column("f4", "r"),
+}
+# A shorter encoding of a sample than this many bytes is not known: silence in FLAC is the shortest.
+_MOST_SAMPLES_A_BYTE = 8192
+_CLIPPED_TOLD = 0.001
 _PER_RECORD = ("record_offset", "record_bytes", "audio_offset", "audio_bytes", "samples", "ids")
 _SHARD_NAME = re.compile(r"(?P<name>.+)-(?P<split>[^-]+)\.tfrecord-(?P<at>\d{5})-of-(?P<of>\d{5})")
 
@@ -184,14 +213,15 @@ def _index_shard(directory: str, shard: str, part: str, schema: Schema | None) -
     if _read_part(folder, part, made_of) is not None:
         return
     path = f"{folder}/{shard}"
-    columns: dict[str, list] = {name: [] for name in (*_PER_RECORD, "labels")}
+    columns: dict[str, list] = {name: [] for name in (*_PER_RECORD, "labels", "clipped")}
     digest = hashlib.sha256()
     for offset, length, payload in scan_records(path):
         for name, value in _index_record(path, offset, payload, schema).items():
             columns[name].append(value)
         digest.update(struct.pack("<QQI", offset, length, masked_crc(payload)))
     labels = columns.pop("labels")
-    arrays = {name: np.asarray(values, _DTYPES[name]) for name, values in columns.items()}
+    kinds = {**COLUMNS, **_PART}
+    arrays = {name: np.asarray(values, kinds[name].dtype) for name, values in columns.items()}
     with folder.replacing(part) as temporary:
         np.savez(
             temporary,
@@ -214,15 +244,11 @@ def _stamp(folder: Folder, shard: str, schema: Schema | None) -> str:
 
 def _read_part(folder: Folder, part: str, made_of: str) -> dict[str, np.ndarray] | None:
     try:
-        columns = _read_arrays(folder, part)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        with folder.open(part) as file:
+            columns = read_npz(file, {**{name: COLUMNS[name] for name in _PER_RECORD}, **_PART})
+    except (OSError, ValueError):
         return None
     return columns if str(columns["made_of"]) == made_of else None
-
-
-def _read_arrays(folder: Folder, name: str) -> dict[str, np.ndarray]:
-    with folder.open(name) as file, np.load(file) as stored:
-        return {key: stored[key] for key in stored.files}
 
 
 def _join_parts(
@@ -249,7 +275,19 @@ def _join_parts(
         **joined,
     )
     _refuse_duplicates(folder, index)
+    _tell_clipped(folder, index, np.concatenate([columns["clipped"] for columns in read]))
     return index
+
+
+def _tell_clipped(folder: Folder, index: RecordIndex, share: Float32[np.ndarray, " r"]) -> None:
+    if loud := int((share > _CLIPPED_TOLD).sum()):
+        most = int(np.argmax(share))
+        print(
+            f"{folder}: {loud} of {len(index)} records have more than {_CLIPPED_TOLD:.1%} of their "
+            f"samples above full scale, which are clipped when they are read; the most, "
+            f"{share[most]:.1%}, has {index.ids[most].decode(errors='replace')!r}",
+            file=sys.stderr,
+        )
 
 
 def _refuse_duplicates(folder: Folder, index: RecordIndex) -> None:
@@ -277,6 +315,7 @@ def _index_record(path: str, offset: int, payload: bytes, schema: Schema | None)
     try:
         clip = parse(payload, schema)
         samples = count_samples(clip.audio, schema.encoding, schema.sample_rate)
+        clipped = clipped_share(clip.audio, schema.encoding)
         classes = len(load_ontology().class_mids)
         wrong = [label for label in clip.labels if not 0 <= label < classes]
         if wrong:
@@ -296,6 +335,7 @@ def _index_record(path: str, offset: int, payload: bytes, schema: Schema | None)
         "samples": samples,
         "ids": clip.id,
         "labels": sorted(set(clip.labels)),
+        "clipped": clipped,
     }
 
 
@@ -326,18 +366,20 @@ def load_index(directory: str | os.PathLike, split: str, verify: bool = False) -
     path = f"{folder}/{_index_name(split)}"
     again = f"run `uss-jax index {folder}`"
     try:
-        stored = _read_arrays(folder, _index_name(split))
-        version = int(stored["format_version"])
-        if version == FORMAT_VERSION:
-            encoding = str(stored.get("encoding", "pcm_s16le"))
-            index = RecordIndex(**{name: stored[name] for name in _DTYPES}, encoding=encoding)
+        with folder.open(_index_name(split)) as file:
+            version = int(read_npz(file, {"format_version": Column("i8")})["format_version"])
+            if version != FORMAT_VERSION:
+                raise UserError(
+                    f"{path} has format {version}, this program {FORMAT_VERSION}; {again}"
+                )
+            stored = read_npz(file, _FILE)
+        index = RecordIndex(**{**stored, "encoding": str(stored.get("encoding", "pcm_s16le"))})
+        _check(index)
     except FileNotFoundError:
         shards_of_split(directory, split)  # says so when there is nothing to index either
         raise UserError(f"{path} does not exist; {again}") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); {again}") from error
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format {version}, this program {FORMAT_VERSION}; {again}")
     sizes = folder.sizes()
     for shard, size in zip(index.shards.tolist(), index.shard_bytes.tolist(), strict=True):
         check_size(folder, shard, sizes.get(shard), size)
@@ -349,6 +391,50 @@ def load_index(directory: str | os.PathLike, split: str, verify: bool = False) -
             if digest.hexdigest() != expected:
                 raise UserError(f"{folder}/{shard} changed since it was indexed; {again}")
     return index
+
+
+def _check(index: RecordIndex) -> None:
+    """Raises a ValueError where an index of right types and shapes says what cannot be."""
+    records, row = len(index), index.label_row.astype(np.int64)
+    width = SAMPLE_BYTES.get(index.encoding)
+    # Differences, not sums: sums of what an index may hold could overflow.
+    order = index.record_shard.astype(np.int64)
+    sized = index.shard_bytes[np.minimum(order, max(len(index.shards) - 1, 0))]
+    end = index.record_offset + index.record_bytes
+    into_record = index.audio_offset - index.record_offset
+    frame = HEADER.size + CHECKSUM.size
+    for what, right in {
+        "encoding": index.encoding in ENCODINGS,
+        "shards": len(index.shards) > 0 and len(set(index.shards.tolist())) == len(index.shards),
+        "names of shards": all(
+            name and "/" not in name and name not in (".", "..") for name in index.shards.tolist()
+        ),
+        "record_shard": (order < len(index.shards)).all() and (np.diff(order) >= 0).all(),
+        "record_offset": (index.record_offset >= HEADER.size).all()
+        and (index.record_offset < sized).all()
+        and (end <= sized - CHECKSUM.size).all(),
+        "record_bytes": (sized >= frame).all(),
+        "audio_offset": (index.audio_offset >= index.record_offset).all()
+        and (into_record + index.audio_bytes <= index.record_bytes).all()
+        and (into_record < 2**32).all(),
+        "samples": (index.samples > 0).all()
+        and (
+            (index.samples * np.uint64(width) == index.audio_bytes).all()
+            if width
+            else (index.samples <= index.audio_bytes * np.uint64(_MOST_SAMPLES_A_BYTE)).all()
+        ),
+        "label_row": len(row) == records + 1
+        and row[0] == 0
+        and row[-1] == len(index.label_class)
+        and (np.diff(row) >= 0).all(),
+        "label_class": (index.label_class < len(load_ontology().class_mids)).all(),
+    }.items():
+        if not right:
+            raise ValueError(f"its {what} cannot be right")
+    ascending = np.diff(index.label_class.astype(np.int64)) > 0
+    ascending[np.setdiff1d(row[1:-1], [0, len(index.label_class)]) - 1] = True
+    if not ascending.all():
+        raise ValueError("the labels of a record do not ascend")
 
 
 def check_size(folder: Folder, shard: str, size: int | None, expected: int) -> None:

@@ -11,12 +11,22 @@ import pathlib
 import tempfile
 from typing import Any
 
+from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
+from uss_jax.checked_json import Rule, list_of, read_json, record, text, whole
 from uss_jax.data.encodings import ENCODINGS
 from uss_jax.data.storage import Folder, open_folder
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 
 _INFO, _OURS = "dataset_info.json", "metadata.json"
+_FORMAT = record(
+    {
+        "sample_rate": whole(LOWEST_SAMPLE_RATE, HIGHEST_SAMPLE_RATE),
+        "encoding": text(*ENCODINGS),
+    },
+    others=True,
+)
+_SPLITS = record({}, {"splits": list_of(record({"name": text()}, others=True))}, others=True)
 
 
 def read_sample_rate(directory: str | os.PathLike) -> int:
@@ -32,26 +42,18 @@ def read_encoding(directory: str | os.PathLike) -> str:
 def _format(directory: str | os.PathLike) -> tuple[int, str]:
     folder = open_folder(directory)
     path = f"{folder}/{_OURS}"
-    metadata = _read(folder, _OURS)
+    metadata = _read(folder, _OURS, _FORMAT)
     if metadata is None:
         raise UserError(
             f"{path} does not exist, so the sample rate of these records is unknown; prepare them "
             f'again, or write {{"sample_rate": 32000, "encoding": "pcm_s16le"}} into it'
         )
-    try:
-        sample_rate, encoding = int(metadata["sample_rate"]), metadata["encoding"]
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path} needs the keys sample_rate (Hz) and encoding") from None
-    if encoding not in ENCODINGS:
-        raise UserError(
-            f"{path}: the encoding is {encoding}, only {', '.join(ENCODINGS)} can be read"
-        )
-    return sample_rate, encoding
+    return metadata["sample_rate"], metadata["encoding"]
 
 
 def check_format(directory: pathlib.Path, split: str, sample_rate: int, encoding: str) -> None:
     """Refuses to add a split of another sample rate or encoding than the other splits'."""
-    info = _read(open_folder(directory), _INFO) or {}
+    info = _read(open_folder(directory), _INFO, _SPLITS) or {}
     others = [other["name"] for other in info.get("splits", []) if other["name"] != split]
     if others and (there := read_sample_rate(directory)) != sample_rate:
         raise UserError(
@@ -88,7 +90,7 @@ def write_metadata(
     """
     _write_features(directory, sample_rate, encoding)
     write_format(directory, sample_rate, encoding)
-    info = _read(open_folder(directory), _INFO) or {}
+    info = _read(open_folder(directory), _INFO, _SPLITS) or {}
     others = [other for other in info.get("splits", []) if other["name"] != split]
     ours = {
         "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
@@ -148,10 +150,10 @@ def _write_features(directory: pathlib.Path, sample_rate: int, encoding: str) ->
             os.replace(path, directory / path.name)
 
 
-def _read(folder: Folder, name: str) -> dict | None:
+def _read(folder: Folder, name: str, rule: Rule) -> dict | None:
     try:
         with folder.open(name) as file:
-            return json.load(file)
+            return read_json(file, rule)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

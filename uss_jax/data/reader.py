@@ -8,7 +8,7 @@ from jaxtyping import Int16
 from uss_jax.data.encodings import SAMPLE_BYTES, decode
 from uss_jax.data.index import RecordIndex, check_size
 from uss_jax.data.storage import open_folder
-from uss_jax.data.tfrecord import CHECKSUM, HEADER, damage, masked_crc
+from uss_jax.data.tfrecord import CHECKSUM, HEADER, DamagedRecord, damage, masked_crc
 from uss_jax.errors import UserError
 
 
@@ -52,14 +52,20 @@ class ClipReader:
         if width is not None and length < samples and not self._verify_parts:
             offset = int(self.index.audio_offset[record]) + begin * width
             return decode(self._pread(record, offset, length * width), encoding)
-        return decode(self._read_whole(record), encoding)[begin : begin + length]
+        try:
+            whole = decode(self._read_whole(record), encoding)
+        except ValueError as error:
+            raise self._damage(record, str(error)) from error
+        if len(whole) != samples:
+            raise self._damage(record, f"holds {len(whole)} samples, {samples} were indexed")
+        return whole[begin : begin + length]
 
     def _read_whole(self, record: int) -> memoryview:
         index = self.index
         offset, size = int(index.record_offset[record]), int(index.record_bytes[record])
         payload = self._pread(record, offset, size)
         if masked_crc(payload) != CHECKSUM.unpack(self._pread(record, offset + size, 4))[0]:
-            raise damage(self._path(record), offset - HEADER.size, "has a wrong checksum")
+            raise self._damage(record, "has a wrong checksum")
         begin = int(index.audio_offset[record]) - offset
         return memoryview(payload)[begin : begin + int(index.audio_bytes[record])]
 
@@ -77,9 +83,12 @@ class ClipReader:
                 f"{self._path(record)} cannot be read ({error.strerror}); copy it again"
             ) from error
         if len(data) < size:
-            begin = int(index.record_offset[record]) - HEADER.size
-            raise damage(self._path(record), begin, "is cut off")
+            raise self._damage(record, "is cut off")
         return data
+
+    def _damage(self, record: int, what: str) -> DamagedRecord:
+        begin = int(self.index.record_offset[record]) - HEADER.size
+        return damage(self._path(record), begin, what)
 
     def _path(self, record: int) -> str:
         return f"{self._folder}/{self.index.shards[self.index.record_shard[record]]}"

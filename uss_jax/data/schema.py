@@ -1,13 +1,15 @@
 """How a directory's records hold a clip, where it is not as `prepare` writes them."""
 
 import dataclasses
-import json
 import os
+from typing import Any
 
+from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
+from uss_jax.checked_json import read_json, record, text, whole
 from uss_jax.data.encodings import ENCODINGS
 from uss_jax.errors import UserError
 
-LABEL_FORMS = ("index", "mid", "name")
+LABEL_FORMS = ("index", "mid", "name", "multi_hot")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Schema:
     Attributes:
       id, audio, labels: names of the features.
       encoding: of the samples, see data/encodings.py.
-      label_form: `index` (int64), `mid` or `name` (bytes).
+      label_form: `index` (int64), `mid` or `name` (bytes), `multi_hot` (a 0 or 1 for each class).
       sample_rate: in Hz; None where metadata.json says it.
       shards: a pattern of the shards' names; None: as TFDS names them.
       split: what to call the records of `shards`.
@@ -33,29 +35,23 @@ class Schema:
     split: str = "train"
 
 
-def read_schema(path: str | os.PathLike) -> Schema:
-    """A schema from a JSON file with any of its attributes; a UserError says what is wrong."""
+_RULE = record(
+    {},
+    {
+        **dict.fromkeys(("id", "audio", "labels", "shards", "split"), text()),
+        "encoding": text(*ENCODINGS),
+        "label_form": text(*LABEL_FORMS),
+        "sample_rate": whole(LOWEST_SAMPLE_RATE, HIGHEST_SAMPLE_RATE),
+    },
+)
+
+
+def read_schema(path: str | os.PathLike) -> dict[str, Any]:
+    """The attributes of a Schema that a JSON file gives; a UserError says what is wrong."""
     try:
-        with open(path, encoding="utf-8") as file:
-            fields = json.load(file)
+        with open(path, "rb") as file:
+            return read_json(file, _RULE)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); give a JSON file") from None
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error})") from None
-    known = {field.name: field.default for field in dataclasses.fields(Schema)}
-    if not isinstance(fields, dict):
-        raise UserError(f"{path} must hold an object with some of {', '.join(known)}")
-    for key, value in fields.items():
-        if key not in known:
-            raise UserError(f"{path}: there is no key {key!r}; there are {', '.join(known)}")
-        wanted = int if key == "sample_rate" else str
-        if type(value) is not wanted:
-            raise UserError(f"{path}: {key} is {value!r}, expected {wanted.__name__}")
-    schema = Schema(**fields)
-    for key, value, allowed in (
-        ("encoding", schema.encoding, ENCODINGS),
-        ("label_form", schema.label_form, LABEL_FORMS),
-    ):
-        if value not in allowed:
-            raise UserError(f"{path}: {key} is {value!r}, expected {', '.join(allowed)}")
-    return schema
+        raise UserError(f"{path}: {error}") from None

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from uss_jax.anchors.detect import choose_anchors, segment_loudness
 from uss_jax.anchors.table import COLUMNS, read_header, write_table
 from uss_jax.atomic import replacing
+from uss_jax.checked_npz import read_npz
 from uss_jax.data.index import RecordIndex
 from uss_jax.data.pipeline import batches
 from uss_jax.data.reader import ClipReader
@@ -178,7 +179,7 @@ def mine(
         "index_digest": index.digest,
         **dataclasses.asdict(settings),
     }
-    if out.exists() and read_header(out) == header:
+    if _is_made(out, header, index):
         return True
     parts = _make_parts_folder(out, header)
     todo = [
@@ -216,6 +217,16 @@ def mine(
         return False
     _assemble(out, parts, header, index)
     return True
+
+
+def _is_made(out: pathlib.Path, header: dict[str, Any], index: RecordIndex) -> bool:
+    """Whether the table of these settings is there already."""
+    if not out.exists():
+        return False
+    there = read_header(out)
+    if not index.has_digest(there["index_digest"]):
+        return False
+    return {**there, "index_digest": index.digest} == header
 
 
 def _make_parts_folder(out: pathlib.Path, header: dict[str, Any]) -> pathlib.Path:
@@ -341,12 +352,16 @@ def _assemble(
     rows = []
     try:
         for part in range(len(index.shards)):
-            with np.load(_part(parts, part)) as stored:
-                rows.append({name: stored[name] for name in COLUMNS})
+            with open(_part(parts, part), "rb") as file:
+                rows.append(read_npz(file, COLUMNS))
     except FileNotFoundError:  # another host has just made the table of them
-        if out.exists() and read_header(out) == header:
+        if _is_made(out, header, index):
             return
         raise
+    except ValueError as error:
+        raise UserError(
+            f"{_part(parts, part)} is damaged ({error}); remove it and give the same command again"
+        ) from error
     columns = {name: np.concatenate([some[name] for some in rows]) for name in COLUMNS}
     if not np.array_equal(columns["class"], index.label_class):
         raise UserError(f"{parts} holds parts that do not fit the records; remove it")

@@ -311,7 +311,7 @@ def train_on(
         start = checkpoints.latest_step or 0
         if start:
             say(f"resuming after step {start}")
-            _require_same_run(workdir, about, checkpoints.position(start), position)
+            _require_same_run(workdir, about, checkpoints.position(start), position, records.index)
             state = checkpoints.restore(start, state)
         else:
             state = create(fresh, *fresh_from, like=state)
@@ -388,15 +388,18 @@ def _require_same_run(
     about: Mapping[str, Any],
     saved_position: Mapping[str, Any],
     position: Mapping[str, Any],
+    index: RecordIndex,
 ) -> None:
     """Raises a UserError where the workdir's run has other nets or would see other data."""
     saved = read_bundle(workdir).config
     _require_same_nets(saved, json.loads(json.dumps(about)))
-    _require_same_data(saved_position, position)
+    _require_same_data(saved_position, position, index)
     _require_same_drawing(saved["training"], about["training"])
 
 
-def _require_same_data(saved: Mapping[str, Any], position: Mapping[str, Any]) -> None:
+def _require_same_data(
+    saved: Mapping[str, Any], position: Mapping[str, Any], index: RecordIndex
+) -> None:
     """Raises a UserError where the next data would not be what it would have been."""
     for key in ("seed", "global_batch"):
         if saved[key] != position[key]:
@@ -404,7 +407,7 @@ def _require_same_data(saved: Mapping[str, Any], position: Mapping[str, Any]) ->
                 f"this run was started with config.{key}={saved[key]}, not {position[key]}; resume "
                 f"with --config.{key}={saved[key]} or start in a new workdir"
             )
-    if saved["index_digest"] != position["index_digest"]:
+    if not index.has_digest(saved["index_digest"]):
         raise UserError(
             "the records have changed since this run was started; start in a new workdir"
         )

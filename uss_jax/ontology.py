@@ -36,6 +36,11 @@ class Node:
     restrictions: tuple[str, ...]
 
 
+def whole_number(text: str) -> int | None:
+    """The number that ASCII digits mean, up to nine of them; None for any other text."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Ontology:
     """All nodes with all their parents; mids, names and class indexes lead to each other."""
@@ -80,11 +85,11 @@ class Ontology:
     def resolve(self, label: str) -> int:
         """The class index of a label: a name or mid in any case, or an index written as text."""
         text = label.strip()
-        if text.isascii() and text.isdigit() and int(text) < len(self.class_mids):
-            return int(text)
+        if (index := whole_number(text)) is not None and index < len(self.class_mids):
+            return index
         node = self._by_label.get(text.casefold())
         if node is None:
-            raise UserError(f'no sound class is called "{text}"; {self._advice(text)}')
+            raise UserError(f'no sound class is called "{text[:60]}"; {self._advice(text)}')
         if node.class_index is None:
             below = [self.class_names[index] for index in self.class_indexes(node.mid)]
             advice = (

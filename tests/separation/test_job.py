@@ -268,7 +268,7 @@ def test_hostile_recordings_leave_the_others_alone(bundle, recordings, tmp_path,
     said = capsys.readouterr()
     assert "3 of 8 recordings could not be separated" in said.err
     assert not list((tmp_path / "out/recordings").glob("*/.unfinished"))
-    for words in ("integers.wav peaks at", "huge.wav peaks at", "pipe.wav is not a regular file"):
+    for words in ("integers.wav has samples of", "huge.wav has samples of", "pipe.wav is not a"):
         assert words in said.err
     assert len(said.err.splitlines()) == 4
     made = {path.parent.name for path in (tmp_path / "out/recordings").rglob("report.json")}

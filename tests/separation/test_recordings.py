@@ -38,7 +38,7 @@ FORMS = {
     "odd_rate": {"rate": 11025},
     "one_sample": {"seconds": 0},
     "one_sample_44100": {"rate": 44100, "seconds": 0},
-    "beyond_full_scale": {"gain": 40.0},
+    "beyond_full_scale": {"gain": 19.0},
     "silence": {"gain": 0.0},
     "16_bit": {"subtype": "PCM_16"},
 }
@@ -170,8 +170,8 @@ def test_classes_heard_nowhere_are_silent_or_left_out(model):
         (np.zeros(800, complex), "complex128"),
         (np.array(["a", "b"]), "<U1"),
         ([None, 1.0], "object"),
-        (np.full(800, 20000.0), "peaks at 20,000"),
-        (np.array([1e300, 0.0]), "peaks at 1e"),
+        (np.full(800, 20000.0), "samples of 20000.*divided by 32768"),
+        (np.array([1e300, 0.0]), "not a number"),
     ],
 )
 def test_hostile_waveforms(model, waveform, said):
@@ -181,7 +181,7 @@ def test_hostile_waveforms(model, waveform, said):
 
 @pytest.mark.parametrize("rate", [0, -8000, 8000.5, np.nan, 1e300, "8000", None, True])
 def test_hostile_rates(rate):
-    with pytest.raises(UserError, match="sample rate of"):
+    with pytest.raises(UserError, match="sample rate is"):
         require_rate(rate)
 
 

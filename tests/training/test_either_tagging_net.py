@@ -136,7 +136,7 @@ def test_silent_recordings_are_not_planted(bundle, records, tmp_path):
     rows = evaluate_planted(Model(bundle), ClipReader(tmp_path, index), clips=6, seed=0)
     everywhere = [row for row in rows if row["anchors"] == "all places"]
     assert all((row["clips"], row["silent"]) == (2, 4) for row in rows)
-    assert all(row["mean_energy_inside"] > 0.1 for row in everywhere)
+    assert all(row["mean_energy_inside"] > 0.01 for row in everywhere)
     assert "left out: 4 whose target is silent" in format_planted(rows)
 
 

@@ -60,7 +60,7 @@ def test_records_tables_and_banks(tmp_path):
     assert "test: 1 clips, 0.00 h, 2 labels of 2 classes, 1 shards" in text
     assert index.digest in text
 
-    columns = {name: np.zeros((3, 1) if many else 3) for name, (_, many) in COLUMNS.items()}
+    columns = {name: np.zeros((3, 1) if "k" in of.shape else 3) for name, of in COLUMNS.items()}
     keys = ("sed_hash", "index_digest", "sample_rate", "segment_samples", "clip_samples")
     write_table(tmp_path / "anchors.npz", dict.fromkeys(keys, 12), columns)
     assert inspect(tmp_path / "anchors.npz")[0].endswith("anchor table, 3 rows")

@@ -26,7 +26,7 @@ TAGGER_FIELDS = dict(
     f_min=50.0,
     f_max=14000.0,
     channels=(4, 6),
-    classes=5,
+    classes=527,
 )
 SEPARATOR_FIELDS = dict(
     n_fft=64,
@@ -34,7 +34,7 @@ SEPARATOR_FIELDS = dict(
     channels=(4, 6, 6),
     blocks_per_level=2,
     audio_channels=2,
-    condition_width=5,
+    condition_width=527,
 )
 
 

@@ -65,7 +65,8 @@ def opened(path: str | os.PathLike) -> Iterator[Opened]:
         data = stack.enter_context(_mapped(path))
         source, truncation = _source(path, data)
         try:
-            file = soundfile.SoundFile(source)
+            # As bytes, since a name need not be UTF-8.
+            file = soundfile.SoundFile(os.fsencode(source) if isinstance(source, str) else source)
         # soundfile raises TypeError for names ending in ".raw", whose rate it cannot know.
         except TypeError:
             raise FfmpegFailed("its name says that it has no header") from None

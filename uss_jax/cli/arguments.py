@@ -7,16 +7,21 @@ from uss_jax.errors import UserError
 
 
 def natural(text: str) -> int:
-    """A whole number from 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0, not {text!r}")
-    return int(text)
+    """A whole number from 0 to 4,294,967,295, which every generator takes as a seed."""
+    return _whole(text, 0, 2**32 - 1)
 
 
 def positive(text: str) -> int:
-    """A whole number from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, not {text!r}")
+    """A whole number from 1 to 1,000,000."""
+    return _whole(text, 1, 1_000_000)
+
+
+def _whole(text: str, least: int, most: int) -> int:
+    # Python refuses to read thousands of digits, and other scripts have digits too.
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) <= most):
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from {least} to {most}, not {text[:40]!r}"
+        )
     return int(text)
 
 
@@ -27,7 +32,7 @@ def seconds(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value <= 3600:
-        raise argparse.ArgumentTypeError(f"expected seconds, above 0 and to 3600, not {text!r}")
+        raise argparse.ArgumentTypeError(f"expected seconds, above 0, to 3600, not {text[:40]!r}")
     return value
 
 

@@ -38,7 +38,7 @@ def _list(path: str) -> None:
     bank = load_bank(path)
     print(
         f"{path}: {len(bank.name)} vectors of width {bank.vectors.shape[1]}, kind {bank.kind}, "
-        f"of query net {bank.net_hash[:12]}, {bank.how or 'made in an unknown way'}"
+        f"made with query net {bank.net_hash}, {bank.how or 'made in an unknown way'}"
     )
     for name in bank.name:
         print(f"  {name}")
@@ -72,7 +72,7 @@ def _make(args: argparse.Namespace) -> None:
         np.stack(vectors),
         model.query.module.kind,
         model.query_hash,
-        "averaged over example recordings without their silence",
+        f"averaged over example recordings without their silence, for {args.model}",
     )
     write_bank(args.bank, bank)
     print(f"{args.bank}: {len(names)} vectors")

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from uss_jax.atomic import replacing
+from uss_jax.checked_npz import Column, read_npz
 from uss_jax.errors import UserError
 from uss_jax.evaluation.averages import class_averages
 from uss_jax.evaluation.clips import open_records
@@ -179,5 +180,11 @@ def workdir_averages(
         with replacing(path) as temporary:
             vectors = list(found.values()) or np.zeros((0, 0), np.float32)
             np.savez(temporary, classes=np.array(list(found), np.int64), vectors=vectors)
-    with np.load(path) as stored:
-        return dict(zip(stored["classes"].tolist(), stored["vectors"], strict=True))
+    try:
+        with open(path, "rb") as file:
+            stored = read_npz(file, {"classes": Column("i8", "n"), "vectors": Column("f4", "n d")})
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); remove it to have it made again"
+        ) from error
+    return dict(zip(stored["classes"].tolist(), stored["vectors"], strict=True))

@@ -42,6 +42,7 @@ _COLUMNS = (
     "mixture_sha256",
 )
 _PAIRS_AT_A_TIME = 64
+_MOST_PAIRS = 10_000_000  # 2.5 TB of files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +91,12 @@ def make_pairs(
     """
     out = pathlib.Path(out)
     _check_free(out, overwrite)
+    classes = len(np.unique(reader.index.label_class))
+    if per_class * classes > _MOST_PAIRS:
+        raise UserError(
+            f"{per_class} pairs of each of {classes} classes are more than {_MOST_PAIRS:,}; give a "
+            "smaller --per-class"
+        )
     source, partner, without_partner = draw_pairs(reader.index, per_class, seed, pairing)
     table = _mine_distinct(reader, model, source, partner)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}")

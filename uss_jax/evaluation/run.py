@@ -268,9 +268,7 @@ def evaluate(suite: str, model_path: str, data: str, out: str, **options: Any) -
       options: of the suite.
     """
     if not out.endswith(".json") or pathlib.Path(out).name == ".json":
-        raise UserError(
-            f"--out {out}: results are JSON, with other files beside; name a .json file"
-        )
+        raise UserError(f"--out {out}: results are JSON, other files lie beside; name it *.json")
     if not pathlib.Path(out).absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder to write it to; make it first")
     model = Model(model_path)

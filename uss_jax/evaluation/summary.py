@@ -42,7 +42,7 @@ Summary = dict[str, Any]
 
 def without_silent(
     items: Sequence[Item], figures: dict[str, Figures]
-) -> tuple[list[Item], dict[str, Figures]]:
+) -> tuple[list[Item], dict[str, dict[str, np.ndarray]]]:
     """The items whose target is heard, with their figures: of others none is defined."""
     heard = np.isfinite(figures[MIXTURE]["sdr"])
     kept = [item for item, is_heard in zip(items, heard, strict=True) if is_heard]

@@ -25,7 +25,7 @@ def markdown_table(
 ) -> list[str]:
     """The lines of a Markdown table: the first column to the left, numbers to the right."""
     lines = [list(header), ["---", *["---:"] * (len(header) - 1)]]
-    lines += [[_cell(value) for value in row] for row in rows]
+    lines += [[_cell(value).replace("|", "\\|") for value in row] for row in rows]
     return [f"| {' | '.join(line)} |" for line in lines]
 
 

@@ -12,7 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from uss_jax.audio.files import AUDIO_SUFFIXES, audio_format, read_blocks, resample_blocks
+from uss_jax.audio.files import (
+    AUDIO_SUFFIXES,
+    audio_format,
+    read_blocks,
+    resample_blocks,
+    truncation,
+)
+from uss_jax.audio.files import find_recordings as recordings_below
 from uss_jax.checked_json import either, list_of, nothing, number, read_json, record, text
 from uss_jax.errors import UserError, one_line
 from uss_jax.ontology import load_ontology
@@ -25,6 +32,7 @@ from uss_jax.training.bundle import net_hash
 from uss_jax.training.model import Model
 
 _HEARD_SHOWN = 20
+_NAMED = 3
 # In a recording's folder while its files take their places.
 _UNFINISHED = ".unfinished"
 # What must be right in the report.json of an earlier run.
@@ -39,7 +47,9 @@ _SOUND = record(
     others=True,
 )
 _FINISHED = record(
-    {"made_of": text(), "sounds": list_of(_SOUND)}, {"threshold": number(0, 1)}, others=True
+    {"made_of": text(), "sounds": list_of(_SOUND)},
+    {"threshold": number(0, 1), "truncated": text()},
+    others=True,
 )
 _MOST_BYTES = 1 << 28  # hours of recordings have many segments
 
@@ -77,9 +87,9 @@ def find_recordings(
 ) -> list[Recording]:
     """The recordings that files, folders, patterns and lists name, each once.
 
-    Of folders these are all audio files below. A recording's place is its path as it was given,
-    without suffix; of an absolute path it is the name alone, behind the name of the folder that was
-    given and what lies between.
+    Of folders these are all audio files below; what else is there is reported. A recording's place
+    is its path as it was given, without suffix; of an absolute path it is the name alone, behind
+    the name of the folder that was given and what lies between.
 
     Args:
       words: files, folders and patterns.
@@ -112,10 +122,12 @@ def _named_by(word: str) -> list[pathlib.Path]:
     if word == "-":
         raise UserError("standard input cannot be separated; write it to a file and give that")
     if path.is_dir():
-        below = sorted(p for p in path.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
+        below, others = recordings_below(path)
         if not below:
             suffixes = ", ".join(sorted(AUDIO_SUFFIXES))
             raise UserError(f"{word} is a folder without audio files ({suffixes})")
+        if others:
+            print(f"{word}: {passed_over(others)}")
         return below
     if path.exists() or not glob.has_magic(word):
         return [path]  # a missing one is reported when its turn comes
@@ -123,6 +135,13 @@ def _named_by(word: str) -> list[pathlib.Path]:
     if not matches:
         raise UserError(f"no file matches {word}")
     return [found for match in matches for found in _named_by(glob.escape(match))]
+
+
+def passed_over(others: Sequence[pathlib.Path]) -> str:
+    """Says which files of a folder are no recordings by their names."""
+    names = ", ".join(path.name for path in others[:_NAMED])
+    more = ", ..." if len(others) > _NAMED else ""
+    return f"{len(others)} files that are no recordings passed over ({names}{more})"
 
 
 def _place(path: pathlib.Path, word: str) -> pathlib.PurePath:
@@ -213,13 +232,13 @@ def _separate_one(
     mark = folder / _UNFINISHED
     killed = mark.is_file() and mark.read_text() == digest
     replace = separator.settings.overwrite or killed
-    files = separator.make_room(plan, folder, replace=replace)
+    rooms = separator.make_room(plan, folder, replace=replace)
     folder.mkdir(parents=True, exist_ok=True)
     mark.write_text(digest)
     try:
-        made = separator.write(plan, files)
+        made = separator.write(plan, rooms)
     except UserError:
-        if not any(file.exists() for file in files.values()):
+        if not any(file.exists() for file in rooms.values()):
             mark.unlink()
         raise
     facts = recording_facts(
@@ -230,6 +249,8 @@ def _separate_one(
         threshold=getattr(query, "threshold", 0.0),
         settings=settings,
     )
+    if cut := truncation(path):
+        facts["truncated"] = cut
     write_report(folder, {**facts, "made_of": digest}, [(path.name, path), *made.files.items()])
     mark.unlink()
     return facts
@@ -256,6 +277,8 @@ def _remarks(facts: dict[str, Any]) -> Iterator[str]:
     """What a person should know of the sounds that were written."""
     if not facts["sounds"]:
         yield "none of the classes asked for is heard"
+    if why := facts.get("truncated"):
+        yield f"the recording is cut off ({why})"
     for sound in facts["sounds"]:
         if words := not_heard(sound, facts):
             yield f"{sound['name']}: {words}"

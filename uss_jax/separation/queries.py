@@ -8,7 +8,6 @@ import dataclasses
 import os
 import pathlib
 import unicodedata
-import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -16,8 +15,10 @@ import numpy as np
 from jaxtyping import Float, Float32
 
 from uss_jax.atomic import replacing
-from uss_jax.audio.files import read_mono
+from uss_jax.audio.files import find_recordings, read_mono
+from uss_jax.checked_npz import Column, read_npz
 from uss_jax.errors import UserError
+from uss_jax.models.query import KINDS
 from uss_jax.ontology import load_ontology, reference_tree
 from uss_jax.separation.separator import Target
 from uss_jax.training.model import Model
@@ -27,6 +28,8 @@ THRESHOLD = 0.2
 
 # The reference's: a frame of a tenth of a second is silent if no sample is above this.
 _SILENT_PEAK = 0.02
+# Below it, 80 dB under full scale, nothing sounds in a recording at all.
+_NOTHING = 1e-4
 _FRAMES_A_SECOND = 10
 _BATCH_SIZE = 8
 # Conditions are probabilities, activations or what an adaptor makes of them; a net's arithmetic
@@ -169,12 +172,27 @@ Query = Classes | Vectors
 
 
 def remove_silence(
-    waveform: Float32[np.ndarray, " t"], sample_rate: int
+    waveform: Float32[np.ndarray, " t"], sample_rate: int, silent_peak: float = _SILENT_PEAK
 ) -> Float32[np.ndarray, "_"]:
     """Drops the silent frames of 0.1 s, and what is left after the last whole frame."""
     frame = sample_rate // _FRAMES_A_SECOND
     frames = waveform[: len(waveform) // frame * frame].reshape(-1, frame)
-    return frames[np.abs(frames).max(axis=1) > _SILENT_PEAK].reshape(-1)
+    return frames[np.abs(frames).max(axis=1) > silent_peak].reshape(-1)
+
+
+def sounding(waveform: Float32[np.ndarray, " t"], sample_rate: int) -> Float32[np.ndarray, "_"]:
+    """Returns what sounds in an example: `remove_silence`, of quiet and short ones too.
+
+    In a quiet recording a frame is silent that stays 20 dB below the peak; a recording without a
+    whole frame that sounds is taken as it is. An offset is removed first: it is no sound.
+    """
+    if abs(offset := waveform.mean()) > _SILENT_PEAK / 2:
+        waveform = waveform - offset
+    peak = np.abs(waveform).max()
+    if peak < _NOTHING:
+        return waveform[:0]
+    heard = remove_silence(waveform, sample_rate, min(_SILENT_PEAK, peak / 10))
+    return heard if heard.size else waveform
 
 
 def recording_vector(
@@ -209,7 +227,7 @@ def vector_of_recordings(model: Model, path: str | os.PathLike) -> Float32[np.nd
 
     Args:
       model: gives the condition, `soft` or `embedding`.
-      path: a recording, or a folder of which every file is one. Wholly silent ones are passed over.
+      path: a recording, or a folder of them. Wholly silent ones are passed over.
     """
     if model.query.module.kind == "one_hot":
         raise UserError(
@@ -218,7 +236,7 @@ def vector_of_recordings(model: Model, path: str | os.PathLike) -> Float32[np.nd
         )
     vectors = []
     for file in _recordings(pathlib.Path(path)):
-        waveform = remove_silence(read_mono(file, model.sample_rate), model.sample_rate)
+        waveform = sounding(read_mono(file, model.sample_rate), model.sample_rate)
         if waveform.size:
             vectors.append(recording_vector(model, waveform))
     if not vectors:
@@ -229,10 +247,10 @@ def vector_of_recordings(model: Model, path: str | os.PathLike) -> Float32[np.nd
 def _recordings(path: pathlib.Path) -> list[pathlib.Path]:
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
-    if not files:
-        raise UserError(f"{path} is an empty folder; put recordings of the sound you want into it")
-    return files
+    found, _ = find_recordings(path)
+    if not found:
+        raise UserError(f"{path} holds no recording; put some of the sound you want into it")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,27 +322,31 @@ def require_npz(path: str | os.PathLike) -> None:
         raise UserError(f"{path}: name a query bank something.npz")
 
 
+_COLUMNS = {
+    "name": Column("U", "n"),
+    "vectors": Column("f4", "n d"),
+    "kind": Column("U"),
+    "net_hash": Column("U"),
+    "how": Column("U", optional=True),
+}
+
+
 def load_bank(path: str | os.PathLike) -> Bank:
     """Reads a bank, whatever model it was made with."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            bank = Bank(
-                name=tuple(stored["name"].tolist()),
-                vectors=np.asarray(stored["vectors"], np.float32),
-                kind=str(stored["kind"]),
-                net_hash=str(stored["net_hash"]),
-                how=str(stored["how"]) if "how" in stored else "",
-            )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        with open(path, "rb") as file:
+            stored = read_npz(file, _COLUMNS)
+        texts = {key: str(stored.get(key, "")) for key in ("kind", "net_hash", "how")}
+        if texts["kind"] not in KINDS:
+            raise ValueError(f"it is of kind {texts['kind'][:20]!r}, expected {', '.join(KINDS)}")
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read as a query bank ({error}); it needs the arrays name, vectors, "
             "kind and net_hash, as `uss-jax query make` writes them"
         ) from error
-    if bank.vectors.ndim != 2 or len(bank.vectors) != len(bank.name):
-        raise UserError(
-            f"{path} holds vectors of shape {bank.vectors.shape} for {len(bank.name)} names; make "
-            "it again"
-        )
+    bank = Bank(tuple(stored["name"].tolist()), stored["vectors"], **texts)
+    if not bank.name:
+        raise UserError(f"{path} holds no vector; make it again")
     if twice := [name for name in bank.name if bank.name.count(name) > 1]:
         raise UserError(f'{path} holds two vectors called "{twice[0]}"; make it again')
     return bank

@@ -17,12 +17,12 @@ from jax.sharding import Mesh
 from jaxtyping import Float32
 from tqdm import tqdm
 
+from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
 from uss_jax.audio.files import (
-    SAMPLE_RATES,
     Format,
     audio_format,
+    check_scale,
     read_blocks,
-    require_scale,
     resample,
     resample_blocks,
     resampled_length,
@@ -263,7 +263,7 @@ class Separator:
         """Separates the planned targets into their files, each of which appears whole."""
         form, subtype = plan.form, self.settings.subtype
         energy = np.zeros(len(files))
-        clipped, done = np.zeros(len(files), np.int64), 0
+        done = 0
         with contextlib.ExitStack() as stack:
             writers = [stack.enter_context(writing_audio(f, form, subtype)) for f in files.values()]
             progress = tqdm(
@@ -276,13 +276,14 @@ class Separator:
             )
             stack.enter_context(progress)
             for mixture, estimates in self._pieces(plan):
-                clipped += [write(e) for write, e in zip(writers, estimates, strict=True)]
+                for write, estimate in zip(writers, estimates, strict=True):
+                    write(estimate)
                 energy += np.square(estimates, dtype=np.float64).sum(axis=(1, 2))
                 done += mixture.shape[1]
                 progress.update(mixture.shape[1] / form.sample_rate)
         count = done * form.channels
         rms = dict(zip(files, np.sqrt(energy / count).tolist(), strict=True))
-        shares = dict(zip(files, (clipped / count).tolist(), strict=True))
+        shares = {f: writer.clipped / count for f, writer in zip(files, writers, strict=True)}
         return Separated(form, files, plan.targets, rms, shares, plan.probabilities)
 
     def _pieces(
@@ -333,20 +334,23 @@ def as_waveform(given: Any) -> Float32[np.ndarray, "*c t"]:
             f"a waveform of shape {array.shape} has more channels than samples; it must be "
             "[channels, samples], so transpose it"
         )
-    if not np.isfinite(array).all():
-        raise UserError("the waveform has a sample that is not a number")
-    require_scale(float(np.abs(array).max()), "the waveform")
-    return array.astype(np.float32)
+    with np.errstate(over="ignore"):  # what overflows is refused
+        array = array.astype(np.float32)
+    try:
+        check_scale(array)
+    except ValueError as error:
+        raise UserError(f"the waveform {error}") from None
+    return array
 
 
 def require_rate(sample_rate: Any) -> int:
     """Returns a sample rate as a whole number of Hz; a UserError where it is none."""
-    is_number = isinstance(sample_rate, numbers.Real)
-    if is_number and SAMPLE_RATES[0] <= sample_rate <= SAMPLE_RATES[1] and sample_rate % 1 == 0:
+    is_whole = isinstance(sample_rate, numbers.Real) and sample_rate % 1 == 0
+    if is_whole and LOWEST_SAMPLE_RATE <= sample_rate <= HIGHEST_SAMPLE_RATE:
         return int(sample_rate)
     raise UserError(
-        f"a sample rate of {sample_rate!r} is not a whole number of Hz from {SAMPLE_RATES[0]:,} to "
-        f"{SAMPLE_RATES[1]:,}"
+        f"the sample rate is {sample_rate!r}, expected a whole number of Hz from "
+        f"{LOWEST_SAMPLE_RATE} to {HIGHEST_SAMPLE_RATE}"
     )
 
 

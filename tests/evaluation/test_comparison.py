@@ -114,7 +114,7 @@ def test_files_of_others_do_not_matter(runs, capsys):
     shutil.copytree(runs / "b", strange)
     assert main(["compare", str(runs / "a"), str(strange), "--out", str(runs / "t.md")]) == 0
     assert "two\\nlines | c" in capsys.readouterr().out
-    first = next(line for line in (runs / "t.md").read_text().splitlines() if "figure" in line)
+    first = next(line for line in (runs / "t.md").read_text().splitlines() if "| figure" in line)
     assert first.count("|") - first.count("\\|") == 8
 
 

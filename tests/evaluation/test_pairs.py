@@ -211,6 +211,15 @@ def test_silent_targets_are_left_out_and_counted(place, tmp_path, capsys):
     assert len(list((tmp_path / "examples_pairs").glob("*.png"))) == 2
 
 
+@pytest.mark.parametrize("partner", ["²", "999", "-1", "9" * 5000, "x"])
+def test_a_partner_that_is_no_class_is_refused(place, tmp_path, partner):
+    shutil.copytree(place / "pairs", tmp_path / "pairs")
+    rows = f"file,partner_class_index\nclass_id={DOG}/1,{partner}\n"
+    (tmp_path / "pairs/manifest.csv").write_text(rows)
+    with pytest.raises(UserError, match="partner_class_index of class_id=74/1 is none from 0"):
+        find_pairs(tmp_path / "pairs")
+
+
 def test_nothing_but_silent_targets_is_refused(place, tmp_path, capsys):
     (tmp_path / "pairs/class_id=0").mkdir(parents=True)
     write_wav(tmp_path / "pairs/class_id=0/0.source.wav", 0 * noise(0, 0.5)[None], RATE)

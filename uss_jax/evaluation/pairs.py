@@ -86,8 +86,8 @@ def find_pairs(directory: str | os.PathLike) -> list[Pair]:
             other = said.get("partner_class_index") or None
             if other is not None and (other := _class_index(other)) is None:
                 raise UserError(
-                    f"{directory / MANIFEST}: the partner_class_index of {said['file']} is no class "
-                    "index from 0 to 526; make the pairs again"
+                    f"{directory / MANIFEST}: the partner_class_index of {said['file']} is none "
+                    "from 0 to 526; make the pairs again"
                 )
             pairs.append(
                 Pair(

@@ -24,9 +24,9 @@ def markdown_table(
     header: Sequence[str], rows: Sequence[Sequence[str | int | float | None]]
 ) -> list[str]:
     """The lines of a Markdown table: the first column to the left, numbers to the right."""
-    lines = [list(header), ["---", *["---:"] * (len(header) - 1)]]
-    lines += [[_cell(value).replace("|", "\\|") for value in row] for row in rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
+    cells = [[_cell(value).replace("|", "\\|") for value in row] for row in (header, *rows)]
+    cells.insert(1, ["---", *["---:"] * (len(header) - 1)])
+    return [f"| {' | '.join(line)} |" for line in cells]
 
 
 def _cell(value: str | int | float | None) -> str:

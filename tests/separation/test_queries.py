@@ -5,6 +5,7 @@ import pytest
 import soundfile
 
 from tests import tiny
+from uss_jax.audio.files import mono, read_mono
 from uss_jax.cli.main import main
 from uss_jax.errors import UserError
 from uss_jax.separation.queries import (
@@ -13,8 +14,12 @@ from uss_jax.separation.queries import (
     Vectors,
     load_bank,
     name_of_examples,
+    remove_silence,
+    sounding,
+    vector_of_recordings,
     write_bank,
 )
+from uss_jax.separation.separator import tag_segments
 from uss_jax.training.model import Model
 
 
@@ -81,6 +86,58 @@ def test_every_sound_of_a_bank_gets_a_file(tmp_path):
     assert {p.stem for p in (tmp_path / "out/street").glob("*.wav")} == set(names)
     assert main([*words, "--out", str(tmp_path / "one"), "--classes", "狗"]) == 0
     assert [p.stem for p in (tmp_path / "one/street").glob("*.wav")] == ["狗"]
+
+
+def examples():
+    click = np.zeros(tiny.RATE, np.float32)
+    click[100:500] = tiny.noise(0, 0.05, amplitude=0.3)
+    quiet = np.concatenate([tiny.noise(1, 0.5, amplitude=1e-4), tiny.tone(900, 0.5, 0.018)])
+    return {
+        "quiet": quiet,  # below the reference's threshold of 0.02
+        "short": tiny.noise(2, 0.05),
+        "click": click,
+        "click at the end": np.append(np.zeros(tiny.RATE, np.float32), tiny.noise(3, 0.05)),
+        "offset": tiny.tone(500, 0.5) * np.repeat([0, 1], tiny.RATE // 4).astype("f4") + 0.4,
+        "opposed": np.stack([tiny.noise(4, 0.5), -tiny.noise(4, 0.5)]),
+    }
+
+
+@pytest.mark.parametrize("name", examples())
+def test_examples_of_every_level_and_length_are_heard(tmp_path, name):
+    waveform = examples()[name]
+    soundfile.write(tmp_path / "x.wav", waveform.T, tiny.RATE, subtype="FLOAT")
+    heard = sounding(read_mono(tmp_path / "x.wav", tiny.RATE), tiny.RATE)
+    assert heard.size
+    assert np.abs(heard - heard.mean()).max() > 0.01
+    if name in ("quiet", "offset"):  # the silent half is dropped
+        assert heard.size == tiny.RATE // (2 if name == "quiet" else 4) // 800 * 800
+        assert abs(heard.mean()) < 0.01
+
+
+@pytest.mark.parametrize("level", [0.0, 0.5, -1.0])
+def test_a_constant_is_silence(tmp_path, level):
+    constant = np.full(tiny.RATE, level, np.float32)
+    assert sounding(constant, tiny.RATE).size == 0
+    soundfile.write(tmp_path / "x.wav", constant, tiny.RATE, subtype="FLOAT")
+    model = Model(tiny.write_separator(tmp_path / "model"))
+    with pytest.raises(UserError, match="nothing but silence"):
+        vector_of_recordings(model, tmp_path / "x.wav")
+
+
+def test_ordinary_examples_are_cut_as_the_reference_does():
+    waveform = np.concatenate([tiny.noise(0, 0.5), tiny.noise(1, 0.5, amplitude=0.002)])
+    np.testing.assert_array_equal(
+        sounding(waveform, tiny.RATE), remove_silence(waveform, tiny.RATE)
+    )
+
+
+def test_channels_that_cancel_are_heard_by_the_tagging_net(tmp_path):
+    model = Model(tiny.write_separator(tmp_path / "model"))
+    one = tiny.noise(0, 0.5)[None]
+    alone = tag_segments(model, iter([one]))
+    np.testing.assert_array_equal(tag_segments(model, iter([np.concatenate([one, -one])])), alone)
+    beside = np.concatenate([one, 0.5 * one])
+    np.testing.assert_allclose(mono(beside), 0.75 * one[0], atol=1e-7)
 
 
 def test_a_bank_with_a_name_twice_is_refused(tmp_path):

@@ -218,6 +218,14 @@ def test_estimates_that_are_not_finite_are_refused(model, tmp_path, monkeypatch)
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_flac_of_many_channels_is_refused_before_anything_is_written(model, tmp_path):
+    path = recording(tmp_path / "in.wav", channels=16, seconds=0.2)
+    separator = Separator(model, Settings(suffix=".flac", subtype="PCM_24"))
+    with pytest.raises(UserError, match="has 16 channels, a FLAC file holds 8; give --format wav"):
+        separator.separate_file(path, tmp_path / "out", vectors(model, 1))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_vector_of_the_wrong_width(model):
     query = Vectors({"x": np.zeros(3, np.float32)})
     with pytest.raises(UserError, match="has 3 values"):

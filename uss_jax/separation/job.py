@@ -180,6 +180,10 @@ def separate_all(
     run = _digest_of_run(separator, query, settings)
     taken: dict[pathlib.PurePath, pathlib.Path] = {}
     unheard = earlier = 0
+    rate = separator.model.sample_rate
+    print(
+        f"{separator.model.path} works at {rate} Hz: its sounds hold nothing above {rate // 2} Hz"
+    )
 
     def separate(recording: Recording) -> None:
         nonlocal unheard, earlier
@@ -192,7 +196,7 @@ def separate_all(
             )
         folder = pathlib.Path(out) / recording.place
         digest = _digest_of_recording(run, recording.path)
-        facts = _finished(folder, digest)
+        facts = finished_facts(folder, digest)
         if facts is None:
             facts = _separate_one(separator, recording.path, folder, query, settings, digest)
             print(f"{recording.path}: {len(facts['sounds'])} sounds in {folder}, see report.html")
@@ -311,7 +315,7 @@ def _digest_of_recording(run: str, path: pathlib.Path) -> str:
     return hashlib.sha256(f"{run} {about.st_size} {about.st_mtime_ns}".encode()).hexdigest()
 
 
-def _finished(folder: pathlib.Path, digest: str) -> dict[str, Any] | None:
+def finished_facts(folder: pathlib.Path, digest: str) -> dict[str, Any] | None:
     """What an earlier run has written of the same, if all of it is there."""
     try:
         with open(folder / REPORT, "rb") as file:

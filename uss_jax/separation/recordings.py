@@ -42,6 +42,7 @@ from uss_jax.training.mesh import make_mesh
 from uss_jax.training.model import Model
 
 RESIDUAL = "residual"
+_FLAC_CHANNELS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +221,11 @@ class Separator:
     def plan(self, path: str | os.PathLike, query: Query) -> Plan:
         """Finds what to separate in a recording; reads it once where the query needs tags."""
         form = audio_format(path)
+        if self.settings.suffix == ".flac" and form.channels > _FLAC_CHANNELS:
+            raise UserError(
+                f"{path} has {form.channels} channels, a FLAC file holds {_FLAC_CHANNELS}; give "
+                "--format wav"
+            )
 
         def blocks() -> Iterator[np.ndarray]:
             return resample_blocks(read_blocks(path), form.sample_rate, self.model.sample_rate)
@@ -317,7 +323,10 @@ def as_waveform(given: Any) -> Float32[np.ndarray, "*c t"]:
       UserError: another type or shape, more channels than samples, a sample that is not finite, or
         one beyond what audio in [-1, 1] can plausibly hold.
     """
-    array = np.asarray(given)
+    try:
+        array = np.asarray(given)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"the waveform is no array of samples ({error})") from error
     if array.dtype in (np.int8, np.int16, np.int32):
         array = array / np.float64(-np.iinfo(array.dtype).min)
     elif array.dtype.kind != "f":

@@ -164,6 +164,17 @@ def test_a_place_is_the_path_as_given_whatever_the_other_files(recordings, monke
     (recordings / "日本 語.wav").touch()
     (recordings / "take.1").touch()
     assert places(["日本 語.wav", "take.1"]) == ["日本 語", "take.1"]
+    (recordings / "a[1].wav").touch()
+    assert places(["a[1].wav"]) == places(["*1*.wav"]) == ["a[1]"]
+    assert places(["mor*"]) == ["more/a"]
+
+
+def test_what_is_passed_over_is_named(recordings, capsys):
+    (recordings / "._a.wav").touch()
+    (recordings / "Thumbs.db").touch()
+    assert len(find_recordings([str(recordings)])) == 3
+    said = capsys.readouterr().out
+    assert said == f"{recordings}: 1 files that are no recordings passed over (notes.txt)\n"
 
 
 def test_lists_of_recordings(recordings, monkeypatch, tmp_path):

@@ -118,23 +118,26 @@ def _listed(lists: Sequence[str | os.PathLike]) -> Iterator[str]:
 
 
 def _named_by(word: str) -> list[pathlib.Path]:
-    path = pathlib.Path(word)
     if word == "-":
         raise UserError("standard input cannot be separated; write it to a file and give that")
-    if path.is_dir():
-        below, others = recordings_below(path)
-        if not below:
-            suffixes = ", ".join(sorted(AUDIO_SUFFIXES))
-            raise UserError(f"{word} is a folder without audio files ({suffixes})")
-        if others:
-            print(f"{word}: {passed_over(others)}")
-        return below
-    if path.exists() or not glob.has_magic(word):
+    matches = [word]
+    if glob.has_magic(word) and not os.path.lexists(word):
+        matches = sorted(glob.glob(word, recursive=True))
+        if not matches:
+            raise UserError(f"no file matches {word}")
+    return [path for match in matches for path in _recordings_at(pathlib.Path(match))]
+
+
+def _recordings_at(path: pathlib.Path) -> list[pathlib.Path]:
+    if not path.is_dir():
         return [path]  # a missing one is reported when its turn comes
-    matches = sorted(glob.glob(word, recursive=True))
-    if not matches:
-        raise UserError(f"no file matches {word}")
-    return [found for match in matches for found in _named_by(glob.escape(match))]
+    below, others = recordings_below(path)
+    if not below:
+        suffixes = ", ".join(sorted(AUDIO_SUFFIXES))
+        raise UserError(f"{path} is a folder without audio files ({suffixes})")
+    if others:
+        print(f"{path}: {passed_over(others)}")
+    return below
 
 
 def passed_over(others: Sequence[pathlib.Path]) -> str:

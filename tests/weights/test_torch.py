@@ -111,12 +111,12 @@ def test_golden_separator_fills_every_leaf(layout, fields):
 
 
 def empty_arrays(rows):
-    """Arrays of the right shapes: formulas are real, all else is uninitialised."""
+    """Arrays of the right shapes: formulas are real, all else is zero."""
     formulas = ("stft.conv_real.weight", "melW")
     return {
         row["name"]: fixed_buffer(tuple(row["shape"]), *row["kind"].split(":"))
         if row["name"].endswith(formulas) and "istft" not in row["name"]
-        else np.empty(row["shape"], row["dtype"])
+        else np.zeros(row["shape"], row["dtype"])
         for row in rows
     }
 

@@ -188,7 +188,7 @@ def sounding(waveform: Float32[np.ndarray, " t"], sample_rate: int) -> Float32[n
     """
     if abs(offset := waveform.mean()) > _SILENT_PEAK / 2:
         waveform = waveform - offset
-    peak = np.abs(waveform).max()
+    peak = float(np.abs(waveform).max())
     if peak < _NOTHING:
         return waveform[:0]
     heard = remove_silence(waveform, sample_rate, min(_SILENT_PEAK, peak / 10))

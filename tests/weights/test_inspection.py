@@ -61,8 +61,9 @@ def test_records_tables_and_banks(tmp_path):
     assert index.digest in text
 
     columns = {name: np.zeros((3, 1) if "k" in of.shape else 3) for name, of in COLUMNS.items()}
-    keys = ("sed_hash", "index_digest", "sample_rate", "segment_samples", "clip_samples")
-    write_table(tmp_path / "anchors.npz", dict.fromkeys(keys, 12), columns)
+    header = {"sed_hash": "a", "index_digest": "b", "sample_rate": RATE}
+    header |= {"segment_samples": 12, "clip_samples": 12}
+    write_table(tmp_path / "anchors.npz", header, columns)
     assert inspect(tmp_path / "anchors.npz")[0].endswith("anchor table, 3 rows")
 
     write_bank(tmp_path / "b.npz", Bank(("Dog",), np.zeros((1, 6)), "embedding", "abc", "by hand"))

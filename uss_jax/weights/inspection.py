@@ -140,7 +140,7 @@ def _history(path: pathlib.Path, config: dict[str, Any]) -> Iterator[str]:
 _METRICS = record({"step": whole(0, 1 << 53)}, others=True)
 
 
-def _last_metrics(path: pathlib.Path) -> dict[str, float] | None:
+def _last_metrics(path: pathlib.Path) -> dict[str, int | float] | None:
     """The last whole line of a run's metrics; what a kill has left of another is passed over."""
     with path.open("rb") as file:
         file.seek(max(file.seek(0, 2) - _TAIL_BYTES, 0))

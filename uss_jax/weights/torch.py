@@ -350,7 +350,7 @@ def _wrong_formulas(net: Net, fields: Fields, state_dict: StateDict) -> Iterator
 def _is_rounded(array: np.ndarray, expected: np.ndarray) -> bool:
     """Whether an array is another one in its own precision, which may once have been half."""
     tolerance = np.full(expected.shape, 1e-4)
-    for dtype, rounding in ((np.float16, 2**-11), (jnp.bfloat16, 2**-9)):
+    for dtype, rounding in ((np.float16, 2**-11), (jnp.bfloat16, 2**-8)):
         with np.errstate(over="ignore"):  # then it is another array
             is_half = np.array_equal(array.astype(dtype).astype(array.dtype), array)
         if is_half:

@@ -47,8 +47,8 @@ step "Mixtures of recordings it never heard" make-pairs --records "$records" --s
 step "How well it gives their sources back" evaluate pairs --model "$runs/separator" \
     --data "$runs/pairs" --train-records "$records" --bank "$runs/classes.npz" \
     --examples 3 --out-dir out --out out/results.json
-mixture="$(ls out/example2_*_mixture.wav)"
-class="${mixture#out/example2_}"
+mixture="$(ls "$PWD"/out/example2_*_mixture.wav)"
+class="${mixture##*/example2_}"
 step "One of these mixtures, asked for what sounds in it" separate "$mixture" \
     --model "$runs/separator" --query "$runs/classes.npz" --classes "${class%_mixture.wav}" \
     --residual --overwrite --out out/separated

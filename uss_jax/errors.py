@@ -1,5 +1,7 @@
 """The exceptions that the command line turns into a sentence and an exit status."""
 
+import unicodedata
+
 
 class UserError(Exception):
     """Bad input, said in one sentence: what was wrong with which file or key, and what to do.
@@ -26,3 +28,24 @@ class Stopped(Exception):
     The command line prints the sentence and exits with 143, as a process does that SIGTERM ends:
     schedulers then start it again.
     """
+
+
+class NotHeard(Exception):
+    """All was written, but a sound that was asked for by its class is not heard in a recording.
+
+    The command line prints the sentence and exits with 3, so that a script can tell.
+    """
+
+
+def one_line(text: str) -> str:
+    """Returns a text that prints on one line and can be written as UTF-8.
+
+    Control characters become escapes such as "\\n", and so do bytes of a file name that are not
+    UTF-8, which Python holds as surrogates.
+    """
+    return "".join(
+        character
+        if character.isprintable() or unicodedata.category(character) == "Zs"
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )

@@ -38,6 +38,11 @@ class Node:
     restrictions: tuple[str, ...]
 
 
+def whole_number(text: str) -> int | None:
+    """The number that ASCII digits mean, up to nine of them; None for any other text."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Ontology:
     """All nodes with all their parents; mids, names and class indexes lead to each other."""
@@ -82,9 +87,8 @@ class Ontology:
     def resolve(self, label: str) -> int:
         """The class index of a label: a name or mid in any case, or an index written as text."""
         text = label.strip()
-        is_index = text.isascii() and text.isdigit() and len(text) < 10
-        if is_index and int(text) < len(self.class_mids):
-            return int(text)
+        if (index := whole_number(text)) is not None and index < len(self.class_mids):
+            return index
         node = self._by_label.get(text.casefold())
         if node is None:
             text = text if len(text) <= _LABEL_SHOWN else f"{text[:_LABEL_SHOWN]}..."

@@ -116,9 +116,9 @@ def anchors_batch(batch: int, samples: int, from_table: bool) -> dict[str, Any]:
 def training_job(dtype: str, precision: str, batch: int, on_cpu: bool, shapes: bool = False) -> Job:
     """A training step of the separator alone: mixing, separation, loss, update."""
     import jax
-    from uss_jax.precision import at_precision
 
     from uss_jax.models.query import QueryNet
+    from uss_jax.precision import at_precision
 
     net, optimizer, state = separator_and_state(dtype, on_cpu, shapes)
     step = separation_step(net, optimizer, None, QueryNet(None, "one_hot"), batch)
@@ -145,9 +145,9 @@ def taggers(on_cpu: bool) -> tuple[Any, Any, Any, Any]:
 def whole_job(dtype: str, batch: int, on_cpu: bool) -> Job:
     """A whole step: detector on 10 s, mixing, query net, separation, loss, update."""
     import jax
-    from uss_jax.precision import at_precision
 
     from uss_jax.models.query import QueryNet
+    from uss_jax.precision import at_precision
 
     sed, sed_variables, tagger, variables = taggers(on_cpu)
     net, optimizer, state = separator_and_state(dtype, on_cpu)
@@ -163,6 +163,7 @@ def inference_job(dtype: str, batch: int, on_cpu: bool) -> Job:
     """Separation of segments."""
     import jax
     import jax.numpy as jnp
+
     from uss_jax.precision import at_precision
 
     net, _, state = separator_and_state(dtype, on_cpu)

@@ -1,4 +1,6 @@
+import hashlib
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from tests.weights.test_torch import (
     tagger_variables,
 )
 from uss_jax.audio.mel import mel_matrix
+from uss_jax.cli import convert
 from uss_jax.cli.main import main
 from uss_jax.training.bundle import read_bundle
 from uss_jax.weights.torch import LIGHTNING_PREFIXES, state_dict_of
@@ -28,8 +31,8 @@ def save(path, state_dict, key="model"):
     return str(path)
 
 
-def tagger_state_dict(seed):
-    return state_dict_of("query", TAGGER_FIELDS, tagger_variables(seed=seed))
+def tagger_state_dict(seed, fields=TAGGER_FIELDS):
+    return state_dict_of("query", fields, tagger_variables(fields, seed=seed))
 
 
 def lightning_state_dict(condition_width=TAGGER_FIELDS["classes"]):
@@ -91,7 +94,9 @@ def test_published_panns_names_become_query_and_detector_of_one_bundle(tmp_path)
     assert run(tagging, detector, tmp_path / "panns") == 0
     bundle = read_bundle(tmp_path / "panns")
     assert bundle.config["kind"] == "tagger"
-    assert "CC BY 4.0" in bundle.config["licence"]
+    # Files of these names are not the published ones.
+    assert "not known: as the source of Cnn14_mAP=0.431.pth (MD5 " in bundle.config["licence"]
+    assert "CC BY 4.0" not in bundle.config["licence"]
     assert_same_tree(bundle.variables("query"), tagger_variables(seed=1))
     assert_same_tree(bundle.sed()[1], tagger_variables(seed=2))
 
@@ -112,6 +117,27 @@ def test_a_separator_alone_becomes_a_bundle(tmp_path):
     )
     assert run(source, tmp_path / "bundle") == 0
     assert_same_tree(read_bundle(tmp_path / "bundle").separator()[1], separator_variables())
+
+
+def test_the_licence_of_a_published_file_is_known_by_its_hash(tmp_path, monkeypatch):
+    source = save(tmp_path / "mine.pth", tagger_state_dict(1))
+    digest = hashlib.md5(pathlib.Path(source).read_bytes()).hexdigest()
+    monkeypatch.setitem(convert._LICENCES, digest, "CC BY 4.0")
+    assert run(source, tmp_path / "bundle", "--kind", "cnn14") == 0
+    assert read_bundle(tmp_path / "bundle").config["licence"] == "CC BY 4.0"
+
+
+def test_a_net_of_other_classes_is_refused(tmp_path, capsys):
+    fields = {**TAGGER_FIELDS, "classes": 50}
+    source = save(tmp_path / "Cnn14_mAP=0.431.pth", tagger_state_dict(1, fields))
+    assert run(source, tmp_path / "bundle") == 1
+    assert "query tells 50 classes; " in capsys.readouterr().err
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_kind_has_no_effect_on_a_bundle(tmp_path, capsys):
+    assert run(tmp_path, tmp_path / "back.ckpt", "--kind", "uss") == 1
+    assert "--kind has no effect" in capsys.readouterr().err
 
 
 def test_a_tagging_net_of_unknown_kind_is_asked_for(tmp_path, capsys):

@@ -84,7 +84,7 @@ def test_levels_classes_and_mining_with_htsat(place, tmp_path):
     words = ["separate", str(place / "street.wav"), "--model", str(place / "htsat")]
     words += ["--threshold", "0.0", "--out"]
     assert main([*words, str(tmp_path / "levels"), "--levels", "1"]) == 0
-    assert len(list((tmp_path / "levels/street/level_1").iterdir())) == 7
+    assert len(list((tmp_path / "levels/street/level=1").iterdir())) == 7
     assert main([*words, str(tmp_path / "classes"), "--classes", "Dog"]) == 0
     table = str(tmp_path / "anchors.npz")
     mine = ["mine", "--records", str(place / "records"), "--split", "train", "--out", table]

@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 
 import pytest
 
@@ -69,6 +71,52 @@ def test_figures_of_other_classes_are_not_passed_off_as_comparable(runs, capsys)
     assert main(["compare", str(runs / "a"), "--out", str(out)]) == 0
     assert f"not to be compared:\n  {unlike[0]}\n" in capsys.readouterr().out
     assert f"Not to be compared:\n\n    {unlike[0]}\n" in out.read_text()
+
+
+def test_results_of_other_classes_have_rows_of_their_own(runs):
+    few = {"group": "all", "sdri": 7.0, "classes": {"number": 32}}
+    average = {"group": "all", "sdri": 5.0, "classes": {"number": 32}}
+    _write(runs / "a" / "pairs.json", "pairs", oracle=few, class_average=average)
+    _, rows, _, _ = compare([runs / "a", runs / "b"])
+    assert rows[0] == ["AudioSet, 527 classes", "SDRi, dB", "class average", None, None, 5.57, 7.74]
+    assert rows[1] == ["", "SDRi, dB", "oracle", None, 6.5, None, None]
+    own = "pairs, 32 classes of your own"
+    assert rows[2] == [own, "SDRi, dB", "class average", 5.0, None, None, None]
+    assert rows[3] == ["", "SDRi, dB", "oracle", 7.0, None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"suite": 3, "rows": []}, "suite is 3, expected a text"),
+        ({"suite": "pairs", "rows": {}}, "rows is an object of 0, expected a list"),
+        ({"suite": "pairs", "rows": [7]}, "rows[0] is 7"),
+        ({"suite": "pairs", "rows": [{"sdri": "good"}]}, "rows[0].sdri is 'good'"),
+        ({"suite": "pairs", "rows": [{"sdri": float("nan")}]}, "rows[0].sdri is nan"),
+        ({"suite": "pairs", "rows": [{"classes": 32}]}, "rows[0].classes is 32"),
+        ({"suite": "pairs", "rows": [{"classes": {"number": "x"}}]}, "classes.number is 'x'"),
+    ],
+)
+def test_malformed_results_are_one_sentence(runs, capsys, content, said):
+    (runs / "a" / "pairs.json").write_text(json.dumps(content))
+    assert main(["compare", str(runs / "a")]) == 1
+    printed = capsys.readouterr().err
+    assert f"a/pairs.json: {said}" in printed or said in printed
+    assert printed.endswith("evaluate again, or remove it\n")
+
+
+def test_files_of_others_do_not_matter(runs, capsys):
+    (runs / "a" / "dangling.json").symlink_to(runs / "nothing")
+    os.mkfifo(runs / "a" / "pipe.json")
+    (runs / "a" / "deep.json").write_text("[" * 100_000)
+    (runs / "a" / "bytes.json").write_bytes(b"\xff\xfe")
+    (runs / "a" / "list.json").write_text("[1]")
+    strange = runs / "two\nlines | c"
+    shutil.copytree(runs / "b", strange)
+    assert main(["compare", str(runs / "a"), str(strange), "--out", str(runs / "t.md")]) == 0
+    assert "two\\nlines | c" in capsys.readouterr().out
+    first = next(line for line in (runs / "t.md").read_text().splitlines() if "| figure" in line)
+    assert first.count("|") - first.count("\\|") == 8
 
 
 def test_the_newest_results_of_a_suite_count(runs):

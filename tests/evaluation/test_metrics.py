@@ -14,6 +14,7 @@ from uss_jax.evaluation.metrics import (
     average_precision,
     class_medians,
     d_prime,
+    is_silent,
     per_class,
     roc_auc,
     sdr,
@@ -67,6 +68,15 @@ def test_silence_gives_numbers():
     assert float(si_sdr(zero, zero)) == pytest.approx(-100)
     assert float(si_sdr(s, s)) == pytest.approx(100)
     assert float(sdr(s, zero)) == 0
+
+
+def test_a_silent_reference_has_no_figures():
+    s, zero = _noise(1), jnp.zeros(4000, jnp.float32)
+    batch = jnp.stack([zero, s, 1e-6 * s])
+    figures = separation_figures(batch, jnp.stack([s] * 3), batch + _noise(2))
+    for name, of in figures.items():
+        assert np.isnan(of).tolist() == [True, False, True], name
+    np.testing.assert_array_equal(is_silent(np.asarray(batch)), [True, False, True])
 
 
 def test_half_the_mixture_of_equal_energies_gains_three_decibels():

@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from uss_jax.errors import UserError
 from uss_jax.evaluation import scoring
 from uss_jax.evaluation.averages import class_averages, file_averages
 from uss_jax.evaluation.pairs import find_pairs, sources_by_class
+from uss_jax.evaluation.run import sibling
 from uss_jax.evaluation.scoring import (
     AVERAGE,
     CLASS,
@@ -182,6 +184,68 @@ def test_what_another_model_has_left_is_not_used(place, tmp_path):
     pairs = find_pairs(place / "pairs")
     figures, _ = score(Model(place / "soft"), pairs, unfinished=unfinished)
     assert np.isfinite(figures[ORACLE]["sdr"]).all()
+
+
+def test_silent_targets_are_left_out_and_counted(place, tmp_path, capsys):
+    """Also where they are all of a class, and where files of averages are silent."""
+    folder = tmp_path / "pairs"
+    shutil.copytree(place / "pairs", folder)
+    silence = np.zeros((1, RATE // 2), np.float32)
+    for label, name in ((SPEECH, "1"), (DOG, "9"), (BARK, "0")):
+        (folder / f"class_id={label}").mkdir(exist_ok=True)
+        write_wav(folder / f"class_id={label}/{name}.source.wav", silence, RATE)
+        write_wav(folder / f"class_id={label}/{name}.mixture.wav", noise(1, 0.5)[None], RATE)
+    kept = tmp_path / "kept"
+    shutil.copytree(folder, kept, ignore=shutil.ignore_patterns("9.*", f"class_id={BARK}"))
+    for path in (kept / f"class_id={SPEECH}").glob("1.*"):
+        path.unlink()
+    results = {}
+    for data in (folder, kept):
+        out = str(tmp_path / f"{data.name}.json")
+        words = ["--model", place / "soft", "--train-pairs", data, "--out", out]
+        words += ["--examples", "2", "--out-dir", tmp_path / f"examples_{data.name}"]
+        assert main(["evaluate", "pairs", "--data", str(data), *map(str, words)]) == 0
+        results[data.name] = json.loads((tmp_path / f"{data.name}.json").read_text())
+    assert "left out: 3 whose target is silent" in capsys.readouterr().out
+    assert "left out: 3" in (tmp_path / "pairs.md").read_text()
+    assert results["pairs"].pop("silent_targets") == 3
+    assert results["kept"].pop("silent_targets") == 0
+    for key in ("sdr", "sdri"):
+        assert results["pairs"][key] == pytest.approx(results["kept"][key], abs=1e-3), key
+    unshuffled = [[r for r in of["rows"] if r["query"] != SHUFFLED] for of in results.values()]
+    for one, other in zip(*unshuffled, strict=True):
+        assert one["pairs"] == other["pairs"]
+        assert one["classes"]["number"] == other["classes"]["number"]
+        assert one["plain_mean"] == pytest.approx(other["plain_mean"], abs=1e-3)
+    assert len(list((tmp_path / "examples_pairs").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize("partner", ["²", "999", "-1", "9" * 5000, "x"])
+def test_a_partner_that_is_no_class_is_refused(place, tmp_path, partner):
+    shutil.copytree(place / "pairs", tmp_path / "pairs")
+    rows = f"file,partner_class_index\nclass_id={DOG}/1,{partner}\n"
+    (tmp_path / "pairs/manifest.csv").write_text(rows)
+    with pytest.raises(UserError, match="partner_class_index of class_id=74/1 is none from 0"):
+        find_pairs(tmp_path / "pairs")
+
+
+def test_nothing_but_silent_targets_is_refused(place, tmp_path, capsys):
+    (tmp_path / "pairs/class_id=0").mkdir(parents=True)
+    write_wav(tmp_path / "pairs/class_id=0/0.source.wav", 0 * noise(0, 0.5)[None], RATE)
+    write_wav(tmp_path / "pairs/class_id=0/0.mixture.wav", noise(0, 0.5)[None], RATE)
+    words = ["--model", place / "soft", "--data", tmp_path / "pairs", "--out", tmp_path / "r.json"]
+    assert main(["evaluate", "pairs", *map(str, words)]) == 1
+    assert "every source is silent" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["results", "results.csv", "run.v1", ".json"])
+def test_results_are_json_so_that_no_file_beside_takes_their_place(place, tmp_path, out, capsys):
+    assert _evaluate(place, "soft", tmp_path / out) == 1
+    assert "name it *.json" in capsys.readouterr().err
+
+
+def test_files_beside_results_keep_the_whole_name():
+    assert str(sibling("runs/v1.2.json", ".csv")) == "runs/v1.2.csv"
 
 
 def test_averages_of_files_are_per_file_then_over_files(place, tmp_path):

@@ -1,6 +1,7 @@
 """Many recordings through the command line: folders, reports, bad files among good ones."""
 
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -12,7 +13,9 @@ import soundfile
 
 from tests import tiny
 from uss_jax.cli.main import main
+from uss_jax.separation import job
 from uss_jax.separation.job import find_recordings
+from uss_jax.separation.names import file_name
 from uss_jax.separation.report import band_levels
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
@@ -34,20 +37,22 @@ def recordings(tmp_path):
 
 
 def separate(bundle, out, *words):
-    return main(["separate", "--model", bundle, "--out", str(out), "--threshold", "0.0", *words])
+    """Whatever is asked for by class is heard."""
+    everywhere = [] if "--query" in words else ["--threshold", "0.0"]
+    return main(["separate", "--model", bundle, "--out", str(out), *everywhere, *words])
+
+
+def places(words, lists=()):
+    return [str(recording.place) for recording in find_recordings(words, lists)]
 
 
 def test_every_recording_gets_a_folder_and_a_report(bundle, recordings, tmp_path, capsys):
     out = tmp_path / "out"
     assert separate(bundle, out, str(recordings), "--classes", "Dog", "Music+Speech") == 0
-    assert sorted(p.name for p in out.iterdir()) == ["a", "a.wav", "b"]
-    for folder in out.iterdir():
-        assert {p.name for p in folder.iterdir()} == {
-            "Dog.wav",
-            "Music_Speech.wav",
-            "report.json",
-            "report.html",
-        }
+    made = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    names = ("Dog.wav", "Music + Speech.wav", "report.json", "report.html")
+    assert made == {f"recordings/{at}/{name}" for at in ("a", "b", "more/a") for name in names}
+    out /= "recordings"
     facts = json.loads((out / "b" / "report.json").read_text())
     assert (facts["recording"], facts["sample_rate"], facts["channels"]) == ("b.flac", 8000, 1)
     assert facts["seconds"] == pytest.approx(1.2)
@@ -66,14 +71,15 @@ def test_a_bad_file_is_said_and_the_rest_goes_on(bundle, recordings, tmp_path, c
     said = capsys.readouterr()
     assert "b.flac cannot be read as audio" in said.err
     assert "1 of 3 recordings could not be separated" in said.err
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "a.wav"]
+    made = {str(path.parent) for path in tmp_path.glob("out/**/report.json")}
+    assert made == {str(tmp_path / "out/recordings" / at) for at in ("a", "more/a")}
 
 
 def test_levels_of_the_ontology(bundle, recordings, tmp_path):
     assert separate(bundle, tmp_path / "out", str(recordings / "a.wav"), "--levels", "1") == 0
-    files = sorted(p.name for p in (tmp_path / "out/a/level_1").iterdir())
+    files = sorted(p.name for p in (tmp_path / "out/a/level=1").iterdir())
     assert len(files) == 7
-    assert "Human_sounds.wav" in files
+    assert "Human sounds.wav" in files
 
 
 def test_example_recordings_and_residual(bundle, recordings, tmp_path):
@@ -100,6 +106,16 @@ def test_dry_run_says_what_is_heard_and_writes_nothing(bundle, recordings, tmp_p
         (["missing.wav", "--classes", "Dog"], "missing.wav does not exist"),
         (["*.nothing", "--classes", "Dog"], "no file matches"),
         (["a.wav"], "--classes, --levels or --query"),
+        ([], "say what to separate"),
+        (["-", "--classes", "Dog"], "standard input cannot be separated"),
+        (["--files-from", "missing.txt", "--classes", "Dog"], "missing.txt cannot be read"),
+        (["a.wav", "--classes", "Dog", "--first-parent"], "--first-parent has no effect"),
+        (["a.wav", "--query", "more", "--threshold", "0.5"], "--threshold has no effect"),
+        (
+            ["a.wav", "--classes", "Dog", "--residual", "--sum-to-mixture"],
+            "--residual has no effect",
+        ),
+        (["a.wav", "--dry-run", "--classes", "Dog"], "--classes has no effect"),
         (["a.wav", "--classes", "Dgo"], 'did you mean "Dog"'),
         (["a.wav", "--classes", "Dog", "dog"], "asked for twice"),
         (["a.wav", "--levels", "9"], "the ontology has no level 9"),
@@ -128,8 +144,152 @@ def test_an_out_that_cannot_be_made(bundle, recordings, tmp_path, capsys):
 
 def test_folders_and_patterns(recordings, monkeypatch):
     monkeypatch.chdir(recordings)
-    found = find_recordings([".", "*.wav", "a.wav"])
-    assert found == [pathlib.Path(name) for name in ("a.wav", "b.flac", "more/a.wav")]
+    found = find_recordings([".", "*.wav", "./a.wav", "more/../a.wav"])
+    assert [one.path for one in found] == list(map(pathlib.Path, ("a.wav", "b.flac", "more/a.wav")))
+
+
+def test_a_place_is_the_path_as_given_whatever_the_other_files(recordings, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert places(["recordings/a.wav", "recordings/more/a.wav"]) == [
+        "recordings/a",
+        "recordings/more/a",
+    ]
+    assert places(["recordings"]) == ["recordings/a", "recordings/b", "recordings/more/a"]
+    assert places([str(recordings)]) == places(["recordings"])
+    assert places([str(recordings / "more/a.wav")]) == ["a"]
+    assert places([str(recordings / "m*/*.wav")]) == ["recordings/more/a"]
+    monkeypatch.chdir(recordings / "more")
+    assert places(["../b.flac"]) == ["b"]
+    monkeypatch.chdir(recordings)
+    (recordings / "日本 語.wav").touch()
+    (recordings / "take.1").touch()
+    assert places(["日本 語.wav", "take.1"]) == ["日本 語", "take.1"]
+    (recordings / "a[1].wav").touch()
+    assert places(["a[1].wav"]) == places(["*1*.wav"]) == ["a[1]"]
+    assert places(["mor*"]) == ["more/a"]
+
+
+def test_what_is_passed_over_is_named(recordings, capsys):
+    (recordings / "._a.wav").touch()
+    (recordings / "Thumbs.db").touch()
+    assert len(find_recordings([str(recordings)])) == 3
+    said = capsys.readouterr().out
+    assert said == f"{recordings}: 1 files that are no recordings passed over (notes.txt)\n"
+
+
+def test_lists_of_recordings(recordings, monkeypatch, tmp_path):
+    monkeypatch.chdir(recordings)
+    (tmp_path / "list").write_bytes(b"b.flac\r\n\nmore\n\xff.wav\n")
+    found = find_recordings(["a.wav"], [tmp_path / "list"])
+    names = ["a.wav", "b.flac", "more/a.wav", os.fsdecode(b"\xff.wav")]
+    assert [str(one.path) for one in found] == names
+
+
+def test_two_recordings_of_one_place_are_not_mixed_up(bundle, recordings, tmp_path, capsys):
+    words = [str(recordings / "a.wav"), str(recordings / "more/a.wav"), "--classes", "Dog"]
+    assert separate(bundle, tmp_path / "out", *words) == 1
+    assert f"more/a.wav would share a folder with {words[0]}" in capsys.readouterr().err
+    facts = json.loads((tmp_path / "out/a/report.json").read_text())
+    assert facts["seconds"] == pytest.approx(1.2)
+
+
+def test_the_same_command_again_leaves_what_is_done(bundle, recordings, tmp_path, capsys):
+    words = [str(recordings), "--classes", "Dog"]
+    assert separate(bundle, tmp_path / "out", *words) == 0
+    out = tmp_path / "out/recordings"
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.*")}
+    (out / "b/report.json").unlink()
+    (out / "b/.unfinished").write_text(json.loads((out / "a/report.json").read_text())["made_of"])
+    capsys.readouterr()
+    assert separate(bundle, tmp_path / "out", *words) == 1  # not what that run was killed over
+    said = capsys.readouterr()
+    assert "b/Dog.wav exists; give --overwrite" in said.err
+    assert said.out.count("done earlier") == 2
+    assert separate(bundle, tmp_path / "out", *words, "--overwrite") == 0
+    after = {path: path.stat().st_mtime_ns for path in out.rglob("*.*")}
+    assert before.keys() == after.keys()
+    assert {path for path in before if before[path] != after[path]} == set((out / "b").iterdir())
+    soundfile.write(recordings / "a.wav", tiny.noise(9, 1.2), tiny.RATE)
+    assert separate(bundle, tmp_path / "out", *words) == 1  # another recording now
+    assert "/a/Dog.wav exists" in capsys.readouterr().err
+
+
+def test_what_a_run_was_killed_over_is_made_again(bundle, recordings, tmp_path, monkeypatch):
+    words = [str(recordings / "a.wav"), "--classes", "Dog", "Cat"]
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "write_report", killed)
+    assert separate(bundle, tmp_path / "out", *words) == 130
+    monkeypatch.undo()
+    assert {path.name for path in (tmp_path / "out/a").iterdir()} == {
+        "Dog.wav",
+        "Cat.wav",
+        ".unfinished",
+    }
+    assert separate(bundle, tmp_path / "out", *words) == 0
+    assert not (tmp_path / "out/a/.unfinished").exists()
+
+
+def test_a_class_that_is_not_heard_is_reported(bundle, recordings, tmp_path, capsys):
+    words = ["separate", "--model", bundle, "--out", str(tmp_path / "out"), "--threshold", "0.999"]
+    words += [str(recordings / "a.wav"), "--classes", "Dog"]
+    for _ in range(2):  # the second time it is done already
+        assert main(words) == 3
+        said = capsys.readouterr()
+        assert re.search(r"  Dog: not heard \(peak [\d.]+ %, threshold 99.9 %\)", said.out)
+        assert "in 1 of 1 recordings a class asked for is not heard" in said.err
+    assert not soundfile.read(tmp_path / "out/a/Dog.wav")[0].any()
+    (sound,) = json.loads((tmp_path / "out/a/report.json").read_text())["sounds"]
+    assert 0 < sound["peak"] < 0.999
+    assert "not heard (peak" in (tmp_path / "out/a/report.html").read_text()
+
+
+def test_clipped_samples_are_counted(bundle, recordings, tmp_path, capsys):
+    loud = recordings / "loud.wav"
+    soundfile.write(loud, tiny.noise(0, 1.2, amplitude=1.0), tiny.RATE, subtype="FLOAT")
+    words = [str(loud), "--query", str(recordings / "more"), "--residual"]
+    for form in ("wav", "wav16", "flac"):
+        assert separate(bundle, tmp_path / form, *words, "--format", form) == 0
+        said = capsys.readouterr().out
+        facts = json.loads((tmp_path / form / "loud/report.json").read_text())
+        shares = {sound["name"]: sound["clipped_share"] for sound in facts["sounds"]}
+        if form == "wav":
+            exact = {
+                name: np.mean(np.abs(soundfile.read(tmp_path / f"wav/loud/{name}.wav")[0]) > 1)
+                for name in shares
+            }
+            assert not any(shares.values())
+            assert "were clipped" not in said
+        else:
+            assert exact["residual"] > 0.05
+            assert shares == pytest.approx(exact)
+            assert "% of its samples are beyond full scale and were clipped" in said
+
+
+def test_hostile_recordings_leave_the_others_alone(bundle, recordings, tmp_path, capsys):
+    soundfile.write(recordings / "integers.wav", tiny.noise(0, 1) * 32768, 8000, subtype="FLOAT")
+    soundfile.write(recordings / "huge.wav", np.full(800, 1e30), tiny.RATE, subtype="FLOAT")
+    os.mkfifo(recordings / "pipe.wav")
+    name = os.fsdecode(b"n\xe9.wav")
+    shutil.copy(recordings / "a.wav", recordings / name)
+    shutil.copy(recordings / "a.wav", recordings / "two\nlines.wav")
+    assert separate(bundle, tmp_path / "out", str(recordings), "--classes", "Dog") == 1
+    said = capsys.readouterr()
+    assert "3 of 8 recordings could not be separated" in said.err
+    assert not list((tmp_path / "out/recordings").glob("*/.unfinished"))
+    for words in ("integers.wav has samples of", "huge.wav has samples of", "pipe.wav is not a"):
+        assert words in said.err
+    assert len(said.err.splitlines()) == 4
+    made = {path.parent.name for path in (tmp_path / "out/recordings").rglob("report.json")}
+    assert made == {"a", "b", file_name(name[:-4]), file_name("two\nlines")}
+
+
+def test_a_query_of_the_wrong_kind_is_refused_once(tmp_path, recordings, capsys):
+    embedding = tiny.write_separator(tmp_path / "embedding", "embedding")
+    assert separate(str(embedding), tmp_path / "out", str(recordings), "--classes", "Dog") == 1
+    assert capsys.readouterr().err.count("does not take classes") == 1
 
 
 def test_picture_shows_tones_where_they_are(tmp_path):

@@ -8,7 +8,7 @@ from tests import tiny
 from uss_jax.audio.files import resample
 from uss_jax.errors import UserError
 from uss_jax.separation.queries import Classes, Vectors
-from uss_jax.separation.recordings import RESIDUAL, Separator, Settings, consistent
+from uss_jax.separation.recordings import RESIDUAL, Separator, Settings, consistent, require_rate
 from uss_jax.training.model import Model
 
 
@@ -38,7 +38,7 @@ FORMS = {
     "odd_rate": {"rate": 11025},
     "one_sample": {"seconds": 0},
     "one_sample_44100": {"rate": 44100, "seconds": 0},
-    "beyond_full_scale": {"gain": 40.0},
+    "beyond_full_scale": {"gain": 19.0},
     "silence": {"gain": 0.0},
     "16_bit": {"subtype": "PCM_16"},
 }
@@ -143,12 +143,24 @@ def test_files_are_not_overwritten_in_silence_nor_left_half_written(model, tmp_p
     assert not list((tmp_path / "nan").iterdir())
 
 
-def test_sounds_that_would_share_a_file_are_refused(model, tmp_path):
+def test_no_two_sounds_share_a_file(model, tmp_path):
     path = recording(tmp_path / "in.wav")
     width = model.separator.module.condition_width
-    same = Vectors({name: np.ones(width, np.float32) for name in ("a:b", "a?b")})
+    alike = Vectors({name: np.ones(width, np.float32) for name in ("a:b", "a?b", "a_b", "a b")})
+    made = Separator(model).separate_file(path, tmp_path / "out", alike)
+    assert len({file for file in made.files.values() if file.is_file()}) == 4
+    named = Vectors({RESIDUAL: np.ones(width, np.float32)})
     with pytest.raises(UserError, match="would both be"):
-        Separator(model).separate_file(path, tmp_path / "out", same)
+        Separator(model, Settings(residual=True)).separate_file(path, tmp_path / "two", named)
+
+
+def test_a_recording_is_never_replaced_by_its_own_sound(model, tmp_path):
+    (tmp_path / "out").mkdir()
+    path = recording(tmp_path / "out/sound 0.wav")
+    with pytest.raises(UserError, match="is the recording itself"):
+        Separator(model, Settings(overwrite=True)).separate_file(
+            path, tmp_path / "out", vectors(model, 1)
+        )
 
 
 def test_classes_heard_nowhere_are_silent_or_left_out(model):
@@ -168,11 +180,67 @@ def test_classes_heard_nowhere_are_silent_or_left_out(model):
         (np.zeros((0,), np.float32), "shape"),
         (np.zeros((1, 2, 3), np.float32), "shape"),
         (np.array([0, np.inf], np.float32), "not a number"),
+        (np.zeros((800, 2), np.float32), "more channels than samples.*transpose"),
+        (np.zeros(800, np.int64), "int64 has no known full scale"),
+        (np.zeros(800, np.uint8), "uint8"),
+        (np.zeros(800, bool), "bool"),
+        (np.zeros(800, complex), "complex128"),
+        (np.array(["a", "b"]), "<U1"),
+        ([None, 1.0], "object"),
+        (np.full(800, 20000.0), "samples of 20000.*divided by 32768"),
+        (np.array([1e300, 0.0]), "not a number"),
     ],
 )
 def test_hostile_waveforms(model, waveform, said):
     with pytest.raises(UserError, match=said):
         Separator(model).separate(waveform, tiny.RATE, vectors(model))
+
+
+@pytest.mark.parametrize("rate", [0, -8000, 8000.5, np.nan, 1e300, "8000", None, True])
+def test_hostile_rates(rate):
+    with pytest.raises(UserError, match="sample rate is"):
+        require_rate(rate)
+
+
+@pytest.mark.parametrize("rate", [tiny.RATE, 11025])
+def test_samples_of_other_types_are_the_same_sound(model, rate):
+    """Integers are scaled, at the model's rate as at others."""
+    separator, query = Separator(model), vectors(model, 1)
+    integers = np.rint(tiny.noise(0, 0.6) * 32768).astype(np.int16)
+    floats = (integers / np.float32(32768)).astype(np.float32)
+    expected = separator.separate(floats, rate, query)["sound 0"]
+    same = {
+        "int16": integers,
+        "int32": integers.astype(np.int32) * 2**16,
+        "float64": floats.astype(np.float64),
+        "list": floats.tolist(),
+        "reversed twice": np.ascontiguousarray(floats[::-1])[::-1],
+        "transposed": np.stack([floats] * 2, axis=1).T[0],
+    }
+    for name, waveform in same.items():
+        found = separator.separate(waveform, rate, query)["sound 0"]
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, expected, err_msg=name)
+
+
+def test_estimates_that_are_not_finite_are_refused(model, tmp_path, monkeypatch):
+    from uss_jax.separation import separator as separator_module
+
+    monkeypatch.setattr(separator_module, "_separate", lambda module, variables, w, c: w * np.nan)
+    with pytest.raises(UserError, match='not finite for "sound 0"'):
+        Separator(model).separate(tiny.noise(0, 0.5), tiny.RATE, vectors(model))
+    path = recording(tmp_path / "in.wav")
+    with pytest.raises(UserError, match='not finite for "sound 0"'):
+        Separator(model).separate_file(path, tmp_path / "out", vectors(model))
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_flac_of_many_channels_is_refused_before_anything_is_written(model, tmp_path):
+    path = recording(tmp_path / "in.wav", channels=16, seconds=0.2)
+    separator = Separator(model, Settings(suffix=".flac", subtype="PCM_24"))
+    with pytest.raises(UserError, match="has 16 channels, a FLAC file holds 8; give --format wav"):
+        separator.separate_file(path, tmp_path / "out", vectors(model, 1))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_vector_of_the_wrong_width(model):

@@ -5,9 +5,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.tiny import RATE, TAGGER, tagger_variables, write_separator, write_tagger
+from tests.tiny import (
+    RATE,
+    TAGGER,
+    random_variables,
+    tagger_variables,
+    write_separator,
+    write_tagger,
+)
 from uss_jax.errors import UserError
+from uss_jax.models.resunet import ResUNet
 from uss_jax.training.bundle import net_hash, read_bundle, write_bundle
+from uss_jax.training.checkpoints import save_tree
 from uss_jax.training.nets import fields_of
 
 ABOUT = {"kind": "tagger", "sample_rate": RATE, "segment_seconds": 0.5}
@@ -37,6 +46,78 @@ def test_a_separator_knows_its_condition(tmp_path, kind):
     assert query.kind == kind
     assert bool(variables["params"]) == (kind != "one_hot")
     assert separator.condition_width == (6 if kind == "embedding" else 527)
+
+
+HOSTILE_CONFIGS = {
+    "rate": ({"sample_rate": 1e300}, "sample_rate is 1e+300, expected a whole number"),
+    "text": ({"sample_rate": "8000"}, "sample_rate is '8000'"),
+    "nan": ({"segment_seconds": float("nan")}, "segment_seconds is nan"),
+    "no part": ({"sed": None}, "sed is None"),
+    "hashes": ({"hashes": {"sed": 5}}, "hashes.sed is 5, expected a text"),
+    "fft": ({"sed": {"model": {"n_fft": 2**40}}}, "sed.model.n_fft is 1099511627776"),
+    "blocks": ({"separator": {"blocks_per_level": 10**6}}, "separator.blocks_per_level is 1000000"),
+    "kind": ({"query": {"kind": "both"}}, "query.kind is 'both', expected one_hot, soft"),
+    "net": ({"sed": {"model": {"net": "resnet"}}}, "sed.model.net is 'resnet'"),
+    "channels": ({"sed": {"model": {"channels": "4"}}}, "sed.model.channels is '4'"),
+    "version": ({"format_version": "1"}, "format_version is '1'"),
+    "newer": ({"format_version": 9}, "has format version 9"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_CONFIGS)
+def test_a_config_with_other_values_is_refused_with_the_key(tmp_path, case):
+    changed, said = HOSTILE_CONFIGS[case]
+    path = write_separator(tmp_path / "s")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **changed}))
+    with pytest.raises(UserError) as error:
+        read_bundle(path)
+    assert said in str(error.value)
+    assert str(path / "config.json") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "{" * 100_000, '{"kind": 1, "kind": 2}', "\xff", ""]
+)
+def test_a_config_that_is_no_config_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="is not the config of a bundle"):
+        read_bundle(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "said"),
+    [
+        ("sed", "classes", 50, "sed.model tells 50 classes; "),
+        ("query", "classes", 50, "query.model tells 50 classes; "),
+        ("sed", "sample_rate", 16000, "sed.model.sample_rate is 16000, the bundle's sample_rate"),
+        ("sed", "f_max", 5000.0, "no more than half of sample_rate 8000"),
+        ("sed", "n_fft", 255, "n_fft is 255, expected an even number"),
+        ("separator", "condition_width", 9, "its query net gives conditions of width 527"),
+        ("separator", "condition_witdh", 9, "did you mean condition_width"),
+    ],
+)
+def test_nets_that_do_not_fit_are_refused_when_they_are_opened(tmp_path, section, key, value, said):
+    path = write_separator(tmp_path / "s")
+    config = json.loads((path / "config.json").read_text())
+    config[section].get("model", config[section])[key] = value
+    variables = {
+        part: random_variables(net, *shapes)
+        for part, net, shapes in [
+            ("sed", TAGGER.clone(classes=50), [(1, RATE)]),
+            ("query", TAGGER.clone(classes=50), [(1, RATE)]),
+            (
+                "separator",
+                ResUNet(n_fft=128, hop_samples=64, channels=(4, 4), condition_width=9),
+                [(1, 1, 640), (1, 9)],
+            ),
+        ]
+    }
+    if value in (9, 50):
+        save_tree(path / section, variables[section])
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=said):
+        getattr(read_bundle(path), section)()
 
 
 def test_a_bundle_without_a_part_says_so(tmp_path):
@@ -110,7 +191,7 @@ def _change_config(**changed):
         (_write_config('{"format_version": 1, "ki'), "is not the config of a bundle or workdir"),
         (_write_config("\xff\xfe"), "is not the config of a bundle or workdir"),
         (_write_config("[1, 2]"), "is not the config of a bundle or workdir"),
-        (_write_config('{"format_version": 1, "kind": "tagger"}'), "sample_rate, segment_seconds"),
+        (_write_config('{"format_version": 1, "kind": "tagger"}'), "has no key 'sample_rate'"),
         (_change_config(format_version=2), "format version 2 .* this version reads 1"),
         (_change_config(kind="poem"), "kind poem"),
     ],

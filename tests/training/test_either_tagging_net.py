@@ -26,7 +26,7 @@ from uss_jax.data.index import load_index
 from uss_jax.data.reader import ClipReader
 from uss_jax.errors import UserError
 from uss_jax.evaluation.clips import Chosen, mine
-from uss_jax.evaluation.planted import evaluate_planted
+from uss_jax.evaluation.planted import evaluate_planted, format_planted, plant
 from uss_jax.evaluation.tagging import evaluate_tagging
 from uss_jax.models.cnn14 import Cnn14DecisionLevelMax
 from uss_jax.models.resunet import ResUNet
@@ -123,6 +123,21 @@ def test_planted_events_are_looked_for(bundle, records):
     rows = evaluate_planted(Model(bundle), reader, clips=8, seed=0)
     assert len(rows) == 9
     assert all(0 <= row["contain"] <= 1 for row in rows)
+
+
+def test_silent_recordings_are_not_planted(bundle, records, tmp_path):
+    """Two thirds of the events are silent; what is said of the others does not change."""
+    reader = ClipReader(records, load_index(records, "train"))
+    planted = [plant(reader, "silence", sample_rate=RATE, clips=6, seed=0)]
+    clips = [("a", tone(300, 1.0), [0]), ("b", 0 * tone(300, 1.0), [0, 1])]
+    index = write_records(tmp_path, "train", clips)
+    planted.append(plant(ClipReader(tmp_path, index), "silence", sample_rate=RATE, clips=6, seed=0))
+    assert [int(events.heard.sum()) for events in planted] == [6, 2]
+    rows = evaluate_planted(Model(bundle), ClipReader(tmp_path, index), clips=6, seed=0)
+    everywhere = [row for row in rows if row["anchors"] == "all places"]
+    assert all((row["clips"], row["silent"]) == (2, 4) for row in rows)
+    assert all(row["mean_energy_inside"] > 0.01 for row in everywhere)
+    assert "left out: 4 whose target is silent" in format_planted(rows)
 
 
 def test_recordings_are_made_into_queries(name, tmp_path):

@@ -60,10 +60,8 @@ def test_records_tables_and_banks(tmp_path):
     assert "test: 1 clips, 0.00 h, 2 labels of 2 classes, 1 shards" in text
     assert index.digest in text
 
-    columns = {
-        name: np.zeros((3, 1) if column.shape == "r k" else 3) for name, column in COLUMNS.items()
-    }
-    header = {"sed_hash": "a", "index_digest": "b", "sample_rate": 8000}
+    columns = {name: np.zeros((3, 1) if "k" in of.shape else 3) for name, of in COLUMNS.items()}
+    header = {"sed_hash": "a", "index_digest": "b", "sample_rate": RATE}
     header |= {"segment_samples": 12, "clip_samples": 12}
     write_table(tmp_path / "anchors.npz", header, columns)
     assert inspect(tmp_path / "anchors.npz")[0].endswith("anchor table, 3 rows")

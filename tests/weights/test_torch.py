@@ -26,7 +26,7 @@ TAGGER_FIELDS = dict(
     f_min=50.0,
     f_max=14000.0,
     channels=(4, 6),
-    classes=5,
+    classes=527,
 )
 SEPARATOR_FIELDS = dict(
     n_fft=64,
@@ -34,7 +34,7 @@ SEPARATOR_FIELDS = dict(
     channels=(4, 6, 6),
     blocks_per_level=2,
     audio_channels=2,
-    condition_width=5,
+    condition_width=527,
 )
 
 
@@ -62,13 +62,12 @@ def separator():
 
 @pytest.fixture
 def lightning():
-    tagger_fields = dict(TAGGER_FIELDS, classes=5)
     return {
         **state_dict_of("separator", SEPARATOR_FIELDS, separator_variables(), "ss_model."),
-        **state_dict_of("sed", tagger_fields, tagger_variables(seed=1), LIGHTNING_PREFIXES["sed"]),
+        **state_dict_of("sed", TAGGER_FIELDS, tagger_variables(seed=1), LIGHTNING_PREFIXES["sed"]),
         "anchor_segment_detector.anchor_segment_scorer.smooth_filter": np.ones((1, 1, 201)) / 201,
         **state_dict_of(
-            "query", tagger_fields, tagger_variables(seed=2), LIGHTNING_PREFIXES["query"]
+            "query", TAGGER_FIELDS, tagger_variables(seed=2), LIGHTNING_PREFIXES["query"]
         ),
     }
 
@@ -112,12 +111,12 @@ def test_golden_separator_fills_every_leaf(layout, fields):
 
 
 def empty_arrays(rows):
-    """Arrays of the right shapes: formulas are real, all else is uninitialised."""
+    """Arrays of the right shapes: formulas are real, all else is zero."""
     formulas = ("stft.conv_real.weight", "melW")
     return {
         row["name"]: fixed_buffer(tuple(row["shape"]), *row["kind"].split(":"))
         if row["name"].endswith(formulas) and "istft" not in row["name"]
-        else np.empty(row["shape"], row["dtype"])
+        else np.zeros(row["shape"], row["dtype"])
         for row in rows
     }
 
@@ -284,6 +283,43 @@ def test_kernels_of_another_window_are_refused():
     state_dict[name] = np.sqrt(np.abs(fixed_buffer((513, 1, 1024), "stft_real")))
     with pytest.raises(UserError, match=f"{name} is not that of a periodic Hann window"):
         convert_cnn14(state_dict)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_kernels_in_half_precision_are_taken_and_other_windows_are_not(dtype):
+    state_dict = state_dict_of("query", TAGGER_FIELDS, tagger_variables())
+    name = "spectrogram_extractor.stft.conv_real.weight"
+    kernel = fixed_buffer((513, 1, 1024), "stft_real")
+    state_dict[name] = kernel.astype(jnp.dtype(dtype)).astype(np.float32)
+    assert convert_cnn14(state_dict).fields == TAGGER_FIELDS
+    periodic, symmetric = (np.hanning(1025)[:-1], np.hanning(1024))
+    other = kernel * (symmetric / np.maximum(periodic, 1e-9))
+    state_dict[name] = other.astype(jnp.dtype(dtype)).astype(np.float32)
+    with pytest.raises(UserError, match="not that of a periodic Hann window"):
+        convert_cnn14(state_dict)
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (np.full(527, np.nan, np.float32), "fc_audioset.bias holds values that are not finite"),
+        (np.zeros(527, np.int64), "fc_audioset.bias holds int64 instead of floats"),
+        (np.zeros((), np.float32), "fc_audioset.bias has shape ()"),
+    ],
+)
+def test_arrays_that_are_no_parameters_are_refused(array, said):
+    state_dict = state_dict_of("query", TAGGER_FIELDS, tagger_variables())
+    with pytest.raises(UserError) as error:
+        convert_cnn14({**state_dict, "fc_audioset.bias": array}, TAGGER_FIELDS)
+    assert said in str(error.value)
+
+
+def test_doubles_become_floats():
+    state_dict = state_dict_of("query", TAGGER_FIELDS, tagger_variables())
+    doubles = {name: array.astype(np.float64) for name, array in state_dict.items()}
+    assert_same_tree(convert_cnn14(doubles).variables, convert_cnn14(state_dict).variables)
+    for leaf in jax.tree.leaves(convert_cnn14(doubles).variables):
+        assert leaf.dtype == np.float32
 
 
 def test_front_end_of_unknown_sample_rate_is_refused():

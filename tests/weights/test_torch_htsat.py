@@ -20,7 +20,7 @@ FIELDS = dict(
     token_width=8,
     depths=(2, 1, 3),
     heads=(2, 4, 8),
-    classes=5,
+    classes=527,
 )
 
 

@@ -1,5 +1,6 @@
 import os
 import pickle
+import subprocess
 import sys
 import zipfile
 
@@ -123,6 +124,75 @@ def test_objects_of_unknown_modules_are_passed_over(tmp_path, monkeypatch, proto
     (module.parent / "imported").unlink()
     assert_is_state_dict(read_checkpoint(path))
     assert not (module.parent / "imported").exists()
+
+
+def _hostile_files(folder):
+    """Small files of which a plain reader makes gigabytes."""
+    folder.mkdir()
+    (folder / "place.ckpt").write_bytes(b"\x80\x02Nr\xff\xff\xff\x0f.")
+    (folder / "sets.ckpt").write_bytes(b"\x80\x04" + b"\x8f" * 20_000_000)
+    (folder / "frame.ckpt").write_bytes(b"\x80\x04\x95" + (2**33).to_bytes(8, "little") + b"N.")
+    (folder / "text.ckpt").write_bytes(b"\x80\x04\x8d" + (2**33).to_bytes(8, "little") + b"x.")
+    # A list of 10,000 entries, made into a mapping again and again.
+    pairs = b"(" + b"(K\x01K\x02t" * 10_000 + b"l"
+    again = b"ccollections\nOrderedDict\n(h\x00tR" * 20_000
+    (folder / "mappings.ckpt").write_bytes(b"\x80\x02" + pairs + b"q\x00(" + again + b"t.")
+    for zipped in (True, False):
+        view = {"a": torch.zeros(1).expand(2**28)}
+        torch.save(
+            {"model": view}, folder / f"view{zipped}.ckpt", _use_new_zipfile_serialization=zipped
+        )
+        shared = torch.zeros(2**18)
+        many = {str(number): shared.view(-1) for number in range(2000)}
+        torch.save(
+            {"model": many}, folder / f"many{zipped}.ckpt", _use_new_zipfile_serialization=zipped
+        )
+    torch.save({"model": STATE_DICT}, folder / "claims.ckpt", _use_new_zipfile_serialization=False)
+    content = (folder / "claims.ckpt").read_bytes()
+    # The storage of six elements claims 2**30 - 1.
+    assert content.count(b"K\x06Nt") == 1
+    (folder / "claims.ckpt").write_bytes(content.replace(b"K\x06Nt", b"J\xff\xff\xff\x3fNt"))
+    torch.save({"model": {"a": torch.zeros(2**27)}}, folder / "packed.ckpt")
+    with zipfile.ZipFile(folder / "packed.ckpt") as plain:
+        members = {name: plain.read(name) for name in plain.namelist()}
+    with zipfile.ZipFile(folder / "packed.ckpt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, data in members.items():
+            packed.writestr(name, data)
+
+
+def test_small_files_do_not_take_much_memory(tmp_path):
+    """At most half a gigabyte and six times the file, which has 20 MB at most."""
+    _hostile_files(tmp_path / "files")
+    script = (
+        "import pathlib, resource, sys, torch\n"
+        "from uss_jax.errors import UserError\n"
+        "from uss_jax.weights.unpickle import read_checkpoint\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak()\n"
+        "for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):\n"
+        "    try:\n"
+        "        read_checkpoint(path)\n"
+        "        print(path.name, 'was read')\n"
+        "    except UserError as error:\n"
+        "        print(error)\n"
+        "print((peak() - before) // 1024)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "files")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    *said, grown = ran.stdout.splitlines()
+    assert len(said) == 11
+    for words in said:
+        assert "is damaged" in words or "than 4 times its own size" in words, words
+    assert int(grown) < 500 + 6 * 20
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod."])
+def test_what_wrappers_put_before_all_names_is_dropped(tmp_path, wrapper):
+    path = tmp_path / "net.pth"
+    torch.save({"model": {wrapper + name: of for name, of in STATE_DICT.items()}}, path)
+    assert_is_state_dict(read_checkpoint(path))
+    torch.save({wrapper + "a": torch.ones(1), "b": torch.ones(1)}, path)
+    assert set(read_checkpoint(path)) == {wrapper + "a", "b"}
 
 
 def test_torchscript_programs_are_not_run(tmp_path):

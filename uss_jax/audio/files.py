@@ -26,6 +26,8 @@ _FFMPEG = ".m4a .mp4 .m4b .m4v .mov .webm .mkv .mka .aac .wma .3gp .amr .ac3 .ea
 AUDIO_SUFFIXES = frozenset(f"{_LIBSNDFILE} {_FFMPEG}".split())
 # Samples beyond 20 dB above full scale are integers in a file that says they are floats.
 PEAK_LIMIT = 10.0
+# Share of the channels' energy, 40 dB down: less is left only where one is another's negative.
+_CANCELLED = 1e-4
 _LARGEST_WAV = 2**32 - 2**16  # bytes; a WAV file's sizes have 32 bits
 
 
@@ -296,9 +298,18 @@ def read_mono(
     begin_seconds: float = 0.0,
     accept_truncated: bool = False,
 ) -> Float32[np.ndarray, " t"]:
-    """Reads a file as the mean of its channels at the given rate in Hz; see `read_audio`."""
+    """Reads a file as one channel (see `mono`) at the given rate in Hz; see `read_audio`."""
     waveform, file_rate = read_audio(path, seconds, begin_seconds, accept_truncated)
-    return resample(waveform.mean(axis=0), file_rate, sample_rate)
+    return resample(mono(waveform), file_rate, sample_rate)
+
+
+def mono(waveform: Float32[np.ndarray, "c t"]) -> Float32[np.ndarray, " t"]:
+    """The mean of the channels; the loudest of them where they cancel each other."""
+    mean = waveform.mean(axis=0)
+    energy = np.square(waveform).sum(axis=1)
+    if np.square(mean).sum() < _CANCELLED * energy.mean():
+        return waveform[np.argmax(energy)]
+    return mean
 
 
 def resample(
@@ -387,7 +398,7 @@ def writing_audio(
     with replacing(path) as temporary:
         try:
             with soundfile.SoundFile(
-                temporary, "w", form.sample_rate, form.channels, subtype, format=kind
+                os.fsencode(temporary), "w", form.sample_rate, form.channels, subtype, format=kind
             ) as file:
                 yield AudioWriter(file)
         except soundfile.SoundFileError as error:

@@ -1,10 +1,11 @@
-"""Arguments that several commands have: kinds of values with their ranges, and the precision."""
+"""Arguments of several commands: kinds of values, precision, and options without effect."""
 
 import argparse
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from uss_jax.errors import UserError
 from uss_jax.precision import HIGHEST, PRECISIONS
 
 _MOST = 2**31 - 1  # where nothing smaller is known
@@ -78,3 +79,17 @@ def say_detector_precision(args: argparse.Namespace) -> None:
     """Prints that a lower --precision than the detector's was not followed."""
     if args.precision != HIGHEST:
         print(f"--precision {args.precision}: the detector computes at {HIGHEST} all the same")
+
+
+def refuse_idle(args: argparse.Namespace, options: Iterable[str], why: str) -> None:
+    """Raises a UserError where an option is given that would have no effect.
+
+    Args:
+      args: parsed, with None or False for options that are not given.
+      options: their names, such as "out_dir".
+      why: for people, such as "with --query".
+    """
+    for option in options:
+        if getattr(args, option) not in (None, False):
+            words = "--" + option.replace("_", "-")
+            raise UserError(f"{words} has no effect {why}; leave it out")

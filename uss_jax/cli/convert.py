@@ -11,13 +11,17 @@ Both need PyTorch (pip install 'uss-jax[torch]'); nothing that a file names is r
 
 import argparse
 import dataclasses
+import hashlib
 import pathlib
 
+from uss_jax.cli.arguments import refuse_idle
+
 KINDS = ("cnn14", "decision-level-max", "htsat", "uss")
+# Licences of published files, by their MD5 sums as the publisher gives them.
+_PANNS = "PANNs, https://zenodo.org/records/3987831: CC BY 4.0"
 _LICENCES = {
-    "cnn14": "PANNs, https://zenodo.org/records/3987831: CC BY 4.0",
-    "htsat": "see the source of the checkpoint (RetroCirce/HTS-Audio-Transformer)",
-    "uss": "see the source of the checkpoint (bytedance/uss)",
+    "541141fa2ee191a88f24a3219fff024e": _PANNS,  # Cnn14_mAP=0.431.pth
+    "70539c43c18b6a289b3199c503a82c5a": _PANNS,  # Cnn14_DecisionLevelMax_mAP=0.385.pth
 }
 # The length of the reference's anchors, and of the segments it separates.
 _SEGMENT_SECONDS = 2.0
@@ -47,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.weights.unpickle import read_checkpoint
 
     if len(args.inputs) == 1 and pathlib.Path(args.inputs[0]).is_dir():
+        refuse_idle(args, ("kind",), "with a bundle, which says what it is")
         _write_back(args.inputs[0], args.out)
         return
     kinds = args.kind or [None] * len(args.inputs)
@@ -54,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{len(kinds)} --kind for {len(args.inputs)} files; give one for each")
     if pathlib.Path(args.out).exists():
         raise UserError(f"{args.out} exists already; name a new folder")
-    parts = {}
+    parts, licences = {}, {}
     for path, kind in zip(args.inputs, kinds, strict=True):
         state_dict = read_checkpoint(path)
         kind = kind or _guess_kind(path, state_dict)
@@ -65,7 +70,8 @@ def run(args: argparse.Namespace) -> None:
         if twice := parts.keys() & found.keys():
             raise UserError(f"{path} is a second {twice.pop()} net; a bundle holds one")
         parts |= found
-    config = _bundle_config(parts)
+        licences[_licence(path)] = None
+    config = {**_bundle_config(parts), "licence": "; ".join(licences)}
     foreign = {  # two files may use the same names
         f"{part}/{name}": array
         for part, converted in parts.items()
@@ -124,11 +130,21 @@ def _convert(state_dict: dict, kind: str) -> dict:
     return convert_lightning(state_dict)
 
 
-def _bundle_config(parts: dict) -> dict:
-    """The bundle's config.json, less what `write_bundle` adds."""
-    from uss_jax.errors import UserError
-    from uss_jax.training.nets import fields_of
+def _licence(path: str) -> str:
+    """The licence of a published file; of others nothing is known but what they are called."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "md5").hexdigest()
+    unknown = f"not known: as the source of {pathlib.Path(path).name} (MD5 {digest}) says"
+    return _LICENCES.get(digest, unknown)
 
+
+def _bundle_config(parts: dict) -> dict:
+    """The bundle's config.json, less its licence and what `write_bundle` adds."""
+    from uss_jax.errors import UserError
+    from uss_jax.training.nets import fields_of, require_classes
+
+    for name in parts.keys() & {"query", "sed"}:
+        require_classes(parts[name].build(), name)
     models = {name: fields_of(parts[name].build()) for name in ("query", "sed") if name in parts}
     rates = {model["sample_rate"] for model in models.values()} or {32000}
     if len(rates) > 1:
@@ -138,8 +154,6 @@ def _bundle_config(parts: dict) -> dict:
         "sample_rate": rates.pop(),
         "segment_seconds": _SEGMENT_SECONDS,
     }
-    nets = {"uss"} if "separator" in parts else {model["net"] for model in models.values()}
-    config["licence"] = "; ".join(_LICENCES[net] for net in sorted(nets))
     if "separator" in parts:
         config["separator"] = parts["separator"].fields
     if "query" in parts:

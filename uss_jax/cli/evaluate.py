@@ -10,7 +10,7 @@ publisher unpacks it, check that it is whole, and score it as published.
 
 import argparse
 
-from uss_jax.cli.arguments import add_precision, natural, positive
+from uss_jax.cli.arguments import add_precision, natural, positive, refuse_idle
 
 _HELP = {
     "pairs": "separate pairs with several queries; SDR and SI-SDR beside trivial answers",
@@ -87,7 +87,7 @@ def _add_pairs(suite: argparse.ArgumentParser) -> None:
         metavar="R",
         help="records over whose anchors a vector for each class is averaged",
     )
-    suite.add_argument("--split", default="train", help="of --train-records; default: train")
+    suite.add_argument("--split", help="of --train-records; default: train")
     suite.add_argument(
         "--train-pairs",
         metavar="DIR",
@@ -130,6 +130,12 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.training.mesh import one_device_per_core
 
     one_device_per_core()
+    if args.suite == "pairs":
+        if not args.train_records:
+            refuse_idle(args, ("split",), "without --train-records")
+        if not args.examples:
+            refuse_idle(args, ("out_dir",), "without --examples")
+        args.split = args.split or "train"
     common = ("suite", "model", "data", "out", "run", "config_overrides")
     options = {key: value for key, value in vars(args).items() if key not in common}
     print(evaluate(args.suite, args.model, args.data, args.out, **options))

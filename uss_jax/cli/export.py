@@ -11,7 +11,7 @@ Each is run beside the model on noise before it is called done.
 
 import argparse
 
-from uss_jax.cli.arguments import add_precision, positive
+from uss_jax.cli.arguments import add_precision, number, positive, refuse_idle
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,25 +21,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        default="float32",
         help="of stored parameters; default: float32",
     )
     parser.add_argument(
         "--parameters",
         choices=("averaged", "last"),
-        default="averaged",
         help="of a run: the moving average where there is one (default), or the last step's",
     )
     parser.add_argument(
         "--shards",
         type=positive,
-        default=1,
         metavar="N",
         help="orbax: divide every array over N devices; default: 1, whole",
     )
     parser.add_argument(
         "--window-seconds",
-        type=float,
+        type=number(0.01, 3600),
         metavar="S",
         help="stablehlo: length of a window; default: that of a segment, 2 s as published",
     )
@@ -55,12 +52,21 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.training.bundle import read_bundle
     from uss_jax.weights.export import export
 
+    if args.format != "orbax":
+        refuse_idle(args, ("shards",), "without --format orbax")
+    if args.format != "stablehlo":
+        refuse_idle(args, ("window_seconds",), "without --format stablehlo")
+    else:
+        refuse_idle(args, ("dtype",), "with stablehlo, which holds the function as it runs")
+    bundle = read_bundle(args.bundle, averaged=args.parameters != "last")
+    if not bundle.is_run:
+        refuse_idle(args, ("parameters",), "with a bundle, which holds one kind")
     checked = export(
-        read_bundle(args.bundle, averaged=args.parameters == "averaged"),
+        bundle,
         args.format,
         args.out,
-        dtype=args.dtype,
-        shards=args.shards,
+        dtype=args.dtype or "float32",
+        shards=args.shards or 1,
         window_seconds=args.window_seconds,
         precision=args.precision,
     )

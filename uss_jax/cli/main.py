@@ -2,12 +2,13 @@
 
 import argparse
 import importlib
+import io
 import os
 import sys
 
 import uss_jax
 from uss_jax.cli.memory import keep_freed_memory
-from uss_jax.errors import Stopped, UserError
+from uss_jax.errors import NotHeard, Stopped, UserError, one_line
 
 # command -> what it does; its module is uss_jax.cli.<command with "_" for "-">.
 COMMANDS = {
@@ -59,8 +60,8 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; the exit status is 0 only on success.
 
-    1 is an error that the sentence tells how to mend, 2 wrong words, 130 Ctrl-C, 143 a run that
-    SIGTERM stopped, saved.
+    1 is an error that the sentence tells how to mend, 2 wrong words, 3 a sound that was asked for
+    and not heard, 130 Ctrl-C, 143 a run that SIGTERM stopped, saved.
 
     Args:
       argv: the words after `uss-jax`; the process's own when None.
@@ -76,11 +77,15 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_args([word for word in argv[1:] if word not in overrides])
         args.config_overrides = overrides
         keep_freed_memory()
+        _print_any_name()
         args.run(args)
         sys.stdout.flush()
     except UserError as error:
-        print(f"uss-jax: {error}", file=sys.stderr)
+        print(f"uss-jax: {one_line(str(error))}", file=sys.stderr)
         return 1
+    except NotHeard as error:
+        print(f"uss-jax: {one_line(str(error))}", file=sys.stderr)
+        return 3
     except Stopped as stopped:
         print(f"uss-jax: {stopped}", file=sys.stderr)
         return 143
@@ -91,6 +96,12 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return 0
+
+
+def _print_any_name() -> None:
+    """Lets standard output take names that its encoding has no letters for, as escapes."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def _list(path: str) -> None:
     bank = load_bank(path)
     print(
         f"{path}: {len(bank.name)} vectors of width {bank.vectors.shape[1]}, kind {bank.kind}, "
-        f"of query net {bank.net_hash[:12]}, {bank.how or 'made in an unknown way'}"
+        f"made with query net {bank.net_hash}, {bank.how or 'made in an unknown way'}"
     )
     for name in bank.name:
         print(f"  {name}")
@@ -50,13 +50,19 @@ def _make(args: argparse.Namespace) -> None:
     import numpy as np
 
     from uss_jax.errors import UserError
-    from uss_jax.separation.queries import Bank, require_npz, vector_of_recordings, write_bank
+    from uss_jax.separation.queries import (
+        Bank,
+        name_of_examples,
+        require_npz,
+        vector_of_recordings,
+        write_bank,
+    )
     from uss_jax.training.model import Model
 
     require_npz(args.bank)
     if pathlib.Path(args.bank).exists() and not args.overwrite:
         raise UserError(f"{args.bank} exists; give --overwrite to replace it")
-    names = [pathlib.Path(example).resolve().stem for example in args.examples]
+    names = [name_of_examples(example) for example in args.examples]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f'two examples are called "{min(twice)}"; rename one of them')
     model = Model(args.model)
@@ -66,7 +72,7 @@ def _make(args: argparse.Namespace) -> None:
         np.stack(vectors),
         model.query.module.kind,
         model.query_hash,
-        "averaged over example recordings without their silence",
+        f"averaged over example recordings without their silence, for {args.model}",
     )
     write_bank(args.bank, bank)
     print(f"{args.bank}: {len(names)} vectors")

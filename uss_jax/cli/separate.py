@@ -1,7 +1,10 @@
 """Separates recordings: a file for each sound asked for, as long as the recording, in its place.
 
 AUDIO is a file, a folder (all audio files below it) or a pattern in quotes. Each recording gets a
-folder in DIR with its sounds, report.json, and report.html to look at and listen to.
+folder below DIR at its own path: sounds/street.wav goes to DIR/sounds/street/ (of an absolute path
+the name alone counts, behind the folder that was given). There lie its sounds, report.json, and
+report.html to look at and listen to. The same command again goes on where it was stopped and leaves
+what is done as it is.
 
 What to ask for:
   --classes NAME ...        sound classes by name, mid or index; "Speech+Singing" is one sound. Each
@@ -14,15 +17,21 @@ What to ask for:
 
 import argparse
 
-from uss_jax.cli.arguments import add_precision
+from uss_jax.cli.arguments import add_precision, number, positive, refuse_idle
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("audio", nargs="+", metavar="AUDIO", help="recordings, see above")
+    parser.add_argument("audio", nargs="*", metavar="AUDIO", help="recordings, see above")
+    parser.add_argument(
+        "--files-from",
+        action="append",
+        metavar="LIST",
+        help="a text file with a recording in each line; can be given again",
+    )
     parser.add_argument("--model", required=True, metavar="B", help="bundle or workdir")
-    parser.add_argument("--out", metavar="DIR", help="sounds go to DIR/<recording>/")
+    parser.add_argument("--out", metavar="DIR", help="sounds go to DIR/<path of the recording>/")
     parser.add_argument("--classes", nargs="+", metavar="NAME", help="see above")
-    parser.add_argument("--levels", nargs="+", type=int, metavar="LEVEL", help="see above")
+    parser.add_argument("--levels", nargs="+", type=positive, metavar="LEVEL", help="see above")
     parser.add_argument(
         "--first-parent",
         action="store_true",
@@ -31,8 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--query", metavar="PATH", help="see above")
     parser.add_argument(
         "--threshold",
-        type=_probability,
-        default=0.2,
+        type=number(0, 1),
         metavar="P",
         help="a class sounds in a segment where its probability is at least this; default: 0.2",
     )
@@ -56,7 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "share a mask made of their mean power, and sounds stay in their place",
     )
     parser.add_argument(
-        "--format", choices=_FORMATS, default="wav", help="default: wav (32-bit float)"
+        "--format",
+        choices=_FORMATS,
+        default="wav",
+        help="default: wav (32-bit float); the others clip samples beyond full scale, and the "
+        "report tells how many",
     )
     add_precision(parser)
     parser.add_argument("--dry-run", action="store_true", help="only say which classes sound where")
@@ -64,6 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "example:\n"
         '  uss-jax separate street.wav --model uss --classes "Dog" "Speech+Singing" --out separated'
+        "\n\nexit status: 0 done, 1 some recordings could not be separated, 3 all were, but a\n"
+        "class asked for is not heard in some"
     )
 
 
@@ -80,27 +94,23 @@ _REPORTED = ("model", "classes", "levels", "first_parent", "query", "threshold")
 _REPORTED += ("blocks", "mono", "residual", "sum_to_mixture", "format", "precision")
 
 
-def _probability(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, not {text!r}")
-    return value
-
-
 def run(args: argparse.Namespace) -> None:
-    from uss_jax.errors import UserError
-    from uss_jax.separation.job import find_recordings, heard, separate_all
+    from uss_jax.errors import NotHeard, UserError
+    from uss_jax.separation.job import find_recordings, for_each, heard, separate_all
+    from uss_jax.separation.queries import THRESHOLD
     from uss_jax.separation.recordings import Separator, Settings
     from uss_jax.training.model import Model
 
+    _refuse_idle_options(args)
+    recordings = find_recordings(args.audio, args.files_from or ())
+    if not recordings:
+        raise UserError("say what to separate: files, folders, patterns, or --files-from LIST")
     model = Model(args.model, args.precision)
-    paths = find_recordings(args.audio)
+    threshold = THRESHOLD if args.threshold is None else args.threshold
     if args.dry_run:
-        for path in paths:
-            print(heard(model, path, args.threshold))
+        failed = for_each(recordings, lambda one: print(heard(model, one.path, threshold)))
+        if failed:
+            raise UserError(f"{failed} of {len(recordings)} recordings could not be read")
         return
     if not args.out:
         raise UserError("say where to write the sounds: --out DIR")
@@ -115,19 +125,47 @@ def run(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
     )
     asked = {key: value for key, value in vars(args).items() if key in _REPORTED}
-    failed = separate_all(Separator(model, settings), paths, args.out, _query(args, model), asked)
-    if failed:
-        raise UserError(f"{failed} of {len(paths)} recordings could not be separated, see above")
+    asked["threshold"] = None if args.query else threshold
+    query = _query(args, model, threshold)
+    done = separate_all(Separator(model, settings), recordings, args.out, query, asked)
+    if done.failed:
+        raise UserError(
+            f"{done.failed} of {len(recordings)} recordings could not be separated, see above"
+        )
+    if done.not_heard:
+        raise NotHeard(
+            f"in {done.not_heard} of {len(recordings)} recordings a class asked for is not heard, "
+            "and its file is silent; see above"
+        )
 
 
-def _query(args: argparse.Namespace, model):
-    import pathlib
+def _refuse_idle_options(args: argparse.Namespace) -> None:
+    if args.dry_run:
+        asking = (
+            "classes",
+            "levels",
+            "query",
+            "first_parent",
+            "mono",
+            "residual",
+            "sum_to_mixture",
+        )
+        refuse_idle(args, asking, "with --dry-run, which says which classes sound")
+    if args.query:
+        refuse_idle(args, ("threshold",), "with --query, which is asked for everywhere")
+    if not args.levels:
+        refuse_idle(args, ("first_parent",), "without --levels")
+    if args.sum_to_mixture:
+        refuse_idle(args, ("residual",), "with --sum-to-mixture, which leaves nothing over")
 
+
+def _query(args: argparse.Namespace, model, threshold: float):
     from uss_jax.errors import UserError
     from uss_jax.separation.queries import (
         Classes,
         Vectors,
         level_sets,
+        name_of_examples,
         parse_classes,
         read_bank,
         vector_of_recordings,
@@ -137,16 +175,16 @@ def _query(args: argparse.Namespace, model):
         if args.classes or args.query:
             raise UserError("--levels finds out what there is; give it without --classes, --query")
         sets = level_sets(args.levels, args.first_parent)
-        return Classes(sets, args.threshold, only_active=True)
+        return Classes(sets, threshold, only_active=True)
     if args.query is None:
         if not args.classes:
             raise UserError("say what to separate: --classes, --levels or --query")
-        return Classes(parse_classes(args.classes), args.threshold)
+        return Classes(parse_classes(args.classes), threshold)
     if not args.query.endswith(".npz"):
         if args.classes:
             raise UserError("--classes names vectors of a bank, --query gives recordings; use one")
-        name = pathlib.Path(args.query).resolve().stem
-        return Vectors({name: vector_of_recordings(model, args.query)})
+        vector = vector_of_recordings(model, args.query)
+        return Vectors({name_of_examples(args.query): vector})
     bank = read_bank(args.query, model)
     rows = bank.select(args.classes or bank.name, args.query)
     return Vectors({bank.name[row]: bank.vectors[row] for row in rows})

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from uss_jax.audio.files import read_mono
 from uss_jax.data.reader import ClipReader
 from uss_jax.evaluation.clips import BATCH_SIZE, MIN_DBFS, Chosen, mine, read_segments
+from uss_jax.evaluation.metrics import is_silent
 from uss_jax.evaluation.scoring import Item
 from uss_jax.ontology import load_ontology
 from uss_jax.separation.queries import Bank, remove_silence
@@ -31,14 +32,14 @@ def file_averages(
 ) -> Averages:
     """The condition of each label: the mean over its files of the mean over a file's segments.
 
-    The reference's way; a last short segment is repeated to full length. None for a model that
-    knows classes only, which no recording describes.
+    The reference's way; a last short segment is repeated to full length. Files of nothing but
+    silence are passed over. None for a model that knows classes only, which no recording describes.
 
     Args:
       model: gives the conditions.
       files: of each label.
       without_silence: drop silent tenths of a second first, as the reference does with recordings
-        of whole songs and sentences. Files of nothing but silence are passed over.
+        of whole songs and sentences.
     """
 
     def read(path: str | os.PathLike) -> Float[np.ndarray, " t"]:
@@ -89,6 +90,8 @@ def _vectors(model: Model, waveforms: Iterable[np.ndarray]) -> list[Float[np.nda
 
     length = model.segment_samples
     for number, waveform in enumerate(waveforms):
+        if not waveform.size or is_silent(waveform):
+            continue
         for begin in range(0, len(waveform), length):
             waiting.append((number, np.resize(waveform[begin : begin + length], length)))
         while len(waiting) >= batch:

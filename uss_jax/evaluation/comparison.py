@@ -5,13 +5,22 @@ training split; AudioSep, arXiv:2308.05037, on the same AudioSet pairs.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from uss_jax.errors import UserError
+from uss_jax.checked_json import (
+    either,
+    list_of,
+    nothing,
+    number,
+    parse_json,
+    record,
+    text,
+    whole,
+)
+from uss_jax.errors import UserError, one_line
 from uss_jax.evaluation.scoring import AVERAGE, CLASS, HALF, ORACLE
 
 _ASKED = (AVERAGE, CLASS, ORACLE)
@@ -51,24 +60,45 @@ PUBLISHED = (
 _MORE = {"pairs": " --train-pairs TRAIN_PAIRS", "musdb18": " --legacy"}
 
 
+_FIGURE = either(nothing(), number())
+# What is used of a file of results; suites that are not compared have rows of their own.
+_ROW = record(
+    {},
+    {
+        "query": text(),
+        "group": text(),
+        "classes": record({"number": whole(0, 10**6)}, others=True),
+        **{published.figure: _FIGURE for published in PUBLISHED},
+    },
+    others=True,
+)
+_RESULTS = record({"suite": text(), "rows": list_of(_ROW)}, others=True)
+
+
 def find_results(workdir: str | os.PathLike) -> dict[str, dict[str, Any]]:
     """Suite -> the newest results of it in a folder or in one folder below.
 
     Raises:
-      UserError: there is no such folder.
+      UserError: there is no such folder, or results in it are not what `uss-jax evaluate` writes.
     """
     workdir = pathlib.Path(workdir)
     if not workdir.is_dir():
         raise UserError(f"{workdir} is not a folder; give workdirs that hold results")
     found: dict[str, dict[str, Any]] = {}
     files = [*workdir.glob("*.json"), *workdir.glob("*/*.json")]
+    files = [path for path in files if path.is_file()]
     for path in sorted(files, key=lambda path: path.stat().st_mtime):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_bytes())
         except (OSError, ValueError):
             continue  # a file of another program
-        if isinstance(content, dict) and "suite" in content and "rows" in content:
-            found[content["suite"]] = content
+        if not isinstance(content, dict) or not {"suite", "rows"} <= content.keys():
+            continue
+        try:
+            _RESULTS(content, "")
+        except ValueError as error:
+            raise UserError(f"{path}: {error}; evaluate again, or remove it") from error
+        found[content["suite"]] = content
     return found
 
 
@@ -77,34 +107,56 @@ def compare(
 ) -> tuple[list[str], list[list[Any]], list[str], list[str]]:
     """The paper's table with a column for each workdir.
 
+    Results of other classes than the published figure's have rows of their own.
+
     Returns:
       header; rows, one a data set and way of asking; what is not of as many classes as the
       published figure beside it; and, for what is missing, how to get it.
     """
     results = [find_results(workdir) for workdir in workdirs]
-    names = [os.path.normpath(os.fspath(workdir)) for workdir in workdirs]
+    names = [one_line(os.path.normpath(os.fspath(workdir))) for workdir in workdirs]
     header = ["", "figure", "asked with", *names, "paper", "AudioSep"]
     rows, unlike, missing = [], [], []
     for published in PUBLISHED:
-        for asked in (*_ASKED, HALF):
-            ours = [
-                _figure(found.get(published.suite), asked, published.figure) for found in results
+        of_suite = [found.get(published.suite) for found in results]
+        counts = [published.classes and (_classes(of) or published.classes) for of in of_suite]
+        for count in (published.classes, *sorted({*counts} - {published.classes})):
+            of_count = [
+                of if of_classes == count else None
+                for of, of_classes in zip(of_suite, counts, strict=True)
             ]
-            if asked != AVERAGE and ours == [None] * len(ours):
-                continue
-            beside = (published.paper, published.audiosep) if asked == AVERAGE else (None, None)
-            name = published.data_set if asked == AVERAGE else ""
-            rows.append([name, published.unit, asked, *ours, *beside])
-        for workdir, found in zip(names, results, strict=True):
-            if _figure(found.get(published.suite), AVERAGE, published.figure) is None:
-                missing.append(_how(published.suite, workdir, published.suite in found))
-            number = _row(found.get(published.suite), ORACLE).get("classes", {}).get("number")
-            if published.classes and number not in (None, published.classes):
+            rows += _rows(published, count, of_count)
+        for workdir, of, count in zip(names, of_suite, counts, strict=True):
+            if _figure(of, AVERAGE, published.figure) is None:
+                missing.append(_how(published.suite, workdir, of is not None))
+            if count != published.classes:
                 unlike.append(
-                    f"{workdir}: {published.suite} of {number} classes, not of "
+                    f"{workdir}: {published.suite} of {count} classes, not of "
                     f"{published.classes} as published"
                 )
     return header, rows, unlike, missing
+
+
+def _rows(
+    published: Published, count: int | None, results: Sequence[dict[str, Any] | None]
+) -> list[list[Any]]:
+    """The rows of results of so many classes, the published figures beside if of as many."""
+    is_like = count == published.classes
+    name = published.data_set if is_like else f"{published.suite}, {count} classes of your own"
+    rows = []
+    for asked in (*_ASKED, HALF):
+        ours = [_figure(of, asked, published.figure) for of in results]
+        if ours == [None] * len(ours) and not (is_like and asked == AVERAGE):
+            continue
+        beside = (published.paper, published.audiosep)
+        beside = beside if is_like and asked == AVERAGE else (None, None)
+        rows.append(["" if rows else name, published.unit, asked, *ours, *beside])
+    return rows
+
+
+def _classes(results: dict[str, Any] | None) -> int | None:
+    """How many classes the results are means over, if they say so."""
+    return _row(results, ORACLE).get("classes", {}).get("number")
 
 
 def _figure(results: dict[str, Any] | None, asked: str, figure: str) -> float | None:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from uss_jax.atomic import replacing
+from uss_jax.checked_npz import Column, read_npz
 from uss_jax.errors import UserError
 from uss_jax.evaluation.averages import class_averages
 from uss_jax.evaluation.clips import open_records
@@ -52,7 +53,8 @@ def make_evaluation(
     `sdri` and `si_sdri` in dB and `l1`, the mean absolute error, are of the clean sources'
     conditions; those that begin with `average_` of a condition for each class, over the pairs whose
     class has one; `half_sdri` is what half the mixture scores, which needs no model; `seconds` is
-    how long it took.
+    how long it took. Pairs whose source is silent have no SDRi and are left out of its medians;
+    where there are any, `silent` is their number.
 
     Args:
       separator, query: the nets.
@@ -86,6 +88,8 @@ def make_evaluation(
             name: np.concatenate([part[name] for part in parts])[: len(pairs)] for name in parts[0]
         }
         means = {name: _mean_of_medians(of, classes) for name, of in values.items()}
+        if silent := int(np.isnan(values["half_sdri"]).sum()):
+            means["silent"] = silent
         return {**means, "seconds": time.monotonic() - began}
 
     return evaluate
@@ -176,5 +180,11 @@ def workdir_averages(
         with replacing(path) as temporary:
             vectors = list(found.values()) or np.zeros((0, 0), np.float32)
             np.savez(temporary, classes=np.array(list(found), np.int64), vectors=vectors)
-    with np.load(path) as stored:
-        return dict(zip(stored["classes"].tolist(), stored["vectors"], strict=True))
+    try:
+        with open(path, "rb") as file:
+            stored = read_npz(file, {"classes": Column("i8", "n"), "vectors": Column("f4", "n d")})
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); remove it to have it made again"
+        ) from error
+    return dict(zip(stored["classes"].tolist(), stored["vectors"], strict=True))

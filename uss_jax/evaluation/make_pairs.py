@@ -43,6 +43,7 @@ _COLUMNS = (
 )
 _PAIRS_AT_A_TIME = 64
 _REFERENCE_BATCH = 32  # items in which the reference's mixer looks for the next one
+_MOST_PAIRS = 10_000_000  # 2.5 TB of files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +93,12 @@ def make_pairs(
     """
     out = pathlib.Path(out)
     _check_free(out, overwrite)
+    classes = len(np.unique(reader.index.label_class))
+    if per_class * classes > _MOST_PAIRS:
+        raise UserError(
+            f"{per_class} pairs of each of {classes} classes are more than {_MOST_PAIRS:,}; give a "
+            "smaller --per-class"
+        )
     source, partner, without_partner = draw_pairs(reader.index, per_class, seed, pairing)
     min_dbfs = None if pairing == "reference" else MIN_DBFS
     table = _mine_distinct(reader, model, min_dbfs, source, partner)

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, Num
 
-# Least mean square that counts in an SDR, and least share of energy in an SI-SDR: silence gives a
-# number, and nothing is worse than -100 dB or better than 100 dB in SI-SDR.
+# Least mean square that counts in an SDR, and least share of energy in an SI-SDR: a silent estimate
+# gives a number, and nothing is worse than -100 dB or better than 100 dB in SI-SDR. A reference
+# that is not above it is silent, and no figure is defined.
 FLOOR = 1e-10
 
 SEPARATION_FIGURES = ("sdr", "sdri", "si_sdr", "si_sdri")
@@ -55,10 +56,20 @@ def _unit(x: Float[Array, "*b t"]) -> Float[Array, "*b t"]:
 def separation_figures(
     reference: Float[Array, "*b t"], estimate: Float[Array, "*b t"], mixture: Float[Array, "*b t"]
 ) -> dict[str, Float[Array, "*b"]]:
-    """SDR and SI-SDR of estimates in dB, and how far they are above those of the mixtures."""
+    """SDR and SI-SDR of estimates in dB, and how far they are above those of the mixtures.
+
+    NaN where the reference is silent.
+    """
     now, before = sdr(reference, estimate), sdr(reference, mixture)
     si_now, si_before = si_sdr(reference, estimate), si_sdr(reference, mixture)
-    return {"sdr": now, "sdri": now - before, "si_sdr": si_now, "si_sdri": si_now - si_before}
+    figures = {"sdr": now, "sdri": now - before, "si_sdr": si_now, "si_sdri": si_now - si_before}
+    heard = jnp.mean(jnp.square(reference), axis=-1) > FLOOR
+    return {name: jnp.where(heard, of, jnp.nan) for name, of in figures.items()}
+
+
+def is_silent(waveform: Float[np.ndarray, "*b t"]) -> Bool[np.ndarray, "*b"]:
+    """Whether the mean square of a reference is so low that no figure is defined."""
+    return np.asarray(np.mean(np.square(waveform, dtype=np.float64), axis=-1) <= FLOOR)
 
 
 def class_medians(

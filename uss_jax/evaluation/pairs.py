@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import os
 import pathlib
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,8 +15,8 @@ from uss_jax.errors import UserError
 from uss_jax.evaluation.make_pairs import MANIFEST
 from uss_jax.evaluation.picture import write_picture
 from uss_jax.evaluation.scoring import ORACLE, Figures, Item, Row
-from uss_jax.ontology import load_ontology
-from uss_jax.separation.names import safe_name
+from uss_jax.ontology import load_ontology, whole_number
+from uss_jax.separation.names import file_name
 from uss_jax.training.model import Model
 
 # Programs that cut or resample may differ by a frame; more than this is another recording.
@@ -75,8 +74,8 @@ def find_pairs(directory: str | os.PathLike) -> list[Pair]:
     manifest = _read_manifest(directory / MANIFEST)
     pairs = []
     for folder in sorted(directory.glob("class_id=*")):
-        match = re.fullmatch(r"class_id=(\d+)", folder.name)
-        if not match or int(match[1]) >= len(load_ontology().class_mids):
+        class_index = _class_index(folder.name.removeprefix("class_id="))
+        if class_index is None:
             raise UserError(f"{folder} is not named class_id=K with a class index K from 0 to 526")
         for mixture in sorted(folder.glob("*mixture.wav")):
             stem = mixture.name.removesuffix("mixture.wav")
@@ -84,14 +83,19 @@ def find_pairs(directory: str | os.PathLike) -> list[Pair]:
             if not source.is_file():
                 raise UserError(f"{mixture} has no source beside it; expected {source.name}")
             said = manifest.get(f"{folder.name}/{stem.rstrip('._')}", {})
-            other = said.get("partner_class_index") or ""
+            other = said.get("partner_class_index") or None
+            if other is not None and (other := _class_index(other)) is None:
+                raise UserError(
+                    f"{directory / MANIFEST}: the partner_class_index of {said['file']} is none "
+                    "from 0 to 526; make the pairs again"
+                )
             pairs.append(
                 Pair(
                     mixture,
                     source,
-                    int(match[1]),
+                    class_index,
                     said.get("group") or "",
-                    int(other) if re.fullmatch("[0-9]{1,9}", other) else None,
+                    other,
                 )
             )
     if not pairs:
@@ -102,12 +106,20 @@ def find_pairs(directory: str | os.PathLike) -> list[Pair]:
     return sorted(pairs, key=lambda pair: (pair.class_index, pair.mixture.name))
 
 
+def _class_index(text: str) -> int | None:
+    number = whole_number(text)
+    return number if number is not None and number < len(load_ontology().class_mids) else None
+
+
 def _read_manifest(path: pathlib.Path) -> dict[str, dict[str, Any]]:
     """Name of a pair -> what the manifest says of it."""
     if not path.is_file():
         return {}
-    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        return {row.get("file") or "": row for row in csv.DictReader(file)}
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+            return {row.get("file") or "": row for row in csv.DictReader(file)}
+    except (OSError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as a CSV file ({error})") from error
 
 
 def sources_by_class(directory: str | os.PathLike) -> dict[str, list[pathlib.Path]]:
@@ -136,10 +148,11 @@ def write_examples(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be made ({error.strerror}); name a folder") from error
-    ranked = np.argsort(figures[ORACLE]["sdri"], kind="stable")
-    quantiles = (np.arange(min(number, len(items))) + 0.5) / min(number, len(items))
+    sdri = figures[ORACLE]["sdri"]
+    ranked = np.argsort(sdri, kind="stable")[: np.isfinite(sdri).sum()]  # NaN is last
+    quantiles = (np.arange(min(number, len(ranked))) + 0.5) / min(number, len(ranked))
     pictures = []
-    for example, at in enumerate(ranked[(quantiles * len(items)).astype(int)].tolist(), start=1):
+    for example, at in enumerate(ranked[(quantiles * len(ranked)).astype(int)].tolist(), start=1):
         item = items[at]
         samples = item.samples(model.sample_rate)
         sides = (item.read(side, model.sample_rate) for side in ("mixture", "source"))
@@ -152,7 +165,7 @@ def write_examples(
             f"Estimate, oracle query: SDR {values['sdr']:.1f} dB (SDRi {values['sdri']:.1f}, "
             f"SI-SDRi {values['si_sdri']:.1f})": estimate,
         }
-        stem = folder / f"example{example}_{safe_name(item.label)}"
+        stem = folder / f"example{example}_{file_name(item.label)}"
         for what, waveform in zip(("mixture", "target", "estimate"), panels.values(), strict=True):
             write_wav(f"{stem}_{what}.wav", waveform[None], model.sample_rate)
         pictures.append(stem.with_name(stem.name + ".png"))

@@ -19,8 +19,10 @@ from jaxtyping import Bool, Float, Integer
 
 from uss_jax.data.reader import ClipReader
 from uss_jax.data.sampling import BalancedOrder
+from uss_jax.errors import UserError
 from uss_jax.evaluation.clips import BATCH_SIZE, anchors_of_batch
-from uss_jax.evaluation.table import format_table
+from uss_jax.evaluation.metrics import is_silent
+from uss_jax.evaluation.table import format_table, silent_note
 from uss_jax.training.model import Model, Net
 
 CLIP_SECONDS = 10.0
@@ -40,12 +42,14 @@ class Planted:
       audio: [n, t] float32.
       class_index: [n] what sounds.
       begin_sample, end_sample: [n] where.
+      heard: [n] False where the recording was silent, so that there is nothing to find.
     """
 
     audio: Float[np.ndarray, "n t"]
     class_index: Integer[np.ndarray, " n"]
     begin_sample: Integer[np.ndarray, " n"]
     end_sample: Integer[np.ndarray, " n"]
+    heard: Bool[np.ndarray, " n"]
 
 
 def evaluate_planted(
@@ -66,6 +70,9 @@ def evaluate_planted(
     )
     for background in BACKGROUNDS:
         planted = plant(reader, background, sample_rate=model.sample_rate, clips=clips, seed=seed)
+        heard = planted.heard
+        if not heard.any():
+            raise UserError("every planted recording is silent; check the split's recordings")
         begins = {
             "mined": _find(model.sed, planted, model.segment_samples, seed)[:, None],
             "random": _find(None, planted, model.segment_samples, seed)[:, None],
@@ -78,10 +85,11 @@ def evaluate_planted(
                 {
                     "background": background,
                     "anchors": anchors,
-                    "contain": float(np.mean(share >= _ENERGY_SHARE)),
-                    "contain_whole": float(np.mean(whole)),
-                    "mean_energy_inside": float(np.mean(share)),
-                    "clips": clips,
+                    "contain": float(np.mean(share[heard] >= _ENERGY_SHARE)),
+                    "contain_whole": float(np.mean(whole[heard])),
+                    "mean_energy_inside": float(np.mean(share[heard])),
+                    "clips": int(heard.sum()),
+                    "silent": int((~heard).sum()),
                 }
             )
     return summaries
@@ -94,17 +102,20 @@ def plant(
     order = BalancedOrder(reader.index.label_row, reader.index.label_class, seed)
     records, classes = order.draw(np.arange(clips))
     length = round(CLIP_SECONDS * sample_rate)
-    audio, begins, ends = np.zeros((clips, length), np.float32), [], []
+    audio, begins, ends, heard = np.zeros((clips, length), np.float32), [], [], []
     for row, record in enumerate(records.tolist()):
         rng = np.random.default_rng([seed, row])
         event = energetic_part(reader.read(record) / np.float32(32768), sample_rate)
         begins.append(int(rng.integers(length - len(event) + 1)))
         ends.append(begins[-1] + len(event))
+        heard.append(not is_silent(event))
         if background != "silence":
             noise = coloured_noise(rng, length, 1.0 if background == "pink noise" else 0.0)
             audio[row] = noise * np.sqrt(np.mean(np.square(event)) * 10 ** (-SNR_DB / 10))
         audio[row, begins[-1] : ends[-1]] += event
-    return Planted(audio, classes.astype(np.int32), np.array(begins), np.array(ends))
+    return Planted(
+        audio, classes.astype(np.int32), np.array(begins), np.array(ends), np.array(heard)
+    )
 
 
 def energetic_part(waveform: Float[np.ndarray, " t"], sample_rate: int) -> Float[np.ndarray, "_"]:
@@ -188,4 +199,6 @@ def format_planted(summaries: list[dict[str, Any]]) -> str:
         for summary in summaries
     ]
     table = format_table(("anchors", ">= 90 % of it", "all of it", "mean energy", "clips"), rows)
-    return f"{table}\n\nof the event inside the anchor; noise {SNR_DB:.0f} dB below the event"
+    note = f"of the event inside the anchor; noise {SNR_DB:.0f} dB below the event"
+    silent = summaries[0]["silent"]
+    return "\n\n".join([table, note, *([silent_note(silent)] if silent else [])])

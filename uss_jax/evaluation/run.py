@@ -33,14 +33,16 @@ from uss_jax.evaluation.suites import (
     voicebank_demand,
 )
 from uss_jax.evaluation.summary import (
+    EXPLANATION,
     format_summaries,
     headline,
     summarise,
+    without_silent,
     write_class_plot,
     write_class_table,
     write_markdown,
 )
-from uss_jax.evaluation.table import format_table, markdown_table, write_results
+from uss_jax.evaluation.table import format_table, markdown_table, silent_note, write_results
 from uss_jax.evaluation.tagging import evaluate_tagging, format_tagging
 from uss_jax.precision import HIGHEST
 from uss_jax.separation.queries import require_npz, write_bank
@@ -105,22 +107,26 @@ def score_items(
     Returns:
       results, paragraphs to print, and what was scored.
     """
-    path = pathlib.Path(out)
     figures, rows = score(
         model, items, averages, oracle_only=oracle_only, unfinished=_beside(out, ".unfinished")
     )
-    summaries = summarise(items, figures)
-    for group in sorted({item.group for item in items if item.group}):
-        summaries += summarise(items, figures, group)
-    write_class_table(path.with_suffix(".csv"), items, summaries)
-    write_class_plot(path.with_suffix(".png"), items, summaries)
-    write_markdown(path.with_suffix(".md"), f"{model.path}", summaries)
+    kept, figures_kept = without_silent(items, figures)
+    summaries = summarise(kept, figures_kept)
+    for group in sorted({item.group for item in kept if item.group}):
+        summaries += summarise(kept, figures_kept, group)
+    write_class_table(sibling(out, ".csv"), kept, summaries)
+    write_class_plot(sibling(out, ".png"), kept, summaries)
+    silent = len(items) - len(kept)
+    note = [silent_note(silent)] if silent else []
+    explanation = "\n\n".join([EXPLANATION, *note])
+    write_markdown(sibling(out, ".md"), f"{model.path}", summaries, explanation)
     results = {
         "condition": model.query.module.kind,
+        "silent_targets": silent,
         **headline(summaries),
         "rows": summaries,
     }
-    return results, [format_summaries(summaries)], (figures, rows)
+    return results, [format_summaries(summaries), *note], (figures, rows)
 
 
 def run_tagging(model: Model, data: str, out: str, *, split: str) -> tuple[Results, str]:
@@ -216,6 +222,11 @@ def _beside(out: str, ending: str) -> pathlib.Path:
     return path.with_name(f".{path.name}{ending}")
 
 
+def sibling(out: str, suffix: str) -> pathlib.Path:
+    """The file beside a JSON file, of the same name but for ".json"."""
+    return pathlib.Path(out.removesuffix(".json") + suffix)
+
+
 def _whole(
     model: Model,
     out: str,
@@ -226,11 +237,18 @@ def _whole(
     explanation: str,
 ) -> tuple[Results, str]:
     """Results and text of a suite of whole recordings, and their table as Markdown."""
+    silent = rows[0].get("silent", 0)
+    explanation = "\n\n".join([explanation, *([silent_note(silent)] if silent else [])])
     lines = [f"# {model.path}", "", *markdown_table(header, cells), "", explanation]
-    with replacing(pathlib.Path(out).with_suffix(".md")) as temporary:
+    with replacing(sibling(out, ".md")) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     first = {key: value for key, value in rows[0].items() if isinstance(value, float)}
-    results = {"condition": model.query.module.kind, "query": rows[0]["query"], **first}
+    results = {
+        "condition": model.query.module.kind,
+        "silent_targets": silent,
+        "query": rows[0]["query"],
+        **first,
+    }
     text = f"{format_table(header, cells)}\n\n{explanation}"
     return {**results, "rows": list(rows), "how": how}, text
 
@@ -266,6 +284,8 @@ def evaluate(
       precision: of separator and query net, see uss_jax/precision.py.
       options: of the suite.
     """
+    if not out.endswith(".json") or pathlib.Path(out).name == ".json":
+        raise UserError(f"--out {out}: results are JSON, other files lie beside; name it *.json")
     if not pathlib.Path(out).absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder to write it to; make it first")
     model = Model(model_path, precision)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from uss_jax.errors import UserError
 from uss_jax.evaluation.finished import Finished
-from uss_jax.evaluation.metrics import FLOOR, separation_figures
+from uss_jax.evaluation.metrics import FLOOR, is_silent, separation_figures
 from uss_jax.ontology import load_ontology
 from uss_jax.training.bundle import net_hash
 from uss_jax.training.mesh import batch_sharded, make_mesh, replicated
@@ -190,9 +190,9 @@ def score(
         goes on there; it is removed at the end.
 
     Returns:
-      row name -> figure name -> [n], NaN where an item has no condition: the figures of
-      `separation_figures` and `level`, the energy of the estimate in dB of the mixture's; and the
-      rows that were separated, by name.
+      row name -> figure name -> [n], NaN where an item has no condition or its source is silent:
+      the figures of `separation_figures` and `level`, the energy of the estimate in dB of the
+      mixture's; and the rows that were separated, by name.
     """
     lengths = [item.samples(model.sample_rate) for item in items]
     batches = Batches(items, lengths, model.sample_rate)
@@ -261,9 +261,10 @@ def _score_batch(
     found[MIXTURE] = _figures(source, mixture, mixture)
     exists = {row.name: row.exists[at] for row in rows}
     exists[IDENTITY] = exists[ORACLE]
+    exists[HALF] = exists[MIXTURE] = ~is_silent(source[: len(at)])
     return {
         name: {
-            figure: np.where(exists.get(name, True), np.asarray(of)[: len(at)], np.nan)
+            figure: np.where(exists[name], np.asarray(of)[: len(at)], np.nan)
             for figure, of in by_figure.items()
         }
         for name, by_figure in found.items()
@@ -278,10 +279,12 @@ def _rows(
 ) -> list[Row]:
     """Every query that at least one item has."""
     items = batches.items
-    conditions, digests = oracle_conditions(model, batches)
-    asked = np.ones(len(items), bool)
+    conditions, digests, heard = oracle_conditions(model, batches)
+    if not heard.any():
+        raise UserError("every source is silent, so no figure is defined; check the recordings")
+    asked = heard
     if model.query.module.kind == "one_hot":  # a sound without a class cannot be asked for
-        asked = np.array([item.class_index is not None for item in items])
+        asked = heard & [item.class_index is not None for item in items]
         if not asked.any():
             raise UserError(
                 f"{model.path} knows AudioSet's classes only, and none of these sounds is of one"
@@ -290,25 +293,31 @@ def _rows(
     if oracle_only:
         return rows
     if averages:
-        exists = np.array([item.label in averages for item in items])
+        exists = heard & [item.label in averages for item in items]
         zeros = np.zeros(conditions.shape[1], np.float32)
         rows.append(
             Row(AVERAGE, np.stack([averages.get(item.label, zeros) for item in items]), exists)
         )
     if model.query.module.kind == "soft":
-        rows.append(_class_vectors(model, batches, conditions.shape[1]))
+        rows.append(_class_vectors(model, batches, heard, conditions.shape[1]))
     classes = [item.label if item.class_index is None else item.class_index for item in items]
     others = unrelated_items(classes, digests, [item.other_class_index for item in items])
-    exists = (others >= 0) & asked[others]
+    exists = heard & (others >= 0) & asked[others]
     rows.append(Row(SHUFFLED, conditions[np.maximum(others, 0)], exists))
     return [row for row in rows if row.exists.any()]
 
 
-def oracle_conditions(model: Model, batches: Batches) -> tuple[Float[np.ndarray, "n d"], list[str]]:
-    """The conditions of the clean sources, and a digest of each source's samples."""
+def oracle_conditions(
+    model: Model, batches: Batches
+) -> tuple[Float[np.ndarray, "n d"], list[str], Bool[np.ndarray, " n"]]:
+    """The conditions of the clean sources, a digest of each, and whether it is heard at all.
+
+    Of silent sources no two have the same digest: they say nothing of what else a sound is called.
+    """
     query = model.query.on(batches.mesh)
     conditions: list[Any] = [None] * len(batches.items)
-    digests = [""] * len(batches.items)
+    digests = [f"silent {place}" for place in range(len(batches.items))]
+    heard = np.zeros(len(batches.items), bool)
     for number, (source,) in batches.read(("source",), range(len(batches.places)), "conditions"):
         at = batches.places[number]
         classes = [batches.items[place].class_index or 0 for place in batches.filled(at)]
@@ -316,18 +325,22 @@ def oracle_conditions(model: Model, batches: Batches) -> tuple[Float[np.ndarray,
         found = _on_host(query(*inputs), batches.mesh)
         for row, place in enumerate(at.tolist()):
             conditions[place] = found[row]
-            digests[place] = samples_digest(source[row])
-    return np.stack(conditions), digests
+            if not is_silent(source[row]):
+                heard[place] = True
+                digests[place] = samples_digest(source[row])
+    return np.stack(conditions), digests, heard
 
 
-def _class_vectors(model: Model, batches: Batches, width: int) -> Row:
+def _class_vectors(
+    model: Model, batches: Batches, heard: Bool[np.ndarray, " n"], width: int
+) -> Row:
     """The tagging probability of the class in the mixture, all others zero (the reference's way).
 
     Nothing is asked for (the reference would not separate) where an item has no AudioSet class.
     """
     items, tagger = batches.items, model.tagger.on(batches.mesh)
     conditions = np.zeros((len(items), width), np.float32)
-    exists = np.array([item.class_index is not None for item in items])
+    exists = heard & [item.class_index is not None for item in items]
     which = [number for number, at in enumerate(batches.places) if exists[at].any()]
     for number, (mixture,) in batches.read(("mixture",), which, "class vectors"):
         at = batches.places[number]

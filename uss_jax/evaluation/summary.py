@@ -15,7 +15,16 @@ from matplotlib.figure import Figure
 
 from uss_jax.atomic import replacing
 from uss_jax.evaluation.metrics import SEPARATION_FIGURES, class_medians
-from uss_jax.evaluation.scoring import CLASS, HALF, IDENTITY, ORACLE, SHUFFLED, Figures, Item
+from uss_jax.evaluation.scoring import (
+    CLASS,
+    HALF,
+    IDENTITY,
+    MIXTURE,
+    ORACLE,
+    SHUFFLED,
+    Figures,
+    Item,
+)
 from uss_jax.evaluation.table import format_table, markdown_table
 from uss_jax.ontology import load_ontology
 
@@ -29,6 +38,18 @@ EXPLANATION = (
 )
 
 Summary = dict[str, Any]
+
+
+def without_silent(
+    items: Sequence[Item], figures: dict[str, Figures]
+) -> tuple[list[Item], dict[str, dict[str, np.ndarray]]]:
+    """The items whose target is heard, with their figures: of others none is defined."""
+    heard = np.isfinite(figures[MIXTURE]["sdr"])
+    kept = [item for item, is_heard in zip(items, heard, strict=True) if is_heard]
+    return kept, {
+        row: {figure: of[heard] for figure, of in by_figure.items()}
+        for row, by_figure in figures.items()
+    }
 
 
 def summarise(

@@ -1,6 +1,7 @@
 """Figures as text and as JSON."""
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -23,20 +24,33 @@ def markdown_table(
     header: Sequence[str], rows: Sequence[Sequence[str | int | float | None]]
 ) -> list[str]:
     """The lines of a Markdown table: the first column to the left, numbers to the right."""
-    lines = [list(header), ["---", *["---:"] * (len(header) - 1)]]
-    lines += [[_cell(value) for value in row] for row in rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
+    cells = [[_cell(value).replace("|", "\\|") for value in row] for row in (header, *rows)]
+    cells.insert(1, ["---", *["---:"] * (len(header) - 1)])
+    return [f"| {' | '.join(line)} |" for line in cells]
 
 
 def _cell(value: str | int | float | None) -> str:
-    if value is None:
+    if value is None or value != value:  # NaN
         return "-"
     # Adding zero makes a zero of a minus zero.
     return f"{round(value, 2) + 0.0:.2f}" if isinstance(value, float) else str(value)
 
 
+def silent_note(number: int) -> str:
+    """Says how many targets were left out."""
+    return f"left out: {number} whose target is silent, so that no figure is defined"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(of) for key, of in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(of) for of in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_results(path: str | os.PathLike, results: dict[str, Any]) -> None:
-    """Writes results as strict JSON (a NaN is an error), whole or not at all."""
-    text = json.dumps(results, indent=2, allow_nan=False, ensure_ascii=False)
+    """Writes results as strict JSON, whole or not at all; what is not finite becomes null."""
+    text = json.dumps(_finite(results), indent=2, allow_nan=False, ensure_ascii=False)
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")

@@ -1,107 +1,333 @@
 """Many recordings, one after another: what `uss-jax separate` does."""
 
+import dataclasses
 import glob
+import hashlib
+import json
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from uss_jax.audio.files import AUDIO_SUFFIXES, audio_format, read_blocks, resample_blocks
-from uss_jax.errors import UserError
+from uss_jax.audio.files import (
+    AUDIO_SUFFIXES,
+    audio_format,
+    read_blocks,
+    resample_blocks,
+    truncation,
+)
+from uss_jax.audio.files import find_recordings as recordings_below
+from uss_jax.checked_json import either, list_of, nothing, number, read_json, record, text
+from uss_jax.errors import UserError, one_line
 from uss_jax.ontology import load_ontology
-from uss_jax.separation.names import safe_name
-from uss_jax.separation.queries import Query
-from uss_jax.separation.recordings import Separator
-from uss_jax.separation.report import recording_facts, write_report
+from uss_jax.separation.names import file_name
+from uss_jax.separation.queries import Classes, Query
+from uss_jax.separation.recordings import Separated, Separator
+from uss_jax.separation.report import REPORT, not_heard, recording_facts, write_report
 from uss_jax.separation.separator import tag_segments
+from uss_jax.training.bundle import net_hash
 from uss_jax.training.model import Model
 
 _HEARD_SHOWN = 20
+_NAMED = 3
+# In a recording's folder while its files take their places.
+_UNFINISHED = ".unfinished"
+# What must be right in the report.json of an earlier run.
+_SOUND = record(
+    {
+        "name": text(),
+        "file": text(),
+        "clipped_share": number(0, 1),
+        "active_share": either(nothing(), number(0, 1)),
+    },
+    {"peak": number(0, 1)},
+    others=True,
+)
+_FINISHED = record(
+    {"made_of": text(), "sounds": list_of(_SOUND)},
+    {"threshold": number(0, 1), "truncated": text()},
+    others=True,
+)
+_MOST_BYTES = 1 << 28  # hours of recordings have many segments
 
 
-def find_recordings(words: Sequence[str]) -> list[pathlib.Path]:
-    """The recordings that files, folders and patterns name; in folders, all audio files below."""
-    found: list[pathlib.Path] = []
-    for word in words:
-        path = pathlib.Path(word)
-        if path.is_dir():
-            below = sorted(p for p in path.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
-            if not below:
-                suffixes = ", ".join(sorted(AUDIO_SUFFIXES))
-                raise UserError(f"{word} is a folder without audio files ({suffixes})")
-            found += below
-        elif path.exists() or not glob.has_magic(word):
-            found.append(path)  # a missing one is said when its turn comes
-        else:
-            matches = sorted(glob.glob(word, recursive=True))
-            if not matches:
-                raise UserError(f"no file matches {word}")
-            found += map(pathlib.Path, matches)
-    return list(dict.fromkeys(found))
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """A recording to separate.
+
+    Attributes:
+      path: its file.
+      place: the folder of its sounds, below the folder of all of them.
+    """
+
+    path: pathlib.Path
+    place: pathlib.PurePath
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """What became of the recordings.
+
+    Attributes:
+      failed: how many could not be separated.
+      not_heard: how many do not hold a class that was asked for.
+      earlier: how many an earlier run had separated in the same way.
+    """
+
+    failed: int
+    not_heard: int
+    earlier: int
+
+
+def find_recordings(
+    words: Sequence[str], lists: Sequence[str | os.PathLike] = ()
+) -> list[Recording]:
+    """The recordings that files, folders, patterns and lists name, each once.
+
+    Of folders these are all audio files below; what else is there is reported. A recording's place
+    is its path as it was given, without suffix; of an absolute path it is the name alone, behind
+    the name of the folder that was given and what lies between.
+
+    Args:
+      words: files, folders and patterns.
+      lists: text files with a path in each line, relative to the working directory.
+    """
+    found: dict[str, Recording] = {}
+    for word in (*words, *_listed(lists)):
+        for path in _named_by(word):
+            recording = Recording(path, _place(path, word))
+            found.setdefault(os.path.abspath(path), recording)
+    return list(found.values())
+
+
+def _listed(lists: Sequence[str | os.PathLike]) -> Iterator[str]:
+    for path in lists:
+        try:
+            lines = pathlib.Path(path).read_bytes().splitlines()
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be read ({error.strerror}); give a text file"
+            ) from error
+        lines = [os.fsdecode(line) for line in lines if line.strip()]
+        if not lines:
+            raise UserError(f"{path} names no recording; write a path in each line")
+        yield from lines
+
+
+def _named_by(word: str) -> list[pathlib.Path]:
+    if word == "-":
+        raise UserError("standard input cannot be separated; write it to a file and give that")
+    matches = [word]
+    if glob.has_magic(word) and not os.path.lexists(word):
+        matches = sorted(glob.glob(word, recursive=True))
+        if not matches:
+            raise UserError(f"no file matches {word}")
+    return [path for match in matches for path in _recordings_at(pathlib.Path(match))]
+
+
+def _recordings_at(path: pathlib.Path) -> list[pathlib.Path]:
+    if not path.is_dir():
+        return [path]  # a missing one is reported when its turn comes
+    below, others = recordings_below(path)
+    if not below:
+        suffixes = ", ".join(sorted(AUDIO_SUFFIXES))
+        raise UserError(f"{path} is a folder without audio files ({suffixes})")
+    if others:
+        print(f"{path}: {passed_over(others)}")
+    return below
+
+
+def passed_over(others: Sequence[pathlib.Path]) -> str:
+    """Says which files of a folder are no recordings by their names."""
+    names = ", ".join(path.name for path in others[:_NAMED])
+    more = ", ..." if len(others) > _NAMED else ""
+    return f"{len(others)} files that are no recordings passed over ({names}{more})"
+
+
+def _place(path: pathlib.Path, word: str) -> pathlib.PurePath:
+    below = path
+    if path.is_absolute():
+        fixed = pathlib.Path(word)
+        while glob.has_magic(fixed.name) and not fixed.exists():
+            fixed = fixed.parent
+        below = path.relative_to(fixed.parent)
+    parts = [part for part in below.parts if part != ".."]
+    if below.suffix.lower() in AUDIO_SUFFIXES:
+        parts[-1] = below.stem
+    return pathlib.PurePath(*map(file_name, parts))
 
 
 def separate_all(
     separator: Separator,
-    paths: Sequence[pathlib.Path],
+    recordings: Sequence[Recording],
     out: str | os.PathLike,
     query: Query,
     settings: dict[str, Any],
-) -> int:
-    """Separates recordings into a folder each; a bad one is said, and the rest goes on.
+) -> Done:
+    """Separates recordings into a folder each; a bad one is reported, and the rest goes on.
+
+    What an earlier run has made of the same recording with the same model, query and settings is
+    kept as it is. What it was killed over is made again.
 
     Args:
       separator: with its settings.
-      paths: the recordings.
+      recordings: what to separate.
       out: the folder of the folders.
       query: what to ask for.
       settings: what the reports say of how it was asked.
-
-    Returns:
-      How many could not be separated.
     """
-    failed = 0
-    for path, folder in zip(paths, _folders(paths, pathlib.Path(out)), strict=True):
-        try:
-            made = separator.separate_file(path, folder, query)
-            active = {target.name: float(target.active.mean()) for target in made.targets}
-            sounds = [
-                {
-                    "name": name,
-                    "file": os.path.relpath(file, folder),
-                    "rms": made.rms[name],
-                    "active_share": active.get(name) if query.needs_tags else None,
-                }
-                for name, file in made.files.items()
-            ]
-            folder.mkdir(parents=True, exist_ok=True)
-            facts = recording_facts(
-                path,
-                sounds=sounds,
-                probabilities=made.probabilities,
-                segment_seconds=separator.model.segment_samples / separator.model.sample_rate,
-                threshold=getattr(query, "threshold", 0.0),
-                settings=settings,
+    query.require_fit(separator.model)
+    run = _digest_of_run(separator, query, settings)
+    taken: dict[pathlib.PurePath, pathlib.Path] = {}
+    unheard = earlier = 0
+    rate = separator.model.sample_rate
+    print(
+        f"{separator.model.path} works at {rate} Hz: its sounds hold nothing above {rate // 2} Hz"
+    )
+
+    def separate(recording: Recording) -> None:
+        nonlocal unheard, earlier
+        other = taken.setdefault(recording.place, recording.path)
+        if other != recording.path:
+            raise UserError(
+                f"{recording.path} would share a folder with {other}, "
+                f"{os.path.join(out, recording.place)}; give both by paths below the working "
+                "directory, or separate them into two --out"
             )
-            write_report(folder, facts, {path.name: path, **made.files})
-        except UserError as error:
-            print(f"uss-jax: {error}", file=sys.stderr)
-            failed += 1
+        folder = pathlib.Path(out) / recording.place
+        digest = _digest_of_recording(run, recording.path)
+        facts = finished_facts(folder, digest)
+        if facts is None:
+            facts = _separate_one(separator, recording.path, folder, query, settings, digest)
+            print(f"{recording.path}: {len(facts['sounds'])} sounds in {folder}, see report.html")
         else:
-            print(f"{path}: {len(made.files)} sounds in {folder}, see report.html there")
+            print(f"{recording.path}: done earlier, in {folder}")
+            earlier += 1
+        for remark in _remarks(facts):
+            print(f"  {remark}")
+        unheard += any(not_heard(sound, facts) for sound in facts["sounds"])
+
+    failed = for_each(recordings, separate)
+    return Done(failed, unheard, earlier)
+
+
+def for_each(recordings: Sequence[Recording], act: Callable[[Recording], None]) -> int:
+    """Acts on each recording; reports those where it fails and returns their number."""
+    failed = 0
+    for recording in recordings:
+        try:
+            act(recording)
+        except (UserError, OSError) as error:
+            print(f"uss-jax: {one_line(str(error))}", file=sys.stderr)
+            failed += 1
     return failed
 
 
-def _folders(paths: Sequence[pathlib.Path], out: pathlib.Path) -> list[pathlib.Path]:
-    """A folder for each recording, named after it; with its suffix or number where names repeat."""
-    names: list[str] = []
-    for path in paths:
-        wishes = [safe_name(path.stem), safe_name(path.name)]
-        wishes += [f"{wishes[0]}-{number}" for number in range(2, len(paths) + 2)]
-        names.append(next(wish for wish in wishes if wish not in names))
-    return [out / name for name in names]
+def _separate_one(
+    separator: Separator,
+    path: pathlib.Path,
+    folder: pathlib.Path,
+    query: Query,
+    settings: dict[str, Any],
+    digest: str,
+) -> dict[str, Any]:
+    """Writes the sounds of a recording and its reports; returns what report.json holds."""
+    plan = separator.plan(path, query)
+    mark = folder / _UNFINISHED
+    killed = mark.is_file() and mark.read_text() == digest
+    replace = separator.settings.overwrite or killed
+    rooms = separator.make_room(plan, folder, replace=replace)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text(digest)
+    try:
+        made = separator.write(plan, rooms)
+    except UserError:
+        if not any(file.exists() for file in rooms.values()):
+            mark.unlink()
+        raise
+    facts = recording_facts(
+        path,
+        sounds=_sounds(made, folder, query),
+        probabilities=made.probabilities,
+        segment_seconds=separator.model.segment_samples / separator.model.sample_rate,
+        threshold=getattr(query, "threshold", 0.0),
+        settings=settings,
+    )
+    if cut := truncation(path):
+        facts["truncated"] = cut
+    write_report(folder, {**facts, "made_of": digest}, [(path.name, path), *made.files.items()])
+    mark.unlink()
+    return facts
+
+
+def _sounds(made: Separated, folder: pathlib.Path, query: Query) -> list[dict[str, Any]]:
+    """What the report says of each file."""
+    active = {target.name: float(target.active.mean()) for target in made.targets}
+    peaks = query.peaks(made.probabilities) if isinstance(query, Classes) else {}
+    return [
+        {
+            "name": name,
+            "file": os.path.relpath(file, folder),
+            "rms": made.rms[name],
+            "clipped_share": made.clipped[name],
+            "active_share": active.get(name) if query.needs_tags else None,
+            **({"peak": peaks[name]} if name in peaks else {}),
+        }
+        for name, file in made.files.items()
+    ]
+
+
+def _remarks(facts: dict[str, Any]) -> Iterator[str]:
+    """What a person should know of the sounds that were written."""
+    if not facts["sounds"]:
+        yield "none of the classes asked for is heard"
+    if why := facts.get("truncated"):
+        yield f"the recording is cut off ({why})"
+    for sound in facts["sounds"]:
+        if words := not_heard(sound, facts):
+            yield f"{sound['name']}: {words}"
+        if share := sound["clipped_share"]:
+            yield (
+                f"{sound['file']}: {100 * share:.2g} % of its samples are beyond full scale and "
+                "were clipped; --format wav keeps them"
+            )
+
+
+def _digest_of_run(separator: Separator, query: Query, settings: dict[str, Any]) -> str:
+    """Identifies the model, the query and the settings."""
+    digest = hashlib.sha256()
+    model = separator.model
+    asked = query.sets if isinstance(query, Classes) else sorted(query.vectors)
+    words = [net_hash(model.separator.variables), model.query_hash, asked, settings]
+    digest.update(json.dumps(words, default=str, sort_keys=True).encode())
+    if not isinstance(query, Classes):
+        for name in sorted(query.vectors):
+            digest.update(np.asarray(query.vectors[name], np.float32).tobytes())
+    return digest.hexdigest()
+
+
+def _digest_of_recording(run: str, path: pathlib.Path) -> str:
+    """Identifies a run and what a recording is, as far as its file's size and time tell."""
+    try:
+        about = path.stat()
+    except OSError:
+        return run  # reported when it is read
+    return hashlib.sha256(f"{run} {about.st_size} {about.st_mtime_ns}".encode()).hexdigest()
+
+
+def finished_facts(folder: pathlib.Path, digest: str) -> dict[str, Any] | None:
+    """What an earlier run has written of the same, if all of it is there."""
+    try:
+        with open(folder / REPORT, "rb") as file:
+            facts = read_json(file, _FINISHED, max_bytes=_MOST_BYTES)
+    except (OSError, ValueError):  # none, or another program's
+        return None
+    if facts["made_of"] != digest or (folder / _UNFINISHED).exists():
+        return None
+    return facts if all((folder / s["file"]).is_file() for s in facts["sounds"]) else None
 
 
 def heard(model: Model, path: pathlib.Path, threshold: float) -> str:

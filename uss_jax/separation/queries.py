@@ -7,7 +7,7 @@ Letters: `t` samples of a recording, `s` segments of it, `k` classes, `d` width 
 import dataclasses
 import os
 import pathlib
-import zipfile
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -15,10 +15,11 @@ import numpy as np
 from jaxtyping import Float, Float32
 
 from uss_jax.atomic import replacing
-from uss_jax.audio.files import read_mono
+from uss_jax.audio.files import find_recordings, read_mono
+from uss_jax.checked_npz import Column, read_npz
 from uss_jax.errors import UserError
+from uss_jax.models.query import KINDS
 from uss_jax.ontology import load_ontology, reference_tree
-from uss_jax.separation.names import safe_name
 from uss_jax.separation.separator import Target
 from uss_jax.training.model import Model
 
@@ -27,8 +28,13 @@ THRESHOLD = 0.2
 
 # The reference's: a frame of a tenth of a second is silent if no sample is above this.
 _SILENT_PEAK = 0.02
+# Below it, 80 dB under full scale, nothing sounds in a recording at all.
+_NOTHING = 1e-4
 _FRAMES_A_SECOND = 10
 _BATCH_SIZE = 8
+# Conditions are probabilities, activations or what an adaptor makes of them; a net's arithmetic
+# overflows long before the largest float32.
+_LARGEST_VALUE = 1e6
 
 
 def parse_classes(words: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -87,14 +93,32 @@ class Classes:
     only_active: bool = False
     needs_tags: ClassVar[bool] = True
 
-    def targets(self, model: Model, probabilities: Float32[np.ndarray, "s k"]) -> list[Target]:
-        """The targets of a recording with these tagging probabilities of its segments."""
-        kind = model.query.module.kind
-        if kind == "embedding":
+    def require_fit(self, model: Model) -> None:
+        """Raises a UserError where the model does not take classes, or has none of this number."""
+        if model.query.module.kind == "embedding":
             raise UserError(
                 f"{model.path} does not take classes but embeddings of examples; give --query a "
                 "folder of recordings, or a bank of vectors and its names with --classes"
             )
+        number = len(load_ontology().class_mids)
+        for name, indexes in self.sets.items():
+            if not len(indexes) or not all(0 <= index < number for index in indexes):
+                raise UserError(
+                    f'"{name}" asks for the classes {list(indexes)}; give one or more from 0 to '
+                    f"{number - 1}"
+                )
+
+    def peaks(self, probabilities: Float32[np.ndarray, "s k"]) -> dict[str, float]:
+        """Returns the highest probability of each set in a recording."""
+        return {
+            name: float(probabilities[:, list(indexes)].max())
+            for name, indexes in self.sets.items()
+        }
+
+    def targets(self, model: Model, probabilities: Float32[np.ndarray, "s k"]) -> list[Target]:
+        """The targets of a recording with these tagging probabilities of its segments."""
+        self.require_fit(model)
+        kind = model.query.module.kind
         targets = []
         for name, indexes in self.sets.items():
             indexes = list(indexes)
@@ -122,8 +146,8 @@ class Vectors:
     vectors: Mapping[str, Float32[np.ndarray, " d"]]
     needs_tags: ClassVar[bool] = False
 
-    def targets(self, model: Model, probabilities: Any) -> list[Target]:
-        """The targets, whatever the recording."""
+    def require_fit(self, model: Model) -> None:
+        """Raises a UserError where a vector is not one that the model takes."""
         width = model.separator.module.condition_width
         for name, vector in self.vectors.items():
             if vector.shape != (width,):
@@ -131,6 +155,15 @@ class Vectors:
                     f'the vector "{name}" has {vector.size} values, {model.path} takes conditions '
                     f"of width {width}"
                 )
+            if not np.abs(vector).max(initial=0) <= _LARGEST_VALUE:  # a NaN is not, either
+                raise UserError(
+                    f'the vector "{name}" has a value that is not finite or beyond '
+                    f"{_LARGEST_VALUE:g}; make it again"
+                )
+
+    def targets(self, model: Model, probabilities: Any) -> list[Target]:
+        """The targets, whatever the recording."""
+        self.require_fit(model)
         always = np.ones(1, bool)
         return [Target(name, vector[None], always) for name, vector in self.vectors.items()]
 
@@ -139,12 +172,27 @@ Query = Classes | Vectors
 
 
 def remove_silence(
-    waveform: Float32[np.ndarray, " t"], sample_rate: int
+    waveform: Float32[np.ndarray, " t"], sample_rate: int, silent_peak: float = _SILENT_PEAK
 ) -> Float32[np.ndarray, "_"]:
     """Drops the silent frames of 0.1 s, and what is left after the last whole frame."""
     frame = sample_rate // _FRAMES_A_SECOND
     frames = waveform[: len(waveform) // frame * frame].reshape(-1, frame)
-    return frames[np.abs(frames).max(axis=1) > _SILENT_PEAK].reshape(-1)
+    return frames[np.abs(frames).max(axis=1) > silent_peak].reshape(-1)
+
+
+def sounding(waveform: Float32[np.ndarray, " t"], sample_rate: int) -> Float32[np.ndarray, "_"]:
+    """Returns what sounds in an example: `remove_silence`, of quiet and short ones too.
+
+    In a quiet recording a frame is silent that stays 20 dB below the peak; a recording without a
+    whole frame that sounds is taken as it is. An offset is removed first: it is no sound.
+    """
+    if abs(offset := waveform.mean()) > _SILENT_PEAK / 2:
+        waveform = waveform - offset
+    peak = float(np.abs(waveform).max())
+    if peak < _NOTHING:
+        return waveform[:0]
+    heard = remove_silence(waveform, sample_rate, min(_SILENT_PEAK, peak / 10))
+    return heard if heard.size else waveform
 
 
 def recording_vector(
@@ -168,12 +216,18 @@ def recording_vector(
     return np.concatenate(vectors).mean(axis=0)
 
 
+def name_of_examples(path: str | os.PathLike) -> str:
+    """Returns what examples are called: their folder's whole name, or a file's without suffix."""
+    path = pathlib.Path(os.path.abspath(path))
+    return path.name if path.is_dir() else path.stem
+
+
 def vector_of_recordings(model: Model, path: str | os.PathLike) -> Float32[np.ndarray, " d"]:
     """The mean over recordings of their vectors, silence removed (the reference's query mode).
 
     Args:
       model: gives the condition, `soft` or `embedding`.
-      path: a recording, or a folder of which every file is one. Wholly silent ones are passed over.
+      path: a recording, or a folder of them. Wholly silent ones are passed over.
     """
     if model.query.module.kind == "one_hot":
         raise UserError(
@@ -182,7 +236,7 @@ def vector_of_recordings(model: Model, path: str | os.PathLike) -> Float32[np.nd
         )
     vectors = []
     for file in _recordings(pathlib.Path(path)):
-        waveform = remove_silence(read_mono(file, model.sample_rate), model.sample_rate)
+        waveform = sounding(read_mono(file, model.sample_rate), model.sample_rate)
         if waveform.size:
             vectors.append(recording_vector(model, waveform))
     if not vectors:
@@ -193,10 +247,10 @@ def vector_of_recordings(model: Model, path: str | os.PathLike) -> Float32[np.nd
 def _recordings(path: pathlib.Path) -> list[pathlib.Path]:
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
-    if not files:
-        raise UserError(f"{path} is an empty folder; put recordings of the sound you want into it")
-    return files
+    found, _ = find_recordings(path)
+    if not found:
+        raise UserError(f"{path} holds no recording; put some of the sound you want into it")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,17 +272,34 @@ class Bank:
     how: str = ""
 
     def select(self, names: Sequence[str], where: str) -> list[int]:
-        """Where the names are in the bank, in any case or as in file names.
+        """Returns the rows of the vectors with these names.
 
-        A UserError says which are there.
+        A name that is not there as it is written is also found in other case, or with "_" for
+        spaces, if only one vector is meant.
+
+        Raises:
+          UserError: a name that is not there, is several vectors', or comes twice.
         """
-        place = {safe_name(name).casefold(): row for row, name in enumerate(self.name)}
-        for name in names:
-            if safe_name(name).casefold() not in place:
-                raise UserError(
-                    f'{where} has no vector called "{name}"; it has {", ".join(self.name)}'
-                )
-        return [place[safe_name(name).casefold()] for name in names]
+        rows = [self._row(name, where) for name in names]
+        for row in rows:
+            if rows.count(row) > 1:
+                raise UserError(f'"{self.name[row]}" is asked for twice; once is enough')
+        return rows
+
+    def _row(self, name: str, where: str) -> int:
+        if name in self.name:
+            return self.name.index(name)
+        alike = [row for row, other in enumerate(self.name) if _folded(other) == _folded(name)]
+        if not alike:
+            raise UserError(f'{where} has no vector called "{name}"; it has {", ".join(self.name)}')
+        if len(alike) > 1:
+            choices = " or ".join(f'"{self.name[row]}"' for row in alike)
+            raise UserError(f'"{name}" could be {choices} of {where}; write it exactly')
+        return alike[0]
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).replace("_", " ").casefold()
 
 
 def write_bank(path: str | os.PathLike, bank: Bank) -> None:
@@ -251,27 +322,33 @@ def require_npz(path: str | os.PathLike) -> None:
         raise UserError(f"{path}: name a query bank something.npz")
 
 
+_COLUMNS = {
+    "name": Column("U", "n"),
+    "vectors": Column("f4", "n d"),
+    "kind": Column("U"),
+    "net_hash": Column("U"),
+    "how": Column("U", optional=True),
+}
+
+
 def load_bank(path: str | os.PathLike) -> Bank:
     """Reads a bank, whatever model it was made with."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            bank = Bank(
-                name=tuple(stored["name"].tolist()),
-                vectors=np.asarray(stored["vectors"], np.float32),
-                kind=str(stored["kind"]),
-                net_hash=str(stored["net_hash"]),
-                how=str(stored["how"]) if "how" in stored else "",
-            )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        with open(path, "rb") as file:
+            stored = read_npz(file, _COLUMNS)
+        texts = {key: str(stored.get(key, "")) for key in ("kind", "net_hash", "how")}
+        if texts["kind"] not in KINDS:
+            raise ValueError(f"it is of kind {texts['kind'][:20]!r}, expected {', '.join(KINDS)}")
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read as a query bank ({error}); it needs the arrays name, vectors, "
             "kind and net_hash, as `uss-jax query make` writes them"
         ) from error
-    if bank.vectors.ndim != 2 or len(bank.vectors) != len(bank.name):
-        raise UserError(
-            f"{path} holds vectors of shape {bank.vectors.shape} for {len(bank.name)} names; make "
-            "it again"
-        )
+    bank = Bank(tuple(stored["name"].tolist()), stored["vectors"], **texts)
+    if not bank.name:
+        raise UserError(f"{path} holds no vector; make it again")
+    if twice := [name for name in bank.name if bank.name.count(name) > 1]:
+        raise UserError(f'{path} holds two vectors called "{twice[0]}"; make it again')
     return bank
 
 
@@ -284,8 +361,6 @@ def read_bank(path: str | os.PathLike, model: Model) -> Bank:
             f"{path} holds vectors of shape {bank.vectors.shape} for {len(bank.name)} names, "
             f"{model.path} takes conditions of width {width}; make the bank with this model"
         )
-    if not np.isfinite(bank.vectors).all():
-        raise UserError(f"{path} holds a vector with a value that is not a number; make it again")
     if bank.net_hash != model.query_hash:
         raise UserError(
             f"{path} was made with another query net than that of {model.path}; make the bank with "

@@ -5,9 +5,11 @@ Letters: `n` targets, `c` channels, `t` samples.
 
 import contextlib
 import dataclasses
+import numbers
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,18 +17,20 @@ from jax.sharding import Mesh
 from jaxtyping import Float32
 from tqdm import tqdm
 
+from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
 from uss_jax.audio.files import (
     Format,
     audio_format,
+    check_scale,
     read_blocks,
     resample,
     resample_blocks,
     resampled_length,
     writing_audio,
 )
-from uss_jax.errors import UserError
+from uss_jax.errors import UserError, one_line
 from uss_jax.precision import HIGHEST
-from uss_jax.separation.names import safe_name
+from uss_jax.separation.names import file_name
 from uss_jax.separation.queries import Query
 from uss_jax.separation.separator import (
     Blocks,
@@ -39,6 +43,7 @@ from uss_jax.training.mesh import make_mesh
 from uss_jax.training.model import Model
 
 RESIDUAL = "residual"
+_FLAC_CHANNELS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +79,9 @@ class Separated:
       form: of the recording and of every file.
       files: target name -> file.
       targets: what was separated; the residual is none of them.
-      rms: target name -> root mean square of the file's samples.
+      rms: target name -> root mean square of the estimate's samples.
+      clipped: target name -> share of the samples that lie beyond full scale, which a file of
+        whole numbers does not hold.
       probabilities: of each segment, [s, k]; None where the query needs none.
     """
 
@@ -82,6 +89,28 @@ class Separated:
     files: dict[str, pathlib.Path]
     targets: list[Target]
     rms: dict[str, float]
+    clipped: dict[str, float]
+    probabilities: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What will be made of a recording.
+
+    Attributes:
+      path: the recording.
+      form: of what is separated and of every file.
+      recorded: gives what is separated at its own rate, in pieces, as often as it is called.
+      blocks: the same at the model's rate.
+      targets: what to separate.
+      probabilities: of each segment, [s, k]; None where the query needs none.
+    """
+
+    path: pathlib.Path
+    form: Format
+    recorded: Callable[[], Blocks]
+    blocks: Callable[[], Blocks]
+    targets: list[Target]
     probabilities: np.ndarray | None
 
 
@@ -118,20 +147,24 @@ class Separator:
         return cls(Model(path, precision))
 
     def separate(
-        self, waveform: Float32[np.ndarray, "*c t"], sample_rate: int, query: Query
+        self, waveform: Any, sample_rate: int, query: Query
     ) -> dict[str, Float32[np.ndarray, "*c t"]]:
         """The estimates of what is asked for, as long as the waveform and in its place.
 
         Args:
-          waveform: [samples] or [channels, samples] in [-1, 1], one sample or more.
+          waveform: [samples] or [channels, samples], one sample or more: floats in [-1, 1], or
+            integers, of which the largest of their type stand for 1.
           sample_rate: Hz.
           query: what to separate.
+
+        Raises:
+          UserError: samples or a rate that are none of this, or a query that the model does not
+            take.
         """
-        rows = np.atleast_2d(waveform)
-        if rows.ndim != 2 or not rows.size:
-            raise UserError(f"a waveform of shape {waveform.shape} is not [channels, samples]")
-        if not np.isfinite(rows).all():
-            raise UserError("the waveform has a sample that is not a number")
+        given = as_waveform(waveform)
+        rows = np.atleast_2d(given)
+        sample_rate = require_rate(sample_rate)
+        query.require_fit(self.model)
         at_rate = resample(rows, sample_rate, self.model.sample_rate)
         targets, _ = self.find_targets(lambda: iter([at_rate]), query)
         pieces = list(self.estimates(iter([at_rate]), at_rate.shape[1], targets))
@@ -141,7 +174,7 @@ class Separator:
         back = np.pad(back[:, :, : rows.shape[1]], ((0, 0), (0, 0), (0, missing)))
         if self.settings.sum_to_mixture:
             back = consistent(back, rows)
-        return {t.name: b.reshape(waveform.shape) for t, b in zip(targets, back, strict=True)}
+        return {t.name: b.reshape(given.shape) for t, b in zip(targets, back, strict=True)}
 
     def find_targets(
         self, blocks: Callable[[], Blocks], query: Query
@@ -153,12 +186,30 @@ class Separator:
     def estimates(
         self, blocks: Blocks, samples: int, targets: Sequence[Target]
     ) -> Iterator[Float32[np.ndarray, "n c _"]]:
-        """Pieces of all estimates of a recording of about so many samples at the model's rate."""
+        """Yields pieces of all estimates of a recording.
+
+        Args:
+          blocks: the recording at the model's rate.
+          samples: about how many it has.
+          targets: what to separate.
+
+        Raises:
+          UserError: an estimate is not finite.
+        """
         if self.settings.reference_blocks:
             layout = Layout.blocks(self.model)
         else:
             layout = Layout.windows(self.model, samples)
-        return separate_blocks(self.model, layout, blocks, targets, self._batch_size, self._mesh)
+        size, mesh = self._batch_size, self._mesh
+        for piece in separate_blocks(self.model, layout, blocks, targets, size, mesh):
+            finite = np.isfinite(piece).all(axis=(1, 2))
+            if not finite.all():
+                raise UserError(
+                    f'{self.model.path} gives samples that are not finite for "'
+                    f'{targets[int(np.argmin(finite))].name}"; its training has diverged, or the '
+                    "condition is none that it was trained with"
+                )
+            yield piece
 
     def separate_file(
         self, path: str | os.PathLike, folder: str | os.PathLike, query: Query
@@ -170,67 +221,52 @@ class Separator:
           folder: where to write a file for each target, named after it.
           query: what to separate.
         """
-        form, rate = audio_format(path), self.model.sample_rate
+        plan = self.plan(path, query)
+        return self.write(plan, self.make_room(plan, folder, replace=self.settings.overwrite))
+
+    def plan(self, path: str | os.PathLike, query: Query) -> Plan:
+        """Finds what to separate in a recording; reads it once where the query needs tags."""
+        form = audio_format(path)
         if self.settings.mono:
             form = dataclasses.replace(form, channels=1)
+        if self.settings.suffix == ".flac" and form.channels > _FLAC_CHANNELS:
+            raise UserError(
+                f"{path} has {form.channels} channels, a FLAC file holds {_FLAC_CHANNELS}; give "
+                "--format wav"
+            )
 
-        def recorded() -> Iterator[np.ndarray]:
+        def recorded() -> Blocks:
             pieces = read_blocks(path)
             return (p.mean(axis=0, keepdims=True) for p in pieces) if self.settings.mono else pieces
 
-        def blocks() -> Iterator[np.ndarray]:
-            return resample_blocks(recorded(), form.sample_rate, rate)
+        def blocks() -> Blocks:
+            return resample_blocks(recorded(), form.sample_rate, self.model.sample_rate)
 
         targets, probabilities = self.find_targets(blocks, query)
-        names = [target.name for target in targets]
-        if self.settings.residual:
-            names.append(RESIDUAL)
-        files = self._files(pathlib.Path(folder), names)
+        return Plan(pathlib.Path(path), form, recorded, blocks, targets, probabilities)
 
-        samples = resampled_length(form.samples, form.sample_rate, rate)
-        pieces: Iterator[np.ndarray] = iter(())
-        if targets:
-            estimates = self.estimates(blocks(), samples, targets)
-            pieces = (p.reshape(p.shape[0] * p.shape[1], p.shape[2]) for p in estimates)
-            pieces = resample_blocks(pieces, rate, form.sample_rate)
-        energy, done = np.zeros(len(names)), 0
-        with contextlib.ExitStack() as stack:
-            subtype = self.settings.subtype
-            writers = [stack.enter_context(writing_audio(f, form, subtype)) for f in files.values()]
-            progress = tqdm(
-                total=form.samples / form.sample_rate,
-                desc=os.path.basename(path),
-                unit="s",
-                bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s of sound, "
-                "{remaining} left",
-                disable=None,
-            )
-            stack.enter_context(progress)
-            for mixture, estimates in _beside(recorded(), pieces, len(targets)):
-                if self.settings.sum_to_mixture:
-                    estimates = consistent(estimates, mixture)
-                if self.settings.residual:
-                    left = mixture - estimates.sum(axis=0)
-                    estimates = np.concatenate([estimates, left[None]])
-                for write, estimate in zip(writers, estimates, strict=True):
-                    write(estimate)
-                energy += np.square(estimates, dtype=np.float64).sum(axis=(1, 2))
-                done += mixture.shape[1]
-                progress.update(mixture.shape[1] / form.sample_rate)
-        rms = np.sqrt(energy / (done * form.channels))
-        rms = dict(zip(names, rms.tolist(), strict=True))
-        return Separated(form, files, targets, rms, probabilities)
+    def make_room(
+        self, plan: Plan, folder: str | os.PathLike, *, replace: bool
+    ) -> dict[str, pathlib.Path]:
+        """Returns the file of each target by name, and makes their folders.
 
-    def _files(self, folder: pathlib.Path, names: list[str]) -> dict[str, pathlib.Path]:
-        """A file for each name, in folders that exist; none that is there already."""
+        Args:
+          plan: of the recording.
+          folder: where to.
+          replace: whether files may be there already.
+        """
+        folder = pathlib.Path(folder)
         files: dict[str, pathlib.Path] = {}
-        for name in names:
-            parts = [safe_name(part) for part in name.split("/")]
+        names = [target.name for target in plan.targets]
+        for name in names + [RESIDUAL] * self.settings.residual:
+            parts = [file_name(part) for part in name.split("/")]
             file = folder.joinpath(*parts[:-1], parts[-1] + self.settings.suffix)
             if file in files.values():
                 raise UserError(f'"{name}" and another sound asked for would both be {file}')
-            if file.exists() and not self.settings.overwrite:
+            if file.exists() and not replace:
                 raise UserError(f"{file} exists; give --overwrite to replace it")
+            if file.exists() and file.samefile(plan.path):
+                raise UserError(f"{file} is the recording itself; name another --out")
             files[name] = file
         try:
             for file in files.values():
@@ -240,6 +276,103 @@ class Separator:
                 f"{folder} cannot be made ({error.strerror}); name another --out"
             ) from error
         return files
+
+    def write(self, plan: Plan, files: dict[str, pathlib.Path]) -> Separated:
+        """Separates the planned targets into their files, each of which appears whole."""
+        form, subtype = plan.form, self.settings.subtype
+        energy = np.zeros(len(files))
+        done = 0
+        with contextlib.ExitStack() as stack:
+            writers = [stack.enter_context(writing_audio(f, form, subtype)) for f in files.values()]
+            progress = tqdm(
+                total=form.samples / form.sample_rate,
+                desc=one_line(plan.path.name),
+                unit="s",
+                bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s of sound, "
+                "{remaining} left",
+                disable=None,
+            )
+            stack.enter_context(progress)
+            for mixture, estimates in self._pieces(plan):
+                for write, estimate in zip(writers, estimates, strict=True):
+                    write(estimate)
+                energy += np.square(estimates, dtype=np.float64).sum(axis=(1, 2))
+                done += mixture.shape[1]
+                progress.update(mixture.shape[1] / form.sample_rate)
+        count = done * form.channels
+        rms = dict(zip(files, np.sqrt(energy / count).tolist(), strict=True))
+        shares = {f: writer.clipped / count for f, writer in zip(files, writers, strict=True)}
+        return Separated(form, files, plan.targets, rms, shares, plan.probabilities)
+
+    def _pieces(
+        self, plan: Plan
+    ) -> Iterator[tuple[Float32[np.ndarray, "c t"], Float32[np.ndarray, "n c t"]]]:
+        """Yields pieces of the recording and of all its files, at the recording's rate."""
+        rate, targets = self.model.sample_rate, plan.targets
+        samples = resampled_length(plan.form.samples, plan.form.sample_rate, rate)
+        pieces: Iterator[np.ndarray] = iter(())
+        if targets:
+            estimates = self.estimates(plan.blocks(), samples, targets)
+            pieces = (p.reshape(p.shape[0] * p.shape[1], p.shape[2]) for p in estimates)
+            pieces = resample_blocks(pieces, rate, plan.form.sample_rate)
+        for mixture, estimates in _beside(plan.recorded(), pieces, len(targets)):
+            if self.settings.sum_to_mixture:
+                estimates = consistent(estimates, mixture)
+            if self.settings.residual:
+                left = mixture - estimates.sum(axis=0)
+                estimates = np.concatenate([estimates, left[None]])
+            yield mixture, estimates
+
+
+def as_waveform(given: Any) -> Float32[np.ndarray, "*c t"]:
+    """Returns samples as float32 in [-1, 1], [samples] or [channels, samples].
+
+    Args:
+      given: floats are taken as they are; int8, int16 and int32 are divided by what their type's
+        full scale is.
+
+    Raises:
+      UserError: another type or shape, more channels than samples, a sample that is not finite, or
+        one beyond what audio in [-1, 1] can plausibly hold.
+    """
+    try:
+        array = np.asarray(given)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"the waveform is no array of samples ({error})") from error
+    if array.dtype in (np.int8, np.int16, np.int32):
+        array = array / np.float64(-np.iinfo(array.dtype).min)
+    elif array.dtype.kind != "f":
+        raise UserError(
+            f"a waveform of type {array.dtype} has no known full scale; give floats in [-1, 1], "
+            "int8, int16 or int32"
+        )
+    if array.ndim not in (1, 2) or not array.size:
+        raise UserError(
+            f"a waveform of shape {array.shape} is not [samples] or [channels, samples]"
+        )
+    if array.ndim == 2 and array.shape[0] > array.shape[1]:
+        raise UserError(
+            f"a waveform of shape {array.shape} has more channels than samples; it must be "
+            "[channels, samples], so transpose it"
+        )
+    with np.errstate(over="ignore"):  # what overflows is refused
+        array = array.astype(np.float32)
+    try:
+        check_scale(array)
+    except ValueError as error:
+        raise UserError(f"the waveform {error}") from None
+    return array
+
+
+def require_rate(sample_rate: Any) -> int:
+    """Returns a sample rate as a whole number of Hz; a UserError where it is none."""
+    is_whole = isinstance(sample_rate, numbers.Real) and sample_rate % 1 == 0
+    if is_whole and LOWEST_SAMPLE_RATE <= sample_rate <= HIGHEST_SAMPLE_RATE:
+        return int(sample_rate)
+    raise UserError(
+        f"the sample rate is {sample_rate!r}, expected a whole number of Hz from "
+        f"{LOWEST_SAMPLE_RATE} to {HIGHEST_SAMPLE_RATE}"
+    )
 
 
 def consistent(

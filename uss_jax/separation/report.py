@@ -14,6 +14,8 @@ import json
 import os
 import pathlib
 import string
+import urllib.parse
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,8 +27,10 @@ import uss_jax
 from uss_jax.atomic import replacing
 from uss_jax.audio.files import audio_format, read_blocks, resample
 from uss_jax.audio.mel import mel_matrix
+from uss_jax.errors import one_line
 from uss_jax.ontology import load_ontology
 
+REPORT = "report.json"
 _N_FFT = 2048
 _BANDS, _COLUMNS = 80, 900
 _RANGE_DB = 70.0
@@ -37,20 +41,23 @@ _MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 
 
 def write_report(
-    folder: pathlib.Path, facts: dict[str, Any], files: dict[str, pathlib.Path]
+    folder: pathlib.Path, facts: dict[str, Any], files: Sequence[tuple[str, pathlib.Path]]
 ) -> None:
     """Writes report.json and report.html.
 
     Args:
       folder: where to.
       facts: what to say, as `recording_facts` gives it.
-      files: name -> audio file, the recording itself first.
+      files: names and audio files, the recording itself first.
     """
-    with replacing(folder / "report.json") as temporary:
-        text = json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    page = _page(folder, facts, files)
     with replacing(folder / "report.html") as temporary:
-        temporary.write_text(_page(folder, facts, files), encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+    # Last, since it says that the recording is done. Bytes of names that are not UTF-8 become
+    # escapes, which JSON has too.
+    with replacing(folder / REPORT) as temporary:
+        text = json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def recording_facts(
@@ -94,19 +101,21 @@ def recording_facts(
     return facts
 
 
-def _page(folder: pathlib.Path, facts: dict[str, Any], files: dict[str, pathlib.Path]) -> str:
-    pictures = {name: band_levels(path) for name, path in files.items()}
-    top = max(float(next(iter(pictures.values())).max()), -100.0)
-    notes = {sound["name"]: _note(sound) for sound in facts["sounds"]}
+def _page(
+    folder: pathlib.Path, facts: dict[str, Any], files: Sequence[tuple[str, pathlib.Path]]
+) -> str:
+    pictures = [band_levels(path) for _, path in files]
+    top = max(float(pictures[0].max()), -100.0)
+    notes = ["the recording", *(_note(sound, facts) for sound in facts["sounds"])]
     rows = []
-    for name, path in files.items():
+    for (name, path), picture, note in zip(files, pictures, notes, strict=True):
         sound, whole = _player(path)
-        link = os.path.relpath(path, folder).replace(os.sep, "/")
+        link = urllib.parse.quote(os.fsencode(os.path.relpath(path, folder)))
         rows.append(
             _ROW.substitute(
-                name=html.escape(name),
-                note=html.escape(notes.get(name, "the recording")),
-                picture=_png(pictures[name], top - _RANGE_DB, top, "magma"),
+                name=html.escape(one_line(name)),
+                note=html.escape(note),
+                picture=_png(picture, top - _RANGE_DB, top, "magma"),
                 sound=sound,
                 seconds=f"{facts['seconds']:.3f}",
                 file=html.escape(link, quote=True),
@@ -115,7 +124,7 @@ def _page(folder: pathlib.Path, facts: dict[str, Any], files: dict[str, pathlib.
         )
     page = importlib.resources.files("uss_jax") / "assets" / "report.html"
     return string.Template(page.read_text(encoding="utf-8")).substitute(
-        title=html.escape(facts["recording"]),
+        title=html.escape(one_line(facts["recording"])),
         form=f"{facts['seconds']:.1f} s, {facts['sample_rate']} Hz, {facts['channels']} "
         f"channel{'s' if facts['channels'] > 1 else ''}; pictures: mel scale up to "
         f"{facts['sample_rate'] / 2000:g} kHz, {_RANGE_DB:.0f} dB",
@@ -135,8 +144,20 @@ _ROW = string.Template(
 )
 
 
-def _note(sound: dict[str, Any]) -> str:
+def not_heard(sound: dict[str, Any], facts: dict[str, Any]) -> str:
+    """Says how far a class's probability stays below the threshold; empty where it does not."""
+    if "peak" not in sound or sound["active_share"] > 0:
+        return ""
+    peak, threshold = 100 * sound["peak"], 100 * facts["threshold"]
+    return f"not heard (peak {peak:.3g} %, threshold {threshold:.3g} %)"
+
+
+def _note(sound: dict[str, Any], facts: dict[str, Any]) -> str:
+    if words := not_heard(sound, facts):
+        return words
     level = f"{20 * np.log10(max(sound['rms'], 1e-10)):.1f} dBFS" if sound["rms"] else "silent"
+    if sound["clipped_share"]:
+        level += f", {100 * sound['clipped_share']:.2g} % of the samples clipped"
     if sound.get("active_share") is None:
         return level
     return f"{level}, active in {100 * sound['active_share']:.0f} % of the segments"

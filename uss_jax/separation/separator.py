@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32
 
+from uss_jax.audio.files import mono
 from uss_jax.training.mesh import batch_sharded
 from uss_jax.training.model import Model, Net
 
@@ -101,11 +102,11 @@ def tag_segments(model: Model, blocks: Blocks) -> Float32[np.ndarray, "s k"]:
 
     Args:
       model: whose tagging net to ask.
-      blocks: the recording at the model's sample rate, in pieces; the mean of its channels counts.
+      blocks: the recording at the model's sample rate, in pieces; of its channels, see `mono`.
     """
     cut = Layout.blocks(model)
     probabilities = []
-    for segments in _in_batches((w.mean(axis=0) for _, w in _windows(blocks, cut)), _TAGGING_BATCH):
+    for segments in _in_batches((mono(w) for _, w in _windows(blocks, cut)), _TAGGING_BATCH):
         padded = np.pad(segments, ((0, _TAGGING_BATCH - len(segments)), (0, 0)))
         probabilities.append(np.asarray(model.tagger(padded)["clipwise"])[: len(segments)])
     return np.concatenate(probabilities)

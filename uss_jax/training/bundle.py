@@ -17,8 +17,20 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
+from uss_jax.checked_json import (
+    anything,
+    either,
+    mapping_of,
+    nothing,
+    number,
+    read_json,
+    record,
+    text,
+    whole,
+)
 from uss_jax.errors import UserError
 from uss_jax.models.query import QueryNet
 from uss_jax.models.resunet import ResUNet
@@ -34,7 +46,27 @@ from uss_jax.training.checkpoints import (
 
 FORMAT_VERSION = 1
 _TRAINED_AS = {"query": "tagger", "sed": "tagger"}  # names of these parts in a checkpoint
-_KEYS = ("format_version", "kind", "sample_rate", "segment_seconds")
+# What config.json may hold; more keys are passed over.
+_MODEL = record({}, {**nets.FIELD_RULES, "net": text(*nets.TAGGERS)}, others=True)
+_QUERY = record({}, {**nets.FIELD_RULES, "model": either(nothing(), _MODEL)}, others=True)
+_CONFIG = record(
+    {
+        "format_version": whole(0, 1 << 30),
+        "kind": text(),
+        "sample_rate": nets.FIELD_RULES["sample_rate"],
+        "segment_seconds": number(0.01, 600),
+    },
+    {
+        "separator": record({}, nets.FIELD_RULES, others=True),
+        "query": _QUERY,
+        "sed": record({"model": _MODEL}, others=True),
+        "hashes": mapping_of(text()),
+        "licence": text(),
+        "training": mapping_of(anything()),
+        "step": whole(0, 1 << 53),
+    },
+    others=True,
+)
 Variables = dict[str, Any]
 
 
@@ -54,23 +86,41 @@ class Bundle:
     config: dict[str, Any]
     averaged: bool = True
 
+    @property
+    def is_run(self) -> bool:
+        """Whether it is the workdir of a run."""
+        return (self.path / "checkpoints").is_dir()
+
     def separator(self) -> tuple[ResUNet, Variables]:
         """The separator and its variables."""
-        return self._built("separator", nets.build_separator, self._section("separator"))
+        separator, variables = self._built(
+            "separator", nets.build_separator, self._section("separator")
+        )
+        if "query" in self.config:
+            width = nets.condition_width(self._query_net())
+            if width != separator.condition_width:
+                raise UserError(
+                    f"{self.path}: separator.condition_width is {separator.condition_width}, but "
+                    f"its query net gives conditions of width {width}"
+                )
+        return separator, variables
 
     def sed(self) -> tuple[TaggingNet, Variables]:
         """The sound event detector and its variables."""
-        return self._built("sed", nets.build_sed, self._section("sed")["model"])
+        sed, variables = self._built("sed", nets.build_sed, self._section("sed")["model"])
+        self._require_audioset(sed, "sed")
+        return sed, variables
 
     def query(self) -> tuple[QueryNet, Variables]:
         """The query net and its variables, those of an adaptor included.
 
         A tagger's own has the kind `soft`.
         """
-        section = {"kind": "soft", **self._section("query")}
-        query = nets.build_query(section, section.get("model"))
+        query = self._query_net()
+        nets.require_classes(query, f"{self.path}: query")
         variables: Variables = {"params": {}, "batch_stats": {}}
         if query.tagger is not None:
+            self._require_audioset(query.tagger, "query")
             _, tagger = self._built("query", lambda net: net, query.tagger)
             variables = {item: {"tagger": tagger[item]} for item in variables}
         if query.adaptor_width:
@@ -98,6 +148,19 @@ class Bundle:
             "workdir of a run, wait for its first checkpoint"
         )
 
+    def _query_net(self) -> QueryNet:
+        section = {"kind": "soft", **self._section("query")}
+        return nets.build_query(section, section.get("model"))
+
+    def _require_audioset(self, net: TaggingNet, part: str) -> None:
+        """A tagging net tells AudioSet's classes, of sound at the bundle's rate."""
+        nets.require_classes(net, f"{self.path}: {part}.model")
+        if net.sample_rate != self.config["sample_rate"]:
+            raise UserError(
+                f"{self.path}: {part}.model.sample_rate is {net.sample_rate}, the bundle's "
+                f"sample_rate {self.config['sample_rate']}; both must be the same"
+            )
+
     def _section(self, part: str) -> dict[str, Any]:
         if part not in self.config:
             raise UserError(f"{self.path} has no {part}; it is a {self.config['kind']} bundle")
@@ -118,18 +181,18 @@ def read_bundle(path: str | os.PathLike, averaged: bool = True) -> Bundle:
     path = pathlib.Path(path)
     config_path = path / "config.json"
     try:
-        config = json.loads(config_path.read_text())
-        version, kind, *_ = (config[key] for key in _KEYS)
+        with open(config_path, "rb") as file:
+            config = read_json(file, _CONFIG)
     except OSError as error:
         raise UserError(
             f"{path} is not a bundle or workdir: {config_path} cannot be read "
             f"({error.strerror or error})"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise UserError(
-            f"{config_path} is not the config of a bundle or workdir: it must be JSON with "
-            f"{', '.join(_KEYS)}"
+            f"{config_path} is not the config of a bundle or workdir: {error}"
         ) from error
+    version, kind = config["format_version"], config["kind"]
     if version != FORMAT_VERSION or kind not in ("separator", "tagger"):
         raise UserError(
             f"{config_path} has format version {version} and kind {kind}; this version reads "
@@ -182,6 +245,20 @@ def net_hash(variables: Variables) -> str:
         digest.update(f"{key}{array.shape}{array.dtype}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads a safetensors file.
+
+    Raises:
+      UserError: it is damaged; the library holds all sizes to the file's.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path} cannot be read as a safetensors file ({str(error)[:200]}); get it again"
+        ) from error
 
 
 def write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:

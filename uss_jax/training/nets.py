@@ -9,7 +9,10 @@ from typing import Any, TypeVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.errors import FlaxError
 
+from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
+from uss_jax.checked_json import Rule, flag, list_of, number, text, whole
 from uss_jax.errors import UserError
 from uss_jax.models.cnn14 import Cnn14, Cnn14DecisionLevelMax
 from uss_jax.models.htsat import HTSAT
@@ -17,8 +20,8 @@ from uss_jax.models.norm import MOMENTUM
 from uss_jax.models.query import KINDS, Adaptor, QueryNet
 from uss_jax.models.resunet import ResUNet
 from uss_jax.models.tagging import TaggingNet
+from uss_jax.ontology import load_ontology
 
-_DTYPES = ("float32", "bfloat16")
 Net = TypeVar("Net", bound=nn.Module)
 
 # The tagging nets by the name that a config gives them (`net`, cnn14 where it gives none): the
@@ -28,6 +31,36 @@ TAGGERS = {
     "htsat": {"query": HTSAT, "sed": HTSAT},
 }
 _DEFAULT = "cnn14"
+
+# What each field of a net may be, in a config as in a bundle's config.json. The bounds are far
+# above any net that trains, and below what numpy, XLA or the memory of a host cannot take.
+FIELD_RULES: dict[str, Rule] = {
+    "sample_rate": whole(LOWEST_SAMPLE_RATE, HIGHEST_SAMPLE_RATE),
+    "n_fft": whole(16, 32768),
+    "hop_samples": whole(1, 32768),
+    "mel_bins": whole(1, 512),
+    "f_min": number(0, HIGHEST_SAMPLE_RATE),
+    "f_max": number(1, HIGHEST_SAMPLE_RATE),
+    "channels": list_of(whole(1, 16384), 1, 10),
+    "classes": whole(1, 100_000),
+    "dtype": text("float32", "bfloat16"),
+    "image_size": whole(16, 2048),
+    "token_width": whole(1, 8192),
+    "depths": list_of(whole(1, 48), 1, 6),
+    "heads": list_of(whole(1, 256), 1, 6),
+    "repeat_short": flag(),
+    "stochastic_depth": number(0, 0.999),
+    "blocks_per_level": whole(1, 16),
+    "audio_channels": whole(1, 64),
+    "condition_width": whole(1, 100_000),
+    "film_gain": flag(),
+    "kind": text(*KINDS),
+    "adaptor_width": whole(0, 100_000),
+    "adaptor_hidden": whole(1, 100_000),
+    "shortcut": flag(),
+    "dropout": number(0, 0.999),
+    "finetune": flag(),
+}
 
 # No part of what a net is: the first say how it trains, the last where it stands.
 _NO_FIELDS = ("norm_scope", "norm_momentum", "remat", "parent", "name")
@@ -42,7 +75,7 @@ def build(net: type[Net], fields: Mapping[str, Any], where: str) -> Net:
       where: name of the config section, for the message.
 
     Raises:
-      UserError: a field that the net does not have, or a dtype it cannot compute in.
+      UserError: a field that the net does not have, or a value that breaks its rule.
     """
     known = [f.name for f in dataclasses.fields(net) if f.name not in _NO_FIELDS]
     for key in fields:
@@ -50,9 +83,27 @@ def build(net: type[Net], fields: Mapping[str, Any], where: str) -> Net:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
             raise UserError(f"{where}.{key}: {net.__name__} has no such field; {hint}")
-    if fields.get("dtype", _DTYPES[0]) not in _DTYPES:
-        raise UserError(f"{where}.dtype is {fields['dtype']!r}, expected {' or '.join(_DTYPES)}")
+    check_fields(fields, where)
     return net(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def check_fields(fields: Mapping[str, Any], where: str) -> None:
+    """Raises a UserError where a field's value breaks its rule, or fields do not fit each other."""
+    try:
+        for key, value in fields.items():
+            if key in FIELD_RULES:
+                FIELD_RULES[key](list(value) if isinstance(value, tuple) else value, key)
+    except ValueError as error:
+        raise UserError(f"{where}.{error}") from error
+    if fields.get("n_fft", 2) % 2:
+        raise UserError(f"{where}.n_fft is {fields['n_fft']}, expected an even number")
+    if {"f_min", "f_max", "sample_rate"} <= fields.keys():
+        low, high, rate = (fields[name] for name in ("f_min", "f_max", "sample_rate"))
+        if not low < high <= rate / 2:
+            raise UserError(
+                f"{where}: f_min {low:g} and f_max {high:g} Hz must be in order, and no more than "
+                f"half of sample_rate {rate}"
+            )
 
 
 def fields_of(net: nn.Module) -> dict[str, Any]:
@@ -118,6 +169,16 @@ def build_query(section: Mapping[str, Any], model: Mapping[str, Any] | None) -> 
     return query
 
 
+def require_classes(net: TaggingNet | QueryNet, where: str) -> None:
+    """Raises a UserError where a net does not tell AudioSet's classes: labels are their numbers."""
+    wanted = len(load_ontology().class_mids)
+    if net.classes != wanted:
+        raise UserError(
+            f"{where} tells {net.classes} classes; labels, queries and figures are of AudioSet's "
+            f"{wanted}, so a net of as many is needed"
+        )
+
+
 def condition_width(query: QueryNet) -> int:
     """Width of the vectors a query net gives."""
     if query.adaptor_width:
@@ -131,6 +192,10 @@ def _unadapted_width(query: QueryNet) -> int:
     return query.classes if query.kind == "one_hot" else query.tagger.classes
 
 
+# What flax, jax and numpy raise of fields that do not fit each other.
+_MISFITS = (ValueError, TypeError, IndexError, ZeroDivisionError, AssertionError, FlaxError)
+
+
 def layout(net: TaggingNet | ResUNet) -> Any:
     """Shapes of a net's variables."""
     return jax.eval_shape(functools.partial(init, net), jax.random.key(0))
@@ -140,8 +205,9 @@ def init(net: TaggingNet | ResUNet, key: jax.Array) -> dict[str, Any]:
     """Fresh variables of a net (those of a tagging net are the same in both roles)."""
     try:
         return net.init(key, *_inputs(net))
-    except ValueError as error:  # fields that do not fit each other
-        raise UserError(f"{type(net).__name__}: {error}") from error
+    except _MISFITS as error:
+        words = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+        raise UserError(f"the fields of {type(net).__name__} do not fit: {words}") from error
 
 
 def _inputs(net: TaggingNet | ResUNet) -> tuple[jax.Array, ...]:

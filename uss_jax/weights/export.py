@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float
-from safetensors.numpy import load_file
 
 from uss_jax.errors import UserError
 from uss_jax.models.query import QueryNet
@@ -32,6 +31,7 @@ from uss_jax.training.bundle import (
     Variables,
     net_hash,
     read_bundle,
+    read_tensors,
     write_bundle,
     write_tensors,
 )
@@ -219,7 +219,7 @@ def _orbax(
             f"accelerators set JAX_NUM_CPU_DEVICES={shards}"
         )
     foreign = bundle.path / "foreign.safetensors"
-    kept = load_file(foreign) if foreign.is_file() else None
+    kept = read_tensors(foreign) if foreign.is_file() else None
     write_bundle(folder, _config(bundle), parts, kept)
     if shards > 1:
         mesh = make_mesh(jax.devices()[:shards])
@@ -239,7 +239,7 @@ def _safetensors(
     path = folder / "model.safetensors"
     flat = flatten_dict(dict(parts), sep="/")
     write_tensors(path, flat)
-    variables = unflatten_dict(load_file(path), sep="/")["separator"]
+    variables = unflatten_dict(read_tensors(path), sep="/")["separator"]
     return _live(separator, variables, inputs)
 
 

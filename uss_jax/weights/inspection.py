@@ -1,6 +1,5 @@
 """What a path is: a bundle, workdir, checkpoint, query bank, records directory or anchor table."""
 
-import json
 import os
 import pathlib
 from collections.abc import Iterator
@@ -9,16 +8,18 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from uss_jax.anchors.table import read_header
-from uss_jax.checked_npz import Column, names_in_npz, read_npz
+from uss_jax.anchors.table import COLUMNS, read_header
+from uss_jax.checked_json import parse_json, record, whole
+from uss_jax.checked_npz import names_in_npz, read_npz
 from uss_jax.data.index import load_index, splits
 from uss_jax.data.metadata import read_encoding, read_sample_rate
 from uss_jax.data.storage import versions_below
 from uss_jax.errors import UserError
 from uss_jax.separation.queries import load_bank
-from uss_jax.training.bundle import Bundle, net_hash, read_bundle
+from uss_jax.training.bundle import Bundle, net_hash, read_bundle, read_tensors
 from uss_jax.training.checkpoints import latest_step
 
+_TAIL_BYTES = 1 << 16  # of metrics.jsonl: many lines
 _PARTS = ("separator", "query", "adaptor", "sed")
 _KINDS = "a bundle, workdir, export, checkpoint, folder of records, anchor table or query bank"
 
@@ -70,16 +71,26 @@ def _of_model(path: pathlib.Path) -> list[str]:
         lines.append(f"licence: {config['licence']}")
     for part in _PARTS:
         lines += _of_part(bundle, part)
+    if config["kind"] == "separator" and "query" in config:
+        lines.append(_banks(bundle))
     foreign = path / "foreign.safetensors"
     if foreign.is_file():
-        from safetensors import safe_open
-
-        with safe_open(foreign, "np") as file:
-            count = len(list(file.keys()))
+        count = len(read_tensors(foreign))
         lines.append(f"{foreign.name}: {count} tensors of a foreign checkpoint, kept verbatim")
     if "training" in config:
         lines += _history(path, config)
     return lines
+
+
+def _banks(bundle: Bundle) -> str:
+    """Which query banks it takes, by the hash that `uss-jax query list` shows."""
+    try:
+        query, variables = bundle.query()
+    except UserError as error:
+        return f"query: {error}"
+    if query.kind == "one_hot":
+        return "query banks: none, it is asked by class"
+    return f"query banks: those made with query net {net_hash(variables)}"
 
 
 def _adaptor(config: dict[str, Any]) -> str:
@@ -104,7 +115,8 @@ def _of_part(bundle: Bundle, part: str) -> Iterator[str]:
     fields = section.get("model", section) if part != "adaptor" else {}
     net = fields.get("net", "ResUNet" if part == "separator" else part)
     stored = f" in {'/'.join(sorted(dtypes))}" if dtypes != {"float32"} else ""
-    yield f"{part}: {net}, {sum(sizes.values()):,} parameters{stored}, sha256 {found}"
+    classes = f", {fields['classes']} classes" if "classes" in fields else ""
+    yield f"{part}: {net}{classes}, {sum(sizes.values()):,} parameters{stored}, sha256 {found}"
     if said != found:
         yield f"  not what config.json says ({said}): the bundle was changed or is damaged"
     yield from (f"  {name:<18}{size:>12,}" for name, size in sizes.items())
@@ -112,16 +124,34 @@ def _of_part(bundle: Bundle, part: str) -> Iterator[str]:
 
 def _history(path: pathlib.Path, config: dict[str, Any]) -> Iterator[str]:
     training = config["training"]
-    step = config.get("step") or latest_step(path / "checkpoints")
-    total = training.get("total_steps")
-    yield f"trained: {step or 0:,} of {total:,} steps, global batch {training.get('global_batch')}"
-    data = training.get("data", {})
-    yield f"data: {data.get('records')} ({data.get('split')}), seed {training.get('seed')}"
+    step = config.get("step") or latest_step(path / "checkpoints") or 0
+    total, batch = training.get("total_steps"), training.get("global_batch")
+    total = f"{total:,}" if isinstance(total, int) else "an unknown number of"
+    yield f"trained: {step:,} of {total} steps, global batch {batch}"
+    data = training.get("data")
+    if isinstance(data, dict):
+        yield f"data: {data.get('records')} ({data.get('split')}), seed {training.get('seed')}"
     metrics = path / "metrics.jsonl"
-    if metrics.is_file() and (lines := metrics.read_text().splitlines()):
-        last = json.loads(lines[-1])
+    if metrics.is_file() and (last := _last_metrics(metrics)):
         values = ", ".join(f"{k} {v:.4g}" for k, v in last.items() if k != "step")
         yield f"metrics of step {last['step']}: {values}"
+
+
+_METRICS = record({"step": whole(0, 1 << 53)}, others=True)
+
+
+def _last_metrics(path: pathlib.Path) -> dict[str, int | float] | None:
+    """The last whole line of a run's metrics; what a kill has left of another is passed over."""
+    with path.open("rb") as file:
+        file.seek(max(file.seek(0, 2) - _TAIL_BYTES, 0))
+        lines = file.read().splitlines()
+    for line in reversed(lines):
+        try:
+            found = parse_json(line, _METRICS)
+        except ValueError:
+            continue
+        return {k: v for k, v in found.items() if isinstance(v, int | float)}
+    return None
 
 
 def _of_records(path: pathlib.Path) -> Iterator[str]:
@@ -141,8 +171,8 @@ def _of_npz(path: pathlib.Path) -> list[str]:
     try:
         with open(path, "rb") as file:
             names = names_in_npz(file)
-            column = {"record": Column("u4", "r", optional=True)}
-            rows = len(read_npz(file, column).get("record", ()))
+            column = {"record": COLUMNS["record"]}
+            rows = len(read_npz(file, column)["record"]) if "header" in names else 0
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); give {_KINDS}") from error
     if "net_hash" in names:

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from uss_jax.atomic import replacing
 from uss_jax.errors import UserError
-from uss_jax.training.bundle import Bundle
+from uss_jax.training.bundle import Bundle, read_tensors
 from uss_jax.weights.torch import LIGHTNING_PREFIXES, SMOOTHING, StateDict, state_dict_of
 
 FOREIGN = "foreign.safetensors"
@@ -75,7 +74,7 @@ def _foreign(bundle: Bundle) -> StateDict:
             "loads (transform kernels, counters, layers it never uses); only a bundle that "
             "`uss-jax convert` made of a .ckpt can become one again"
         )
-    return {name.partition("/")[2]: array for name, array in load_file(path).items()}
+    return {name.partition("/")[2]: array for name, array in read_tensors(path).items()}
 
 
 def _wanted(part: str, prefix: str, fields: Mapping[str, Any], trained: StateDict) -> Iterator[str]:

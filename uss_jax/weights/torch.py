@@ -25,6 +25,7 @@ from uss_jax.errors import UserError
 from uss_jax.models.cnn14 import Cnn14
 from uss_jax.models.htsat import HTSAT
 from uss_jax.models.resunet import ResUNet
+from uss_jax.training.nets import check_fields
 
 StateDict = dict[str, np.ndarray]
 Fields = dict[str, Any]
@@ -277,6 +278,8 @@ def _convert(
         fields = net.infer(plain) if fields is None else fields
     except KeyError as error:
         return None, [f"{prefix}{error.args[0]} is missing (is this a {net.name}?)"]
+    except IndexError:
+        return None, [f"the arrays have too few axes for a {net.name}"]
     shapes = _shapes(net, fields)
     leaves = _leaves(net, fields, shapes)
 
@@ -285,8 +288,12 @@ def _convert(
         if name in leaves:
             path, permutation = leaves[name]
             wanted = tuple(np.array(shapes[path])[np.argsort(permutation)].tolist())
-            if array.shape == wanted:
-                flat[path] = np.ascontiguousarray(np.transpose(array, permutation))
+            if array.dtype.kind != "f":
+                problems.append(f"{prefix}{name} holds {array.dtype} instead of floats")
+            elif not np.isfinite(array).all():
+                problems.append(f"{prefix}{name} holds values that are not finite")
+            elif array.shape == wanted:
+                flat[path] = np.ascontiguousarray(np.transpose(array, permutation), np.float32)
             else:
                 problems.append(f"{prefix}{name} has shape {array.shape} instead of {wanted}")
         elif net.foreign.fullmatch(name):
@@ -318,6 +325,7 @@ def _leaves(net: Net, fields: Fields, paths: Collection[str]) -> Leaves:
 
 def _shapes(net: Net, fields: Fields) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every leaf of the Flax module."""
+    check_fields(fields, net.name)
     module = net.module(**fields)
     inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in net.inputs(module)]
     try:
@@ -331,12 +339,24 @@ def _wrong_formulas(net: Net, fields: Fields, state_dict: StateDict) -> Iterator
     """Fixed buffers that are not what this project computes, so that nothing differs in silence."""
     for name, expected in net.formulas(fields).items():
         array = state_dict.get(name, expected)
-        # Published buffers differ by rounding, another window or mel scale by more than a tenth.
-        if array.shape != expected.shape or np.abs(array - expected).max() > 1e-4:
+        # Published buffers differ by rounding, a window that is not periodic by 3e-3.
+        if array.shape != expected.shape or not _is_rounded(array, expected):
             yield (
                 f"{name} is not that of a periodic Hann window of {fields['n_fft']} samples"
                 " or of Slaney's mel scale"
             )
+
+
+def _is_rounded(array: np.ndarray, expected: np.ndarray) -> bool:
+    """Whether an array is another one in its own precision, which may once have been half."""
+    tolerance = np.full(expected.shape, 1e-4)
+    for dtype, rounding in ((np.float16, 2**-11), (jnp.bfloat16, 2**-8)):
+        with np.errstate(over="ignore"):  # then it is another array
+            is_half = np.array_equal(array.astype(dtype).astype(array.dtype), array)
+        if is_half:
+            tolerance += rounding * np.abs(expected)
+            break
+    return bool(np.all(np.abs(array - expected) <= tolerance))
 
 
 def _infer_front_end(state_dict: StateDict) -> Fields:
@@ -352,7 +372,7 @@ def _infer_front_end(state_dict: StateDict) -> Fields:
 
 
 def _infer_cnn14(state_dict: StateDict) -> Fields:
-    levels = _count(state_dict, r"conv_block(\d+)\.")
+    levels = _count(state_dict, r"conv_block(\d{1,4})\.")
     return dict(
         _infer_front_end(state_dict),
         channels=tuple(state_dict[f"conv_block{i}.bn2.weight"].size for i in levels),
@@ -361,20 +381,22 @@ def _infer_cnn14(state_dict: StateDict) -> Fields:
 
 
 def _infer_htsat(state_dict: StateDict) -> Fields:
-    stages = range(len(_numbers(state_dict, r"layers\.(\d+)\.")))
+    stages = range(len(_numbers(state_dict, r"layers\.(\d{1,4})\.")))
     positions = "layers.{}.blocks.0.attn.relative_position_bias_table"
     return dict(
         _infer_front_end(state_dict),
         image_size=HTSAT.image_size,
         token_width=state_dict["patch_embed.proj.bias"].size,
-        depths=tuple(len(_numbers(state_dict, rf"layers\.{i}\.blocks\.(\d+)\.")) for i in stages),
+        depths=tuple(
+            len(_numbers(state_dict, rf"layers\.{i}\.blocks\.(\d{{1,4}})\.")) for i in stages
+        ),
         heads=tuple(state_dict[positions.format(i)].shape[1] for i in stages),
         classes=state_dict["tscam_conv.bias"].size,
     )
 
 
 def _infer_resunet(state_dict: StateDict) -> Fields:
-    levels = _count(state_dict, r"base\.encoder_block(\d+)\.")
+    levels = _count(state_dict, r"base\.encoder_block(\d{1,4})\.")
     # Of many layers with the same condition, most are right.
     widths = Counter(
         array.shape[-1] for name, array in state_dict.items() if re.match(r"film\..*weight", name)
@@ -387,7 +409,7 @@ def _infer_resunet(state_dict: StateDict) -> Fields:
         channels=tuple(
             state_dict[f"base.encoder_block{i}.conv_block1.bn2.weight"].size for i in levels
         ),
-        blocks_per_level=len(_count(state_dict, r"base\.encoder_block1\.conv_block(\d+)\.")),
+        blocks_per_level=len(_count(state_dict, r"base\.encoder_block1\.conv_block(\d{1,4})\.")),
         audio_channels=state_dict["base.pre_conv.weight"].shape[1],
         condition_width=widths.most_common(1)[0][0],
     )

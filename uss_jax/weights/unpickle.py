@@ -3,13 +3,23 @@
 A checkpoint is a pickle, and a pickle is a program: it names functions and calls them. Here it gets
 tensors and plain containers only. Every other name becomes an inert placeholder, whatever it is,
 without being imported; training checkpoints hold many (configurations, loops, schedules).
+
+Nor can a small file ask for much memory: reading one takes at most six times its size (the file
+mapped, and the arrays, which take up to four times as much when half precision becomes float32 and
+tensors share storage) and half a gigabyte for what its pickle builds. A pickle is read through
+before it is run, and refused if it claims more than it holds.
 """
 
-import collections
+import io
+import math
+import os
 import pathlib
 import pickle
+import pickletools
 import tarfile
 import types
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +28,15 @@ from uss_jax.errors import UserError
 
 # Where a checkpoint keeps its tensors: Lightning, PANNs.
 _STATE_DICT_KEYS = ("state_dict", "model")
+# What wrappers of modules put before all names: DataParallel and torch.compile.
+_WRAPPERS = ("module.", "_orig_mod.")
+
+# Of a pickle: instructions, each of which makes an object of 250 bytes at most. A checkpoint has
+# some thirty for each tensor.
+_MOST_INSTRUCTIONS = 2_000_000
+# Bytes of all arrays for each byte of the file: see above.
+_MOST_COPIES = 4
+_MOST_AXES = 16
 
 
 def read_checkpoint(path: str | pathlib.Path) -> dict[str, np.ndarray]:
@@ -44,44 +63,72 @@ def read_checkpoint(path: str | pathlib.Path) -> dict[str, np.ndarray]:
             break
     tensors = {}
     if isinstance(held, dict):
-        tensors = {name: t for name, t in held.items() if isinstance(t, torch.Tensor)}
+        tensors = {str(name): t for name, t in held.items() if isinstance(t, torch.Tensor)}
     if not tensors:
         keys = ", ".join(map(str, content)) if isinstance(content, dict) else "no dictionary"
         raise UserError(
             f'{path} holds no state dict, neither itself nor under "state_dict" or "model"; '
             f"it holds: {keys or 'nothing'}"
         )
-    return {str(name): _to_numpy(torch, tensor) for name, tensor in tensors.items()}
+    copied = sum(tensor.numel() * max(tensor.element_size(), 4) for tensor in tensors.values())
+    if copied > _MOST_COPIES * path.stat().st_size:
+        raise UserError(
+            f"{path} holds tensors of {copied:,} bytes, more than {_MOST_COPIES} times its own "
+            "size; save it again with torch.save"
+        )
+    arrays = {name: _to_numpy(torch, tensor) for name, tensor in tensors.items()}
+    for wrapper in _WRAPPERS:
+        if all(name.startswith(wrapper) for name in arrays):
+            arrays = {name.removeprefix(wrapper): array for name, array in arrays.items()}
+    return arrays
 
 
 def _load(torch: types.ModuleType, path: pathlib.Path) -> Any:
     """The unpickled content of a file, with placeholders for all that is not a tensor."""
     if not path.is_file():
         raise UserError(f"{path} is not a file")
+    if path.suffix == ".safetensors":
+        raise UserError(f"{path} is a safetensors file; give a .pth or .ckpt")
+    size = path.stat().st_size
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"  # as torch.load tells the two formats apart
-    if not is_zip and tarfile.is_tarfile(path):
-        raise UserError(f"{path} is in PyTorch's format from before 2017; save it again")
     try:
-        # torch.load would hand a TorchScript archive on to its interpreter; asked of torch's own
-        # reader, because another one might see other members in a crafted archive.
-        if is_zip and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
-            raise UserError(f"{path} is a TorchScript program; a state dict is needed")
+        if not is_zip and tarfile.is_tarfile(path):
+            raise UserError(f"{path} is in PyTorch's format from before 2017; save it again")
+        if is_zip:
+            _check_archive(torch, path, size)
         # Mapped, so that the optimiser's moments, half of a training checkpoint, stay unread.
         return torch.load(
-            str(path),
+            os.fspath(path),
             map_location="cpu",
-            pickle_module=_restricted_pickle(torch),
+            pickle_module=_restricted_pickle(torch, size),
             weights_only=False,
             mmap=is_zip,
         )
     except UserError:
         raise
     except Exception as error:  # damaged files fail in many ways, all inside the reader
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
         raise UserError(
             f"{path} is no PyTorch checkpoint or is damaged ({reason}); get it again"
         ) from error
+
+
+def _check_archive(torch: types.ModuleType, path: pathlib.Path, size: int) -> None:
+    """Refuses archives that are programs, or whose members are packed: PyTorch stores them."""
+    # Python's reader comes first, since torch's unpacks a member when it opens an archive. It then
+    # is asked the same, because it might see other members in a crafted archive.
+    with zipfile.ZipFile(path) as archive:
+        sizes = [member.file_size for member in archive.infolist()]
+    if sum(sizes) <= size:
+        reader = torch._C.PyTorchFileReader(os.fspath(path))
+        names = reader.get_all_records()
+        if "constants.pkl" in names:
+            # torch.load would hand it on to its interpreter.
+            raise UserError(f"{path} is a TorchScript program; a state dict is needed")
+        sizes = [reader.get_record_size(name) for name in names]
+    if sum(sizes) > size:
+        raise ValueError(f"its members claim {sum(sizes):,} bytes, the file has {size:,}")
 
 
 def _to_numpy(torch: types.ModuleType, tensor: Any) -> np.ndarray:
@@ -112,24 +159,134 @@ class Placeholder:
     append = extend = add = __setstate__
 
 
-def _restricted_pickle(torch: types.ModuleType) -> types.SimpleNamespace:
-    """What torch.load wants of a pickle module, with an unpickler that looks up no names."""
+def _restricted_pickle(torch: types.ModuleType, file_size: int) -> types.SimpleNamespace:
+    """What torch.load wants of a pickle module.
 
-    def tensor(storage, offset, size, stride, *_hooks):
+    Its unpickler looks up no names, and makes nothing larger than a file of this size can fill.
+    """
+    entries = 0
+
+    class Mapping(dict):
+        """For OrderedDict; one that is made again and again of the same entries is refused."""
+
+        __slots__ = ()
+
+        def __init__(self, items: Iterable[Any] = ()):
+            nonlocal entries
+            entries += len(items)
+            if entries > _MOST_INSTRUCTIONS:
+                raise ValueError("it repeats its entries too often")
+            super().__init__(items)
+
+        def __setstate__(self, state: Any) -> None:
+            pass
+
+    def tensor(storage: Any, offset: int, size: Sequence[int], stride: Sequence[int], *_: Any):
+        length = storage._untyped_storage.nbytes() // torch._utils._element_size(storage.dtype)
+        _check_view(length, offset, size, stride)
         return torch._utils._rebuild_tensor(storage, offset, size, stride)
 
     known = {
-        ("collections", "OrderedDict"): collections.OrderedDict,
+        ("collections", "OrderedDict"): Mapping,
         ("torch._utils", "_rebuild_tensor"): tensor,
         ("torch._utils", "_rebuild_tensor_v2"): tensor,
         ("torch._utils", "_rebuild_parameter"): lambda data, *_hooks: data,
     }
 
     class Unpickler(pickle.Unpickler):
+        def __init__(self, file: Any, **options: Any):
+            super().__init__(file, **options)
+            self._file = file
+
         def find_class(self, module: str, name: str) -> Any:
             return known.get((module, name), Placeholder)
+
+        def load(self) -> Any:
+            _check_pickle(self._file)
+            if storage_of := getattr(self, "persistent_load", None):  # torch sets it
+                self.persistent_load = _checking_storages(torch, storage_of, file_size)
+            return super().load()
 
     def load(file: Any, **options: Any) -> Any:
         return Unpickler(file, **options).load()
 
     return types.SimpleNamespace(Unpickler=Unpickler, load=load, __name__="restricted_pickle")
+
+
+def _check_pickle(file: Any) -> None:
+    """Reads a pickle through without running it; leaves the file where it was.
+
+    Raises:
+      ValueError: it has too many instructions, or claims more than there is in the file: texts
+        longer than that, or places of objects beyond the number of instructions, for which Python
+        would make a table.
+    """
+    begin = file.tell()
+    end = file.seek(0, io.SEEK_END)
+    file.seek(begin)
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(_Bounded(file, end)), 1):
+        if count > _MOST_INSTRUCTIONS:
+            raise ValueError(f"its pickle has more than {_MOST_INSTRUCTIONS:,} instructions")
+        if opcode.name in _PLACES and not 0 <= argument <= count:
+            raise ValueError(f"its pickle claims {argument:,} objects after {count:,} instructions")
+        if opcode.name == "FRAME" and argument > end - file.tell():
+            raise ValueError("its pickle claims a frame beyond its end")
+    file.seek(begin)
+
+
+_LONGEST_LINE = 1 << 16
+_PLACES = ("PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET", "LONG_BINGET")
+
+
+class _Bounded:
+    """A file of which nobody can ask for more than there is: the room is made beforehand."""
+
+    def __init__(self, file: Any, end: int):
+        self._file, self._end = file, end
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readline(self) -> bytes:
+        return self._file.readline(_LONGEST_LINE)
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(min(size, self._end - self._file.tell()))
+
+
+def _checking_storages(
+    torch: types.ModuleType, storage_of: Callable[[Any], Any], file_size: int
+) -> Callable[[Any], Any]:
+    """torch's function from an identity in the pickle to a storage, held to the file's size."""
+    seen: set[Any] = set()
+    total = 0
+
+    def checked(identity: Any) -> Any:
+        nonlocal total
+        if identity[0] == "module":  # with its source code, which torch would look up
+            return identity[1]
+        _, kind, key, _, count, *_ = identity
+        if not isinstance(count, int) or count < 0:
+            raise ValueError(f"it claims a storage of {count!r} elements")
+        size = count * torch._utils._element_size(getattr(kind, "dtype", torch.uint8))
+        total += 0 if key in seen else size
+        seen.add(key)
+        if max(total, size) > file_size:
+            raise ValueError(f"it claims storages of {total:,} bytes, the file has {file_size:,}")
+        return storage_of(identity)
+
+    return checked
+
+
+def _check_view(length: int, offset: int, size: Sequence[int], stride: Sequence[int]) -> None:
+    """Refuses tensors with elements outside their storage, or more of them than it has."""
+    numbers = (offset, *size, *stride)
+    sound = (
+        len(size) == len(stride) <= _MOST_AXES
+        and all(type(number) is int and number >= 0 for number in numbers)
+        and math.prod(size) <= length
+    )
+    if sound and math.prod(size):
+        sound = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) < length
+    if not sound:
+        raise ValueError(f"it claims a tensor of shape {tuple(size)[:8]} of {length:,} elements")

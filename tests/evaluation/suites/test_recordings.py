@@ -1,6 +1,7 @@
 """MUSDB18-HQ and Voicebank-Demand: their imitations, scored and recomputed."""
 
 import json
+import shutil
 import sys
 import types
 
@@ -8,13 +9,14 @@ import numpy as np
 import pytest
 import soundfile
 
+from tests import tiny
 from tests.evaluation.suites import imitations
 from tests.tiny import RATE, write_separator
 from uss_jax.audio.files import read_mono, resample
 from uss_jax.cli.main import main
 from uss_jax.errors import UserError
 from uss_jax.evaluation.scoring import AVERAGE, HALF, MIXTURE, ORACLE
-from uss_jax.evaluation.suites import musdb18, recordings, voicebank_demand
+from uss_jax.evaluation.suites import musdb18, recordings, speech, voicebank_demand
 from uss_jax.evaluation.suites.speech import speech_figures
 from uss_jax.separation.queries import Vectors, recording_vector, remove_silence
 from uss_jax.separation.recordings import Separator
@@ -209,6 +211,33 @@ def test_voicebank_demand(place, tmp_path):
         assert rows[MIXTURE][f"{figure}_mean"] == pytest.approx(np.mean(values), abs=1e-6)
     assert rows[MIXTURE]["pesq_gain"] == 0
     assert "| oracle |" in (tmp_path / "r.md").read_text()
+
+
+def test_a_silent_stem_is_left_out_and_counted(place, tmp_path, capsys):
+    folder = tmp_path / "musdb18"
+    shutil.copytree(place / "musdb18", folder)
+    bass, rate = soundfile.read(folder / "test/b/bass.wav")
+    soundfile.write(folder / "test/b/bass.wav", 0 * bass, rate)
+    words = ["--model", place / "soft", "--data", folder, "--out", tmp_path / "r.json"]
+    assert main(["evaluate", "musdb18", *map(str, words)]) == 0
+    assert "left out: 1 whose target is silent" in capsys.readouterr().out
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert results["silent_targets"] == 1
+    (mixture,) = [row for row in results["rows"] if row["query"] == MIXTURE]
+    one = soundfile.read(folder / "test/c/bass.wav", dtype="float32")[0].T
+    whole = soundfile.read(folder / "test/c/mixture.wav", dtype="float32")[0].T
+    assert mixture["stems"]["bass"]["sdr"] == pytest.approx(_median(one, whole, rate), abs=1e-3)
+
+
+def test_a_silent_sentence_is_left_out_and_counted(monkeypatch):
+    monkeypatch.setattr(speech, "require_package", lambda *words: None)
+    silent = speech_figures(np.zeros(16000), tiny.noise(0, 2))
+    assert np.isnan(list(silent.values())).all()
+    good = dict.fromkeys(silent, 2.0)
+    sentences = [{row: of for row in (ORACLE, MIXTURE)} for of in (good, silent, good)]
+    rows = voicebank_demand._summary(sentences)
+    assert [row["pesq"] for row in rows] == [2.0, 2.0]
+    assert [row["silent"] for row in rows] == [1, 1]
 
 
 def test_the_paper_s_name_of_the_training_set_is_taken_too(place, tmp_path):

@@ -155,9 +155,14 @@ def _summary(per_song: Sequence[dict[str, Values]]) -> list[dict[str, object]]:
             "query": row,
             "stems": stems,
             **{
-                figure: float(np.mean([of[figure] for of in stems.values()]))
+                figure: float(np.nanmean([of[figure] for of in stems.values()]))
                 for figure in next(iter(stems.values()))
             },
+            "silent": sum(
+                bool(np.isnan(song[f"{MIXTURE}/{stem}"]["sdr"]))
+                for song in per_song
+                for stem in stems
+            ),
         }
         for row, stems in rows.items()
     ]

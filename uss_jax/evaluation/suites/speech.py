@@ -12,6 +12,7 @@ prediction.
 import numpy as np
 from jaxtyping import Float
 
+from uss_jax.evaluation.metrics import is_silent
 from uss_jax.evaluation.suites.recordings import require_package
 
 RATE = 16000
@@ -39,8 +40,13 @@ Wave = Float[np.ndarray, " t"]
 
 
 def speech_figures(clean: Wave, estimate: Wave) -> dict[str, float]:
-    """PESQ (1..4.64), SSNR (dB), CSIG, CBAK and COVL (1..5) of an estimate of clean speech."""
+    """PESQ (1..4.64), SSNR (dB), CSIG, CBAK and COVL (1..5) of an estimate of clean speech.
+
+    All are NaN where the clean speech is silent.
+    """
     pesq = require_package("pesq", "PESQ")
+    if is_silent(clean):
+        return dict.fromkeys(("pesq", "ssnr", "csig", "cbak", "covl"), float("nan"))
     clean, estimate = clean.astype(np.float64), estimate.astype(np.float64)
     quality = float(pesq.pesq(RATE, clean, estimate, "wb"))
     snr, likelihood = segmental_snr(clean, estimate), log_likelihood_ratio(clean, estimate)

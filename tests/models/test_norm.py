@@ -149,6 +149,31 @@ def plain_loss(variables, weight, x, shift=None, gain=None):
     return jnp.sum(weight * y)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_parts_and_activation_are_those_of_the_whole(training):
+    """Maps that lie apart, normalised and activated, as their concatenation would be."""
+
+    def apart(variables, weight, x):
+        parts = (x[..., :1], x[..., 1:])
+        y, updates = NORM.apply(variables, parts, training, leak=0.1, mutable=["batch_stats"])
+        return jnp.sum(weight * jnp.concatenate(y, axis=-1)), updates
+
+    def whole(variables, weight, x):
+        y, updates = NORM.apply(variables, x, training, mutable=["batch_stats"])
+        return jnp.sum(weight * jnp.where(y >= 0, y, 0.1 * y)), updates
+
+    with jax.enable_x64(True):
+        arrays = random_variables(dtype=float), normal(*SHAPE, seed=3, dtype=float)
+        x = normal(*SHAPE, dtype=float)
+        found, expected = (
+            jax.jit(jax.value_and_grad(f, argnums=(0, 2), has_aux=True))(*arrays, x)
+            for f in (apart, whole)
+        )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), found, expected
+    )
+
+
 @pytest.mark.parametrize("rows", [None, 1, SHAPE[0]])
 def test_gradient_is_that_of_the_plain_formula(rows):
     with jax.enable_x64(True):

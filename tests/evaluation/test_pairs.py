@@ -39,15 +39,6 @@ SOURCES = {SPEECH: lambda i: tone(200 + 50 * i, 0.5), DOG: lambda i: noise(i, 0.
 SOURCES[PIANO] = lambda i: tone(1000 + 100 * i, 0.5)
 
 
-def test_a_manifest_of_other_digits_is_no_crash(tmp_path):
-    _write_pairs(tmp_path, per_class=1)
-    for partner in ("²", "٣", "9" * 5000, "-1", "x"):
-        rows = f"file,group,partner_class_index\nclass_id={DOG}/0,rare,{partner}\n"
-        (tmp_path / "manifest.csv").write_text(rows)
-        pair = next(pair for pair in find_pairs(tmp_path) if pair.class_index == DOG)
-        assert (pair.group, pair.other_class_index) == ("rare", None)
-
-
 def _sdr(reference, estimate):
     reference, estimate = reference.astype(np.float64), estimate.astype(np.float64)
     return 10 * np.log10(np.mean(reference**2) / np.mean((estimate - reference) ** 2))
@@ -220,7 +211,7 @@ def test_silent_targets_are_left_out_and_counted(place, tmp_path, capsys):
     assert len(list((tmp_path / "examples_pairs").glob("*.png"))) == 2
 
 
-@pytest.mark.parametrize("partner", ["²", "999", "-1", "9" * 5000, "x"])
+@pytest.mark.parametrize("partner", ["²", "٣", "999", "-1", "9" * 5000, "x"])
 def test_a_partner_that_is_no_class_is_refused(place, tmp_path, partner):
     shutil.copytree(place / "pairs", tmp_path / "pairs")
     rows = f"file,partner_class_index\nclass_id={DOG}/1,{partner}\n"

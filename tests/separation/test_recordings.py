@@ -226,7 +226,7 @@ def test_samples_of_other_types_are_the_same_sound(model, rate):
 def test_estimates_that_are_not_finite_are_refused(model, tmp_path, monkeypatch):
     from uss_jax.separation import separator as separator_module
 
-    monkeypatch.setattr(separator_module, "_separate", lambda module, variables, w, c: w * np.nan)
+    monkeypatch.setattr(separator_module, "_separate", lambda net, w, c: w * np.nan)
     with pytest.raises(UserError, match='not finite for "sound 0"'):
         Separator(model).separate(tiny.noise(0, 0.5), tiny.RATE, vectors(model))
     path = recording(tmp_path / "in.wav")

@@ -127,8 +127,8 @@ def _summary(per_sentence: Sequence[dict[str, Values]]) -> list[dict[str, object
             before = np.array([sentence[MIXTURE][figure] for sentence in per_sentence])
             for name, of in ((figure, values), (f"{figure}_gain", values - before)):
                 figures[name], figures[f"{name}_mean"] = _middle(of)
-        silent = [np.isnan(sentence[MIXTURE]["pesq"]) for sentence in per_sentence]
-        figures["silent"] = int(np.sum(silent))
+        of_noisy = [list(sentence[MIXTURE].values()) for sentence in per_sentence]
+        figures["silent"] = int(np.isnan(of_noisy).all(axis=1).sum())
         summaries.append(figures)
     return summaries
 

@@ -159,8 +159,9 @@ def build_query(section: Mapping[str, Any], model: Mapping[str, Any] | None) -> 
         raise UserError(f"query.kind is {fields.get('kind')!r}, expected {', '.join(KINDS)}")
     tagger = None
     if model is not None:
-        # One that trains does so together with a separator, and takes its momentum.
-        tagger = build_tagger(model, "query", "query.model").clone(norm_momentum=MOMENTUM)
+        tagger = build_tagger(model, "query", "query.model")
+        if fields.get("finetune"):  # it trains together with a separator, and takes its momentum
+            tagger = tagger.clone(norm_momentum=MOMENTUM)
     query = build(QueryNet, {**fields, "tagger": tagger}, "query")
     if query.shortcut and query.adaptor_width not in (0, width := _unadapted_width(query)):
         raise UserError(

@@ -278,6 +278,7 @@ def test_probabilities_that_a_net_does_not_give_are_refused(records, tmp_path):
     config = shipped("tagger_htsat.py")
     config.global_batch = 8
     config.outputs = ("clipwise", "tagging")
+    config.tagger.f_max = RATE / 2
     config.tagger.depths = (1,)
     config.tagger.heads = (2,)
     config.data.records = str(records)

@@ -56,10 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--min-dbfs",
-        type=number(-200, 0),
+        type=number(-1000, 0),
         default=-60.0,
         metavar="DB",
-        help="pass over quieter segments; default: -60",
+        help="pass over quieter segments; default: -60; -1000 passes over none",
     )
     parser.add_argument(
         "--batch",

@@ -121,6 +121,9 @@ def test_a_longer_clip_is_seen_once_in_training(variables, monkeypatch):
     moved = 0.9 * variables["batch_stats"]["bn0"]["mean"] + 0.1 * mel.mean(axis=(0, 1))
     np.testing.assert_allclose(statistics["batch_stats"]["bn0"]["mean"], moved, rtol=1e-5)
     normalised = (mel - mel.mean(axis=(0, 1))) / jnp.sqrt(mel.var(axis=(0, 1)) + 1e-5)
+    normalised = (
+        normalised * variables["params"]["bn0"]["scale"] + variables["params"]["bn0"]["bias"]
+    )
     shown = cut(None, normalised, CAPACITY)
     tokens = net.apply(variables, shown, True, method=HTSAT.tokens, rngs={})
     logits = net.apply(variables, tokens, method=HTSAT.logits)

@@ -213,7 +213,7 @@ def _step(
         gain_db=config.mixing.gain_db,
         accumulate=config.accumulate,
         ema_decay=config.ema_decay,
-        max_norm_ratio=config.get("max_norm_ratio", run.MAX_NORM_RATIO),
+        max_norm_ratio=run.max_norm_ratio_of(config),
         **options,
     )
     return at_precision(run.precision_of(config), step)

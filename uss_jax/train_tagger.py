@@ -65,7 +65,7 @@ def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
         spec_augment_stripes=config.spec_augment and config.spec_augment.to_dict(),
         noise=config.noise and config.noise.to_dict(),
         speed=config.speed and config.speed.to_dict(),
-        max_norm_ratio=config.get("max_norm_ratio", run.MAX_NORM_RATIO),
+        max_norm_ratio=run.max_norm_ratio_of(config),
     )
     step = at_precision(run.precision_of(config), step)
 

@@ -256,8 +256,7 @@ def ours(deadline: float, profile: bool) -> None:
         compiled = job.function.lower(*job.arguments).compile()
         return job, compiled, time.perf_counter() - began
 
-    # Programs are compiled beside each other while earlier ones run, as far as cores allow; a row's
-    # time is taken while none is.
+    # All programs are compiled first, as many at a time as cores allow, and none beside a timing.
     workers = max(1, (os.cpu_count() or 1) // 4)
     with ThreadPoolExecutor(workers) as pool:
         made = list(pool.map(compile_, jobs(on_cpu)))

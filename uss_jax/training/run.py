@@ -42,7 +42,7 @@ _DRAWING += ("mixing.all_targets",)
 _DRAWING += ("anchors.min_score", "anchors.min_dbfs", "anchors.top_k", "anchors.jitter_samples")
 
 # Of configs that say nothing. The largest ratio of a healthy float32 run of 827 steps was 10.
-MAX_NORM_RATIO = 100.0
+_MAX_NORM_RATIO = 100.0
 
 _DATA_RANGES = {
     "clip_seconds": number(0.01, 3600),
@@ -90,7 +90,7 @@ def check(config: ConfigDict, group_size: int = 1) -> None:
         if config.get(key, 1) < 1:
             raise UserError(f"config.{key} is {config[key]}, expected at least 1")
     precision_of(config)
-    ratio = config.get("max_norm_ratio", MAX_NORM_RATIO)
+    ratio = max_norm_ratio_of(config)
     if not (ratio == 0 or ratio > 1):
         raise UserError(
             f"config.max_norm_ratio is {ratio}, expected more than 1, or 0 for no limit: updates "
@@ -412,6 +412,11 @@ def _feed(
         places=records.places,
         max_corrupt=config.data.get("max_corrupt", 0),
     )
+
+
+def max_norm_ratio_of(config: ConfigDict) -> float:
+    """Returns `config.max_norm_ratio`; configs of before the key get its default."""
+    return config.get("max_norm_ratio", _MAX_NORM_RATIO)
 
 
 def precision_of(config: ConfigDict | Mapping[str, Any]) -> str:

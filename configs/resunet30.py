@@ -135,6 +135,8 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
     config.checkpoint_every_steps = 10_000
     config.keep_checkpoints = 3  # the newest
     config.keep_best = 1  # and those of the highest SDRi of an evaluation
+    # A newest checkpoint found damaged is set aside for the one before it; or "stop".
+    config.damaged_checkpoint = "set_aside"
 
     config.eval = ConfigDict()
     config.eval.pairs = ""  # a folder of pairs, as `make-pairs` writes them; none if empty

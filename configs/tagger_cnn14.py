@@ -81,6 +81,8 @@ def get_config() -> ConfigDict:
     config.log_every_steps = 100
     config.checkpoint_every_steps = 10_000
     config.keep_checkpoints = 3
+    # A newest checkpoint found damaged is set aside for the one before it; or "stop".
+    config.damaged_checkpoint = "set_aside"
 
     config.profile = ConfigDict()
     config.profile.steps = ()  # (first, last): the profiler's trace of them goes to the workdir

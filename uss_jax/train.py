@@ -41,11 +41,15 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
     Raises:
       UserError: what would fail later, said before the first step.
     """
-    # Devices, optimiser and records.
     mesh = make_mesh()
     _check(config)
+    with run.open_workdir(workdir) as held:
+        _train(config, held, mesh)
+
+
+def _train(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> None:
+    # Optimiser and records.
     optimizer, schedule = _optimizer(config)
-    workdir = run.open_workdir(workdir)
     segment_samples = round(config.segment_seconds * config.sample_rate)
     records = run.open_records(
         config.data,

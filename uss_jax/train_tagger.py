@@ -41,7 +41,6 @@ def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
     optimizer = clipped(
         OPTIMIZERS[config.optimizer](schedule, config.weight_decay), config.get("clip_norm", 0.0)
     )
-    workdir = run.open_workdir(workdir)
     records = run.open_records(config.data, config.sample_rate, config.seed)
     clips_per_step = config.global_batch * (1 if config.mixup_alpha is None else 2)
 
@@ -71,23 +70,24 @@ def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
 
     # The loop, from where the run stands.
     model = {"model": nets.fields_of(tagger)}
-    run.train_on(
-        records,
-        step,
-        fresh,
-        (key,),
-        {},
-        config=config,
-        workdir=workdir,
-        mesh=mesh,
-        key=key,
-        kind="tagger",
-        nets={"sed": model, "query": model},
-        clips_per_step=clips_per_step,
-        learning_rate=schedule,
-        dtype=config.tagger.dtype,
-        labels=True,
-    )
+    with run.open_workdir(workdir) as held:
+        run.train_on(
+            records,
+            step,
+            fresh,
+            (key,),
+            {},
+            config=config,
+            workdir=held,
+            mesh=mesh,
+            key=key,
+            kind="tagger",
+            nets={"sed": model, "query": model},
+            clips_per_step=clips_per_step,
+            learning_rate=schedule,
+            dtype=config.tagger.dtype,
+            labels=True,
+        )
 
 
 def _check_outputs(config: ConfigDict, tagger: TaggingNet) -> None:

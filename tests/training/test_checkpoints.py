@@ -1,3 +1,5 @@
+import os
+import pathlib
 import shutil
 
 import jax
@@ -8,7 +10,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from uss_jax.errors import UserError
-from uss_jax.training.checkpoints import Checkpoints, latest_step, load_tree, save_tree
+from uss_jax.training.checkpoints import (
+    Checkpoints,
+    DamagedCheckpoint,
+    latest_step,
+    load_tree,
+    save_tree,
+)
 from uss_jax.training.guard import no_norms
 from uss_jax.training.mesh import make_mesh, on_all_devices
 from uss_jax.training.optim import adamw_amsgrad, clipped
@@ -185,7 +193,7 @@ def test_damage_is_said_with_what_to_do(tmp_path, damage, item):
     damage(_write(tmp_path / "c", 5) / "5" / item)
     with (
         Checkpoints(tmp_path / "c", keep=2) as checkpoints,
-        pytest.raises(UserError, match="c/5 is damaged; move it away"),
+        pytest.raises(UserError, match=r"c/5 is damaged \(.*read\); move it away"),
     ):
         _ = checkpoints.position(5), checkpoints.restore(5, _state())
 
@@ -208,3 +216,98 @@ def test_a_damaged_tree_is_one_sentence(tmp_path, damage):
     damage(tmp_path / "tree")
     with pytest.raises(UserError, match="tree is not a readable set of parameters"):
         load_tree(tmp_path / "tree")
+
+
+# Ways in which a file may come back from a disk.
+_DAMAGES = {
+    "empty": lambda data: b"",
+    "cut": lambda data: data[: len(data) // 2],
+    "byte": lambda data: _with_other_byte(data, len(data) // 2),
+    "first byte": lambda data: _with_other_byte(data, 0),
+    "other JSON": lambda data: b"[]",
+    "noise": lambda data: np.random.default_rng(0).bytes(len(data)),
+}
+
+
+def _with_other_byte(data, at):
+    return data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :]
+
+
+def test_a_damaged_file_is_told_or_does_not_matter(tmp_path):
+    # Arrays of a few numbers and of many are in files of different kinds.
+    _write(tmp_path / "c", 4, 5, width=3000)
+    saved, like = _state(width=3000), _state(seed=1, width=3000)
+    files = [path for path in sorted((tmp_path / "c" / "5").rglob("*")) if path.is_file()]
+    told = whole = 0
+    for number, path in enumerate(files):
+        original = path.read_bytes()
+        damage = list(_DAMAGES)[number % len(_DAMAGES)] if path.parent.name != "d" else "byte"
+        path.write_bytes(_DAMAGES[damage](original))
+        try:
+            with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+                assert checkpoints.position(5) == POSITION
+                restored = checkpoints.restore(5, like)
+        except DamagedCheckpoint:
+            told += 1
+        else:
+            whole += 1
+            for found, wanted in zip(*map(jax.tree.leaves, (restored, saved)), strict=True):
+                np.testing.assert_array_equal(found, wanted, err_msg=f"{path} {damage}")
+        path.write_bytes(original)
+    assert told > 10
+    assert whole > 0
+
+
+def test_what_was_copied_wrongly_from_the_devices_is_found(tmp_path):
+    # Another number than the fingerprint was taken of, as from a host's faulty memory.
+    _write(tmp_path / "c", 5)
+    saved = (tmp_path / "c" / "5" / "fingerprints" / "metadata").read_text()
+    shutil.rmtree(tmp_path / "c")
+    _write(tmp_path / "c", 5, seed=2)
+    (tmp_path / "c" / "5" / "fingerprints" / "metadata").write_text(saved)
+    with Checkpoints(tmp_path / "c", keep=None) as checkpoints:
+        with pytest.raises(DamagedCheckpoint, match="params holds other numbers than were saved"):
+            checkpoints.read(5, "params")
+        with pytest.raises(DamagedCheckpoint, match="params holds other numbers than were saved"):
+            checkpoints.read(5, "params", _state().params)
+
+
+def test_a_checkpoint_without_fingerprints_is_believed(tmp_path):
+    _write(tmp_path / "c", 5)
+    shutil.rmtree(tmp_path / "c" / "5" / "fingerprints")
+    with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+        restored = checkpoints.restore(5, _state(seed=1))
+    jax.tree.map(np.testing.assert_array_equal, restored.params, _state().params)
+
+
+def test_a_checkpoint_set_aside_leaves_the_one_before(tmp_path):
+    _write(tmp_path / "c", 4, 5)
+    (tmp_path / "c-damaged" / "5").mkdir(parents=True)
+    with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+        assert checkpoints.set_aside(5) == tmp_path / "c-damaged" / "5-1"
+        assert checkpoints.latest_step == 4
+        checkpoints.save(5, _state(seed=7), POSITION)
+    assert latest_step(tmp_path / "c") == 5
+    assert (tmp_path / "c-damaged" / "5-1" / "params").is_dir()
+
+
+def test_a_checkpoint_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
+    made, fsync, rename = [], os.fsync, os.rename
+
+    def noted_fsync(descriptor):
+        made.append(pathlib.Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def noted_rename(source, target, **options):
+        made.append((pathlib.Path(source), pathlib.Path(target)))
+        rename(source, target, **options)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    _write(tmp_path / "c", 5)
+    (at,) = [i for i, x in enumerate(made) if isinstance(x, tuple) and x[1] == tmp_path / "c" / "5"]
+    unfinished = made[at][0]
+    before = {path.relative_to(unfinished) for path in made[:at] if isinstance(path, pathlib.Path)}
+    final = {path.relative_to(tmp_path / "c" / "5") for path in (tmp_path / "c" / "5").rglob("*")}
+    assert final - before <= {pathlib.Path("commit_success.txt")}  # which nobody reads
+    assert tmp_path / "c" in made[at:]

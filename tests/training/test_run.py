@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,12 +146,73 @@ def test_a_finished_run_has_nothing_to_do(place, whole, capsys):
     ],
 )
 def test_a_run_goes_on_only_as_it_was_started(place, whole, capsys, config, changed, said):
-    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
+    written = lambda: {  # noqa: E731
+        path: path.stat().st_mtime_ns
+        for path in whole.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
+    before = written()
     assert main(train_words(config, place, whole, {**changed, "total_steps": 6})) == 1
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
-    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
+    assert before == written()
+
+
+def _break_newest(workdir):
+    """Changes one byte of the parameters of the newest checkpoint; returns its folder."""
+    step = workdir / "checkpoints" / str(latest_step(workdir / "checkpoints"))
+    data = max(step.glob("params/ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
+    damaged = bytearray(data.read_bytes())
+    damaged[len(damaged) // 2] ^= 0xFF
+    data.write_bytes(damaged)
+    return step
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(place, whole, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    words = train_words("resunet30.py", place, workdir)
+    step = _break_newest(workdir)
+    assert main([*words, "--config.damaged_checkpoint=stop"]) == 1
+    assert f"{step} is damaged (" in capsys.readouterr().err
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert f"; it is now {workdir / 'checkpoints-damaged' / '4'}" in said
+    assert "resuming after step 2" in said
+    _require_same_run(workdir, whole, steps=4)
+
+
+def test_without_a_whole_checkpoint_a_run_begins_anew_only_when_told_again(
+    place, whole, tmp_path, interrupt, capsys
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    words = train_words("resunet30.py", place, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "2")
+    _break_newest(workdir)
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert "there is none before it" in error
+    assert "Run the same command again to begin anew" in error
+    assert error.count("\n") == 1
+    interrupt(0)
+    assert main(words) == 130
+    assert "resuming" not in capsys.readouterr().out
+
+
+def test_metrics_that_a_power_cut_left_are_mended(place, whole, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    metrics, ledger = workdir / "metrics.jsonl", workdir / "throughput.json"
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    foreign = [b"[]\n", b"3\n", b'{"loss": 1}\n', b'{"step": "x"}\n', b"\xff\xfe\n", b"[" * 9999]
+    metrics.write_bytes(b"".join([*lines[:2], *foreign, b"\n", *lines[2:], b'{"step": 4, "lo']))
+    ledger.write_bytes(ledger.read_bytes()[:20])
+    assert main(train_words("resunet30.py", place, workdir)) == 0
+    assert "throughput.json is damaged" in capsys.readouterr().out
+    assert metrics.read_bytes() == b"".join(lines)
+    assert (workdir / "throughput.json.damaged").stat().st_size == 20
 
 
 def test_changed_records_are_refused(whole, place, tmp_path, capsys):

@@ -5,8 +5,11 @@ import importlib
 import io
 import os
 import sys
+from typing import NoReturn
 
 import uss_jax
+from uss_jax.atomic import full, is_full
+from uss_jax.cli.interrupt import end_on_interrupt, leave
 from uss_jax.cli.memory import keep_freed_memory
 from uss_jax.errors import NotHeard, Stopped, UserError, one_line
 
@@ -95,7 +98,21 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `uss-jax ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if not is_full(error):
+            raise
+        print(f"uss-jax: {full(error.filename)}", file=sys.stderr)
+        return 1
     return 0
+
+
+def command() -> NoReturn:
+    """Runs one command as a process of its own."""
+    end_on_interrupt()
+    status = main()
+    if status == 130:
+        leave(status)
+    sys.exit(status)
 
 
 def _print_any_name() -> None:
@@ -105,4 +122,4 @@ def _print_any_name() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

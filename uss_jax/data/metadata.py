@@ -11,6 +11,7 @@ import pathlib
 import tempfile
 from typing import Any
 
+from uss_jax.atomic import move
 from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
 from uss_jax.checked_json import Rule, list_of, read_json, record, text, whole
 from uss_jax.data.encodings import ENCODINGS
@@ -148,7 +149,7 @@ def _write_features(directory: pathlib.Path, sample_rate: int, encoding: str) ->
     with tempfile.TemporaryDirectory(dir=directory, prefix=".features") as temporary:
         features.save_config(temporary)
         for path in pathlib.Path(temporary).iterdir():
-            os.replace(path, directory / path.name)
+            move(path, directory / path.name)
 
 
 def _read(folder: Folder, name: str, rule: Rule) -> dict | None:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from uss_jax.atomic import replacing
+from uss_jax.atomic import flush, move, replacing
 from uss_jax.audio.files import CutOff, audio_format, flac_bytes, read_mono, truncation
 from uss_jax.checked_json import list_of, mapping_of, number, parse_json, record, text
 from uss_jax.data.encodings import to_int16
@@ -428,10 +428,11 @@ def _publish(unfinished: pathlib.Path, directory: pathlib.Path, split: str) -> N
     (directory / index).unlink(missing_ok=True)
     for old in directory.glob(f"*-{split}.tfrecord-?????-of-?????"):
         old.unlink()
+    flush(directory)
     for path in sorted(unfinished.iterdir()):
         if path.name != index and not path.name.startswith("."):
-            os.replace(path, directory / path.name)
-    os.replace(unfinished / index, directory / index)
+            move(path, directory / path.name)
+    move(unfinished / index, directory / index)
 
 
 def _remove_if_empty(*folders: pathlib.Path) -> None:

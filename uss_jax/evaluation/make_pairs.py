@@ -8,7 +8,6 @@ import csv
 import dataclasses
 import os
 import pathlib
-import shutil
 from collections.abc import Iterable
 
 import numpy as np
@@ -16,6 +15,7 @@ from jaxtyping import Float, Integer
 from tqdm import tqdm
 
 from uss_jax.anchors.mix import GAIN_RANGE
+from uss_jax.atomic import replacing_folder
 from uss_jax.audio.files import write_wav
 from uss_jax.data.index import RecordIndex
 from uss_jax.data.reader import ClipReader
@@ -102,9 +102,8 @@ def make_pairs(
     source, partner, without_partner = draw_pairs(reader.index, per_class, seed, pairing)
     min_dbfs = None if pairing == "reference" else MIN_DBFS
     table = _mine_distinct(reader, model, min_dbfs, source, partner)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        unfinished.mkdir(parents=True)
+    with replacing_folder(out) as unfinished:
+        unfinished.mkdir()
         rows, silent = [], 0
         ranges = range(0, len(source.records), _PAIRS_AT_A_TIME)
         for first in tqdm(ranges, desc="make-pairs", disable=None):
@@ -119,16 +118,6 @@ def make_pairs(
         for row in rows:
             row["group"] = groups.get(row["id"], "")
         _write_manifest(unfinished / MANIFEST, rows)
-        if out.exists():
-            shutil.rmtree(out)
-        unfinished.rename(out)
-    except OSError as error:
-        raise UserError(
-            f"{out} could not be written ({error.strerror or error}); choose a folder that can be "
-            "made, with space left"
-        ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     classes = len({row["class_index"] for row in rows})
     return MadePairs(len(rows), classes, without_partner, silent)
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from uss_jax.atomic import replacing_folder
 from uss_jax.checked_json import (
     anything,
     either,
@@ -218,9 +218,7 @@ def write_bundle(
     path = pathlib.Path(path)
     if path.exists():
         raise UserError(f"{path} exists already; choose another name or remove it first")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing_folder(path) as unfinished:
         unfinished.mkdir()
         for part, variables in parts.items():
             save_tree(unfinished / part, dict(variables))
@@ -229,11 +227,6 @@ def write_bundle(
         hashes = {part: net_hash(variables) for part, variables in parts.items()}
         content = {"format_version": FORMAT_VERSION, **config, "hashes": hashes}
         (unfinished / "config.json").write_text(json.dumps(content, indent=2) + "\n")
-        unfinished.rename(path)
-    except OSError as error:
-        raise UserError(f"{path} could not be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def net_hash(variables: Variables) -> str:

@@ -1,9 +1,13 @@
 """Trees of arrays on disk: checkpoints and the parts of bundles. The only importer of orbax."""
 
+import asyncio
+import contextlib
 import dataclasses
+import gc
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,14 +15,67 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
+from uss_jax.atomic import flush, flush_below, full, is_full, move
+from uss_jax.checked_json import (
+    Rule,
+    anything,
+    either,
+    mapping_of,
+    nothing,
+    parse_json,
+    record,
+    text,
+    whole,
+)
 from uss_jax.errors import UserError
+from uss_jax.training.fingerprint import fingerprint
 from uss_jax.training.guard import no_norms
 from uss_jax.training.state import TrainState
 
 _ITEMS = ("params", "batch_stats", "opt_state", "ema", "skipped", "norms")
-# What orbax raises where files are missing or cut short.
-_DAMAGE = (OSError, ValueError, KeyError, AttributeError)
+_POSITION = record(
+    {"seed": whole(0, 2**64), "global_batch": whole(1, 2**31), "index_digest": text()},
+    {"anchors_digest": text(), "examples_seen": whole(0, 2**63)},
+    others=True,
+)
+_FINGERPRINTS = mapping_of(text())
+_METRICS = "metrics/metrics"
+# What orbax reads of every checkpoint as soon as it opens their folder, and fails on as a whole
+# where one of them is wrong. Without either a checkpoint can be used as well.
+_READ_AT_ONCE = {
+    "_CHECKPOINT_METADATA": mapping_of(
+        either(nothing(), text(), whole(0, 2**63), mapping_of(anything()))
+    ),
+    _METRICS: mapping_of(anything()),
+}
+# What orbax raises where files are missing, cut short or full of something else.
+_DAMAGE = (OSError, ValueError, KeyError, AttributeError, TypeError)
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that cannot be read, or holds other numbers than were saved.
+
+    Attributes:
+      where: its folder.
+      why: what is wrong with it.
+    """
+
+    def __init__(self, where: pathlib.Path, why: str):
+        super().__init__(
+            f"{where} is damaged ({why}); move it away to use the checkpoint before it"
+        )
+        self.where, self.why = where, why
+
+
+class _FlushedThenNamed(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """A folder that gets its name once all below it is on the disk: a power cut leaves no husk."""
+
+    async def finalize(self) -> None:
+        await asyncio.to_thread(flush_below, self.get())
+        await super().finalize()  # writes the time of the rename, without which it can be read too
+        await asyncio.to_thread(flush, self.get_final().parent)
 
 
 def _sdri(figures: Mapping[str, float] | None) -> float:
@@ -45,8 +102,9 @@ class _NewestAndBest:
 class Checkpoints:
     """The checkpoints of a run, written in the background, whole or not at all.
 
-    Each holds the state's parts and `position`, a dict that says which data comes next: a pure
-    function of it and the records, never an iterator's state.
+    Each holds the state's parts; `position`, a dict that says which data comes next: a pure
+    function of it and the records, never an iterator's state; and `fingerprints`, one for each
+    part, to which what is read is held. Those of older versions have none and are believed.
     """
 
     def __init__(self, directory: str | os.PathLike, keep: int | None, keep_best: int = 0):
@@ -61,16 +119,31 @@ class Checkpoints:
         writing = keep is not None
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_NewestAndBest(keep, keep_best),
-            best_fn=_sdri,  # without it no figures are written
+            # Without it no figures are written, and none read.
+            best_fn=_sdri if writing else None,
             create=writing,
             cleanup_tmp_directories=writing,
+            temporary_path_class=_FlushedThenNamed,
         )
+        self._leave_out_wrong_notes(writing)
         # Without handlers a manager that has not yet written knows no shapes.
         handlers = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
-        handlers["position"] = ocp.JsonCheckpointHandler()
+        handlers |= {name: ocp.JsonCheckpointHandler() for name in ("position", "fingerprints")}
         self._manager = ocp.CheckpointManager(
             self._directory, options=options, item_handlers=handlers
         )
+
+    def _leave_out_wrong_notes(self, writing: bool) -> None:
+        for name, rule in _READ_AT_ONCE.items():
+            for path in self._directory.glob(f"*/{name}"):
+                try:
+                    parse_json(path.read_bytes(), rule)
+                except ValueError as error:
+                    if writing:
+                        path.unlink()
+                    elif name != _METRICS:
+                        step = self._directory / path.relative_to(self._directory).parts[0]
+                        raise DamagedCheckpoint(step, f"{name} {error}") from error
 
     @property
     def latest_step(self) -> int | None:
@@ -92,26 +165,38 @@ class Checkpoints:
           position: of the data.
           figures: of an evaluation, if there was one; `sdri` decides which checkpoints are best.
         """
-        items = {name: ocp.args.StandardSave(tree) for name, tree in _parts(state).items()}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(**items, position=ocp.args.JsonSave(position)),
-            metrics=dict(figures or {}),
-        )
+        parts = _parts(state)
+        items = {name: ocp.args.StandardSave(tree) for name, tree in parts.items()}
+        about = {
+            "position": position,
+            "fingerprints": {name: fingerprint(tree) for name, tree in parts.items()},
+        }
+        items |= {name: ocp.args.JsonSave(content) for name, content in about.items()}
+        with _room_for(self._directory):  # for this and for the one before, still being written
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=dict(figures or {}))
 
     def figures(self, step: int) -> dict[str, float]:
         """Those of the evaluation at a step; empty where there was none."""
-        return dict(self._manager.metrics(step) or {})
+        path = self._directory / str(step) / _METRICS
+        try:
+            return parse_json(path.read_bytes(), _READ_AT_ONCE[_METRICS])
+        except (OSError, ValueError):
+            return {}
 
     def position(self, step: int) -> dict[str, Any]:
-        """The data position saved at a step."""
-        return self._restore(step, position=ocp.args.JsonRestore())["position"]
+        """The data position saved at a step.
+
+        Raises:
+          DamagedCheckpoint: it cannot be read.
+        """
+        return self._json(step, "position", _POSITION)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state saved at a step, laid out over devices as `like` is.
 
         Raises:
           UserError: the checkpoint is of another model; names the first differing entry.
+          DamagedCheckpoint: it cannot be read, or its arrays are not those that were saved.
         """
         saved = self.items(step)
         # A moving average that begins now begins at the parameters. Runs of older versions have no
@@ -133,6 +218,7 @@ class Checkpoints:
                 abstract[name] = jax.tree.map(_abstract, tree)
         items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
         restored = dict(self._restore(step, **items))
+        self._verify(step, restored)
         if like.ema and "ema" in source:
             restored["ema"] = jax.tree.map(jnp.copy, restored["params"])
         for name, tree in begun.items():
@@ -154,14 +240,27 @@ class Checkpoints:
 
         Raises:
           UserError: the item is of another model than `like`; names the first differing entry.
+          DamagedCheckpoint: it cannot be read, or its arrays are not those that were saved.
         """
         found = self._tree(step, item)
         if like is None:
             items = {item: ocp.args.StandardRestore(_on_host(found))}
-            return jax.tree.map(np.asarray, self._restore(step, **items)[item])
+            tree = jax.tree.map(np.asarray, self._restore(step, **items)[item])
+            self._verify(step, {item: tree})
+            return tree
         require_same_layout(like, found, item, f"step {step}")
-        items = {item: ocp.args.StandardRestore(jax.tree.map(_abstract, like))}
-        return self._restore(step, **items)[item]
+        dtypes = _by_path(found)
+        as_saved = jax.tree_util.tree_map_with_path(
+            lambda key, x: jax.ShapeDtypeStruct(
+                x.shape,
+                dtypes[jax.tree_util.keystr(key, simple=True, separator="/")].dtype,
+                sharding=x.sharding,
+            ),
+            like,
+        )
+        tree = self._restore(step, **{item: ocp.args.StandardRestore(as_saved)})[item]
+        self._verify(step, {item: tree})
+        return jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), tree, like)
 
     def items(self, step: int) -> set[str]:
         """Names of what a step holds, of the parts of a state: `ema` for one."""
@@ -169,29 +268,60 @@ class Checkpoints:
 
     def _tree(self, step: int, item: str) -> Any:
         """Shapes of an item."""
-        try:
+        with _readable(self._damaged(step, f"{item} cannot be read")):
             return self._manager.item_metadata(step)[item].tree
-        except _DAMAGE as error:
-            raise self._damaged(step) from error
 
     def _restore(self, step: int, **items: Any) -> Any:
-        try:
+        folder = self._directory / str(step)
+        with _readable(self._damaged(step, f"{' or '.join(items)} cannot be read")):
+            # Orbax finds this out amid the arrays, and leaves the reads of the others running.
+            for path in [x for name in items for x in folder.glob(f"{name}/array_metadatas/*")]:
+                parse_json(path.read_bytes(), mapping_of(anything()))
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except _DAMAGE as error:
-            raise self._damaged(step) from error
 
-    def _damaged(self, step: int) -> UserError:
-        return UserError(
-            f"{self._directory / str(step)} is damaged; move it away to use the checkpoint before"
-        )
+    def _json(self, step: int, item: str, rule: Rule) -> Any:
+        content = self._restore(step, **{item: ocp.args.JsonRestore()})[item]
+        try:
+            rule(content, item)
+        except ValueError as error:
+            raise self._damaged(step, str(error)) from error
+        return content
+
+    def _verify(self, step: int, trees: Mapping[str, Any]) -> None:
+        """Holds arrays, as they were read, to the fingerprints of those that were saved."""
+        if not (self._directory / str(step) / "fingerprints").exists():
+            return
+        saved = self._json(step, "fingerprints", _FINGERPRINTS)
+        for name, tree in trees.items():
+            if saved.get(name) != fingerprint(tree):
+                raise self._damaged(step, f"{name} holds other numbers than were saved")
+
+    def _damaged(self, step: int, why: str) -> DamagedCheckpoint:
+        return DamagedCheckpoint(self._directory / str(step), why)
+
+    def set_aside(self, step: int) -> pathlib.Path:
+        """Moves a checkpoint out of the way, on all hosts together; returns where it is now."""
+        aside = self._directory.with_name(f"{self._directory.name}-damaged")
+        number = 0
+        while (place := aside / (f"{step}-{number}" if number else str(step))).exists():
+            number += 1
+        multihost_utils.sync_global_devices("a damaged checkpoint is read no more")
+        if jax.process_index() == 0:
+            aside.mkdir(exist_ok=True)
+            move(self._directory / str(step), place)
+        multihost_utils.sync_global_devices("a damaged checkpoint is set aside")
+        self._manager.reload()
+        return place
 
     def wait(self) -> None:
         """Until what is being written is whole."""
-        self._manager.wait_until_finished()
+        with _room_for(self._directory):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for what is being written."""
-        self._manager.close()
+        with _room_for(self._directory):
+            self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -210,7 +340,7 @@ def latest_step(directory: str | os.PathLike) -> int | None:
 
 def save_tree(path: str | os.PathLike, tree: Any) -> None:
     """Writes a tree of arrays as one orbax checkpoint, in place of one that is there."""
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _room_for(path), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(pathlib.Path(path).absolute(), tree, force=True)
 
 
@@ -221,14 +351,45 @@ def load_tree(path: str | os.PathLike) -> Any:
       UserError: nothing readable is there.
     """
     path = pathlib.Path(path).absolute()
-    with ocp.StandardCheckpointer() as checkpointer:
+    with (
+        ocp.StandardCheckpointer() as checkpointer,
+        _readable(UserError(f"{path} is not a readable set of parameters; copy or make it again")),
+    ):
+        tree = checkpointer.metadata(path).item_metadata.tree
+        return jax.tree.map(np.asarray, checkpointer.restore(path, _on_host(tree)))
+
+
+@contextlib.contextmanager
+def _room_for(path: str | os.PathLike) -> Iterator[None]:
+    """Raises a UserError where orbax says, in whichever of its ways, that the disk is full."""
+    try:
+        yield
+    except Exception as error:
+        if is_full(error):
+            raise UserError(full(path)) from error
+        raise
+
+
+@contextlib.contextmanager
+def _readable(or_else: UserError) -> Iterator[None]:
+    """Raises an error in place of what orbax raises where files are missing or damaged."""
+    failed = False
+    try:
+        yield
+    except Exception as error:
+        # Of arrays that cannot be decoded it raises an Exception, of no class of its own.
+        if type(error) is not Exception and not isinstance(error, _DAMAGE):
+            raise
+        failed = True
+    if failed:
+        # It leaves other reads behind that failed and were not waited for; Python would print
+        # their tracebacks when it finds them.
+        hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
         try:
-            tree = checkpointer.metadata(path).item_metadata.tree
-            return jax.tree.map(np.asarray, checkpointer.restore(path, _on_host(tree)))
-        except _DAMAGE as error:
-            raise UserError(
-                f"{path} is not a readable set of parameters; copy or make it again"
-            ) from error
+            gc.collect()
+        finally:
+            sys.unraisablehook = hook
+        raise or_else
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
@@ -270,9 +431,12 @@ def _stands_behind(state: Any, found: Any) -> bool:
     return {f"1/{key}" for key in _shapes(state)} == _shapes(found).keys()
 
 
+def _by_path(tree: Any) -> dict[str, Any]:
+    """Path -> array, or what stands for one."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(key, simple=True, separator="/"): leaf for key, leaf in leaves}
+
+
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """Path -> shape of each array."""
-    return {
-        jax.tree_util.keystr(key, simple=True, separator="/"): tuple(leaf.shape)
-        for key, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    return {path: tuple(leaf.shape) for path, leaf in _by_path(tree).items()}

@@ -1,5 +1,6 @@
 """What a run reports while it runs: metrics.jsonl, TensorBoard events, a progress bar or lines."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -10,6 +11,9 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from uss_jax.atomic import replacing
+from uss_jax.checked_json import parse_json, record, whole
+
+_LINE = record({"step": whole(0, 2**63)}, others=True)
 
 
 class MetricsWriter:
@@ -68,15 +72,13 @@ class MetricsWriter:
 
 
 def _keep_until(path: pathlib.Path, step: int) -> None:
-    """Drops lines of later steps, and a line that a kill cut short."""
+    """Drops lines of later steps, and what a kill or a power cut left that is no metrics line."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            continue
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            if parse_json(line, _LINE)["step"] <= step:
+                kept.append(line + b"\n")
     with replacing(path) as temporary:
-        temporary.write_text("".join(kept))
+        temporary.write_bytes(b"".join(kept))

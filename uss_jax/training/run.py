@@ -23,11 +23,12 @@ from uss_jax.data.pipeline import batches
 from uss_jax.data.reader import ClipReader
 from uss_jax.data.sampling import BalancedOrder, GroupedOrder, UniformOrder
 from uss_jax.errors import UserError
+from uss_jax.lock import only_one
 from uss_jax.models.norm import MOMENTUM
 from uss_jax.ontology import load_ontology
 from uss_jax.precision import check_precision
 from uss_jax.training.bundle import FORMAT_VERSION, read_bundle
-from uss_jax.training.checkpoints import Checkpoints
+from uss_jax.training.checkpoints import Checkpoints, DamagedCheckpoint
 from uss_jax.training.loop import Evaluate, fit
 from uss_jax.training.mesh import create, on_all_devices, shapes
 from uss_jax.training.metrics import MetricsWriter
@@ -90,6 +91,11 @@ def check(config: ConfigDict, group_size: int = 1) -> None:
         if config.get(key, 1) < 1:
             raise UserError(f"config.{key} is {config[key]}, expected at least 1")
     precision_of(config)
+    if config.get("damaged_checkpoint", "set_aside") not in ("set_aside", "stop"):
+        raise UserError(
+            f"config.damaged_checkpoint is {config.damaged_checkpoint!r}, expected set_aside or "
+            "stop"
+        )
     ratio = max_norm_ratio_of(config)
     if not (ratio == 0 or ratio > 1):
         raise UserError(
@@ -256,8 +262,13 @@ def _class_weights(places: ConfigDict | None) -> np.ndarray | None:
     return weights
 
 
-def open_workdir(workdir: str | os.PathLike) -> pathlib.Path:
-    """Makes the workdir where needed, and sees that it can be written to."""
+@contextlib.contextmanager
+def open_workdir(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Makes the workdir where needed, and holds it against other runs, on all hosts together.
+
+    Raises:
+      UserError: it cannot be made or written to, or another run has it.
+    """
     workdir = pathlib.Path(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -267,7 +278,17 @@ def open_workdir(workdir: str | os.PathLike) -> pathlib.Path:
         ) from error
     if not os.access(workdir, os.W_OK):
         raise UserError(f"--workdir {workdir} cannot be written to; choose another")
-    return workdir
+    with contextlib.ExitStack() as stack:
+        refusal = None
+        if jax.process_index() == 0:  # it stands for all of its run
+            try:
+                remedy = "wait until it has ended, or choose another --workdir"
+                stack.enter_context(only_one(workdir, remedy))
+            except UserError as error:
+                refusal = error
+        if multihost_utils.broadcast_one_to_all(np.bool(refusal is not None)):
+            raise refusal or UserError(f"{workdir} is in use by another run")
+        yield workdir
 
 
 def train_on(
@@ -337,15 +358,20 @@ def train_on(
                 workdir / "checkpoints", config.keep_checkpoints, config.get("keep_best", 0)
             )
         )
-        start = checkpoints.latest_step or 0
-        if start:
+        start, saved_state = 0, None
+        while saved_state is None and checkpoints.latest_step:
+            start = checkpoints.latest_step
             say(f"resuming after step {start}")
             saved = read_bundle(workdir).config
-            _require_same_run(saved, about, checkpoints.position(start), position, records.index)
+            try:
+                saved_position = checkpoints.position(start)
+                _require_same_run(saved, about, saved_position, position, records.index)
+                saved_state = checkpoints.restore(start, state)
+            except DamagedCheckpoint as error:
+                _set_aside(checkpoints, start, error, config)
+                continue
             _say_other_precision(saved["training"], config)
-            state = checkpoints.restore(start, state)
-        else:
-            state = create(fresh, *fresh_from, like=state)
+        state = saved_state or create(fresh, *fresh_from, like=state)
         writer = None
         if jax.process_index() == 0:
             with replacing(workdir / "config.json") as temporary:
@@ -378,6 +404,22 @@ def train_on(
             evaluate=evaluation and evaluation(frozen),
             evaluate_every_steps=config.eval.every_steps if evaluation else 0,
         )
+
+
+def _set_aside(
+    checkpoints: Checkpoints, step: int, error: DamagedCheckpoint, config: ConfigDict
+) -> None:
+    """Puts a damaged checkpoint out of the way of the one before, unless the config says stop."""
+    if config.get("damaged_checkpoint", "set_aside") == "stop":
+        raise error
+    place = checkpoints.set_aside(step)
+    before = checkpoints.latest_step
+    if before is None:
+        raise UserError(
+            f"{error.where} is damaged ({error.why}) and there is none before it; it is now "
+            f"{place}. Run the same command again to begin anew, or put a copy in its old place"
+        )
+    say(f"{error.where} is damaged ({error.why}); it is now {place}")
 
 
 def _position(records: Records, config: ConfigDict) -> dict[str, Any]:

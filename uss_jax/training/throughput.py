@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from uss_jax.atomic import replacing
+from uss_jax.checked_json import anything, list_of, mapping_of, parse_json
 from uss_jax.training.cost import BFLOAT16, flops_by_way, least_seconds, peak_flops
 from uss_jax.training.feed import DeviceFeed
 from uss_jax.training.step import Step
@@ -47,7 +48,7 @@ class Throughput:
         """
         self._counted = counted
         self._workdir = pathlib.Path(workdir)
-        self._earlier = read_ledger(workdir)
+        self._earlier = _ledger_or_none(self._workdir)
         self._global_batch = global_batch
         device = jax.devices()[0].device_kind
         self.knows_device = peak_flops(device, BFLOAT16) is not None
@@ -132,14 +133,31 @@ class Throughput:
 
     def _write(self, step: int) -> None:
         entry = {**self._about, "step": step, **self._rates(*self._all)}
-        with replacing(self._workdir / LEDGER) as temporary:
+        with replacing(self._workdir / LEDGER, flush=False) as temporary:
             temporary.write_text(json.dumps([*self._earlier, entry], indent=2) + "\n")
 
 
 def read_ledger(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The ledger of a workdir, an entry for each start; empty before the first report."""
+    """The ledger of a workdir, an entry for each start; empty before the first report.
+
+    Raises:
+      ValueError: it is damaged.
+    """
     path = pathlib.Path(workdir) / LEDGER
-    return json.loads(path.read_text()) if path.exists() else []
+    return parse_json(path.read_bytes(), list_of(mapping_of(anything()))) if path.exists() else []
+
+
+def _ledger_or_none(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The entries so far; a damaged ledger is set aside, as nothing depends on it."""
+    try:
+        return read_ledger(workdir)
+    except ValueError:
+        if jax.process_index() == 0:
+            path = workdir / LEDGER
+            aside = path.with_name(f"{LEDGER}.damaged")
+            os.replace(path, aside)
+            print(f"{path} is damaged; it is now {aside}, and a new one begins", flush=True)
+        return []
 
 
 class Trace:

@@ -10,7 +10,6 @@ import functools
 import json
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float
 
+from uss_jax.atomic import replacing_folder
 from uss_jax.errors import UserError
 from uss_jax.models.query import QueryNet
 from uss_jax.models.resunet import ResUNet
@@ -119,14 +119,12 @@ def export(
     inputs = _inputs(separator, window)
     live = _live(separator, parts["separator"], inputs)
 
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    writers: dict[str, Callable[[], Float[np.ndarray, "b t"]]] = {
-        "orbax": lambda: _orbax(bundle, parts, unfinished, shards, inputs),
-        "safetensors": lambda: _safetensors(separator, parts, unfinished, inputs),
-        "stablehlo": lambda: _stablehlo(bundle, parts, unfinished, window, inputs, precision),
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with replacing_folder(out) as unfinished:
+        writers: dict[str, Callable[[], Float[np.ndarray, "b t"]]] = {
+            "orbax": lambda: _orbax(bundle, parts, unfinished, shards, inputs),
+            "safetensors": lambda: _safetensors(separator, parts, unfinished, inputs),
+            "stablehlo": lambda: _stablehlo(bundle, parts, unfinished, window, inputs, precision),
+        }
         if form != "orbax":
             unfinished.mkdir()
         difference = _require_same(live, writers[form](), f"the {form} export of {bundle.path}")
@@ -136,11 +134,6 @@ def export(
                 config["precision"] = precision
             (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (unfinished / "README.md").write_text(_read_me(bundle, form, window, precision))
-        unfinished.rename(out)
-    except OSError as error:
-        raise UserError(f"{out} could not be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return f"run on noise, it differs from the model by {difference:.1e} of the largest sample"
 
 

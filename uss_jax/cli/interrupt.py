@@ -1,0 +1,76 @@
+"""Ctrl-C at any moment, also while the main thread is inside a compiler or a device's runtime."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any, NoReturn
+
+from uss_jax.atomic import remove_unfinished
+
+# So long the main thread may take to hear of Ctrl-C before the process ends without it.
+_PATIENCE_SECONDS = 2.0
+
+
+def end_on_interrupt() -> None:
+    """Sees to it that SIGINT ends the process, whatever its main thread is doing.
+
+    Python tells the main thread of a signal between two of its own instructions, which during a
+    compilation can be minutes away. So a second thread listens too. When the main thread hears of
+    the signal, KeyboardInterrupt ends its blocks as usual; when it does not, or on a second Ctrl-C,
+    the second thread removes what is half written and ends the process.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started so, as in the background
+        return
+    heard = threading.Event()
+    report = sys.unraisablehook
+
+    def hear(number: int, frame: Any) -> NoReturn:
+        del number, frame
+        heard.set()
+        raise KeyboardInterrupt
+
+    def raise_again(unraisable: Any) -> None:
+        # Raised in a destructor or a callback of the garbage collector, it got no further.
+        if unraisable.exc_type is not KeyboardInterrupt:
+            report(unraisable)
+            return
+        main = threading.main_thread().ident
+        threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT)).start()
+
+    sys.unraisablehook = raise_again
+    listening, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.signal(signal.SIGINT, hear)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    threading.Thread(target=_listen, args=(listening, heard), daemon=True).start()
+
+
+def _listen(listening: int, heard: threading.Event) -> NoReturn:
+    first = None
+    while True:
+        if signal.SIGINT not in os.read(listening, 64):
+            continue
+        # One press can arrive twice, from the terminal and from a parent process.
+        again = first is not None and time.monotonic() - first > 1.0
+        first = first or time.monotonic()
+        if again or not heard.wait(_PATIENCE_SECONDS):
+            print("uss-jax: interrupted", file=sys.stderr)
+            leave(130)
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process at once: nothing half written stays, and no destructors run.
+
+    Those of a device's runtime crash where another thread still computes or compiles.
+    """
+    remove_unfinished()
+    for child in multiprocessing.active_children():
+        child.kill()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)

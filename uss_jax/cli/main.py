@@ -1,12 +1,14 @@
 """`uss-jax COMMAND`: finds the command's module and turns user errors into one sentence."""
 
 import argparse
+import contextlib
 import importlib
 import io
 import os
 import sys
 
 import uss_jax
+from uss_jax.cli.compiling import long_compilations_reported
 from uss_jax.cli.memory import keep_freed_memory
 from uss_jax.errors import NotHeard, Stopped, UserError, one_line
 
@@ -26,6 +28,8 @@ COMMANDS = {
     "export": "a separator as orbax, safetensors or StableHLO",
     "inspect": "what a bundle, checkpoint, records directory or anchor table is",
 }
+_COMPILING = {"train-tagger", "mine", "train", "make-pairs", "evaluate", "separate", "query"}
+_COMPILING |= {"export"}
 
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:
@@ -78,7 +82,8 @@ def main(argv: list[str] | None = None) -> int:
         args.config_overrides = overrides
         keep_freed_memory()
         _print_any_name()
-        args.run(args)
+        with long_compilations_reported() if command in _COMPILING else contextlib.nullcontext():
+            args.run(args)
         sys.stdout.flush()
     except UserError as error:
         print(f"uss-jax: {one_line(str(error))}", file=sys.stderr)

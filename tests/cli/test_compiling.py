@@ -42,8 +42,8 @@ def test_what_compiles_is_named_before_it_is_done_and_the_advice_given_once(impa
 
 def test_what_compiles_at_once_is_not_reported(monkeypatch, capsys):
     started, cancelled = [], []
-    monkeypatch.setattr(threading.Timer, "start", started.append)
-    monkeypatch.setattr(threading.Timer, "cancel", cancelled.append)
+    monkeypatch.setattr(threading.Timer, "start", lambda timer: started.append(timer))
+    monkeypatch.setattr(threading.Timer, "cancel", lambda timer: cancelled.append(timer))
     with long_compilations_reported():
         jax.jit(step)(jnp.ones(4)).block_until_ready()
         assert started

@@ -333,7 +333,7 @@ def test_a_dry_run_says_what_a_run_would_need_and_writes_nothing(
         "mesh: 8 x cpu along data",
         f"{separator / 1e6:.2f} M trained, {2 * tagger / 1e6:.2f} M frozen",
         "8 items, 1 a device",
-        "the peak of cpu is not known",
+        "no bound on the speed: the peaks of cpu are not known (training/cost.py lists",
     ):
         assert part in said
     assert re.search(r"memory on a device: 0\.\d+ GB", said)

@@ -218,8 +218,14 @@ def open_records(
     elif section.order == "balanced":
         weights = _class_weights(section.get("class_weights"))
         order = BalancedOrder(label_row, label_class, seed, weights)
+        names = load_ontology().class_names
+        weighted = () if weights is None else np.flatnonzero(weights != 1)
+        for missing in np.intersect1d(weighted, order.missing).astype(int):
+            say(
+                f"config.data.class_weights[{names[missing]!r}] has no effect: no clip of "
+                f"{directory} ({section.split}) has the class"
+            )
         if order.missing.size:
-            names = load_ontology().class_names
             shown = ", ".join(names[i] for i in order.missing[:3])
             say(
                 f"{order.missing.size} of {len(names)} classes have no clip in {directory} "
@@ -403,7 +409,11 @@ def train_on(
             workdir, start, config.global_batch, parameters, dtype, counted or step
         )
         if not throughput.knows_device:
-            say("the peak of this device is not known, so there is no FLOP utilisation")
+            say(
+                "reports have no flop_utilisation: the peaks of "
+                f"{jax.devices()[0].device_kind} are not known (training/cost.py lists those of "
+                "accelerators)"
+            )
         frozen = on_all_devices(frozen, mesh)
         multihost_utils.sync_global_devices("the workdir is written")
         fit(

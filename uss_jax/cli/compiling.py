@@ -41,7 +41,7 @@ def long_compilations_reported() -> Iterator[None]:
             flush=True,
         )
 
-    def begin(event: str, _: float, fun_name: str = "", **about: Any) -> None:
+    def begin(event: str, value: Any, fun_name: str = "", **about: Any) -> None:
         if event == _EVENT and jax.process_index() == 0:
             name = fun_name.removeprefix("jit(").removesuffix(")")
             timer = timers[threading.get_ident()] = threading.Timer(
@@ -50,7 +50,7 @@ def long_compilations_reported() -> Iterator[None]:
             timer.daemon = True
             timer.start()
 
-    def end(event: str, seconds: float, **about: Any) -> None:
+    def end(event: str, value: Any, **about: Any) -> None:
         if event == _EVENT and (timer := timers.pop(threading.get_ident(), None)):
             timer.cancel()
 

@@ -137,7 +137,10 @@ def _override(
     if not isinstance(value, dict):
         node[key] = value
     elif isinstance(now, ConfigDict) and "name" in now:
-        node[key] = ConfigDict(value)  # which keys there are depends on the name
+        # Which keys there are depends on the name.
+        if not all(isinstance(part, str) and part.isidentifier() for part in value):
+            raise UserError(f"{option}: expected keys that are words, not {list(value)}")
+        node[key] = ConfigDict(value)
     else:
         for part, of in value.items():
             _override(config, free, [*names, str(part)], str(of), f"{option}.{part}")
@@ -177,7 +180,7 @@ def _require_key(node: ConfigDict, key: str, where: str, option: str) -> None:
     hint = (
         f"did you mean {section}.{near[0]}?" if near else f"there are {', '.join(map(str, node))}"
     )
-    if "name" in node:
+    if where and "name" in node:
         hint += f"; for another name set the whole section, {section}=\"{{'name': ..., ...}}\""
     raise UserError(f"{option}: there is no such key; {hint}")
 
@@ -201,7 +204,7 @@ def _parse(text: str, now: Any, option: str) -> Any:
         value, expected = _finite(value), "a number"
     elif isinstance(now, ConfigDict):
         value, expected = value if isinstance(value, dict) else None, "keys: {'key': value}"
-    else:
+    elif isinstance(now, tuple | list):
         value, expected = _sequence(value, text, now), f"values such as {now or (1, 2)}"
     if value is None:
         shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

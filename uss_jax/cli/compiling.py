@@ -14,6 +14,7 @@ _PATIENCE_SECONDS = 2.0
 _PROGRAMS = {
     "step": "the training step",
     "_fresh_state": "the initial state",
+    "fresh": "the initial state",
     "_apply": "a net",
     "_mine_batch": "the detector",
     "_figures": "the evaluation of pairs",

@@ -238,7 +238,7 @@ def _norm_scope(config: ConfigDict) -> str | int:
 
 
 def _check(config: ConfigDict) -> None:
-    run.check(config, config.mixing.group_size)
+    run.check(config)
     for key, value, allowed in (
         ("loss", config.loss, LOSSES),
         ("anchors.source", config.anchors.source, ("device", "table", "random")),

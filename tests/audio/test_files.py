@@ -64,6 +64,12 @@ def test_hostile_file_is_one_sentence_that_names_it(tmp_path, case):
     assert "\n" not in str(error.value)
 
 
+def test_bytes_that_are_no_mp3_are_not_called_missing(tmp_path):
+    (tmp_path / "noise.mp3").write_bytes(np.random.default_rng(1).bytes(9000))
+    with pytest.raises(UserError, match=r"cannot be read as audio \(its bytes are no audio\)"):
+        read_audio(tmp_path / "noise.mp3")
+
+
 def test_name_ending_in_raw_is_refused_in_words(tmp_path):
     path = tmp_path / "sound.raw"
     path.write_bytes(bytes(1000))

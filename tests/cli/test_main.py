@@ -1,3 +1,4 @@
+import argparse
 import os
 import subprocess
 import sys
@@ -6,8 +7,21 @@ import pytest
 
 import uss_jax
 from uss_jax.cli import main as cli
+from uss_jax.cli.arguments import path
 from uss_jax.errors import UserError
 
+# Arguments of free text that name no file.
+WORDS = {
+    "prepare": {"--name", "--version", "--split", "beam_options"},
+    "mine": {"--split", "--show"},
+    "make-pairs": {"--split"},
+    "evaluate pairs": {"--split"},
+    "evaluate tagging": {"--split"},
+    "evaluate planted": {"--split"},
+    "separate": {"--classes"},
+    "train": {"--coordinator"},
+    "train-tagger": {"--coordinator"},
+}
 HEAVY = ("jax", "flax", "numpy", "orbax.checkpoint", "grain", "torch", "soundfile")
 
 
@@ -24,6 +38,29 @@ def test_help_answers_without_heavy_imports(words):
     assert ran.stderr == "[]\n"
     for said in ("usage: uss-jax", "example:\n  uss-jax") if words else cli.COMMANDS:
         assert said in ran.stdout
+
+
+def _text_arguments(parser, command):
+    """Yields command and argument for each whose value is neither chosen nor counted."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, below in action.choices.items():
+                yield from _text_arguments(below, f"{command} {name}")
+        elif action.nargs != 0 and not action.choices and action.type in (None, path):
+            yield command, action
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_a_tilde_in_a_path_is_the_home_folder(command, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for words, action in _text_arguments(cli.build_parser(command), command):
+        name = action.option_strings[-1] if action.option_strings else action.dest
+        if name in WORDS.get(words, ()):
+            assert action.type is None, (words, name)
+        else:
+            assert action.type is not None, (words, name, "is a path, or belongs into WORDS")
+            assert action.type("~/x") == "/home/me/x"
+            assert action.type("gs://lab/~/x") == "gs://lab/~/x"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from uss_jax.cli.main import main
 from uss_jax.data.examples import serialise
 from uss_jax.data.index import load_index
 from uss_jax.data.tfrecord import RecordWriter
+from uss_jax.errors import UserError
 
 
 @pytest.fixture
@@ -139,6 +141,8 @@ def test_the_folder_without_its_version_is_pointed_to(collection, capsys):
     for command in ("index", "inspect"):
         assert main([command, str(directory)]) == 1
         assert f"did you mean {directory / '1.0.0'}?" in capsys.readouterr().err
+    with pytest.raises(UserError, match=f"did you mean {re.escape(str(directory / '1.0.0'))}"):
+        load_index(directory, "train")  # as training does
     assert main(["inspect", str(directory / "nothing")]) == 1
     assert "nothing does not exist" in capsys.readouterr().err
 

@@ -1,5 +1,7 @@
 """`uss-jax query`, and what separates with its banks, with either family of tagging nets."""
 
+import re
+
 import numpy as np
 import pytest
 import soundfile
@@ -51,6 +53,10 @@ def test_a_bank_is_made_listed_and_used(place, net, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "2 vectors of width" in said
     assert said.endswith("  bell\n  wind\n")
+    (hash,) = re.findall(r"query net ([0-9a-f]{64})", said)
+    for of in (bank, str(place / net)):  # whichever is asked names the same net
+        assert main(["inspect", of]) == 0
+        assert f"query net {hash}" in capsys.readouterr().out
     words = ["separate", str(place / "street.wav"), *model, "--out", str(tmp_path / "out")]
     assert main([*words, "--query", bank, "--classes", "Bell"]) == 0
     assert main([*words, "--query", str(place / "bell"), "--overwrite"]) == 0

@@ -62,7 +62,9 @@ def test_every_recording_gets_a_folder_and_a_report(bundle, recordings, tmp_path
     assert facts["settings"]["classes"] == ["Dog", "Music+Speech"]
     assert len(facts["classes"]) == 527  # with a threshold of 0
     assert {len(row) for row in facts["classes"].values()} == {3}
-    assert "3 of" not in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "works at 8000 Hz: its sounds hold nothing above 4000 Hz" in said.out
+    assert "3 of" not in said.err
 
 
 def test_a_bad_file_is_said_and_the_rest_goes_on(bundle, recordings, tmp_path, capsys):

@@ -151,3 +151,36 @@ def test_what_the_environment_says_is_heeded(monkeypatch, environment, wanted):
         monkeypatch.setenv(name, value)
     join_hosts()
     assert called == ([] if wanted is None else [wanted])
+
+
+@pytest.mark.parametrize(
+    ("tasks_per_node", "more", "devices"),
+    [
+        ("1(x4)", {}, "all"),
+        ("1", {}, "all"),
+        ("8(x4)", {}, "0"),
+        ("1(x2),2", {}, "0"),
+        ("1(x4)", {"JAX_LOCAL_DEVICE_IDS": "0"}, "0"),
+    ],
+)
+def test_a_task_alone_on_its_node_has_all_its_gpus(monkeypatch, tasks_per_node, more, devices):
+    flags = {}
+    monkeypatch.setattr(
+        type(jax.config), "update", lambda _, name, value: flags.update({name: value})
+    )
+
+    def initialize(cluster_detection_method):  # as jax does it
+        jax.config.update("jax_cuda_visible_devices", "0")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    for name in ENVIRONMENT.values():
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**SLURM, "SLURM_STEP_TASKS_PER_NODE": tasks_per_node, **more}.items():
+        monkeypatch.setenv(name, value)
+    join_hosts()
+    assert flags["jax_cuda_visible_devices"] == devices
+
+
+def test_the_flags_of_visible_devices_exist():
+    for platform in ("cuda", "rocm"):
+        jax.config.update(f"jax_{platform}_visible_devices", "all")  # the default

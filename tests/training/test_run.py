@@ -86,6 +86,16 @@ def test_class_weights_have_a_range(places):
         run._class_weights(ConfigDict({"Dog": places}))
 
 
+def test_weights_of_classes_without_clips_are_reported(tmp_path, capsys):
+    write_records(tmp_path, "train", [("a", noise(1, 0.9), [72, 3])])
+    section = ConfigDict(dict(records=str(tmp_path), split="train", order="balanced"))
+    section.class_weights = ConfigDict({"Drum": 3, "72": 2})
+    run.open_records(section, RATE, seed=0)
+    said = capsys.readouterr().out
+    assert "config.data.class_weights['Drum'] has no effect: no clip of" in said
+    assert said.count("has no effect") == 1
+
+
 def _require_same_run(found, wanted, steps):
     np.testing.assert_equal(_lines(found), _lines(wanted))  # a skipped step's loss is no number
     assert [line["step"] for line in _lines(found)] == list(range(1, steps + 1))

@@ -430,4 +430,6 @@ def _check_is_file(path: str | os.PathLike) -> None:
 
 def _reason(error: Exception) -> str:
     """libsndfile's own words, without the path and the full stop."""
-    return getattr(error, "error_string", str(error)).strip().rstrip(".").lower()
+    reason = getattr(error, "error_string", str(error)).strip().rstrip(".").lower()
+    # Of bytes named .mp3 that hold no MP3 frame; the file has been opened before.
+    return "its bytes are no audio" if "does not exist" in reason else reason

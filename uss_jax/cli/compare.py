@@ -7,10 +7,16 @@ classes than the published figure is.
 
 import argparse
 
+from uss_jax.cli.arguments import path
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="folders that hold results")
-    parser.add_argument("--out", metavar="FILE.md", help="also write the table as Markdown")
+    parser.add_argument(
+        "workdirs", type=path, nargs="+", metavar="WORKDIR", help="folders that hold results"
+    )
+    parser.add_argument(
+        "--out", type=path, metavar="FILE.md", help="also write the table as Markdown"
+    )
     parser.epilog = "example:\n  uss-jax compare runs/soft runs/embedding --out comparison.md"
 
 

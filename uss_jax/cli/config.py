@@ -1,13 +1,23 @@
-"""Reading `--config FILE[:ARGUMENT] --config.key=value`. The only user of absl flags."""
+"""Reading `--config NAME[:ARGUMENT] --config.key=value`."""
 
 import argparse
+import ast
 import difflib
+import math
 import pathlib
 import runpy
+from collections.abc import Iterator, Sequence, Set
+from typing import Any
 
 from ml_collections import ConfigDict
 
+import uss_jax
+from uss_jax.cli.arguments import path
 from uss_jax.errors import UserError
+
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+_BRACKETS = set("()[]{}'\"")
+_SHOWN = 60  # characters of a value that an error message shows
 
 
 def add_config_arguments(
@@ -16,12 +26,17 @@ def add_config_arguments(
     """Adds the arguments every training command has; `example` is one to show."""
     parser.add_argument(
         "--config",
+        type=path,
         required=True,
-        metavar="FILE[:ARGUMENT]",
-        help="a Python file with get_config(); any leaf can be set with --config.key=value",
+        metavar="CONFIG[:ARGUMENT]",
+        help="a Python file with get_config(), or the name of a shipped one, such as resunet30; "
+        "any key can be set with --config.key=value",
     )
     parser.add_argument(
-        "--workdir", required=workdir_required, help="where the run lives; resumes if it does"
+        "--workdir",
+        type=path,
+        required=workdir_required,
+        help="where the run lives; resumes if it does",
     )
     hosts = parser.add_argument_group(
         "several hosts",
@@ -38,39 +53,58 @@ def add_config_arguments(
 
 
 def load_config(location: str, overrides: list[str]) -> ConfigDict:
-    """The config of a file, with leaves overridden.
+    """Returns the config of a file, with the values that the command line sets.
+
+    Values that begin with "~" are taken for paths below the home folder.
 
     Args:
-      location: path of a config file, with `:argument` for its get_config if it takes one.
-      overrides: `--config.key=value` words.
+      location: path of a config file, or the name of a shipped one; then `:argument` for its
+        get_config() if it takes one.
+      overrides: words of the form `--config.key=value`.
 
     Raises:
-      UserError: no such file, an argument it does not know, or a misspelt key.
+      UserError: no such config, an argument it does not know, a key it does not have, or a value of
+        another type.
     """
-    from absl import flags
-    from ml_collections import config_flags
-
     config = _get_config(location)
-    for word in overrides:
-        _check_key(config, word)
-    words = ["uss-jax", *overrides]
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=words)
-    try:
-        values(words)
-    except (flags.Error, ValueError, TypeError) as error:
-        raise UserError(f"--config {location}: {error}") from error
-    return holder.value
+    free = {name for name, value in _walk(config) if value is None or _is_empty(value)}
+    with config.unlocked():
+        for word in overrides:
+            option, given, text = word.partition("=")
+            names = option.removeprefix("--config.").split(".")
+            _override(config, free, names, text if given else None, option)
+        _expand_home(config)
+    return config
+
+
+def shipped_configs() -> dict[str, pathlib.Path]:
+    """Returns the files of configs/ by name; a wheel holds them inside the package."""
+    package = pathlib.Path(uss_jax.__file__).parent
+    packaged, checkout = package / "configs", package.parent / "configs"
+    folder = packaged if packaged.is_dir() else checkout
+    return {file.stem: file for file in sorted(folder.glob("*.py"))}
+
+
+def _find_config(name: str) -> str:
+    """Returns the path of a config file, given by its path or by a shipped config's name."""
+    if pathlib.Path(name).is_file():
+        return name
+    shipped = shipped_configs()
+    if name in shipped:
+        return str(shipped[name])
+    near = difflib.get_close_matches(pathlib.PurePath(name).stem, shipped, n=1)
+    hint = f"; did you mean --config {near[0]}?" if near else "."
+    known = ", ".join(shipped) or "none"
+    raise UserError(f"--config {name}: there is no such file{hint} Shipped configs: {known}")
 
 
 def _get_config(location: str) -> ConfigDict:
-    path, _, argument = location.partition(":")
-    if not pathlib.Path(path).is_file():
-        raise UserError(f"--config {path}: there is no such file")
+    name, _, argument = location.partition(":")
+    file = _find_config(name)
     try:
-        get_config = runpy.run_path(path).get("get_config")
+        get_config = runpy.run_path(file).get("get_config")
         if get_config is None:
-            raise UserError(f"--config {path}: it has no get_config()")
+            raise UserError(f"--config {name}: it has no get_config()")
         config = get_config(argument) if argument else get_config()
     except UserError:
         raise
@@ -78,22 +112,149 @@ def _get_config(location: str) -> ConfigDict:
         raise UserError(f"--config {location}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(
-            f"--config {path}: get_config() gives a {type(config).__name__}, expected a ConfigDict"
+            f"--config {name}: get_config() gives a {type(config).__name__}, expected a ConfigDict"
         )
     return config
 
 
-def _check_key(config: ConfigDict, word: str) -> None:
-    """Raises a UserError that offers the nearest key where an override names none."""
-    dotted = word.split("=")[0].removeprefix("--config.")
-    node, walked = config, ""
-    for key in dotted.split("."):
-        known = list(node.keys()) if isinstance(node, ConfigDict) else []
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            if near:
-                hint = f"did you mean --config.{walked}{near[0]}?"
-            else:
-                hint = f"there are {', '.join(known)}" if known else "that is a leaf already"
-            raise UserError(f"--config.{dotted}: there is no such key; {hint}")
-        node, walked = node[key], f"{walked}{key}."
+def _override(
+    config: ConfigDict, free: Set[str], names: list[str], text: str | None, option: str
+) -> None:
+    """Sets one value of a config, or several where the text is a dict.
+
+    Args:
+      config: is changed.
+      free: dotted names of the sections to which keys may be added: those that are empty or None.
+      names: of the sections on the way, and of the key.
+      text: the value; None where there is no "=".
+      option: what was typed, for errors.
+    """
+    node, key = _locate(config, free, names, option)
+    now = node.get(key)
+    if text is None and not isinstance(now, bool):
+        raise UserError(f"{option}: the value is missing; write {option}=VALUE")
+    value = True if text is None else _parse(text, now, option)
+    if not isinstance(value, dict):
+        node[key] = value
+    elif isinstance(now, ConfigDict) and "name" in now:
+        # Which keys there are depends on the name.
+        if not all(isinstance(part, str) and part.isidentifier() for part in value):
+            raise UserError(f"{option}: expected keys that are words, not {list(value)}")
+        node[key] = ConfigDict(value)
+    else:
+        for part, of in value.items():
+            _override(config, free, [*names, str(part)], str(of), f"{option}.{part}")
+
+
+def _locate(
+    config: ConfigDict, free: Set[str], names: list[str], option: str
+) -> tuple[ConfigDict, str]:
+    """Returns the section of a key, and the key; a section on the way that is None becomes one."""
+    node, where = config, ""
+    for name in names[:-1]:
+        if where in free:
+            raise UserError(f"{option}: a key of config.{where} cannot hold a dot")
+        _require_key(node, name, where, option)
+        where = f"{where}.{name}".removeprefix(".")
+        if where in free and node[name] is None:
+            node[name] = ConfigDict()
+        node = node[name]
+        if not isinstance(node, ConfigDict):
+            raise UserError(
+                f"{option}: config.{where} is {node!r}, which has no keys; write "
+                f"--config.{where}=VALUE"
+            )
+    if where not in free:
+        _require_key(node, names[-1], where, option)
+    elif not names[-1]:
+        raise UserError(f"{option}: the key is missing; write {option}KEY=VALUE")
+    return node, names[-1]
+
+
+def _require_key(node: ConfigDict, key: str, where: str, option: str) -> None:
+    """Raises a UserError that offers the nearest key where a section has no such key."""
+    if key in node:
+        return
+    section = f"--config.{where}" if where else "--config"
+    near = difflib.get_close_matches(key, map(str, node), n=1)
+    hint = (
+        f"did you mean {section}.{near[0]}?" if near else f"there are {', '.join(map(str, node))}"
+    )
+    if where and "name" in node:
+        hint += f"; for another name set the whole section, {section}=\"{{'name': ..., ...}}\""
+    raise UserError(f"{option}: there is no such key; {hint}")
+
+
+def _parse(text: str, now: Any, option: str) -> Any:
+    """Returns a text as a value of the same type as the one it replaces, or None for "None".
+
+    Raises:
+      UserError: it is of another type.
+    """
+    if isinstance(now, str):
+        return text
+    value = _literal(text)
+    if value is None or now is None:
+        return value
+    if isinstance(now, bool):
+        value, expected = _BOOLEANS.get(text.lower()), "true or false"
+    elif isinstance(now, int):
+        value, expected = value if type(value) is int else None, "a whole number"
+    elif isinstance(now, float):
+        value, expected = _finite(value), "a number"
+    elif isinstance(now, ConfigDict):
+        value, expected = value if isinstance(value, dict) else None, "keys: {'key': value}"
+    elif isinstance(now, tuple | list):
+        value, expected = _sequence(value, text, now), f"values such as {now or (1, 2)}"
+    if value is None:
+        shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+        raise UserError(f"{option}: expected {expected}, not {shown!r}")
+    return value
+
+
+def _literal(text: str) -> Any:
+    """Returns the value that a Python literal stands for; the text itself where it is none."""
+    try:
+        return ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        return text
+
+
+def _finite(value: Any) -> float | None:
+    number = type(value) is float or (type(value) is int and abs(value) < 1e300)
+    return float(value) if number and math.isfinite(value) else None
+
+
+def _sequence(value: Any, text: str, now: Sequence[Any]) -> Sequence[Any] | None:
+    """Returns a value as a sequence of the type of another one, None where its elements differ."""
+    if value is text:  # no literal: words, which need no quotes
+        if _BRACKETS & set(text):
+            return None
+        value = [part.strip() for part in text.split(",")]
+    elif not isinstance(value, tuple | list):
+        value = [value]
+    kinds = {type(element) for element in now}
+    if kinds == {float}:
+        value = [_finite(element) for element in value]
+    same = len(kinds) != 1 or all(type(element) in kinds for element in value)
+    return type(now)(value) if same else None
+
+
+def _walk(config: ConfigDict, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the dotted name and value of every section and key."""
+    for key, value in config.items():
+        yield f"{where}{key}", value
+        if isinstance(value, ConfigDict):
+            yield from _walk(value, f"{where}{key}.")
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, ConfigDict) and not len(value)
+
+
+def _expand_home(config: ConfigDict) -> None:
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            _expand_home(value)
+        elif isinstance(value, str):
+            config[key] = path(value)

@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import pathlib
 
-from uss_jax.cli.arguments import refuse_idle
+from uss_jax.cli.arguments import path, refuse_idle
 
 KINDS = ("cnn14", "decision-level-max", "htsat", "uss")
 # Licences of published files, by their MD5 sums as the publisher gives them.
@@ -28,8 +28,10 @@ _SEGMENT_SECONDS = 2.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("inputs", nargs="+", metavar="IN", help=".pth or .ckpt file, or a bundle")
-    parser.add_argument("out", metavar="OUT", help="folder of the bundle, or a .ckpt")
+    parser.add_argument(
+        "inputs", type=path, nargs="+", metavar="IN", help=".pth or .ckpt file, or a bundle"
+    )
+    parser.add_argument("out", type=path, metavar="OUT", help="folder of the bundle, or a .ckpt")
     parser.add_argument(
         "--kind",
         action="append",
@@ -60,17 +62,17 @@ def run(args: argparse.Namespace) -> None:
     if pathlib.Path(args.out).exists():
         raise UserError(f"{args.out} exists already; name a new folder")
     parts, licences = {}, {}
-    for path, kind in zip(args.inputs, kinds, strict=True):
-        state_dict = read_checkpoint(path)
-        kind = kind or _guess_kind(path, state_dict)
+    for source, kind in zip(args.inputs, kinds, strict=True):
+        state_dict = read_checkpoint(source)
+        kind = kind or _guess_kind(source, state_dict)
         try:
             found = _convert(state_dict, kind)
         except UserError as error:
-            raise UserError(f"{path}: {error}") from error
+            raise UserError(f"{source}: {error}") from error
         if twice := parts.keys() & found.keys():
-            raise UserError(f"{path} is a second {twice.pop()} net; a bundle holds one")
+            raise UserError(f"{source} is a second {twice.pop()} net; a bundle holds one")
         parts |= found
-        licences[_licence(path)] = None
+        licences[_licence(source)] = None
     config = {**_bundle_config(parts), "licence": "; ".join(licences)}
     foreign = {  # two files may use the same names
         f"{part}/{name}": array

@@ -10,7 +10,7 @@ publisher unpacks it, check that it is whole, and score it as published.
 
 import argparse
 
-from uss_jax.cli.arguments import add_precision, natural, positive, refuse_idle
+from uss_jax.cli.arguments import add_precision, natural, path, positive, refuse_idle
 
 _HELP = {
     "pairs": "separate pairs with several queries; SDR and SI-SDR beside trivial answers",
@@ -40,11 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        suite.add_argument("--model", required=True, metavar="B", help="bundle or workdir")
-        data = _DATA.get(name, "folder of the data set")
-        suite.add_argument("--data", required=True, metavar="DIR", help=data)
         suite.add_argument(
-            "--out", default="results.json", metavar="FILE", help="default: results.json"
+            "--model", type=path, required=True, metavar="B", help="bundle or workdir"
+        )
+        data = _DATA.get(name, "folder of the data set")
+        suite.add_argument("--data", type=path, required=True, metavar="DIR", help=data)
+        suite.add_argument(
+            "--out", type=path, default="results.json", metavar="FILE", help="default: results.json"
         )
         add_precision(suite)
     _add_pairs(made["pairs"])
@@ -84,12 +86,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_pairs(suite: argparse.ArgumentParser) -> None:
     suite.add_argument(
         "--train-records",
+        type=path,
         metavar="R",
         help="records over whose anchors a vector for each class is averaged",
     )
     suite.add_argument("--split", help="of --train-records; default: train")
     suite.add_argument(
         "--train-pairs",
+        type=path,
         metavar="DIR",
         help="instead, a folder of pairs over whose sources it is averaged, as published",
     )
@@ -98,7 +102,7 @@ def _add_pairs(suite: argparse.ArgumentParser) -> None:
         action="store_true",
         help="separate each pair once, with the condition of its clean source",
     )
-    suite.add_argument("--bank", metavar="FILE.npz", help="store the averaged vectors")
+    suite.add_argument("--bank", type=path, metavar="FILE.npz", help="store the averaged vectors")
     suite.add_argument(
         "--examples",
         type=natural,
@@ -106,7 +110,7 @@ def _add_pairs(suite: argparse.ArgumentParser) -> None:
         metavar="N",
         help="write sounds and pictures of N pairs, evenly spaced by rank of their SDRi",
     )
-    suite.add_argument("--out-dir", metavar="DIR", help="where to write the examples")
+    suite.add_argument("--out-dir", type=path, metavar="DIR", help="where to write the examples")
     suite.epilog = (
         "example:\n"
         "  uss-jax evaluate pairs --model runs/separator --data pairs --out results.json \\\n"

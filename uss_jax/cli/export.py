@@ -11,13 +11,15 @@ Each is run beside the model on noise before it is called done.
 
 import argparse
 
-from uss_jax.cli.arguments import add_precision, number, positive, refuse_idle
+from uss_jax.cli.arguments import add_precision, number, path, positive, refuse_idle
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", metavar="BUNDLE", help="bundle or workdir of a separator")
+    parser.add_argument(
+        "bundle", type=path, metavar="BUNDLE", help="bundle or workdir of a separator"
+    )
     parser.add_argument("--format", required=True, choices=("orbax", "safetensors", "stablehlo"))
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder to make")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),

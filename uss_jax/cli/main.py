@@ -1,6 +1,7 @@
 """`uss-jax COMMAND`: finds the command's module and turns user errors into one sentence."""
 
 import argparse
+import contextlib
 import importlib
 import io
 import os
@@ -9,6 +10,7 @@ from typing import NoReturn
 
 import uss_jax
 from uss_jax.atomic import full, is_full
+from uss_jax.cli.compiling import long_compilations_reported
 from uss_jax.cli.interrupt import end_on_interrupt, leave
 from uss_jax.cli.memory import keep_freed_memory
 from uss_jax.errors import NotHeard, Stopped, UserError, one_line
@@ -29,6 +31,8 @@ COMMANDS = {
     "export": "a separator as orbax, safetensors or StableHLO",
     "inspect": "what a bundle, checkpoint, records directory or anchor table is",
 }
+_COMPILING = {"train-tagger", "mine", "train", "make-pairs", "evaluate", "separate", "query"}
+_COMPILING |= {"export"}
 
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:
@@ -81,7 +85,8 @@ def main(argv: list[str] | None = None) -> int:
         args.config_overrides = overrides
         keep_freed_memory()
         _print_any_name()
-        args.run(args)
+        with long_compilations_reported() if command in _COMPILING else contextlib.nullcontext():
+            args.run(args)
         sys.stdout.flush()
     except UserError as error:
         print(f"uss-jax: {one_line(str(error))}", file=sys.stderr)

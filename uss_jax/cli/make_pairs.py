@@ -13,18 +13,25 @@ import argparse
 from uss_jax.cli.arguments import (
     add_detector_precision,
     natural,
+    path,
     positive,
     say_detector_precision,
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--records", required=True, metavar="R", help="directory of the records")
+    parser.add_argument(
+        "--records", type=path, required=True, metavar="R", help="directory of the records"
+    )
     parser.add_argument("--split", default="test", help="of the records; default: test")
     parser.add_argument(
-        "--sed", required=True, metavar="BUNDLE", help="bundle or workdir that holds a detector"
+        "--sed",
+        type=path,
+        required=True,
+        metavar="BUNDLE",
+        help="bundle or workdir that holds a detector",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder to make")
     parser.add_argument(
         "--per-class", type=positive, default=100, metavar="N", help="default: 100, as published"
     )
@@ -38,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--groups",
+        type=path,
         metavar="CSV",
         help='label file whose column "group" is kept in the manifest and evaluated apart',
     )

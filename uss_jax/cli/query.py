@@ -7,16 +7,20 @@ list   what a bank holds
 
 import argparse
 
+from uss_jax.cli.arguments import path
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="query_command", required=True, metavar="make|list")
     make = commands.add_parser("make", help="make a bank", allow_abbrev=False)
-    make.add_argument("bank", metavar="BANK.npz", help="file to write")
-    make.add_argument("examples", nargs="+", metavar="FOLDER", help="recordings of one sound each")
-    make.add_argument("--model", required=True, metavar="B", help="bundle or workdir")
+    make.add_argument("bank", type=path, metavar="BANK.npz", help="file to write")
+    make.add_argument(
+        "examples", type=path, nargs="+", metavar="FOLDER", help="recordings of one sound each"
+    )
+    make.add_argument("--model", type=path, required=True, metavar="B", help="bundle or workdir")
     make.add_argument("--overwrite", action="store_true", help="replace BANK.npz")
     show = commands.add_parser("list", help="say what a bank holds", allow_abbrev=False)
-    show.add_argument("bank", metavar="BANK.npz")
+    show.add_argument("bank", type=path, metavar="BANK.npz")
     parser.epilog = (
         "example:\n"
         "  uss-jax query make sounds.npz doorbells/ my_dog.wav --model uss\n"

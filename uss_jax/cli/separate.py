@@ -17,19 +17,24 @@ What to ask for:
 
 import argparse
 
-from uss_jax.cli.arguments import add_precision, number, positive, refuse_idle
+from uss_jax.cli.arguments import add_precision, number, path, positive, refuse_idle
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("audio", nargs="*", metavar="AUDIO", help="recordings, see above")
+    parser.add_argument(
+        "audio", type=path, nargs="*", metavar="AUDIO", help="recordings, see above"
+    )
     parser.add_argument(
         "--files-from",
+        type=path,
         action="append",
         metavar="LIST",
         help="a text file with a recording in each line; can be given again",
     )
-    parser.add_argument("--model", required=True, metavar="B", help="bundle or workdir")
-    parser.add_argument("--out", metavar="DIR", help="sounds go to DIR/<path of the recording>/")
+    parser.add_argument("--model", type=path, required=True, metavar="B", help="bundle or workdir")
+    parser.add_argument(
+        "--out", type=path, metavar="DIR", help="sounds go to DIR/<path of the recording>/"
+    )
     parser.add_argument("--classes", nargs="+", metavar="NAME", help="see above")
     parser.add_argument("--levels", nargs="+", type=positive, metavar="LEVEL", help="see above")
     parser.add_argument(
@@ -37,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --levels: a sound counts under its first parent only, as in bytedance/uss",
     )
-    parser.add_argument("--query", metavar="PATH", help="see above")
+    parser.add_argument("--query", type=path, metavar="PATH", help="see above")
     parser.add_argument(
         "--threshold",
         type=number(0, 1),

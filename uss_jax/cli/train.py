@@ -10,7 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     add_config_arguments(
         parser,
-        "uss-jax train --config configs/resunet30.py:condition=soft,data=full --workdir runs/soft"
+        "uss-jax train --config resunet30:condition=soft,data=full --workdir runs/soft"
         " \\\n      --config.data.records=/data/audioset/1.0.0",
         workdir_required=False,
     )

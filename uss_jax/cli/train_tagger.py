@@ -9,7 +9,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     add_config_arguments(
         parser,
-        "uss-jax train-tagger --config configs/tagger_cnn14.py --workdir runs/tagger \\\n"
+        "uss-jax train-tagger --config tagger_cnn14 --workdir runs/tagger \\\n"
         "      --config.data.records=/data/audioset/1.0.0",
     )
 

@@ -3,6 +3,7 @@
 import glob
 import importlib.util
 import os
+import re
 import signal
 import threading
 from collections.abc import Mapping
@@ -44,8 +45,18 @@ def join_hosts(
         jax.distributed.initialize(**_explicit(given), cluster_detection_method="deactivate")
     elif "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
         jax.distributed.initialize(cluster_detection_method="slurm")
+        if _alone_on_its_node() and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+            # initialize() gives task i of a node its device i and no other.
+            for platform in ("cuda", "rocm"):
+                jax.config.update(f"jax_{platform}_visible_devices", "all")
     elif importlib.util.find_spec("libtpu") and glob.glob("/dev/accel*") + glob.glob("/dev/vfio/*"):
         jax.distributed.initialize()
+
+
+def _alone_on_its_node() -> bool:
+    """Whether every node of the SLURM step has a single task, for all its devices."""
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    return re.fullmatch(r"1(\(x\d+\))?", tasks) is not None
 
 
 def _explicit(given: Mapping[str, Any]) -> dict[str, Any]:

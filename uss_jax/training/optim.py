@@ -144,15 +144,20 @@ def stepped(
     return schedule
 
 
-def make_schedule(name: str, learning_rate: float, **arguments: Any) -> optax.Schedule:
+def make_schedule(
+    name: str = "", learning_rate: float | None = None, **arguments: Any
+) -> optax.Schedule:
     """The schedule a config names: the name of a function above."""
     schedules = {f.__name__: f for f in (constant_warm_up, linear_warm_up, cosine, stepped)}
     if name not in schedules:
         raise UserError(f"config.schedule.name is {name!r}, expected {' or '.join(schedules)}")
-    wanted = list(inspect.signature(schedules[name]).parameters)[1:]
+    if learning_rate is not None:
+        arguments = {"learning_rate": learning_rate, **arguments}
+    wanted = list(inspect.signature(schedules[name]).parameters)
     if sorted(wanted) != sorted(arguments):
         raise UserError(
-            f"config.schedule: {name} takes {' and '.join(wanted)} besides learning_rate, "
-            f"not {' and '.join(arguments) or 'nothing'}"
+            f"config.schedule: {name} takes {', '.join(wanted)}, "
+            f"not {', '.join(arguments) or 'nothing'}; set the section as a whole, "
+            f"--config.schedule=\"{{'name': '{name}', ...}}\""
         )
-    return schedules[name](learning_rate, **arguments)
+    return schedules[name](**arguments)

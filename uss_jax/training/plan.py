@@ -78,7 +78,11 @@ def describe(
     ]
     least = least_seconds(by_way, device.device_kind)
     if least is None:
-        return [*lines, f"the peak of {device.device_kind} is not known"]
+        return [
+            *lines,
+            f"no bound on the speed: the peaks of {device.device_kind} are not known "
+            "(training/cost.py lists those of accelerators)",
+        ]
     steps = mesh.size / least
     return [
         *lines,

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from uss_jax.anchors.table import Placement, read_table, usable, without
 from uss_jax.atomic import replacing
-from uss_jax.checked_json import number, whole
+from uss_jax.checked_json import Rule, number, record, whole
 from uss_jax.data.index import RecordIndex, load_index
 from uss_jax.data.metadata import read_sample_rate
 from uss_jax.data.pipeline import batches
@@ -51,6 +51,18 @@ _DATA_RANGES = {
     "workers": whole(0, 1024),
     "max_corrupt": whole(0, 2**31),
 }
+# Arguments of the functions of training/augment.py, of configs that ask for them.
+_SPEED = number(0.1, 10)
+_DECIBELS = number(-200, 200)
+_AUGMENTATIONS = {
+    "speed": record({"least": _SPEED, "most": _SPEED}),
+    "noise": record({"least_snr_db": _DECIBELS, "most_snr_db": _DECIBELS}),
+    "spec_augment": record(
+        {f"{axis}_width": whole(1, 100_000) for axis in ("time", "mel")}
+        | {f"{axis}_stripes": whole(0, 1000) for axis in ("time", "mel")}
+    ),
+    "mixup_alpha": number(1e-3, 1e3),
+}
 _AT_LEAST_ONE = ("total_steps", "global_batch", "accumulate", "max_skipped_steps")
 _AT_LEAST_ONE += ("log_every_steps", "checkpoint_every_steps")
 
@@ -78,15 +90,13 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def check(config: ConfigDict, group_size: int = 1) -> None:
+def check(config: ConfigDict) -> None:
     """Raises a UserError where the numbers of a config do not fit each other or the devices."""
+    _require_values(config.to_dict(), "config")
     for key, rule in _DATA_RANGES.items():
-        if key not in config.data:
-            continue
-        try:
-            rule(config.data[key], f"config.data.{key}")
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        if key in config.data:
+            _follow(rule, config.data[key], f"config.data.{key}")
+    _check_augmentations(config.to_dict())
     for key in _AT_LEAST_ONE:
         if config.get(key, 1) < 1:
             raise UserError(f"config.{key} is {config[key]}, expected at least 1")
@@ -107,7 +117,8 @@ def check(config: ConfigDict, group_size: int = 1) -> None:
     if not 0 < config.get("norm_momentum", MOMENTUM) <= 1:
         raise UserError(f"config.norm_momentum={config.norm_momentum} is not above 0 and at most 1")
     steps = config.profile.steps
-    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+    integers = all(isinstance(step, int) for step in steps)
+    if steps and not (integers and len(steps) == 2 and 1 <= steps[0] <= steps[1]):
         raise UserError(
             f"config.profile.steps is {tuple(steps)}, expected (first, last) of the steps to trace"
         )
@@ -126,12 +137,49 @@ def check(config: ConfigDict, group_size: int = 1) -> None:
             f"config.global_batch={config.global_batch} is not divisible by {said}; use "
             f"{' or '.join(str(n) for n in (lower, lower + divisor) if n)}"
         )
+    group_size = config.mixing.group_size if "mixing" in config else 1
     if config.global_batch % (group_size * parts):
         in_parts = f" in each of config.accumulate={parts} parts" if parts > 1 else ""
         raise UserError(
             f"config.global_batch={config.global_batch} is not divisible by "
             f"config.mixing.group_size={group_size}{in_parts}; change one of them"
         )
+
+
+def _require_values(section: Mapping[str, Any], where: str) -> None:
+    """Raises a UserError where a key is None that is not an augmentation, which None turns off."""
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            _require_values(value, f"{where}.{key}")
+        elif value is None and not (where == "config" and key in _AUGMENTATIONS):
+            off = ", ".join(_AUGMENTATIONS)
+            raise UserError(f"{where}.{key} is None; give it a value (only {off} may be None)")
+
+
+def _check_augmentations(config: Mapping[str, Any]) -> None:
+    """Raises a UserError for arguments that the functions of training/augment.py do not take."""
+    for key, rule in _AUGMENTATIONS.items():
+        arguments = config.get(key)
+        if arguments is None:
+            continue
+        _follow(rule, arguments, f"config.{key}")
+        if isinstance(arguments, Mapping):
+            for name in (name for name in arguments if name.startswith("least")):
+                least = arguments[name]
+                most = name.replace("least", "most")
+                if least > arguments[most]:
+                    raise UserError(
+                        f"config.{key}.{name}={least} is above config.{key}.{most}="
+                        f"{arguments[most]}; change one of them"
+                    )
+
+
+def _follow(rule: Rule, value: Any, key: str) -> None:
+    """Raises a UserError where a value of the config breaks a rule."""
+    try:
+        rule(value, key)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def open_records(
@@ -176,8 +224,14 @@ def open_records(
     elif section.order == "balanced":
         weights = _class_weights(section.get("class_weights"))
         order = BalancedOrder(label_row, label_class, seed, weights)
+        names = load_ontology().class_names
+        weighted = () if weights is None else np.flatnonzero(weights != 1)
+        for missing in np.intersect1d(weighted, order.missing).astype(int):
+            say(
+                f"config.data.class_weights[{names[missing]!r}] has no effect: no clip of "
+                f"{directory} ({section.split}) has the class"
+            )
         if order.missing.size:
-            names = load_ontology().class_names
             shown = ", ".join(names[i] for i in order.missing[:3])
             say(
                 f"{order.missing.size} of {len(names)} classes have no clip in {directory} "
@@ -381,7 +435,11 @@ def train_on(
             workdir, start, config.global_batch, parameters, dtype, counted or step
         )
         if not throughput.knows_device:
-            say("the peak of this device is not known, so there is no FLOP utilisation")
+            say(
+                "reports have no flop_utilisation: the peaks of "
+                f"{jax.devices()[0].device_kind} are not known (training/cost.py lists those of "
+                "accelerators)"
+            )
         frozen = on_all_devices(frozen, mesh)
         multihost_utils.sync_global_devices("the workdir is written")
         fit(

@@ -1,0 +1,29 @@
+import numpy as np
+import pytest
+
+from tests import tiny
+from uss_jax.cli.main import main
+from uss_jax.models.tagging import as_detector
+from uss_jax.training.bundle import write_bundle
+from uss_jax.training.nets import fields_of
+
+
+def _tagger(path, bias):
+    """A tagger whose probabilities a bias of the last layer moves."""
+    variables = tiny.tagger_variables()
+    variables["params"]["fc_audioset"]["bias"] += np.float32(bias)
+    model = {"model": fields_of(as_detector(tiny.TAGGER))}
+    config = {"kind": "tagger", "sample_rate": tiny.RATE, "segment_seconds": tiny.SEGMENT_SECONDS}
+    write_bundle(path, {**config, "sed": model}, {"sed": variables})
+    return str(path)
+
+
+@pytest.mark.parametrize(("bias", "told"), [(0, False), (-5.5, True)])
+def test_scores_no_better_than_chance_are_told(tmp_path, capsys, bias, told):
+    clips = [(f"tone{i}", tiny.tone(300 + 150 * i, 0.8), [i]) for i in range(3)]
+    tiny.write_records(tmp_path / "records", "train", clips)
+    words = ["mine", "--records", str(tmp_path / "records"), "--out", str(tmp_path / "t.npz")]
+    assert main([*words, "--batch", "8", "--sed", _tagger(tmp_path / "tagger", bias)]) == 0
+    said = capsys.readouterr()
+    assert "median score 0." in said.out
+    assert ("such anchors are little better than random ones" in said.err) == told

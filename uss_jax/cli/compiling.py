@@ -1,0 +1,66 @@
+"""Reports what XLA compiles where that takes long, so that no command is silent for minutes."""
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+_EVENT = "/jax/core/compile/backend_compile_duration"
+# Most programs are a single operation and compile at once; only those that do not are reported.
+_PATIENCE_SECONDS = 2.0
+# By the names of the jitted functions.
+_PROGRAMS = {
+    "step": "the training step",
+    "_fresh_state": "the initial state",
+    "fresh": "the initial state",
+    "_apply": "a net",
+    "_mine_batch": "the detector",
+    "_figures": "the evaluation of pairs",
+}
+
+
+@contextlib.contextmanager
+def long_compilations_reported() -> Iterator[None]:
+    """Inside, prints a line on standard error for each program that takes seconds to compile.
+
+    The line comes while the program compiles. Of several hosts only the first prints.
+    """
+    import jax  # here, so that --help answers at once
+
+    timers: dict[int, threading.Timer] = {}  # by thread
+    hint = "JAX_COMPILATION_CACHE_DIR=DIR keeps programs for the next start"
+    hints = [] if os.environ.get("JAX_COMPILATION_CACHE_DIR") else [f" ({hint})"]
+
+    def report(name: str) -> None:
+        what = _PROGRAMS.get(name, f"a program ({name})")
+        advice = hints.pop() if hints else ""
+        print(
+            f"compiling {what}: with nets of full width this can take minutes{advice}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def begin(event: str, value: Any, fun_name: str = "", **about: Any) -> None:
+        if event == _EVENT and jax.process_index() == 0:
+            name = fun_name.removeprefix("jit(").removesuffix(")")
+            timer = timers[threading.get_ident()] = threading.Timer(
+                _PATIENCE_SECONDS, report, [name]
+            )
+            timer.daemon = True
+            timer.start()
+
+    def end(event: str, value: Any, **about: Any) -> None:
+        if event == _EVENT and (timer := timers.pop(threading.get_ident(), None)):
+            timer.cancel()
+
+    jax.monitoring.register_scalar_listener(begin)
+    jax.monitoring.register_event_duration_secs_listener(end)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_scalar_listener(begin)
+        jax.monitoring.unregister_event_duration_listener(end)
+        for timer in list(timers.values()):
+            timer.cancel()

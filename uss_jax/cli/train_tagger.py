@@ -21,5 +21,5 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.training.hosts import join_hosts
 
     config = load_config(args.config, args.config_overrides)
-    join_hosts(args.coordinator, args.processes, args.process)
-    train_tagger(config, args.workdir)
+    with join_hosts(args.coordinator, args.processes, args.process, workdir=args.workdir):
+        train_tagger(config, args.workdir)

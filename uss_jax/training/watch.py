@@ -1,0 +1,283 @@
+"""Ends all processes of a run, with a sentence, when one of them is lost or ends before the others.
+
+Each process beats: it counts up a value in the key-value store that JAX keeps in process 0. Process
+0 notices which beats stop; that process 0 itself has stopped, the others notice by their connection
+to it. JAX does the like, but aborts with a stack trace, and takes no callback from Python instead
+(jaxlib 0.10 cannot hand it the error): its own time limit is set longer than ours.
+
+A collective whose partner is gone raises an error on CPUs and may hang for ever on accelerators, so
+a thread ends the process, whatever the main thread does.
+"""
+
+import atexit
+import contextlib
+import os
+import pathlib
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from uss_jax.errors import Stopped, UserError, one_line
+from uss_jax.training.checkpoints import saved_steps
+
+# A host is lost when nothing has been heard from it for so long; it beats while it compiles too.
+LOST_SECONDS = 60.0
+# The same once a collective has failed somewhere: then it is only asked whose fault it was.
+_SUSPECT_SECONDS = 15.0
+_BEAT_SECONDS = 3.0
+# For which a process that hears of another's end goes on: it may be about to end by itself, and
+# process 0 is how the others hear of it.
+_GRACE_SECONDS = 6.0
+# In which the interpreter must have ended after an error.
+_LEAVE_SECONDS = 30.0
+
+_BEAT, _BROKEN, _END = "uss_jax/beat/", "uss_jax/broken/", "uss_jax/end/"
+_DONE = "done"
+
+
+class Relay:
+    """Carries JAX's connection to process 0, and notices when process 0 is gone or falls silent.
+
+    JAX aborts a process the moment this connection breaks. Behind a relay its end of it stays open.
+
+    Attributes:
+      address: what to give JAX as the coordinator's.
+    """
+
+    def __init__(self, coordinator: str):
+        host, _, port = coordinator.rpartition(":")
+        self._coordinator = host.strip("[]"), int(port)
+        self._on_loss: Callable[[str], None] | None = None
+        # A socket with a path: one with a port would be looked for behind an HTTP proxy.
+        self._folder = tempfile.mkdtemp(prefix="uss-jax-")
+        path = os.path.join(self._folder, "relay")
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(path)
+        self._listener.listen()
+        self.address = f"unix:{path}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def joined(self, on_loss: Callable[[str], None]) -> None:
+        """From here on there is one connection, and when it breaks `on_loss` is told why."""
+        self._on_loss = on_loss
+        self.close()
+
+    def close(self) -> None:
+        """Takes no more connections."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # the listener is closed
+            while True:
+                ours, _ = self._listener.accept()
+                try:
+                    far = socket.create_connection(self._coordinator, timeout=LOST_SECONDS)
+                except OSError:  # not there yet: JAX tries again
+                    ours.close()
+                    continue
+                far.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                for ends in ((ours, far), (far, ours)):
+                    threading.Thread(target=self._carry, args=(*ends, far), daemon=True).start()
+
+    def _carry(self, source: socket.socket, sink: socket.socket, far: socket.socket) -> None:
+        why = "its connection broke" if source is far else None
+        try:
+            while data := self._receive(source):
+                sink.sendall(data)
+        except TimeoutError:
+            why = f"nothing was heard from it for {LOST_SECONDS:.0f} seconds"
+        except OSError as error:
+            why = f"its connection broke ({error.strerror or error})"
+        if why is not None and self._on_loss is not None:
+            self._on_loss(why)
+            return
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _receive(self, source: socket.socket) -> bytes:
+        while True:
+            try:
+                return source.recv(1 << 16)
+            except TimeoutError:  # before all have met process 0 has nothing to say
+                if self._on_loss is not None:
+                    raise
+
+
+class Watch:
+    """Beats for this process and ends it when another one has ended. Used as a context manager.
+
+    Leaving it with an error tells the other processes; leaving it without waits for them.
+    """
+
+    def __init__(
+        self,
+        store: Any,
+        process: int,
+        processes: int,
+        coordinator: str,
+        workdir: str | os.PathLike | None = None,
+        relay: Relay | None = None,
+    ):
+        """Starts nothing yet.
+
+        Args:
+          store: JAX's client of the key-value store.
+          process: number of this process.
+          processes: how many there are.
+          coordinator: host and port of process 0.
+          workdir: whose checkpoints the sentence tells of.
+          relay: of this process's connection to process 0; process 0 has none.
+        """
+        self._store, self._process, self._processes = store, process, processes
+        self._coordinator = coordinator.rpartition(":")[0]
+        self._workdir, self._relay = workdir, relay
+        self._name = socket.gethostname()
+        self._beats: dict[int, tuple[str, float]] = {}  # the last beat of each, and since when
+        self._ends: dict[int, str] = {}  # how processes ended: _DONE or a clause about it
+        self._broken: set[int] = set()  # in which a collective has failed
+        self._asking = False  # whether one has failed in this process
+        self._heard_of_end: float | None = None
+        self._left: tuple[float, int] | None = None  # when with an error, and the exit status
+        self._over = threading.Event()
+        self._ending = threading.Lock()
+
+    def __enter__(self) -> "Watch":
+        if self._relay is not None:
+            self._relay.joined(self._lost_process_0)
+        threading.Thread(target=self._beat, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if error is None or isinstance(error, Stopped):
+            self._write(_END, _DONE)
+            # JAX waits too when the interpreter ends, but knows less of who is still there.
+            while len(self._ends) < self._processes or self._failed():
+                time.sleep(0.2)
+            self._over.set()
+            return
+        # JAX would now wait for processes that do not come.
+        status = 130 if isinstance(error, KeyboardInterrupt) else 1
+        atexit.register(_exit, status)
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            self._wait_for_who_broke_it()
+        self._left = time.monotonic(), status
+        self._write(_END, f"{self._host(self._process, self._name)} ended: {_told(error)}")
+        # With process 0 goes what it has told.
+        until = time.monotonic() + _GRACE_SECONDS + 3 * _BEAT_SECONDS
+        while self._process == 0 and len(self._ends) < self._processes:
+            if time.monotonic() > until:
+                break
+            time.sleep(0.2)
+
+    def _wait_for_who_broke_it(self) -> None:
+        """Returns when no other process was lost; else this one is ended meanwhile."""
+        self._asking = True
+        self._write(_BROKEN, "")
+        until = time.monotonic() + _SUSPECT_SECONDS + 5 * _BEAT_SECONDS
+        while self._failed() or (
+            time.monotonic() < until and len(self._broken) < self._processes
+        ):
+            time.sleep(0.2)
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._over.is_set():
+            count += 1
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # of a lost process 0: see Relay
+                self._store.key_value_set(
+                    f"{_BEAT}{self._process}", f"{count} {self._name}", allow_overwrite=True
+                )
+                self._ends = self._read(_END)
+                if self._process == 0 or self._asking:
+                    self._broken = set(self._read(_BROKEN))
+                if self._process == 0:
+                    self._note_lost(time.monotonic())
+            self._end_when_due(time.monotonic())
+            # Sooner where someone waits; process 0 has more to answer the more there are.
+            waiting = self._ends or self._broken or self._asking
+            pause = 0.05 * self._processes if waiting else _BEAT_SECONDS
+            self._over.wait(min(pause, _BEAT_SECONDS))
+
+    def _note_lost(self, now: float) -> None:
+        """Tells all which hosts have stopped beating."""
+        limit = _SUSPECT_SECONDS if self._broken else LOST_SECONDS
+        for process, beat in self._read(_BEAT).items():
+            before, since = self._beats.get(process, ("", now))
+            if beat != before:
+                self._beats[process] = beat, now
+            elif now - since > limit and self._ends.get(process, _DONE) == _DONE:
+                host = self._host(process, beat.partition(" ")[2])
+                why = f"nothing was heard from it for {limit:.0f} seconds"
+                self._write(_END, f"{host} was lost: {why}", process)
+
+    def _end_when_due(self, now: float) -> None:
+        if self._left is not None:
+            since, status = self._left
+            if now - since > _LEAVE_SECONDS:
+                _exit(status)
+        elif failed := self._failed():
+            self._heard_of_end = self._heard_of_end or now
+            if now - self._heard_of_end > _GRACE_SECONDS:
+                self._write(_END, _DONE)  # process 0 need not wait for this one
+                self._end(failed)
+
+    def _failed(self) -> str | None:
+        """How the first process ended that ended with an error."""
+        return next((how for how in self._ends.values() if how != _DONE), None)
+
+    def _lost_process_0(self, why: str) -> None:
+        if self._left is None and not self._over.is_set():
+            self._end(self._failed() or f"{self._host(0, self._coordinator)} was lost: {why}")
+
+    def _end(self, how: str) -> None:
+        """Ends this process."""
+        if not self._ending.acquire(blocking=False):
+            return
+        steps = saved_steps(pathlib.Path(self._workdir) / "checkpoints") if self._workdir else []
+        if steps:
+            then = f"the last checkpoint is step {max(steps)}: the same command goes on from there"
+        else:
+            then = "there is no checkpoint yet: the same command starts from the beginning"
+        # Not by way of sys.stderr, which the main thread may hold.
+        os.write(2, f"uss-jax: {how}; {then}\n".encode(errors="surrogateescape"))
+        os._exit(1)
+
+    def _host(self, process: int, name: str) -> str:
+        return f"host {process} ({name})"
+
+    def _read(self, folder: str) -> dict[int, str]:
+        rows = self._store.key_value_dir_get(folder)
+        return {int(key.rpartition("/")[2]): value for key, value in rows}
+
+    def _write(self, folder: str, value: str, process: int | None = None) -> None:
+        process = self._process if process is None else process
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._store.key_value_set(f"{folder}{process}", value, allow_overwrite=True)
+
+
+def _told(error: BaseException) -> str:
+    """What other hosts are told of an error."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return one_line(f"{type(error).__name__}: {error}")[:300]
+
+
+def _exit(status: int) -> None:
+    """Ends the process at once, what was printed on its way out."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)

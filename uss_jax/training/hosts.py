@@ -11,11 +11,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from uss_jax.errors import UserError
-from uss_jax.training.watch import LOST_SECONDS, Relay, Watch
+from uss_jax.training.watch import LOST_SECONDS, Relay, Watch, end_process
 
 # What says it of a process where neither a TPU pod nor SLURM does, such as a JobSet's manifest.
 ENVIRONMENT = {
@@ -23,6 +22,9 @@ ENVIRONMENT = {
     "processes": "JAX_NUM_PROCESSES",
     "process": "JAX_PROCESS_ID",
 }
+
+# In which all processes must have started.
+_JOIN_SECONDS = 300.0
 
 
 @contextlib.contextmanager
@@ -33,17 +35,18 @@ def join_hosts(
     *,
     workdir: str | os.PathLike | None = None,
 ) -> Iterator[None]:
-    """Makes this process one of a run's, inside the context; alone where nothing names others.
+    """Connects this process to the others of its run; does nothing where there are no others.
 
     They are named by the arguments, by the environment variables JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID, by SLURM's of a job step with several tasks, or by a TPU
-    pod. Inside, a process that is lost or fails ends the others within 90 seconds; see Watch.
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID, by SLURM's variables of a job step with several tasks, or
+    by a TPU pod. Inside the context, when one process is lost or fails, the others end within 90
+    seconds; see Watch.
 
     Args:
       coordinator: host and port of process 0.
-      processes: how many there are.
+      processes: number of processes.
       process: number of this one, from 0.
-      workdir: of the run.
+      workdir: folder of the run, whose last checkpoint is named when a process is lost.
 
     Raises:
       UserError: some of the three are missing, or they do not fit each other.
@@ -60,31 +63,50 @@ def join_hosts(
     else:
         yield
         return
-    if found is None or found["num_processes"] == 1:
-        jax.distributed.initialize(**found or {})
+    if found is None:
+        jax.distributed.initialize()
         yield
         return
     with _joined(found, workdir):
         yield
 
 
-def _joined(arguments: Mapping[str, Any], workdir: str | os.PathLike | None) -> Watch:
-    """Joins several processes; returns what watches over them."""
+def _joined(
+    arguments: Mapping[str, Any], workdir: str | os.PathLike | None
+) -> contextlib.AbstractContextManager:
+    """Connects this process to the others; returns the context that watches over them."""
     coordinator, process = arguments["coordinator_address"], arguments["process_id"]
+    # At its own time limit JAX would abort with a stack trace.
+    late = threading.Timer(
+        _JOIN_SECONDS,
+        end_process,
+        [
+            f"the {arguments['num_processes']} hosts did not all connect within "
+            f"{_JOIN_SECONDS:.0f} seconds: start the same command on each of them, and see that "
+            f"they reach host 0 at {coordinator}"
+        ],
+    )
+    late.daemon = True
+    late.start()
     relay = Relay(coordinator) if process else None
     try:
         jax.distributed.initialize(
             **{**arguments, "coordinator_address": relay.address if relay else coordinator},
             cluster_detection_method="deactivate",
+            initialization_timeout=round(2 * _JOIN_SECONDS),
             heartbeat_timeout_seconds=round(10 * LOST_SECONDS),  # Watch has its own
             shutdown_timeout_seconds=round(LOST_SECONDS),  # Watch lets all come to it together
         )
-    except BaseException:
+    finally:
+        late.cancel()
         if relay:
             relay.close()
-        raise
-    # The connection between the processes has no public name; orbax uses it in this way.
-    store = distributed.global_state.client
+    try:  # it has no public name; orbax uses it in this way
+        from jax._src.distributed import global_state
+
+        store = global_state.client
+    except (ImportError, AttributeError):  # JAX has changed: a loss ends all by its abort
+        return contextlib.nullcontext()
     return Watch(store, process, arguments["num_processes"], coordinator, workdir, relay)
 
 
@@ -122,7 +144,9 @@ def _of_slurm(environment: Mapping[str, str]) -> dict[str, Any]:
     first = re.match(r"(?:\[[^]]*\]|[^,\[])*", environment["SLURM_STEP_NODELIST"])[0]
     host = re.sub(r"\[(\d+)[^]]*\]", r"\1", first)
     # Above 61440 and the same on all nodes, as in JAX; two jobs can share a node.
-    port = environment.get("JAX_COORDINATOR_PORT") or 61440 + int(environment["SLURM_JOB_ID"]) % 4096
+    port = (
+        environment.get("JAX_COORDINATOR_PORT") or 61440 + int(environment["SLURM_JOB_ID"]) % 4096
+    )
     found = {
         "coordinator_address": f"{host}:{port}",
         "num_processes": int(environment["SLURM_NTASKS"]),

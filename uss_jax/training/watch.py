@@ -65,9 +65,8 @@ class Relay:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def joined(self, on_loss: Callable[[str], None]) -> None:
-        """From here on there is one connection, and when it breaks `on_loss` is told why."""
+        """From here on a connection that breaks is a loss, and `on_loss` is told why it broke."""
         self._on_loss = on_loss
-        self.close()
 
     def close(self) -> None:
         """Takes no more connections."""
@@ -185,9 +184,7 @@ class Watch:
         self._asking = True
         self._write(_BROKEN, "")
         until = time.monotonic() + _SUSPECT_SECONDS + 5 * _BEAT_SECONDS
-        while self._failed() or (
-            time.monotonic() < until and len(self._broken) < self._processes
-        ):
+        while self._failed() or (time.monotonic() < until and len(self._broken) < self._processes):
             time.sleep(0.2)
 
     def _beat(self) -> None:
@@ -249,9 +246,7 @@ class Watch:
             then = f"the last checkpoint is step {max(steps)}: the same command goes on from there"
         else:
             then = "there is no checkpoint yet: the same command starts from the beginning"
-        # Not by way of sys.stderr, which the main thread may hold.
-        os.write(2, f"uss-jax: {how}; {then}\n".encode(errors="surrogateescape"))
-        os._exit(1)
+        end_process(f"{how}; {then}")
 
     def _host(self, process: int, name: str) -> str:
         return f"host {process} ({name})"
@@ -264,6 +259,13 @@ class Watch:
         process = self._process if process is None else process
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._store.key_value_set(f"{folder}{process}", value, allow_overwrite=True)
+
+
+def end_process(sentence: str) -> None:
+    """Ends the process from any thread, whatever the others do, with a sentence and status 1."""
+    # Not by way of sys.stderr, which the main thread may hold.
+    os.write(2, f"uss-jax: {sentence}\n".encode(errors="surrogateescape"))
+    os._exit(1)
 
 
 def _told(error: BaseException) -> str:

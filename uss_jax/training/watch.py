@@ -1,12 +1,13 @@
-"""Ends all processes of a run, with a sentence, when one of them is lost or ends before the others.
+"""Ends all processes of a run, with a sentence, when one of them is lost or fails alone.
 
-Each process beats: it counts up a value in the key-value store that JAX keeps in process 0. Process
-0 notices which beats stop; that process 0 itself has stopped, the others notice by their connection
-to it. JAX does the like, but aborts with a stack trace, and takes no callback from Python instead
-(jaxlib 0.10 cannot hand it the error): its own time limit is set longer than ours.
+Each process sends a heartbeat: every few seconds it changes a value in the key-value store that
+JAX keeps in process 0. Process 0 notices whose heartbeat has stopped and writes it into the store,
+where the others read it; they notice by their connection when process 0 itself is lost. JAX has
+heartbeats too, but on a loss it aborts the process with a stack trace, and jaxlib 0.10 cannot call
+a Python callback instead: it aborts while it converts the argument. So JAX's limit is set longer.
 
-A collective whose partner is gone raises an error on CPUs and may hang for ever on accelerators, so
-a thread ends the process, whatever the main thread does.
+A collective whose partner is gone raises an error on CPUs and may hang for ever on accelerators.
+Therefore a thread ends the process, whatever the main thread does.
 """
 
 import atexit
@@ -27,15 +28,15 @@ import jax
 from uss_jax.errors import Stopped, UserError, one_line
 from uss_jax.training.checkpoints import saved_steps
 
-# A host is lost when nothing has been heard from it for so long; it beats while it compiles too.
+# A host that sends no heartbeat for this long is lost; a host that compiles does send them.
 LOST_SECONDS = 60.0
-# The same once a collective has failed somewhere: then it is only asked whose fault it was.
+# The limit once a collective has failed on some host, most likely because another is gone.
 _SUSPECT_SECONDS = 15.0
 _BEAT_SECONDS = 3.0
-# For which a process that hears of another's end goes on: it may be about to end by itself, and
-# process 0 is how the others hear of it.
+# How long a process goes on after it has read that another one ended: it may be about to end by
+# itself, with the same error, and the others must have time to read it in process 0.
 _GRACE_SECONDS = 6.0
-# In which the interpreter must have ended after an error.
+# How long the interpreter may take to end after an error.
 _LEAVE_SECONDS = 30.0
 
 _BEAT, _BROKEN, _END = "uss_jax/beat/", "uss_jax/broken/", "uss_jax/end/"
@@ -43,19 +44,20 @@ _DONE = "done"
 
 
 class Relay:
-    """Carries JAX's connection to process 0, and notices when process 0 is gone or falls silent.
+    """Forwards JAX's connection to process 0, and notices when process 0 is gone or silent.
 
-    JAX aborts a process the moment this connection breaks. Behind a relay its end of it stays open.
+    JAX aborts the process the moment this connection breaks. With a relay between them, JAX's end
+    of it stays open and the process can end in its own way.
 
     Attributes:
-      address: what to give JAX as the coordinator's.
+      address: the coordinator's address, as far as JAX knows.
     """
 
     def __init__(self, coordinator: str):
         host, _, port = coordinator.rpartition(":")
         self._coordinator = host.strip("[]"), int(port)
         self._on_loss: Callable[[str], None] | None = None
-        # A socket with a path: one with a port would be looked for behind an HTTP proxy.
+        # A Unix socket, because gRPC may connect to a port by way of an HTTP proxy.
         self._folder = tempfile.mkdtemp(prefix="uss-jax-")
         path = os.path.join(self._folder, "relay")
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -114,9 +116,10 @@ class Relay:
 
 
 class Watch:
-    """Beats for this process and ends it when another one has ended. Used as a context manager.
+    """Sends this process's heartbeat, and ends the process when another one is lost or has failed.
 
-    Leaving it with an error tells the other processes; leaving it without waits for them.
+    A context manager: an exception that leaves it is reported to the other processes; without one
+    it waits until they have finished too.
     """
 
     def __init__(
@@ -128,15 +131,15 @@ class Watch:
         workdir: str | os.PathLike | None = None,
         relay: Relay | None = None,
     ):
-        """Starts nothing yet.
+        """Starts no thread yet.
 
         Args:
           store: JAX's client of the key-value store.
           process: number of this process.
-          processes: how many there are.
+          processes: number of processes.
           coordinator: host and port of process 0.
-          workdir: whose checkpoints the sentence tells of.
-          relay: of this process's connection to process 0; process 0 has none.
+          workdir: folder of the run, whose last checkpoint is named; None without checkpoints.
+          relay: carries this process's connection to process 0; None in process 0.
         """
         self._store, self._process, self._processes = store, process, processes
         self._coordinator = coordinator.rpartition(":")[0]
@@ -144,6 +147,7 @@ class Watch:
         self._name = socket.gethostname()
         self._beats: dict[int, tuple[str, float]] = {}  # the last beat of each, and since when
         self._ends: dict[int, str] = {}  # how processes ended: _DONE or a clause about it
+        self._failure: str | None = None  # the first such clause
         self._broken: set[int] = set()  # in which a collective has failed
         self._asking = False  # whether one has failed in this process
         self._heard_of_end: float | None = None
@@ -160,19 +164,19 @@ class Watch:
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if error is None or isinstance(error, Stopped):
             self._write(_END, _DONE)
-            # JAX waits too when the interpreter ends, but knows less of who is still there.
-            while len(self._ends) < self._processes or self._failed():
+            # JAX waits too when the interpreter ends, but not for a lost host with a sentence.
+            while len(self._ends) < self._processes or self._failure:
                 time.sleep(0.2)
             self._over.set()
             return
-        # JAX would now wait for processes that do not come.
+        # When the interpreter ends JAX would wait for processes that do not come.
         status = 130 if isinstance(error, KeyboardInterrupt) else 1
         atexit.register(_exit, status)
         if isinstance(error, jax.errors.JaxRuntimeError):
             self._wait_for_who_broke_it()
         self._left = time.monotonic(), status
-        self._write(_END, f"{self._host(self._process, self._name)} ended: {_told(error)}")
-        # With process 0 goes what it has told.
+        self._write(_END, f"{_host(self._process, self._name)} ended: {_told(error)}")
+        # What the others have not read by the end of process 0 is lost.
         until = time.monotonic() + _GRACE_SECONDS + 3 * _BEAT_SECONDS
         while self._process == 0 and len(self._ends) < self._processes:
             if time.monotonic() > until:
@@ -184,7 +188,7 @@ class Watch:
         self._asking = True
         self._write(_BROKEN, "")
         until = time.monotonic() + _SUSPECT_SECONDS + 5 * _BEAT_SECONDS
-        while self._failed() or (time.monotonic() < until and len(self._broken) < self._processes):
+        while self._failure or (time.monotonic() < until and len(self._broken) < self._processes):
             time.sleep(0.2)
 
     def _beat(self) -> None:
@@ -196,6 +200,8 @@ class Watch:
                     f"{_BEAT}{self._process}", f"{count} {self._name}", allow_overwrite=True
                 )
                 self._ends = self._read(_END)
+                failures = (how for how in self._ends.values() if how != _DONE)
+                self._failure = self._failure or next(failures, None)
                 if self._process == 0 or self._asking:
                     self._broken = set(self._read(_BROKEN))
                 if self._process == 0:
@@ -207,14 +213,14 @@ class Watch:
             self._over.wait(min(pause, _BEAT_SECONDS))
 
     def _note_lost(self, now: float) -> None:
-        """Tells all which hosts have stopped beating."""
+        """Writes into the store which hosts have sent no heartbeat for too long."""
         limit = _SUSPECT_SECONDS if self._broken else LOST_SECONDS
         for process, beat in self._read(_BEAT).items():
             before, since = self._beats.get(process, ("", now))
             if beat != before:
                 self._beats[process] = beat, now
             elif now - since > limit and self._ends.get(process, _DONE) == _DONE:
-                host = self._host(process, beat.partition(" ")[2])
+                host = _host(process, beat.partition(" ")[2])
                 why = f"nothing was heard from it for {limit:.0f} seconds"
                 self._write(_END, f"{host} was lost: {why}", process)
 
@@ -223,19 +229,15 @@ class Watch:
             since, status = self._left
             if now - since > _LEAVE_SECONDS:
                 _exit(status)
-        elif failed := self._failed():
+        elif self._failure is not None:
             self._heard_of_end = self._heard_of_end or now
             if now - self._heard_of_end > _GRACE_SECONDS:
                 self._write(_END, _DONE)  # process 0 need not wait for this one
-                self._end(failed)
-
-    def _failed(self) -> str | None:
-        """How the first process ended that ended with an error."""
-        return next((how for how in self._ends.values() if how != _DONE), None)
+                self._end(self._failure)
 
     def _lost_process_0(self, why: str) -> None:
         if self._left is None and not self._over.is_set():
-            self._end(self._failed() or f"{self._host(0, self._coordinator)} was lost: {why}")
+            self._end(self._failure or f"{_host(0, self._coordinator)} was lost: {why}")
 
     def _end(self, how: str) -> None:
         """Ends this process."""
@@ -247,9 +249,6 @@ class Watch:
         else:
             then = "there is no checkpoint yet: the same command starts from the beginning"
         end_process(f"{how}; {then}")
-
-    def _host(self, process: int, name: str) -> str:
-        return f"host {process} ({name})"
 
     def _read(self, folder: str) -> dict[int, str]:
         rows = self._store.key_value_dir_get(folder)
@@ -268,8 +267,12 @@ def end_process(sentence: str) -> None:
     os._exit(1)
 
 
+def _host(process: int, name: str) -> str:
+    return f"host {process} ({name})"
+
+
 def _told(error: BaseException) -> str:
-    """What other hosts are told of an error."""
+    """Describes an error to the other hosts, on one line."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, KeyboardInterrupt):
@@ -278,7 +281,7 @@ def _told(error: BaseException) -> str:
 
 
 def _exit(status: int) -> None:
-    """Ends the process at once, what was printed on its way out."""
+    """Ends the process at once, after flushing what it has printed."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

@@ -14,10 +14,12 @@ import uss_jax.train
 from tests.tiny import CONFIGS
 from uss_jax.cli.main import main
 from uss_jax.errors import UserError
-from uss_jax.training import watch
+from uss_jax.training import hosts, watch
 
 watch.LOST_SECONDS, watch._SUSPECT_SECONDS = 6.0, 3.0
 watch._BEAT_SECONDS, watch._GRACE_SECONDS = 0.3, 1.0
+if "alone" in sys.argv:
+    hosts._JOIN_SECONDS = 2.0
 
 
 def _train(config, workdir):

@@ -187,7 +187,8 @@ def initialized(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: called.append(arguments))
     monkeypatch.setattr("uss_jax.training.hosts.glob.glob", lambda pattern: [])
     monkeypatch.setattr(
-        "uss_jax.training.hosts.Relay", lambda address: SimpleNamespace(address=address)
+        "uss_jax.training.hosts.Relay",
+        lambda address: SimpleNamespace(address=address, close=lambda: None),
     )
     monkeypatch.setattr("uss_jax.training.hosts.Watch", lambda *about: contextlib.nullcontext())
 

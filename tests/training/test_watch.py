@@ -19,39 +19,47 @@ ENDED = LOST.replace("was lost: .+", "ended: {why}")
 
 
 @pytest.fixture
-def start(tmp_path):
-    """Starts both and returns them once they have met."""
+def start_one(tmp_path):
+    """Starts one of two processes."""
     (tmp_path / "checkpoints" / "40").mkdir(parents=True)
     (tmp_path / "checkpoints" / "60.orbax-checkpoint-tmp").mkdir()
+    with socket.socket() as free:
+        free.bind(("", 0))
+        address = f"localhost:{free.getsockname()[1]}"
     with contextlib.ExitStack() as stack:
 
-        def start(*whats):
-            with socket.socket() as free:
-                free.bind(("", 0))
-                address = f"localhost:{free.getsockname()[1]}"
-            hosts = []
-            for process in range(2):
-                host = subprocess.Popen(
-                    [sys.executable, "-m", "tests.training.host", tmp_path, *whats],
-                    cwd=CONFIGS.parent,
-                    env={
-                        **os.environ,
-                        "JAX_COORDINATOR_ADDRESS": address,
-                        "JAX_NUM_PROCESSES": "2",
-                        "JAX_PROCESS_ID": str(process),
-                    },
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-                stack.enter_context(host)
-                stack.callback(host.kill)
-                hosts.append(host)
-            for host in hosts:
-                assert host.stdout.readline() == "joined\n", host.stderr.read()
-            return hosts
+        def start_one(process, *whats):
+            host = subprocess.Popen(
+                [sys.executable, "-m", "tests.training.host", tmp_path, *whats],
+                cwd=CONFIGS.parent,
+                env={
+                    **os.environ,
+                    "JAX_COORDINATOR_ADDRESS": address,
+                    "JAX_NUM_PROCESSES": "2",
+                    "JAX_PROCESS_ID": str(process),
+                },
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            stack.enter_context(host)
+            stack.callback(host.kill)
+            return host
 
-        yield start
+        yield start_one
+
+
+@pytest.fixture
+def start(start_one):
+    """Starts both and returns them once they have met."""
+
+    def start(*whats):
+        hosts = [start_one(process, *whats) for process in range(2)]
+        for host in hosts:
+            assert host.stdout.readline() == "joined\n", host.stderr.read()
+        return hosts
+
+    return start
 
 
 def _ended(host, timeout=60):
@@ -131,4 +139,13 @@ def test_ctrl_c_on_one_host_ends_both(start, interrupted):
     assert _ended(hosts[interrupted]) == ("uss-jax: interrupted\n", 130)
     err, status = _ended(hosts[1 - interrupted])
     assert re.fullmatch(ENDED.format(host=interrupted, why="interrupted"), err), err
+    assert status == 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_host_whose_other_never_starts_says_so(start_one, process):
+    err, status = _ended(start_one(process, "alone", "alone"))
+    assert err.startswith("uss-jax: the 2 hosts did not all connect within 2 seconds: ")
+    assert err.count("\n") == 1
     assert status == 1

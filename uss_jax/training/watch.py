@@ -30,7 +30,7 @@ from uss_jax.training.checkpoints import saved_steps
 
 # A host that sends no heartbeat for this long is lost; a host that compiles does send them.
 LOST_SECONDS = 60.0
-# The limit once a collective has failed on some host, most likely because another is gone.
+# The limit once an unexpected error has come up on some host, perhaps because another is gone.
 _SUSPECT_SECONDS = 15.0
 _BEAT_SECONDS = 3.0
 # How long a process goes on after it has read that another one ended: it may be about to end by
@@ -148,8 +148,8 @@ class Watch:
         self._beats: dict[int, tuple[str, float]] = {}  # the last beat of each, and since when
         self._ends: dict[int, str] = {}  # how processes ended: _DONE or a clause about it
         self._failure: str | None = None  # the first such clause
-        self._broken: set[int] = set()  # in which a collective has failed
-        self._asking = False  # whether one has failed in this process
+        self._broken: set[int] = set()  # in which an unexpected error has come up
+        self._asking = False  # whether one has come up in this process
         self._heard_of_end: float | None = None
         self._left: tuple[float, int] | None = None  # when with an error, and the exit status
         self._over = threading.Event()
@@ -172,7 +172,8 @@ class Watch:
         # When the interpreter ends JAX would wait for processes that do not come.
         status = 130 if isinstance(error, KeyboardInterrupt) else 1
         atexit.register(_exit, status)
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if not isinstance(error, UserError | KeyboardInterrupt):
+            # A failed collective, or what orbax and others made of it.
             self._wait_for_who_broke_it()
         self._left = time.monotonic(), status
         self._write(_END, f"{_host(self._process, self._name)} ended: {_told(error)}")
@@ -184,7 +185,7 @@ class Watch:
             time.sleep(0.2)
 
     def _wait_for_who_broke_it(self) -> None:
-        """Returns when no other process was lost; else this one is ended meanwhile."""
+        """Returns when no other process is lost; where one is, this process ends meanwhile."""
         self._asking = True
         self._write(_BROKEN, "")
         until = time.monotonic() + _SUSPECT_SECONDS + 5 * _BEAT_SECONDS

@@ -33,16 +33,13 @@ for ((process = 0; process < processes; process++)); do
 done
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 
-# The first that fails decides how this ends; the others would wait for it in vain.
+# The first that fails decides how this ends; the others notice, and end by themselves.
 status=0
 for ((left = processes; left > 0;)); do
     code=0
     wait -n -p ended || code=$?
     [ -n "${ended:-}" ] || continue # a signal, which the trap has passed on
     left=$((left - 1))
-    [ "$code" -ne 0 ] && [ "$status" -eq 0 ] || continue
-    status=$code
-    # After a notice to stop all save together.
-    [ "$code" -eq 143 ] || kill -KILL "${pids[@]}" 2>/dev/null || true
+    [ "$status" -ne 0 ] || status=$code
 done
 exit "$status"

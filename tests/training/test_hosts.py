@@ -1,5 +1,6 @@
 """Two processes of two devices train as one process of four, and one of them writes."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -61,6 +63,18 @@ def _metrics(workdir, name="loss"):
     return np.array([[line["step"], line[name]] for line in lines if name in line])
 
 
+def _wait(started, condition):
+    while not condition() and started.poll() is None:
+        time.sleep(0.02)
+
+
+def _hosts(started):
+    """The process ids of what launch/local.sh has started."""
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    assert len(children) == 2, started.communicate()[1]
+    return [int(child) for child in children]
+
+
 @pytest.mark.long
 def test_two_hosts_train_as_one_and_one_goes_on_alone(place, start, tmp_path):
     write_pairs(tmp_path / "pairs", [3, 3, 3, 7, 9])
@@ -93,16 +107,35 @@ def test_sigterm_to_one_host_stops_all_after_the_same_step_saved(place, start, t
     workdir = tmp_path / "run"
     started = start(train_words("resunet30.py", place, workdir, changed), hosts=2)
     metrics = workdir / "metrics.jsonl"
-    while not (metrics.exists() and metrics.stat().st_size) and started.poll() is None:
-        time.sleep(0.02)
-    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
-    assert len(children) == 2, started.communicate()[1]
-    os.kill(int(children[-1]), signal.SIGTERM)
+    _wait(started, lambda: metrics.exists() and metrics.stat().st_size)
+    os.kill(_hosts(started)[1], signal.SIGTERM)
     err = started.communicate(timeout=300)[1]
     assert started.returncode == 143, err
     stopped = re.findall(r"^uss-jax: stopped by SIGTERM and saved after step (\d+)", err, re.M)
     assert stopped == [str(latest_step(workdir / "checkpoints"))] * 2
     assert int(_metrics(workdir)[-1, 0]) == int(stopped[0])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("lost", "saved"), [(0, True), (1, True), (0, False)])
+def test_a_killed_host_ends_the_other_which_tells_of_the_last_checkpoint(
+    place, start, tmp_path, lost, saved
+):
+    """In steps and checkpoints, or while the step compiles. The other way to hang: test_watch."""
+    changed = {**LIGHT, "total_steps": 100_000, "checkpoint_every_steps": 1}
+    workdir = tmp_path / "run"
+    started = start(train_words("resunet30.py", place, workdir, changed), hosts=2)
+    seen = workdir / "checkpoints" / "1" if saved else workdir / "config.json"
+    _wait(started, seen.exists)
+    os.kill(_hosts(started)[lost], signal.SIGKILL)
+    err = started.communicate(timeout=90)[1]
+    told = [line for line in err.splitlines() if line.startswith("uss-jax:")]
+    step = latest_step(workdir / "checkpoints")
+    then = f"the last checkpoint is step {step}: the same command goes on from there"
+    if step is None:
+        then = "there is no checkpoint yet: the same command starts from the beginning"
+    assert re.fullmatch(rf"uss-jax: host {lost} \(.+\) was lost: .*; {then}", *told), err
+    assert not re.search("Traceback|Check failure", err)
 
 
 @pytest.mark.parametrize(
@@ -117,70 +150,106 @@ def test_sigterm_to_one_host_stops_all_after_the_same_step_saved(place, start, t
 )
 def test_processes_that_cannot_meet_are_told_why(monkeypatch, given, said):
     if "two" not in given.values():
-        with pytest.raises(UserError, match=said):
-            join_hosts(**given)
+        with pytest.raises(UserError, match=said), join_hosts(**given):
+            pass
     for name, value in given.items():
         monkeypatch.setenv(ENVIRONMENT[name], str(value))
-    with pytest.raises(UserError, match=said):
-        join_hosts()
+    with pytest.raises(UserError, match=said), join_hosts():
+        pass
 
 
-SLURM = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "16"}
-EXPLICIT = dict(zip(ENVIRONMENT.values(), ("a:1", "2", "1"), strict=True))
-TO_A = {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1}
+EXPLICIT = dict(zip(ENVIRONMENT.values(), ("a:1", "2", "0"), strict=True))
+# The first task of the second of two nodes, both with eight GPUs.
+SLURM = {
+    "SLURM_JOB_ID": "4097",
+    "SLURM_STEP_NODELIST": "node[07-08]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+    "SLURM_GPUS_ON_NODE": "8",
+    "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7",
+}
+TASK_A_GPU = {
+    **SLURM,
+    "SLURM_NTASKS": "16",
+    "SLURM_PROCID": "11",
+    "SLURM_LOCALID": "3",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+}
+
+
+@pytest.fixture
+def initialized(monkeypatch):
+    """What JAX is told of the hosts by an environment."""
+    called = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: called.append(arguments))
+    monkeypatch.setattr("uss_jax.training.hosts.glob.glob", lambda pattern: [])
+    monkeypatch.setattr(
+        "uss_jax.training.hosts.Relay",
+        lambda address: SimpleNamespace(address=address, close=lambda: None),
+    )
+    monkeypatch.setattr("uss_jax.training.hosts.Watch", lambda *about: contextlib.nullcontext())
+
+    def initialized(environment):
+        for name in (*ENVIRONMENT.values(), *SLURM, "JAX_LOCAL_DEVICE_IDS", "JAX_COORDINATOR_PORT"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with join_hosts():
+            pass
+        return called.pop() if called else None
+
+    return initialized
 
 
 @pytest.mark.parametrize(
     ("environment", "wanted"),
     [
-        ({}, None),
-        ({**SLURM, "SLURM_NTASKS": "1"}, None),
-        ({"SLURM_NTASKS": "16"}, None),  # of the job, in which no step has been started
-        (SLURM, {"cluster_detection_method": "slurm"}),
-        (EXPLICIT, {**TO_A, "cluster_detection_method": "deactivate"}),
-        ({**SLURM, **EXPLICIT}, {**TO_A, "cluster_detection_method": "deactivate"}),
+        ({**SLURM}, ("node07:61441", 2, 1)),
+        ({**SLURM, "SLURM_STEP_NODELIST": "a1,a2"}, ("a1:61441", 2, 1)),
+        ({**SLURM, "SLURM_STEP_NODELIST": "r[2-3]-n[4,9],b"}, ("r2-n4:61441", 2, 1)),
+        ({**SLURM, "JAX_COORDINATOR_PORT": "99"}, ("node07:99", 2, 1)),
+        (EXPLICIT, ("a:1", 2, 0)),
+        ({**SLURM, **EXPLICIT}, ("a:1", 2, 0)),
     ],
 )
-def test_what_the_environment_says_is_heeded(monkeypatch, environment, wanted):
-    called = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: called.append(arguments))
-    monkeypatch.setattr("uss_jax.training.hosts.glob.glob", lambda pattern: [])
-    for name in (*ENVIRONMENT.values(), *SLURM):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    join_hosts()
-    assert called == ([] if wanted is None else [wanted])
+def test_what_the_environment_says_is_heeded(initialized, environment, wanted):
+    told = initialized(environment)
+    keys = ("coordinator_address", "num_processes", "process_id")
+    assert tuple(told[key] for key in keys) == wanted
+    assert told["cluster_detection_method"] == "deactivate"
 
 
 @pytest.mark.parametrize(
-    ("tasks_per_node", "more", "devices"),
+    "environment",
     [
-        ("1(x4)", {}, "all"),
-        ("1", {}, "all"),
-        ("8(x4)", {}, "0"),
-        ("1(x2),2", {}, "0"),
-        ("1(x4)", {"JAX_LOCAL_DEVICE_IDS": "0"}, "0"),
+        {},
+        {**SLURM, "SLURM_NTASKS": "1"},
+        {"SLURM_NTASKS": "16"},  # of the job, in which no step has been started
     ],
 )
-def test_a_task_alone_on_its_node_has_all_its_gpus(monkeypatch, tasks_per_node, more, devices):
-    flags = {}
-    monkeypatch.setattr(
-        type(jax.config), "update", lambda _, name, value: flags.update({name: value})
-    )
-
-    def initialize(cluster_detection_method):  # as jax does it
-        jax.config.update("jax_cuda_visible_devices", "0")
-
-    monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    for name in ENVIRONMENT.values():
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {**SLURM, "SLURM_STEP_TASKS_PER_NODE": tasks_per_node, **more}.items():
-        monkeypatch.setenv(name, value)
-    join_hosts()
-    assert flags["jax_cuda_visible_devices"] == devices
+def test_a_process_that_nothing_names_others_to_is_alone(initialized, environment):
+    assert initialized(environment) is None
 
 
-def test_the_flags_of_visible_devices_exist():
-    for platform in ("cuda", "rocm"):
-        jax.config.update(f"jax_{platform}_visible_devices", "all")  # the default
+@pytest.mark.parametrize(
+    ("environment", "gpus"),
+    [
+        (SLURM, None),  # a task a node: all that it sees
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "2,1"}, None),
+        (TASK_A_GPU, [3]),
+        ({**TASK_A_GPU, "SLURM_STEP_TASKS_PER_NODE": "2,4"}, [6, 7]),
+        ({**TASK_A_GPU, "CUDA_VISIBLE_DEVICES": "3"}, None),  # bound to its task by SLURM
+        ({**TASK_A_GPU, "JAX_LOCAL_DEVICE_IDS": "5"}, None),  # JAX reads it
+        ({**TASK_A_GPU, "CUDA_VISIBLE_DEVICES": "", "SLURM_GPUS_ON_NODE": ""}, [3]),
+    ],
+)
+def test_tasks_of_slurm_share_all_gpus_of_their_node(initialized, environment, gpus):
+    assert initialized(environment).get("local_device_ids") == gpus
+
+
+def test_tasks_that_cannot_share_the_gpus_of_a_node_are_told_so(initialized):
+    with pytest.raises(UserError, match="3 tasks cannot share 8 GPUs of a node evenly"):
+        initialized({**TASK_A_GPU, "SLURM_STEP_TASKS_PER_NODE": "3(x2)"})

@@ -28,11 +28,12 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.train import dry_run, train
     from uss_jax.training.hosts import join_hosts
 
-    config = load_config(args.config, args.config_overrides)
-    join_hosts(args.coordinator, args.processes, args.process)
-    if args.dry_run:
-        print("\n".join(dry_run(config)))
-        return
-    if args.workdir is None:
+    if args.workdir is None and not args.dry_run:
         raise UserError("--workdir is missing; give the folder where the run is to live")
-    train(config, args.workdir)
+    # Joined first: the others hear of what is wrong on one host.
+    with join_hosts(args.coordinator, args.processes, args.process, workdir=args.workdir):
+        config = load_config(args.config, args.config_overrides)
+        if args.dry_run:
+            print("\n".join(dry_run(config)))
+        else:
+            train(config, args.workdir)

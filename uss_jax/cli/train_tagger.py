@@ -20,6 +20,7 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.train_tagger import train_tagger
     from uss_jax.training.hosts import join_hosts
 
-    config = load_config(args.config, args.config_overrides)
-    join_hosts(args.coordinator, args.processes, args.process)
-    train_tagger(config, args.workdir)
+    # Joined first: the others hear of what is wrong on one host.
+    with join_hosts(args.coordinator, args.processes, args.process, workdir=args.workdir):
+        config = load_config(args.config, args.config_overrides)
+        train_tagger(config, args.workdir)

@@ -1,18 +1,20 @@
 """A run's processes: how they find each other, and how they are asked to stop."""
 
+import contextlib
 import glob
 import importlib.util
 import os
 import re
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
 from uss_jax.errors import UserError
+from uss_jax.training.watch import LOST_SECONDS, Relay, Watch, end_process
 
 # What says it of a process where neither a TPU pod nor SLURM does, such as a JobSet's manifest.
 ENVIRONMENT = {
@@ -21,19 +23,30 @@ ENVIRONMENT = {
     "process": "JAX_PROCESS_ID",
 }
 
+# In which all processes must have started.
+_JOIN_SECONDS = 300.0
 
+
+@contextlib.contextmanager
 def join_hosts(
-    coordinator: str | None = None, processes: int | None = None, process: int | None = None
-) -> None:
-    """Makes this process one of a run's; alone where nothing says that there are others.
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    *,
+    workdir: str | os.PathLike | None = None,
+) -> Iterator[None]:
+    """Connects this process to the others of its run; does nothing where there are no others.
 
-    Said by the arguments, by the environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
-    and JAX_PROCESS_ID, by SLURM's of a job step with several tasks, or by a TPU pod.
+    They are named by the arguments, by the environment variables JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID, by SLURM's variables of a job step with several tasks, or
+    by a TPU pod. Inside the context, when one process is lost or fails, the others end within 90
+    seconds; see Watch.
 
     Args:
       coordinator: host and port of process 0.
-      processes: how many there are.
+      processes: number of processes.
       process: number of this one, from 0.
+      workdir: folder of the run, whose last checkpoint is named when a process is lost.
 
     Raises:
       UserError: some of the three are missing, or they do not fit each other.
@@ -42,21 +55,59 @@ def join_hosts(
     if all(value is None for value in given.values()):
         given = {name: os.environ.get(key) or None for name, key in ENVIRONMENT.items()}
     if any(value is not None for value in given.values()):
-        jax.distributed.initialize(**_explicit(given), cluster_detection_method="deactivate")
+        found = _explicit(given)
     elif "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
-        jax.distributed.initialize(cluster_detection_method="slurm")
-        if _alone_on_its_node() and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
-            # initialize() gives task i of a node its device i and no other.
-            for platform in ("cuda", "rocm"):
-                jax.config.update(f"jax_{platform}_visible_devices", "all")
+        found = _of_slurm(os.environ)
     elif importlib.util.find_spec("libtpu") and glob.glob("/dev/accel*") + glob.glob("/dev/vfio/*"):
+        found = _of_tpu_pod()
+    else:
+        yield
+        return
+    if found is None:
         jax.distributed.initialize()
+        yield
+        return
+    with _joined(found, workdir):
+        yield
 
 
-def _alone_on_its_node() -> bool:
-    """Whether every node of the SLURM step has a single task, for all its devices."""
-    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
-    return re.fullmatch(r"1(\(x\d+\))?", tasks) is not None
+def _joined(
+    arguments: Mapping[str, Any], workdir: str | os.PathLike | None
+) -> contextlib.AbstractContextManager:
+    """Connects this process to the others; returns the context that watches over them."""
+    coordinator, process = arguments["coordinator_address"], arguments["process_id"]
+    # At its own time limit JAX would abort with a stack trace.
+    late = threading.Timer(
+        _JOIN_SECONDS,
+        end_process,
+        [
+            f"the {arguments['num_processes']} hosts did not all connect within "
+            f"{_JOIN_SECONDS:.0f} seconds: start the same command on each of them, and see that "
+            f"they reach host 0 at {coordinator}"
+        ],
+    )
+    late.daemon = True
+    late.start()
+    relay = Relay(coordinator) if process else None
+    try:
+        jax.distributed.initialize(
+            **{**arguments, "coordinator_address": relay.address if relay else coordinator},
+            cluster_detection_method="deactivate",
+            initialization_timeout=round(2 * _JOIN_SECONDS),
+            heartbeat_timeout_seconds=round(10 * LOST_SECONDS),  # Watch has its own
+            shutdown_timeout_seconds=round(LOST_SECONDS),  # Watch lets all come to it together
+        )
+    finally:
+        late.cancel()
+        if relay:
+            relay.close()
+    try:  # it has no public name; orbax uses it in this way
+        from jax._src.distributed import global_state
+
+        store = global_state.client
+    except (ImportError, AttributeError):  # JAX has changed: a loss ends all by its abort
+        return contextlib.nullcontext()
+    return Watch(store, process, arguments["num_processes"], coordinator, workdir, relay)
 
 
 def _explicit(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,6 +134,76 @@ def _explicit(given: Mapping[str, Any]) -> dict[str, Any]:
         "num_processes": processes,
         "process_id": process,
     }
+
+
+def _of_slurm(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The arguments of jax.distributed.initialize for a task of a SLURM job step.
+
+    JAX's own reading of SLURM gives each task one GPU, however many the node has.
+    """
+    first = re.match(r"(?:\[[^]]*\]|[^,\[])*", environment["SLURM_STEP_NODELIST"])[0]
+    host = re.sub(r"\[(\d+)[^]]*\]", r"\1", first)
+    # Above 61440 and the same on all nodes, as in JAX; two jobs can share a node.
+    port = (
+        environment.get("JAX_COORDINATOR_PORT") or 61440 + int(environment["SLURM_JOB_ID"]) % 4096
+    )
+    found = {
+        "coordinator_address": f"{host}:{port}",
+        "num_processes": int(environment["SLURM_NTASKS"]),
+        "process_id": int(environment["SLURM_PROCID"]),
+    }
+    gpus = _gpus_of_task(environment)
+    return found if gpus is None else {**found, "local_device_ids": gpus}
+
+
+def _gpus_of_task(environment: Mapping[str, str]) -> list[int] | None:
+    """Which of the GPUs that a SLURM task sees are its own; None for all.
+
+    Where SLURM shows all tasks of a node the same GPUs, they share them evenly.
+    """
+    tasks = _tasks_on_node(environment)
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    on_node = int(environment.get("SLURM_GPUS_ON_NODE") or 0)
+    seen = on_node if visible is None else len([gpu for gpu in visible.split(",") if gpu])
+    if tasks == 1 or "JAX_LOCAL_DEVICE_IDS" in environment or 0 < seen < on_node:
+        return None
+    place = int(environment["SLURM_LOCALID"])
+    if not seen:  # GPUs that SLURM knows nothing of, or none
+        return [place]
+    if seen % tasks:
+        raise UserError(
+            f"{tasks} tasks cannot share {seen} GPUs of a node evenly: change --ntasks-per-node"
+        )
+    return list(range(seen // tasks * place, seen // tasks * (place + 1)))
+
+
+def _tasks_on_node(environment: Mapping[str, str]) -> int:
+    """How many tasks of the job step are on this node."""
+    counts = []
+    # Such as 8(x2),4: two nodes of eight and one of four.
+    for text in environment.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
+        if match := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", text):
+            counts += [int(match[1])] * int(match[2] or 1)
+    node = int(environment.get("SLURM_NODEID", 0))
+    return counts[node] if node < len(counts) else int(environment["SLURM_NTASKS"])
+
+
+def _of_tpu_pod() -> dict[str, Any] | None:
+    """The arguments of jax.distributed.initialize on a TPU host; None where JAX is to find them.
+
+    They are wanted before joining, and JAX has no public function that finds them.
+    """
+    try:
+        from jax._src.clusters import ClusterEnv
+
+        coordinator, processes, process, _ = ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, None, 300
+        )
+    except (ImportError, AttributeError, TypeError):  # JAX has changed
+        return None
+    if None in (coordinator, processes, process):
+        return None
+    return {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
 
 
 class StopNotice:

@@ -201,13 +201,20 @@ def build_index(
             # Fresh processes: a fork of one in which threads run may hang.
             context = multiprocessing.get_context("spawn")
             pool = concurrent.futures.ProcessPoolExecutor(workers, context, _die_of_interrupt)
+            # Ctrl-C ends the workers too, so what is left needs no cancelling; a pool that cancels
+            # and loses its workers at the same time prints a traceback.
+            cancel = True
             try:
                 with _interrupt_ignored():  # by processes that start, too
-                    done = pool.map(_index_shard, *zip(*jobs, strict=True))
-                for _ in done:
+                    done = [pool.submit(_index_shard, *job) for job in jobs]
+                for future in done:
+                    future.result()
                     progress.update()
+            except KeyboardInterrupt:
+                cancel = False
+                raise
             finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(wait=False, cancel_futures=cancel)
     index = _join_parts(folder, shards, [part for _, _, part, _ in jobs], schema)
     with folder.replacing(_index_name(split)) as temporary:
         np.savez(temporary, format_version=FORMAT_VERSION, **dataclasses.asdict(index))

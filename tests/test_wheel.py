@@ -87,4 +87,4 @@ for command, config in {commands}:
 def test_a_wheel_installs_the_command(installed):
     (distribution,) = importlib.metadata.distributions(path=[str(installed)])
     (entry,) = distribution.entry_points.select(group="console_scripts")
-    assert (entry.name, entry.value) == ("uss-jax", "uss_jax.cli.main:main")
+    assert (entry.name, entry.value) == ("uss-jax", "uss_jax.cli.main:command")

@@ -87,12 +87,13 @@ import time
 from uss_jax.cli.interrupt import end_on_interrupt
 
 end_on_interrupt()
-try:
-    print("ready", flush=True)
-    time.sleep(60)
-except KeyboardInterrupt:
-    print("heard", flush=True)
-    time.sleep(60)
+said = "ready"
+while True:
+    try:
+        print(said, flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        said = "heard"
 """
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -29,8 +29,10 @@ def end_on_interrupt() -> None:
     report = sys.unraisablehook
 
     def hear(number: int, frame: Any) -> NoReturn:
-        del number, frame
+        del number
         heard.set()
+        if _compiles(frame):
+            _leave_interrupted()
         raise KeyboardInterrupt
 
     def raise_again(unraisable: Any) -> None:
@@ -58,8 +60,25 @@ def _listen(listening: int, heard: threading.Event) -> NoReturn:
         again = first is not None and time.monotonic() - first > 1.0
         first = first or time.monotonic()
         if again or not heard.wait(_PATIENCE_SECONDS):
-            print("uss-jax: interrupted", file=sys.stderr)
-            leave(130)
+            _leave_interrupted()
+
+
+def _compiles(frame: Any) -> bool:
+    """Tells whether JAX's compiler is among the calls that a frame is in.
+
+    It looks for signals now and then. An exception would unwind it while its own threads still
+    work for it, and they would crash the process.
+    """
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "jax._src.compiler":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _leave_interrupted() -> NoReturn:
+    print("uss-jax: interrupted", file=sys.stderr)
+    leave(130)
 
 
 def leave(status: int) -> NoReturn:

@@ -1,3 +1,4 @@
+import errno
 import os
 import pathlib
 import shutil
@@ -311,3 +312,38 @@ def test_a_checkpoint_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
     final = {path.relative_to(tmp_path / "c" / "5") for path in (tmp_path / "c" / "5").rglob("*")}
     assert final - before <= {pathlib.Path("commit_success.txt")}  # which nobody reads
     assert tmp_path / "c" in made[at:]
+
+
+def test_what_does_not_fit_is_not_begun(tmp_path, monkeypatch):
+    _write(tmp_path / "c", 4)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_500_000))
+    with (
+        Checkpoints(tmp_path / "c", keep=2) as checkpoints,
+        pytest.raises(UserError, match=r"c has 1.5 MB left, and 2.0 MB are to be written; free"),
+    ):
+        checkpoints.save(5, _state(), POSITION)
+    with pytest.raises(UserError, match=r"has 1.5 MB left"):
+        save_tree(tmp_path / "parts" / "sed", {"a": np.ones(3)})
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["4"]
+    assert list((tmp_path / "parts").iterdir()) == []
+    assert latest_step(tmp_path / "c") == 4
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        ValueError("RESOURCE_EXHAUSTED: Error writing a: [OS error 28: No space left on device]"),
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+    ],
+)
+def test_a_disk_that_is_full_nonetheless_is_told(tmp_path, monkeypatch, error):
+    def save(*args, **kwargs):
+        raise error
+
+    with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "save", save)
+        with pytest.raises(UserError, match=r"no space is left to write .*c; free some and give"):
+            checkpoints.save(5, _state(), POSITION)

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import os
 import pathlib
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -52,6 +53,10 @@ _READ_AT_ONCE = {
 }
 # What orbax raises where files are missing, cut short or full of something else.
 _DAMAGE = (OSError, ValueError, KeyError, AttributeError, TypeError)
+
+
+# Bytes of a checkpoint besides those of its arrays, at most so many.
+_ROOM_FOR_NOTES = 2_000_000
 
 
 class DamagedCheckpoint(UserError):
@@ -172,7 +177,9 @@ class Checkpoints:
             "fingerprints": {name: fingerprint(tree) for name, tree in parts.items()},
         }
         items |= {name: ocp.args.JsonSave(content) for name, content in about.items()}
-        with _room_for(self._directory):  # for this and for the one before, still being written
+        with _room_for(self._directory):
+            self._manager.wait_until_finished()  # the one before
+            _require_room(self._directory, parts)
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=dict(figures or {}))
 
     def figures(self, step: int) -> dict[str, float]:
@@ -346,8 +353,11 @@ def saved_steps(directory: str | os.PathLike) -> list[int]:
 
 def save_tree(path: str | os.PathLike, tree: Any) -> None:
     """Writes a tree of arrays as one orbax checkpoint, in place of one that is there."""
+    path = pathlib.Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _require_room(path.parent, tree)
     with _room_for(path), ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(pathlib.Path(path).absolute(), tree, force=True)
+        checkpointer.save(path, tree, force=True)
 
 
 def load_tree(path: str | os.PathLike) -> Any:
@@ -363,6 +373,17 @@ def load_tree(path: str | os.PathLike) -> Any:
     ):
         tree = checkpointer.metadata(path).item_metadata.tree
         return jax.tree.map(np.asarray, checkpointer.restore(path, _on_host(tree)))
+
+
+def _require_room(folder: pathlib.Path, tree: Any) -> None:
+    """Raises a UserError where a tree does not fit: orbax would fail in many threads at once."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + _ROOM_FOR_NOTES
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise UserError(
+            f"{folder} has {free / 1e6:.1f} MB left, and {size / 1e6:.1f} MB are to be written; "
+            "free some and give the same command again"
+        )
 
 
 @contextlib.contextmanager

@@ -10,8 +10,9 @@ import time
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from uss_jax.atomic import replacing
+from uss_jax.atomic import full, is_full, replacing
 from uss_jax.checked_json import parse_json, record, whole
+from uss_jax.errors import UserError
 
 _LINE = record({"step": whole(0, 2**63)}, others=True)
 
@@ -44,8 +45,13 @@ class MetricsWriter:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Adds the metrics of a step."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            if is_full(error):
+                raise UserError(full(self._file.name)) from error
+            raise
         for key, value in values.items():
             self._events.add_scalar(key, value, step)
         text = ", ".join(f"{key} {value:.4g}" for key, value in values.items())

@@ -22,6 +22,12 @@ def test_host_and_devices_agree(dtype, shape):
     assert fingerprint({"a": array}) == fingerprint({"a": jnp.asarray(array)})
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bool"])
+def test_large_arrays_stay_on_their_devices_and_agree(dtype):
+    array = _array(dtype, (17, 70_001))
+    assert fingerprint({"a": array}) == fingerprint({"a": jnp.asarray(array)})
+
+
 def test_of_more_than_one_block_of_the_host():
     array = _array("float32", (3, 70_001))
     assert fingerprint([array]) == fingerprint([jnp.asarray(array)])

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Shaped, UInt32
 
 _BLOCK = 1 << 16  # elements that the host mixes at once; they fit the cache
+_FETCHED = 1 << 20  # elements of a small array
 
 
 def fingerprint(tree: Any) -> str:
@@ -31,12 +32,23 @@ def fingerprint(tree: Any) -> str:
         arrays. Kinds of containers do not count, only the names and numbers that lead to a leaf.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    words = [_on_device(x) if isinstance(x, jax.Array) else _on_host(x) for _, x in leaves]
+    # Small arrays are copied: to compile a program for each of their shapes takes longer.
+    fetched = jax.device_get([x if _is_small(x) else None for _, x in leaves])
+    words = [
+        _on_device(x) if isinstance(x, jax.Array) and copy is None else _on_host(copy)
+        for (_, x), copy in zip(leaves, fetched, strict=True)
+    ]
     lines = []
     for (key, leaf), word in zip(leaves, jax.device_get(words), strict=True):
         path = jax.tree_util.keystr(key, simple=True, separator="/")
         lines.append(f"{path} {tuple(leaf.shape)} {leaf.dtype} {int(word):08x}\n")
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def _is_small(array: Any) -> bool:
+    if isinstance(array, jax.Array):
+        return array.is_fully_replicated and array.size <= _FETCHED
+    return True
 
 
 def _mixed(bits: Any, position: Any, word: Callable[[int], Any]) -> Any:

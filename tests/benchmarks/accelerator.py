@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -256,10 +256,14 @@ def ours(deadline: float, profile: bool) -> None:
         compiled = job.function.lower(*job.arguments).compile()
         return job, compiled, time.perf_counter() - began
 
-    # All programs are compiled first, as many at a time as cores allow, and none beside a timing.
+    # None is compiled beside a timing: all before it, as many at a time as cores allow, or, where
+    # that is one, each just before its own.
     workers = max(1, (os.cpu_count() or 1) // 4)
-    with ThreadPoolExecutor(workers) as pool:
-        made = list(pool.map(compile_, jobs(on_cpu)))
+    if workers == 1:
+        made: Iterable[tuple[Job, Any, float] | None] = map(compile_, jobs(on_cpu))
+    else:
+        with ThreadPoolExecutor(workers) as pool:
+            made = list(pool.map(compile_, jobs(on_cpu)))
     for make, found in zip(jobs(on_cpu), made, strict=True):
         if found is None or time.time() > deadline:
             _print(left_out=f"{make.func.__name__} {make.args}")

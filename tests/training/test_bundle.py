@@ -125,6 +125,21 @@ def test_a_bundle_without_a_part_says_so(tmp_path):
         read_bundle(write_tagger(tmp_path / "tagger")).separator()
 
 
+def test_arrays_that_are_not_those_of_the_hash_are_refused(tmp_path):
+    bundle = read_bundle(write_tagger(tmp_path / "tagger"))
+    changed = tagger_variables()
+    first = next(iter(changed["params"]))
+    changed["params"][first] = jax.tree.map(lambda x: x + 1e-3, changed["params"][first])
+    save_tree(tmp_path / "tagger" / "sed", changed)
+    with pytest.raises(UserError, match=r"tagger/sed holds other numbers than config\.json"):
+        bundle.sed()
+    assert net_hash(bundle.variables("sed", verify=False)) == net_hash(changed)
+    config = json.loads((tmp_path / "tagger" / "config.json").read_text())
+    del config["hashes"]
+    (tmp_path / "tagger" / "config.json").write_text(json.dumps(config))
+    read_bundle(tmp_path / "tagger").sed()
+
+
 def test_hashes_are_of_names_shapes_and_values(tmp_path):
     bundle = read_bundle(write_tagger(tmp_path / "tagger"))
     assert bundle.config["hashes"]["sed"] == net_hash(tagger_variables())

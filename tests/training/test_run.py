@@ -30,7 +30,7 @@ from uss_jax.cli.main import main
 from uss_jax.errors import UserError
 from uss_jax.training import run
 from uss_jax.training.bundle import read_bundle
-from uss_jax.training.checkpoints import Checkpoints, latest_step
+from uss_jax.training.checkpoints import Checkpoints, latest_step, save_tree
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -223,6 +223,14 @@ def test_metrics_that_a_power_cut_left_are_mended(place, whole, tmp_path, capsys
     assert "throughput.json is damaged" in capsys.readouterr().out
     assert metrics.read_bytes() == b"".join(lines)
     assert (workdir / "throughput.json.damaged").stat().st_size == 20
+
+
+def test_changed_frozen_nets_are_refused(place, whole, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    save_tree(workdir / "frozen" / "sed", tagger_variables(seed=7))
+    assert main(train_words("resunet30.py", place, workdir)) == 1
+    assert "folder `frozen` are not those that this run was started with" in capsys.readouterr().err
 
 
 def test_changed_records_are_refused(whole, place, tmp_path, capsys):

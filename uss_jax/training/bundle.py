@@ -127,11 +127,27 @@ class Bundle:
             variables["params"]["adaptor"] = self.variables("adaptor")["params"]
         return query, variables
 
-    def variables(self, part: str) -> Variables:
-        """`params` and `batch_stats` of a part, as host arrays."""
+    def variables(self, part: str, verify: bool = True) -> Variables:
+        """`params` and `batch_stats` of a part, as host arrays.
+
+        Args:
+          part: its name.
+          verify: whether they must be those that the bundle was written with.
+
+        Raises:
+          UserError: there are none, they cannot be read, or they are not those that the bundle was
+            written with.
+        """
         for place in (self.path / part, self.path / "frozen" / part):
             if place.is_dir():
-                return load_tree(place)
+                variables = load_tree(place)
+                said = self.config.get("hashes", {}).get(part)
+                if verify and said is not None and said != net_hash(variables):
+                    raise UserError(
+                        f"{place} holds other numbers than config.json's hash of its {part} was "
+                        "made of; copy the bundle again, or remove that hash if the change is meant"
+                    )
+                return variables
         # The nets of a run are in its newest checkpoint, those of a query below `query`.
         step = latest_step(self.path / "checkpoints")
         if step is not None:

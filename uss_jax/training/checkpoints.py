@@ -38,7 +38,7 @@ from uss_jax.training.state import TrainState
 _ITEMS = ("params", "batch_stats", "opt_state", "ema", "skipped", "norms")
 _POSITION = record(
     {"seed": whole(0, 2**64), "global_batch": whole(1, 2**31), "index_digest": text()},
-    {"anchors_digest": text(), "examples_seen": whole(0, 2**63)},
+    {"anchors_digest": text(), "frozen_digest": text(), "examples_seen": whole(0, 2**63)},
     others=True,
 )
 _FINGERPRINTS = mapping_of(text())

@@ -29,6 +29,7 @@ from uss_jax.ontology import load_ontology
 from uss_jax.precision import check_precision
 from uss_jax.training.bundle import FORMAT_VERSION, read_bundle
 from uss_jax.training.checkpoints import Checkpoints, DamagedCheckpoint
+from uss_jax.training.fingerprint import fingerprint
 from uss_jax.training.loop import Evaluate, fit
 from uss_jax.training.mesh import create, on_all_devices, shapes
 from uss_jax.training.metrics import MetricsWriter
@@ -405,7 +406,7 @@ def train_on(
         **nets,
         "training": json.loads(config.to_json_best_effort()),
     }
-    position = _position(records, config)
+    position = {**_position(records, config), "frozen_digest": fingerprint(frozen)}
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
             Checkpoints(
@@ -556,6 +557,12 @@ def _require_same_data(
     if not index.has_digest(saved["index_digest"]):
         raise UserError(
             "the records have changed since this run was started; start in a new workdir"
+        )
+    # Checkpoints of older versions do not have it.
+    if saved.get("frozen_digest", position.get("frozen_digest")) != position.get("frozen_digest"):
+        raise UserError(
+            "the nets in the workdir's folder `frozen` are not those that this run was started "
+            "with; copy them back or start in a new workdir"
         )
     if saved.get("anchors_digest") != position.get("anchors_digest"):
         raise UserError(

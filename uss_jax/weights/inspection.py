@@ -104,7 +104,7 @@ def _of_part(bundle: Bundle, part: str) -> Iterator[str]:
     absent = section is None or (part == "query" and section.get("model") is None)
     if absent or (part == "adaptor" and not section.get("adaptor_width")):
         return
-    variables = bundle.variables(part)
+    variables = bundle.variables(part, verify=False)
     sizes: dict[str, int] = {}
     dtypes = set()
     for name, leaf in flatten_dict(variables["params"]).items():

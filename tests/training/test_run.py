@@ -149,6 +149,7 @@ def test_a_finished_run_has_nothing_to_do(place, whole, capsys):
         ("resunet30.py", {"query.kind": "one_hot"}, "query.kind=soft, not one_hot"),
         ("resunet30.py", {"mixing.order": "conflict_free"}, "mixing.order=reference, not conflict"),
         ("resunet30.py", {"data.order": "uniform"}, "data.order=balanced, not uniform"),
+        ("resunet30.py", {"anchors.rule": "htsat"}, "anchors.rule=uss, not htsat"),
         ("resunet30.py", {"anchors.source": "random"}, "sed={...}, not None"),
         ("resunet30.py", {"seed": 5}, "--config.seed=1234 or start in a new workdir"),
         ("resunet30.py", {"global_batch": 16}, "--config.global_batch=8 or start in a new workdir"),

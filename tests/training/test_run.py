@@ -149,7 +149,6 @@ def test_a_finished_run_has_nothing_to_do(place, whole, capsys):
         ("resunet30.py", {"query.kind": "one_hot"}, "query.kind=soft, not one_hot"),
         ("resunet30.py", {"mixing.order": "conflict_free"}, "mixing.order=reference, not conflict"),
         ("resunet30.py", {"data.order": "uniform"}, "data.order=balanced, not uniform"),
-        ("resunet30.py", {"anchors.rule": "htsat"}, "anchors.rule=uss, not htsat"),
         ("resunet30.py", {"anchors.source": "random"}, "sed={...}, not None"),
         ("resunet30.py", {"seed": 5}, "--config.seed=1234 or start in a new workdir"),
         ("resunet30.py", {"global_batch": 16}, "--config.global_batch=8 or start in a new workdir"),
@@ -168,6 +167,13 @@ def test_a_run_goes_on_only_as_it_was_started(place, whole, capsys, config, chan
     assert said in error
     assert error.count("\n") == 1
     assert before == written()
+
+
+def test_a_run_of_before_the_rule_of_anchors_goes_on_with_the_default():
+    before, now, other = ({"anchors": keys} for keys in ({}, {"rule": "uss"}, {"rule": "htsat"}))
+    run._require_same_drawing(before, now)
+    with pytest.raises(UserError, match=r"config\.anchors\.rule=uss, not htsat"):
+        run._require_same_drawing(before, other)
 
 
 def _break_newest(workdir):

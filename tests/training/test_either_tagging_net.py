@@ -258,7 +258,8 @@ def test_the_rule_of_anchors_reaches_the_step():
     step = _step(config, separator, query, ONE_BLOCK, optimizer, make_mesh())
     score = quick_jit(lambda *args: step(*args)[1]["anchor_score"])
     means = {rule: float(anchors.score.mean()) for rule, anchors in wanted.items()}
-    assert float(score(state, {"sed": variables}, batch, key)) == pytest.approx(means["htsat"], rel=1e-5)
+    found = float(score(state, {"sed": variables}, batch, key))
+    assert found == pytest.approx(means["htsat"], rel=1e-5)
     assert means["htsat"] != pytest.approx(means["uss"], rel=1e-4)
 
 

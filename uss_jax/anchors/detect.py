@@ -95,8 +95,9 @@ def choose_anchors(
 
     Given `image`, the rule is that of HTS-AT's own separation program: `image_scores` instead of
     `anchor_scores`, on the frames of the detector's image, of which frame j stands for frame
-    floor(j * clip_samples / hop_samples / i) of the clip. That program takes the first maximum of
-    rounded sums, for clips of one length; ties, short and quiet clips are treated as above.
+    floor(j * clip_samples / hop_samples / i) of the clip. That program takes the strict maximum and
+    has clips of one length only; here, too, scores within 1e-6 count as equal, and short and quiet
+    clips are treated as above.
 
     Args:
       probability: framewise probability of the clip's class.

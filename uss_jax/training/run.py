@@ -43,7 +43,7 @@ _DRAWING += ("mixing.sources", "mixing.group_size", "mixing.order", "mixing.matc
 _DRAWING += ("mixing.all_targets",)
 _DRAWING += ("anchors.min_score", "anchors.min_dbfs", "anchors.top_k", "anchors.jitter_samples")
 _DRAWING += ("anchors.rule",)
-# Of configs of before the key.
+# What held in runs whose config has no such key yet.
 _DRAWN_BY_DEFAULT = {"anchors.rule": RULES[0]}
 
 # Of configs that say nothing. The largest ratio of a healthy float32 run of 827 steps was 10.

@@ -63,6 +63,7 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
     config.anchors = ConfigDict()
     config.anchors.source = "device"  # the detector inside the step; or "table" or "random"
     config.anchors.min_dbfs = -60.0  # quieter segments are passed over
+    config.anchors.rule = "uss"  # on the device; or "htsat", HTS-AT's own, with that detector
     # Of the table that `mine` wrote.
     config.anchors.table = ""
     config.anchors.min_score = 0.0  # labels whose best anchor is less likely are not drawn

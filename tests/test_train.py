@@ -196,6 +196,15 @@ def _records(path, **metadata):
             {"anchors.source": "shelf"},
             "config.anchors.source is 'shelf', expected device or table",
         ),
+        ({"anchors.rule": "dice"}, "config.anchors.rule is 'dice', expected uss or htsat"),
+        (
+            {"anchors.rule": "htsat"},
+            "config.anchors.rule=htsat is about the image of HTS-AT, and the detector is a Cnn14",
+        ),
+        (
+            {"anchors.rule": "htsat", "anchors.source": "random"},
+            "config.anchors.rule=htsat has no effect with config.anchors.source=random",
+        ),
         ({"query.kind": "words"}, "config.query.kind is 'words', expected one_hot or soft or"),
         ({"query.adaptor_width": 9, "query.shortcut": True}, "needs query.adaptor_width=527"),
         ({"schedule.name": "step"}, "config.schedule.name is 'step', expected constant_warm_up or"),

@@ -63,10 +63,10 @@ def tagger_variables(seed=0, net=TAGGER):
     return variables
 
 
-def write_tagger(path, seed=0) -> pathlib.Path:
+def write_tagger(path, seed=0, net=TAGGER) -> pathlib.Path:
     """A tagger bundle with query net and detector of the same variables."""
-    variables = tagger_variables(seed)
-    model = {"model": fields_of(TAGGER)}
+    variables = tagger_variables(seed, net)
+    model = {"model": fields_of(net)}
     _write(path, "tagger", {"query": model, "sed": model}, {"query": variables, "sed": variables})
     return pathlib.Path(path)
 

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from uss_jax.anchors.detect import RULES
 from uss_jax.anchors.table import AnchorTable
 from uss_jax.errors import UserError
 from uss_jax.evaluation.live import make_evaluation, workdir_averages
@@ -211,6 +212,12 @@ def _step(
         group_size=config.mixing.group_size,
         match_energy=config.mixing.match_energy,
         min_dbfs=config.anchors.min_dbfs,
+        image=nets.image_of_rule(
+            run.anchor_rule_of(config),
+            sed,
+            round(config.data.clip_seconds * config.sample_rate),
+            "config.anchors.rule",
+        ),
         speed=config.speed and config.speed.to_dict(),
         all_targets=config.mixing.all_targets,
         silent_share=config.mixing.silent_share,
@@ -253,6 +260,12 @@ def _check(config: ConfigDict) -> None:
     if config.eval.pairs and config.eval.every_steps < 1:
         raise UserError(
             f"config.eval.every_steps is {config.eval.every_steps}, expected at least 1"
+        )
+    rule = run.anchor_rule_of(config)
+    if config.anchors.source != "device" and rule != RULES[0]:
+        raise UserError(
+            f"config.anchors.rule={rule} has no effect with config.anchors.source="
+            f"{config.anchors.source}; leave it at {RULES[0]} (`mine --rule` chooses a table's)"
         )
     _norm_scope(config)
     check_rules(config.sharding)

@@ -1,4 +1,5 @@
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,12 @@ from uss_jax.anchors.detect import (
     TIE,
     anchor_scores,
     choose_anchor,
+    choose_anchors,
     cut,
     random_begin,
     segment_loudness,
 )
+from uss_jax.models.htsat import HTSAT, steps_of_frames
 
 HOP = 320
 # Clips of 40 frames, segments of 8 frames, in samples; small hops keep the arrays small.
@@ -169,6 +172,90 @@ def test_quiet_segments_are_passed_over():
     assert begin_at(-41.0) == 140 - 10
     assert begin_at(-30.0) == 210
     assert begin_at(0.0) == 0  # nothing is as loud: the first
+
+
+# Of each of the 1024 frames of HTS-AT's image, the frame of a clip of 10 seconds.
+IMAGE_ANCHORS = np.array([math.floor(j * 320_000 / HOP / 1024) for j in range(1024)])
+
+
+def htsat_scores(curve, samples):
+    """HTS-AT's own: the class's image frames, summed over 200; as a mean, in float64."""
+    curve = np.where(samples < IMAGE_ANCHORS * HOP, 0, curve.astype(np.float64))
+    return np.convolve(curve, np.ones(200), mode="same") / 200
+
+
+def htsat_begin(anchor, samples):
+    """And where segments of 2 seconds then begin."""
+    begin, end = (anchor - 100) * HOP, (anchor + 100) * HOP
+    if begin < 0:
+        return 0
+    return max(samples - 64_000, 0) if end > samples else begin
+
+
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize("kind", ["any", "sparse", "plateaus"])
+def test_htsat_s_own_rule_is_followed(kind, short):
+    rng, draws = np.random.default_rng(0), 400
+    tokens = rng.random((draws, 32))
+    if kind == "sparse":
+        tokens **= 8
+    if kind == "plateaus":  # whose sums are exact, and often equal
+        tokens = np.round(2 * tokens) / 2
+    tokens = tokens.astype(np.float32)
+    samples = rng.integers(0, 320_001, draws) if short else np.full(draws, 320_000)
+    framewise = tokens @ steps_of_frames(1001, 1024, 32, True).T
+    begin, score = choose(
+        jnp.asarray(framewise),
+        jnp.asarray(samples),
+        clip_samples=320_000,
+        segment_samples=64_000,
+        hop_samples=HOP,
+        image=HTSAT().frames_of_image(1001),
+    )
+    begin, score = begin.tolist(), score.tolist()
+    alike = 0
+    for row in range(draws):
+        scores = htsat_scores(np.repeat(tokens[row], 32), samples[row])
+        best = np.argmax(scores)
+        assert score[row] == pytest.approx(scores[best], abs=2e-6)
+        tied = IMAGE_ANCHORS[scores >= scores[best] - 1.3 * TIE]  # with room for rounding
+        begins = {htsat_begin(anchor, samples[row]) for anchor in tied}
+        assert begin[row] in begins
+        # Exact ties, too, go to the first.
+        sole = len(begins) == 1 or kind == "plateaus"
+        assert not sole or begin[row] == htsat_begin(IMAGE_ANCHORS[best], samples[row])
+        alike += sole
+    assert alike > 0.8 * draws
+
+
+def test_htsat_s_own_rule_passes_over_quiet_segments_and_has_runners_up():
+    # An image of 50 frames for the clip's 41: frame j of it is frame 0.8 j of the clip.
+    image = np.minimum(np.arange(50) * 4 // 5, 40)
+    prob = jnp.asarray(np.repeat([0.9, 0.5, 0.2], [14, 14, 13]).astype(np.float32)[None])
+    samples = jnp.array([400])
+    level = np.repeat([0.0, 0.01, 0.1], [140, 140, 120]).astype(np.float32)
+    loudness = segment_loudness(
+        jnp.asarray(level[None]), samples, segment_samples=80, hop_samples=10
+    )
+
+    def found(**options):
+        return map(
+            np.asarray,
+            jax.jit(functools.partial(choose_anchors, **options, **SMALL))(
+                prob, samples, loudness=loudness, image=image
+            ),
+        )
+
+    begin, score = found(count=5, min_dbfs=-1000.0)
+    assert begin[0, 0] == 0
+    there = score[0] >= 0
+    assert there.sum() >= 3
+    assert (np.diff(np.sort(begin[0, there])) >= 80).all()
+    assert (np.diff(score[0]) <= 0).all()
+    begin, _ = found(count=1, min_dbfs=-60.0)
+    assert begin[0, 0] in (70, 80)
+    begin, _ = found(count=1, min_dbfs=-30.0)
+    assert begin[0, 0] in (210, 220)
 
 
 @pytest.mark.parametrize(("samples", "latest"), [(400, 320), (85, 5), (80, 0), (30, 0), (0, 0)])

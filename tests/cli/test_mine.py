@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from uss_jax.anchors.table import read_header
 from uss_jax.cli.main import main
 from uss_jax.models.tagging import as_detector
 from uss_jax.training.bundle import write_bundle
@@ -16,6 +17,16 @@ def _tagger(path, bias):
     config = {"kind": "tagger", "sample_rate": tiny.RATE, "segment_seconds": tiny.SEGMENT_SECONDS}
     write_bundle(path, {**config, "sed": model}, {"sed": variables})
     return str(path)
+
+
+def test_the_rule_reaches_the_table(tmp_path):
+    clips = [(f"tone{i}", tiny.tone(300 + 150 * i, 1.5), [i]) for i in range(2)]
+    tiny.write_records(tmp_path / "records", "train", clips)
+    words = ["mine", "--records", tmp_path / "records", "--out", tmp_path / "t.npz", "--batch", 1]
+    words = [str(word) for word in words]
+    tagger = tiny.write_tagger(tmp_path / "htsat", net=tiny.ONE_BLOCK)
+    assert main([*words, "--sed", str(tagger), "--rule", "htsat"]) == 0
+    assert read_header(tmp_path / "t.npz")["rule"] == "htsat"
 
 
 @pytest.mark.parametrize(("bias", "told"), [(0, False), (-5.5, True)])

@@ -151,6 +151,29 @@ def test_every_frame_has_the_steps_that_show_it(frames):
     assert set(np.diff(step)) == {0, 1}
 
 
+@pytest.mark.parametrize("frames", [CAPACITY // 2 + 1, 200, CAPACITY])
+def test_the_image_s_curve_is_had_from_the_framewise_one(variables, frames):
+    waveform = noise((frames - 1) * TINY.hop_samples, batch=2)
+
+    def logits(net, waveform):
+        mel = net.bn0(htsat.front_end(net, waveform), False)
+        return net.logits(net.tokens(mel, False))[:, 0]
+
+    steps = jax.nn.sigmoid(TINY.apply(variables, waveform, method=logits))
+    framewise = TINY.apply(variables, waveform)["framewise"]
+    np.testing.assert_allclose(
+        framewise[:, TINY.frames_of_image(frames)],
+        np.repeat(steps, TINY.token_pixels, axis=1),
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("frames", [CAPACITY // 2, CAPACITY + 1])
+def test_a_clip_that_the_image_does_not_hold_once_has_no_such_curve(frames):
+    with pytest.raises(ValueError, match=f"clips of {frames} frames, expected 129 to 256"):
+        TINY.frames_of_image(frames)
+
+
 @pytest.mark.parametrize("length", [201, 625, 1001, 1005, 1023])
 def test_stretch_is_torch_s_bicubic_interpolation(length):
     torch = pytest.importorskip("torch")

@@ -1,5 +1,6 @@
 """Everything that a tagging net serves works with each of them."""
 
+import functools
 import json
 import pathlib
 import runpy
@@ -16,6 +17,7 @@ from tests.tiny import (
     TAGGER,
     TINY_HTSAT,
     noise,
+    quick_jit,
     random_variables,
     tagger_variables,
     tone,
@@ -31,15 +33,16 @@ from uss_jax.evaluation.tagging import evaluate_tagging
 from uss_jax.models.cnn14 import Cnn14DecisionLevelMax
 from uss_jax.models.resunet import ResUNet
 from uss_jax.separation.queries import vector_of_recordings
-from uss_jax.train import train
+from uss_jax.train import _step, train
 from uss_jax.train_tagger import train_tagger
 from uss_jax.training.bundle import read_bundle, write_bundle
 from uss_jax.training.losses import LOSSES
+from uss_jax.training.mesh import make_mesh
 from uss_jax.training.model import Model
 from uss_jax.training.nets import TAGGERS, build_query, build_sed, condition_width, fields_of
 from uss_jax.training.optim import adamw
 from uss_jax.training.state import create_state
-from uss_jax.training.step import make_separation_step, make_tagging_step
+from uss_jax.training.step import find_anchors, make_separation_step, make_tagging_step
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 NETS = {"cnn14": TAGGER, "htsat": TINY_HTSAT}
@@ -219,6 +222,45 @@ def test_a_separator_trains_by_the_shipped_config_with_htsat(records, tmp_path):
     assert written["separator"]["condition_width"] == ONE_BLOCK.embedding_width
     assert written["sed"]["model"] == written["query"]["model"] == fields_of(ONE_BLOCK)
     assert np.isfinite(losses(tmp_path / "run")).all()
+
+
+@pytest.mark.long
+def test_the_rule_of_anchors_reaches_the_step():
+    config = shipped("resunet30.py", "condition=soft,sed=htsat")
+    config.global_batch = config.mixing.group_size = CLIPS
+    config.segment_seconds = SEGMENT_SECONDS
+    variables = tagger_variables(net=ONE_BLOCK)
+    batch = {
+        "audio": np.stack([waveform for _, waveform, _ in sounds()]),
+        "samples": np.full(CLIPS, CLIP_SECONDS * RATE, np.int32),
+        "class_index": np.tile(np.array([LOW, HIGH], np.int32), CLIPS // 2),
+    }
+    find = functools.partial(
+        find_anchors, ONE_BLOCK, segment_samples=SEGMENT, min_dbfs=config.anchors.min_dbfs
+    )
+    key, images = jax.random.key(0), {"uss": None, "htsat": ONE_BLOCK.frames_of_image(201)}
+    wanted = {
+        rule: quick_jit(functools.partial(find, image=image))(variables, batch, key)
+        for rule, image in images.items()
+    }
+    assert (wanted["uss"].begin_sample != wanted["htsat"].begin_sample).any()
+
+    separator = ResUNet(n_fft=128, hop_samples=64, channels=(4, 4), condition_width=527)
+    fresh = random_variables(separator, (1, 1, 640), (1, 527))
+    optimizer = adamw(1e-2)
+    state = create_state(
+        {"separator": fresh["params"], "query": {}},
+        {"separator": fresh["batch_stats"], "query": {}},
+        optimizer,
+    )
+    config.anchors.rule = "htsat"
+    query = build_query({"kind": "one_hot"}, None)
+    step = _step(config, separator, query, ONE_BLOCK, optimizer, make_mesh())
+    score = quick_jit(lambda *args: step(*args)[1]["anchor_score"])
+    means = {rule: float(anchors.score.mean()) for rule, anchors in wanted.items()}
+    found = float(score(state, {"sed": variables}, batch, key))
+    assert found == pytest.approx(means["htsat"], rel=1e-5)
+    assert means["htsat"] != pytest.approx(means["uss"], rel=1e-4)
 
 
 def test_a_bundle_of_another_net_than_the_config_s_is_refused(bundle, records, tmp_path):

@@ -1,9 +1,20 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-from tests.tiny import RATE, SEGMENT, TAGGER, noise, tagger_variables, tone, write_records
-from uss_jax.anchors.table import read_table
+from tests.tiny import (
+    ONE_BLOCK,
+    RATE,
+    SEGMENT,
+    TAGGER,
+    noise,
+    tagger_variables,
+    tone,
+    write_records,
+)
+from uss_jax.anchors.table import read_header, read_table
 from uss_jax.data.examples import serialise
 from uss_jax.data.index import build_index, load_index
 from uss_jax.data.metadata import write_metadata
@@ -72,6 +83,51 @@ def table(reader, tmp_path_factory):
     out = tmp_path_factory.mktemp("table") / "anchors.npz"
     assert mine(reader, SED, out, SETTINGS, batch_size=8)
     return read_table(out, reader.index, SEGMENT)
+
+
+def test_a_table_of_another_rule_says_so_and_holds_its_anchors(reader, tmp_path):
+    sed = Net(ONE_BLOCK, tagger_variables(net=ONE_BLOCK))
+    settings = dataclasses.replace(SETTINGS, min_dbfs=None)
+    tables = {}
+    for rule in ("uss", "htsat"):
+        out = tmp_path / f"{rule}.npz"
+        assert mine(reader, sed, out, dataclasses.replace(settings, rule=rule), batch_size=8)
+        tables[rule] = read_table(out, reader.index, SEGMENT)
+    uss, htsat = (read_header(tmp_path / f"{rule}.npz") for rule in tables)
+    assert htsat == {**uss, "rule": "htsat"}
+    assert "rule" not in uss
+    assert set(uss) == {
+        *("sed_hash", "index_digest", "sample_rate", "segment_samples", "clip_samples"),
+        *("candidates", "min_dbfs"),
+    }
+
+    hop, index, row = ONE_BLOCK.hop_samples, reader.index, 0
+    width, image = SEGMENT // hop, ONE_BLOCK.frames_of_image(LENGTH // hop + 1)
+    begins = tables["htsat"].begin_sample[:, 0]
+    for record in range(len(index)):
+        framewise = np.asarray(sed(_padded(reader, record)[None] / np.float32(32768))["framewise"])
+        latest = max(int(index.samples[record]) - SEGMENT, 0)
+        at = np.arange(len(image)) * LENGTH // (hop * len(image))
+        for label in index.labels(record).tolist():
+            curve = np.where(at * hop <= index.samples[record], framewise[0, image, label], 0)
+            scores = np.convolve(curve, np.ones(width), mode="same") / width
+            tied = at[scores >= scores.max() - 2e-6]
+            assert begins[row] in np.clip((tied - width // 2) * hop, 0, latest)
+            assert tables["htsat"].score[row, 0] == pytest.approx(scores.max(), abs=2e-6)
+            row += 1
+    assert (begins != tables["uss"].begin_sample[:, 0]).any()
+
+
+def test_another_rule_asks_for_htsat_and_clips_that_fill_its_image(reader, tmp_path):
+    settings = dataclasses.replace(SETTINGS, rule="htsat")
+    with pytest.raises(UserError, match="--rule=htsat is about the image of HTS-AT, and the det"):
+        mine(reader, SED, tmp_path / "a.npz", settings, batch_size=8)
+    sed = Net(ONE_BLOCK, tagger_variables(net=ONE_BLOCK))
+    for seconds in (1.2, 2.56):
+        settings = dataclasses.replace(settings, clip_samples=round(seconds * RATE))
+        with pytest.raises(UserError, match=f"least 1.28 and less than 2.56 s, not {seconds} s"):
+            mine(reader, sed, tmp_path / "a.npz", settings, batch_size=8)
+    assert not list(tmp_path.iterdir())
 
 
 def _padded(reader, record):

@@ -169,6 +169,13 @@ def test_a_run_goes_on_only_as_it_was_started(place, whole, capsys, config, chan
     assert before == written()
 
 
+def test_a_run_of_before_the_rule_of_anchors_goes_on_with_the_default():
+    before, now, other = ({"anchors": keys} for keys in ({}, {"rule": "uss"}, {"rule": "htsat"}))
+    run._require_same_drawing(before, now)
+    with pytest.raises(UserError, match=r"config\.anchors\.rule=uss, not htsat"):
+        run._require_same_drawing(before, other)
+
+
 def _break_newest(workdir):
     """Changes one byte of the parameters of the newest checkpoint; returns its folder."""
     step = workdir / "checkpoints" / str(latest_step(workdir / "checkpoints"))

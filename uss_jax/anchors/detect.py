@@ -1,14 +1,18 @@
 """Anchors: the segment of a clip in which its class most likely sounds (paper, section III-B).
 
 Pure functions of arrays. Letters: `b` batch, `t` samples of a clip, `n` frames of a clip, `s`
-samples of a segment. Frames are `hop` samples apart, the first one centred on sample 0.
+samples of a segment, `i` frames of a detector's image. Frames of a clip are `hop` samples apart,
+the first one centred on sample 0.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int, Num
 
+# What finds anchors: bytedance/uss's rule, or that of HTS-AT's own separation program.
+RULES = ("uss", "htsat")
 # The framewise curve has plateaus of 32 frames, so that scores tie up to rounding.
 TIE = 1e-6
 
@@ -37,6 +41,13 @@ def anchor_scores(probability: Float[Array, "b n"], segment_frames: int) -> Floa
     return _window_sum(padded, segment_frames) / segment_frames
 
 
+def image_scores(probability: Float[Array, "b i"], segment_frames: int) -> Float[Array, "b i"]:
+    """Mean probability over `segment_frames` frames, half of them before each; zero outside."""
+    half = segment_frames // 2
+    padded = jnp.pad(probability, ((0, 0), (half, segment_frames - 1 - half)))
+    return _window_sum(padded, segment_frames) / segment_frames
+
+
 def choose_anchor(
     probability: Float[Array, "b n"],
     samples: Int[Array, "b"],
@@ -46,6 +57,7 @@ def choose_anchor(
     hop_samples: int,
     loudness: Float[Array, "b _"] | None = None,
     min_dbfs: float = -60.0,
+    image: Int[Array | np.ndarray, "i"] | None = None,
 ) -> tuple[Int[Array, "b"], Float[Array, "b"]]:
     """Begin sample and score of each clip's anchor: the first of `choose_anchors`."""
     begin, score = choose_anchors(
@@ -57,6 +69,7 @@ def choose_anchor(
         hop_samples=hop_samples,
         loudness=loudness,
         min_dbfs=min_dbfs,
+        image=image,
     )
     return begin[:, 0], score[:, 0]
 
@@ -71,6 +84,7 @@ def choose_anchors(
     hop_samples: int,
     loudness: Float[Array, "b _"] | None = None,
     min_dbfs: float = -60.0,
+    image: Int[Array | np.ndarray, "i"] | None = None,
 ) -> tuple[Int[Array, "b count"], Float[Array, "b count"]]:
     """Begin samples and scores of each clip's anchor and of runners-up that overlap none before.
 
@@ -78,6 +92,12 @@ def choose_anchors(
     Probability beyond the true end of a short clip counts as zero, and the anchor begins so that it
     fits into the true samples where they are enough. Runners-up are chosen in the same way of what
     is left; where nothing is, they repeat the anchor with the score -1.
+
+    Given `image`, the rule is that of HTS-AT's own separation program: `image_scores` instead of
+    `anchor_scores`, on the frames of the detector's image, of which frame j stands for frame
+    floor(j * clip_samples / hop_samples / i) of the clip. That program takes the strict maximum and
+    has clips of one length only; here, too, scores within 1e-6 count as equal, and short and quiet
+    clips are treated as above.
 
     Args:
       probability: framewise probability of the clip's class.
@@ -89,12 +109,20 @@ def choose_anchors(
       loudness: `segment_loudness` of the clips; anchors below `min_dbfs` are then passed over.
       min_dbfs: threshold in dB of full scale; where a clip has no louder segment, its first, with
         the score -1.
+      image: the frame of `probability` that holds each image frame's value; None for
+        bytedance/uss's rule.
     """
-    frames = probability.shape[1]
     half = segment_samples // hop_samples // 2
-    frame = jnp.arange(frames)
+    frame = np.arange(probability.shape[1])
+    if image is not None:
+        probability = probability[:, image]
+        frame = np.arange(len(image)) * clip_samples // (hop_samples * len(image))
     inside = frame * hop_samples <= samples[:, None]
-    scores = anchor_scores(jnp.where(inside, probability, 0), 2 * half + 1)
+    probability = jnp.where(inside, probability, 0)
+    if image is None:
+        scores = anchor_scores(probability, 2 * half + 1)
+    else:
+        scores = image_scores(probability, segment_samples // hop_samples)
 
     begin_frame = jnp.clip(frame, half, clip_samples // hop_samples - half) - half
     latest = jnp.maximum(samples - segment_samples, 0)

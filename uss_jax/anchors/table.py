@@ -43,7 +43,11 @@ _HEADER = record(
         "segment_samples": _SAMPLES,
         "clip_samples": _SAMPLES,
     },
-    {"candidates": whole(1, 10**6), "min_dbfs": either(nothing(), number())},
+    {
+        "candidates": whole(1, 10**6),
+        "min_dbfs": either(nothing(), number()),
+        "rule": text(),
+    },
     others=True,
 )
 

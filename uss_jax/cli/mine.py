@@ -62,6 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pass over quieter segments; default: -60; -1000 passes over none",
     )
     parser.add_argument(
+        "--rule",
+        choices=("uss", "htsat"),
+        default="uss",
+        help="how anchors are chosen: as in bytedance/uss, or as in HTS-AT's own separation "
+        "program, for HTS-AT as detector; default: uss",
+    )
+    parser.add_argument(
         "--batch",
         type=whole(1, 65_536),
         default=16,
@@ -120,6 +127,7 @@ def run(args: argparse.Namespace) -> None:
         clip_samples=max(longest, model.segment_samples),
         candidates=args.candidates,
         min_dbfs=args.min_dbfs,
+        rule=args.rule,
     )
     written = mine(
         reader,

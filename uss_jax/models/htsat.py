@@ -189,6 +189,27 @@ class HTSAT(nn.Module):
         """Side of what a token of the last stage stands for, in mel bands or frames."""
         return PATCH * 2 ** (len(self.depths) - 1)
 
+    def frames_of_image(self, frames: int) -> np.ndarray:
+        """The frame of a clip whose `framewise` is that of each image frame, int [image_frames].
+
+        The probability of image frames is constant over each token, so any frame of a token will
+        do.
+
+        Args:
+          frames: of the clip.
+
+        Raises:
+          ValueError: the image does not hold the clip exactly once.
+        """
+        if not self.image_frames < 2 * frames <= 2 * self.image_frames:
+            raise ValueError(
+                f"clips of {frames} frames, expected {self.image_frames // 2 + 1} to "
+                f"{self.image_frames}"
+            )
+        steps = self.image_frames // self.token_pixels
+        shares = steps_of_frames(frames, self.image_frames, steps, self.repeat_short)
+        return np.repeat(np.argmax(shares, axis=0), self.token_pixels)
+
     def _check(self) -> None:
         if len(self.heads) != len(self.depths):
             raise ValueError(f"{len(self.heads)} heads for {len(self.depths)} stages")

@@ -5,7 +5,7 @@ own devices, so that none waits for another; parts are files, and what is there 
 The last part to be finished makes the table.
 
 Letters: `b` clips of a batch, `t` samples, `n` frames, `k` classes, `l` labels of a clip, `c`
-anchors of a label.
+anchors of a label, `i` frames of a detector's image.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 from tqdm import tqdm
 
-from uss_jax.anchors.detect import choose_anchors, segment_loudness
+from uss_jax.anchors.detect import RULES, choose_anchors, segment_loudness
 from uss_jax.anchors.table import COLUMNS, read_header, typed, write_table
 from uss_jax.atomic import replacing
 from uss_jax.checked_npz import read_npz
@@ -38,6 +38,7 @@ from uss_jax.ontology import load_ontology
 from uss_jax.training.bundle import net_hash
 from uss_jax.training.mesh import make_mesh, on_all_devices, to_devices
 from uss_jax.training.model import Net
+from uss_jax.training.nets import image_of_rule
 from uss_jax.training.step import to_float
 
 
@@ -51,6 +52,7 @@ class MiningSettings:
       clip_samples: clips are padded or cut to so many, as in training.
       candidates: anchors of each label.
       min_dbfs: quieter segments are passed over; None to keep them.
+      rule: that finds anchors, "uss" or "htsat", see `choose_anchors`.
     """
 
     sample_rate: int
@@ -58,6 +60,7 @@ class MiningSettings:
     clip_samples: int
     candidates: int
     min_dbfs: float | None
+    rule: str = RULES[0]
 
 
 def anchors_of_labels(
@@ -71,6 +74,7 @@ def anchors_of_labels(
     segment_samples: int,
     candidates: int,
     min_dbfs: float | None,
+    image: Int[Array, "i"] | None,
 ) -> dict[str, Array]:
     """The anchors of every label of every clip, and how loud and pure the best ones are.
 
@@ -84,6 +88,7 @@ def anchors_of_labels(
       segment_samples: length of an anchor.
       candidates: anchors of each label.
       min_dbfs: as in MiningSettings.
+      image: for HTS-AT's own rule, see `choose_anchors`.
 
     Returns:
       begin_sample and score [b, l, c], purity and rms_db [b, l].
@@ -102,6 +107,7 @@ def anchors_of_labels(
         hop_samples=hop_samples,
         loudness=None if min_dbfs is None else jnp.repeat(loudness, width, axis=0),
         min_dbfs=0.0 if min_dbfs is None else min_dbfs,
+        image=image,
     )
     begin = begin.reshape(batch, width, candidates)
     best = begin[:, :, 0]
@@ -124,6 +130,7 @@ def _mine_batch(
     module: Any,
     variables: Any,
     batch: dict[str, Array],
+    image: Int[np.ndarray | Array, "i"] | None,
     segment_samples: int,
     candidates: int,
     min_dbfs: float | None,
@@ -139,6 +146,7 @@ def _mine_batch(
         segment_samples=segment_samples,
         candidates=candidates,
         min_dbfs=min_dbfs,
+        image=image,
     )
 
 
@@ -176,11 +184,14 @@ def mine(
         )
     if not len(index.label_class):
         raise UserError("the records have no labels, so there is nothing to mine")
+    image = image_of_rule(settings.rule, sed.module, settings.clip_samples, "--rule")
     header = {
         "sed_hash": net_hash(sed.variables),
         "index_digest": index.digest,
         **dataclasses.asdict(settings),
     }
+    if settings.rule == RULES[0]:
+        del header["rule"]  # not named, as in older tables
     if _is_made(out, header, index):
         return True
     parts = _make_parts_folder(out, header)
@@ -200,6 +211,7 @@ def mine(
                 sed.module,
                 variables,
                 settings,
+                image,
                 mesh,
                 batch_size,
                 threads,
@@ -265,6 +277,7 @@ def _mine_part(
     module: Any,
     variables: Any,
     settings: MiningSettings,
+    image: Int[np.ndarray, "i"] | None,
     mesh: jax.sharding.Mesh,
     batch_size: int,
     threads: int,
@@ -279,6 +292,7 @@ def _mine_part(
             module,
             variables,
             to_devices(batch, mesh),
+            image,
             settings.segment_samples,
             settings.candidates,
             settings.min_dbfs,

@@ -9,8 +9,10 @@ from typing import Any, TypeVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.errors import FlaxError
 
+from uss_jax.anchors.detect import RULES
 from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
 from uss_jax.checked_json import Rule, flag, list_of, number, text, whole
 from uss_jax.errors import UserError
@@ -178,6 +180,43 @@ def require_classes(net: TaggingNet | QueryNet, where: str) -> None:
             f"{where} tells {net.classes} classes; labels, queries and figures are of AudioSet's "
             f"{wanted}, so a net of as many is needed"
         )
+
+
+def image_of_rule(
+    rule: str, sed: TaggingNet | None, clip_samples: int, where: str
+) -> np.ndarray | None:
+    """What `choose_anchors` takes as `image`: the rule's, for clips of this length.
+
+    Args:
+      rule: one of RULES.
+      sed: the detector; None where anchors are not looked for.
+      clip_samples: length of the clips.
+      where: name of the option that gives the rule, for messages.
+
+    Raises:
+      UserError: there is no such rule, or not for this detector or these clips.
+    """
+    if rule not in RULES:
+        raise UserError(f"{where} is {rule!r}, expected {' or '.join(RULES)}")
+    if rule == "uss" or sed is None:
+        return None
+    if not isinstance(sed, HTSAT):
+        raise UserError(
+            f"{where}=htsat is about the image of HTS-AT, and the detector is a "
+            f"{type(sed).__name__}; give an HTS-AT as detector, or leave the rule at uss"
+        )
+    try:
+        return sed.frames_of_image(clip_samples // sed.frame_hop_samples + 1)
+    except ValueError:
+        least, most = (
+            frames * sed.frame_hop_samples / sed.sample_rate
+            for frames in (sed.image_frames / 2, sed.image_frames)
+        )
+        raise UserError(
+            f"{where}=htsat is for clips that HTS-AT's image holds once, of at least {least:g} and "
+            f"less than {most:g} s, not {clip_samples / sed.sample_rate:g} s; pad or cut them "
+            "(config.data.clip_seconds, `mine --clip-seconds`), or leave the rule at uss"
+        ) from None
 
 
 def condition_width(query: QueryNet) -> int:

@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from uss_jax.anchors.detect import RULES
 from uss_jax.anchors.table import Placement, read_table, usable, without
 from uss_jax.atomic import replacing
 from uss_jax.checked_json import Rule, number, record, whole
@@ -42,6 +43,9 @@ _DRAWING = ("data.order", "data.class_weights", "data.share", "data.clip_seconds
 _DRAWING += ("mixing.sources", "mixing.group_size", "mixing.order", "mixing.match_energy")
 _DRAWING += ("mixing.all_targets",)
 _DRAWING += ("anchors.min_score", "anchors.min_dbfs", "anchors.top_k", "anchors.jitter_samples")
+_DRAWING += ("anchors.rule",)
+# What held in runs whose config has no such key yet.
+_DRAWN_BY_DEFAULT = {"anchors.rule": RULES[0]}
 
 # Of configs that say nothing. The largest ratio of a healthy float32 run of 827 steps was 10.
 _MAX_NORM_RATIO = 100.0
@@ -520,6 +524,11 @@ def max_norm_ratio_of(config: ConfigDict) -> float:
     return config.get("max_norm_ratio", _MAX_NORM_RATIO)
 
 
+def anchor_rule_of(config: ConfigDict) -> str:
+    """Returns `config.anchors.rule`; configs of before the key get its default."""
+    return config.anchors.get("rule", RULES[0])
+
+
 def precision_of(config: ConfigDict | Mapping[str, Any]) -> str:
     """The precision of what trains; a config that does not say it has JAX's default."""
     return check_precision(config.get("precision", "default"), "config.precision")
@@ -578,7 +587,7 @@ def _require_same_drawing(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -
         for value in (saved, wanted):
             for part in key.split("."):
                 value = value.get(part) if isinstance(value, Mapping) else None
-            values.append(value)
+            values.append(_DRAWN_BY_DEFAULT.get(key) if value is None else value)
         if values[0] != values[1]:
             raise UserError(
                 f"this run was started with config.{key}={values[0]}, not {values[1]}; resume with "

@@ -1,6 +1,6 @@
 """One training step as a pure function of state and batch.
 
-Letters: `b` batch, `t` samples of a clip, `k` classes.
+Letters: `b` batch, `t` samples of a clip, `k` classes, `i` frames of a detector's image.
 """
 
 from collections.abc import Callable
@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from uss_jax.anchors.detect import Anchors, choose_anchor, cut, random_begin, segment_loudness
 from uss_jax.anchors.mix import energy, mix, mix_sets
@@ -39,6 +40,7 @@ def find_anchors(
     *,
     segment_samples: int,
     min_dbfs: float | None,
+    image: Int[Array | np.ndarray, "i"] | None = None,
 ) -> Anchors:
     """Cuts each clip's anchor, found by the detector or, without one, at random.
 
@@ -50,6 +52,7 @@ def find_anchors(
       key: for random anchors.
       segment_samples: samples of an anchor.
       min_dbfs: pass over segments below this level; None to keep them, as the reference does.
+      image: for HTS-AT's own rule, see `choose_anchors`.
     """
     clip, samples = to_float(batch["audio"]), batch["samples"]
     if "begin_sample" in batch:
@@ -73,6 +76,7 @@ def find_anchors(
             hop_samples=sed.frame_hop_samples,
             loudness=loudness,
             min_dbfs=0.0 if min_dbfs is None else min_dbfs,
+            image=image,
         )
     return Anchors(
         segment=cut(clip, begin, segment_samples),
@@ -103,6 +107,7 @@ def make_separation_step(
     group_size: int,
     match_energy: bool,
     min_dbfs: float | None,
+    image: Int[Array | np.ndarray, "i"] | None = None,
     speed: dict[str, float] | None = None,
     all_targets: bool = False,
     silent_share: float = 0.0,
@@ -125,7 +130,7 @@ def make_separation_step(
       sources: of a mixture.
       group_size: items that are mixed with each other, see `mix`.
       match_energy: see `mix`.
-      min_dbfs: see `find_anchors`.
+      min_dbfs, image: see `find_anchors`.
       speed: arguments of `change_speed` for the clips; None to leave them.
       all_targets: every `sources` items share one mixture, see `mix_sets`.
       silent_share: chance that an item asks for what its mixture does not hold, its target silence.
@@ -153,6 +158,7 @@ def make_separation_step(
             anchor_key,
             segment_samples=segment_samples,
             min_dbfs=min_dbfs,
+            image=image,
         )
         sound = anchors.segment
         level = energy(sound, anchors.samples)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from uss_jax.errors import UserError
 
-_NAME = ".lock"
+LOCK = ".lock"  # its name
 # File systems that know no locks.
 _UNKNOWN = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
@@ -31,7 +31,7 @@ def only_one(folder: str | os.PathLike, remedy: str) -> Iterator[None]:
     Raises:
       UserError: another process has it; names the process.
     """
-    path = pathlib.Path(folder) / _NAME
+    path = pathlib.Path(folder) / LOCK
     # Never removed: who opened it before would then hold the lock of a file that nobody sees.
     with open(path, "a+", encoding="utf-8", errors="replace") as file:
         try:

@@ -414,7 +414,7 @@ def load_index(directory: str | os.PathLike, split: str, verify: bool = False) -
             stored = read_npz(file, _FILE)
         index = RecordIndex(**{**stored, "encoding": str(stored.get("encoding", "pcm_s16le"))})
         _check(index)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         shards_of_split(directory, split)  # says so when there is nothing to index either
         raise UserError(f"{path} does not exist; {again}") from None
     except (OSError, ValueError) as error:

@@ -29,10 +29,12 @@ def only_one(folder: str | os.PathLike, remedy: str) -> Iterator[None]:
       remedy: what to do when another process has it, for the message.
 
     Raises:
-      UserError: another process has it; names the process.
+      UserError: another process has it; names the process. Or something else has the lock's name.
     """
     path = pathlib.Path(folder) / LOCK
     # Never removed: who opened it before would then hold the lock of a file that nobody sees.
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file, where the lock would be; remove it")
     with open(path, "a+", encoding="utf-8", errors="replace") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -122,5 +122,5 @@ def test_a_reader_that_stops_reading_is_no_error():
 
 
 def test_a_name_that_is_too_long_is_a_sentence(capsys):
-    assert main(["inspect", "x" * 5000]) == 1
+    assert cli.main(["inspect", "x" * 5000]) == 1
     assert "xxx... is too long for a name; give another" in capsys.readouterr().err

@@ -155,7 +155,7 @@ def test_a_list_of_files_chooses_lines(tmp_path):
 
 def test_blanks_around_fields_do_not_count(tmp_path):
     text = "file,labels,split\na.wav ,Dog , train \nb.wav,Dog,test \n"
-    assert [clip.file for clip in _read(tmp_path, text)] == ["a.wav"]
+    assert [clip[0] for clip in _read(tmp_path, text)] == ["a.wav"]
     with pytest.raises(UserError, match='it has "other", "test"'):
         _read(tmp_path, "file,labels,split\na.wav,Dog,test \nb.wav,Dog,other\n")
 

@@ -226,7 +226,7 @@ def test_failure_in_the_middle_keeps_what_was_there(audio, tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(prepare_module, "RecordWriter", full)
-    with pytest.raises(UserError, match="No space left on device"):
+    with pytest.raises(UserError, match="no space is left to write"):
         _prepare(audio, tmp_path / "out", GOOD[:3], overwrite=True)
     assert _files(made.directory) == before
 

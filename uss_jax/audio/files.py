@@ -253,8 +253,12 @@ def require_whole(data: bytes) -> Format:
     with _opened_bytes(data) as file:
         form = Format(file.samplerate, file.channels, file.frames)
         if file.format == "FLAC" and file.frames:  # of others their headers tell
-            file.seek(file.frames - 1)
-            if not len(file.read(1)):
+            try:
+                file.seek(file.frames - 1)
+                held = len(file.read(1))
+            except soundfile.SoundFileError:
+                held = 0
+            if not held:
                 raise ValueError("holds an audio file that is cut off")
         return form
 

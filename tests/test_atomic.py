@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from uss_jax.atomic import move, replacing
+from uss_jax.atomic import move, replacing, replacing_folder
 from uss_jax.errors import UserError
 
 
@@ -26,6 +26,14 @@ def test_missing_folder_is_a_sentence(tmp_path):
     target = tmp_path / "nowhere" / "a.txt"
     with pytest.raises(UserError, match="could not be written"), replacing(target) as temporary:
         temporary.write_text("new")
+
+
+@pytest.mark.parametrize("make", [replacing, replacing_folder])
+def test_a_name_that_is_too_long_is_a_sentence(tmp_path, make):
+    target = tmp_path / ("a" * 300)
+    with pytest.raises(UserError, match="could not be written"), make(target) as at:
+        at.mkdir()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture

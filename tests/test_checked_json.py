@@ -63,7 +63,7 @@ def test_right_values_come_back():
         ('{"rate": "%s"}' % ("x\\n" * 10**5), r"rate is '(x\\n)+"),
         ("{", "is not JSON"),
         (b"\xff{}", "is not text in UTF-8"),
-        ("9" * 5000, "digits"),
+        ("9" * 5000, "^has a number of thousands of digits$"),
         ("[" * 10**5, f"is nested deeper than {MAX_DEPTH} levels"),
         ('{"a":' * 10**5, f"is nested deeper than {MAX_DEPTH} levels"),
         ('"' * 10**5, "is not JSON"),

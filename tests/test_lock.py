@@ -1,4 +1,5 @@
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -58,4 +59,12 @@ def test_a_lock_given_back_can_be_had_again(tmp_path):
 def test_what_was_in_the_file_does_not_matter(tmp_path):
     (tmp_path / ".lock").write_bytes(b"\xff\x00" * 500)
     with only_one(tmp_path, "wait"):
+        pass
+
+
+@pytest.mark.parametrize("make", [pathlib.Path.mkdir, os.mkfifo])
+def test_something_else_of_its_name_is_said(tmp_path, make):
+    make(tmp_path / ".lock")
+    said = "is no file, where the lock would be"
+    with pytest.raises(UserError, match=said), only_one(tmp_path, "wait"):
         pass

@@ -89,10 +89,12 @@ def remove_unfinished() -> None:
 
 
 def _remove(path: pathlib.Path) -> None:
-    if path.is_dir():
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        pass
+    except OSError:  # a folder, or a name that cannot be one
         shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def move(source: str | os.PathLike, target: str | os.PathLike) -> None:

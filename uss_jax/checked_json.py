@@ -45,6 +45,10 @@ def parse_json(data: bytes | str, rule: Rule | None = None, *, max_bytes: int = 
         raise ValueError(f"is not text in UTF-8 ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON ({error})") from None
+    except ValueError as error:
+        if "integer string conversion" not in str(error):  # Python's own bound
+            raise
+        raise ValueError("has a number of thousands of digits") from None
     if rule is not None:
         rule(value, "")
     return value

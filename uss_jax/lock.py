@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from uss_jax.errors import UserError
 
-_NAME = ".lock"
+LOCK = ".lock"  # its name
 # File systems that know no locks.
 _UNKNOWN = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
@@ -29,10 +29,12 @@ def only_one(folder: str | os.PathLike, remedy: str) -> Iterator[None]:
       remedy: what to do when another process has it, for the message.
 
     Raises:
-      UserError: another process has it; names the process.
+      UserError: another process has it; names the process. Or something else has the lock's name.
     """
-    path = pathlib.Path(folder) / _NAME
+    path = pathlib.Path(folder) / LOCK
     # Never removed: who opened it before would then hold the lock of a file that nobody sees.
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file, where the lock would be; remove it")
     with open(path, "a+", encoding="utf-8", errors="replace") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -46,6 +46,7 @@ def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
 
     # The net.
     tagger = nets.build_sed({**config.tagger, "sample_rate": config.sample_rate})
+    nets.require_classes(tagger, "config.tagger")
     _check_outputs(config, tagger)
     key = jax.random.key(config.seed)
 

@@ -38,9 +38,11 @@ def _waveform(seconds=SECONDS, channels=1):
 
 def _file(folder, suffix, **options):
     path = folder / f"whole.{suffix}"
-    options = {"wav": {"subtype": "PCM_16"}, "opus": {"format": "OGG", "subtype": "OPUS"}}.get(
-        suffix, {}
-    ) | options
+    options = {
+        "wav": {"subtype": "PCM_16"},
+        "opus": {"format": "OGG", "subtype": "OPUS"},
+        "rf64": {"format": "RF64", "subtype": "PCM_16"},
+    }.get(suffix, {}) | options
     rate = 48000 if suffix == "opus" else RATE
     soundfile.write(path, _waveform(), rate, **options)
     return path
@@ -73,7 +75,9 @@ def test_an_mp3_without_a_header_of_its_length_is_read_to_its_end(tmp_path):
     assert min(shifts) < 1e-4
 
 
-@pytest.mark.parametrize("suffix", ["mp3", "ogg", "opus", "flac", "wav"])
+@pytest.mark.parametrize(
+    "suffix", ["mp3", "ogg", "opus", "flac", "wav", "aiff", "au", "caf", "w64", "rf64"]
+)
 def test_joined_files_are_read_to_their_end(tmp_path, suffix):
     path = _file(tmp_path, suffix)
     once = _seconds(path)
@@ -91,6 +95,7 @@ def test_joined_files_are_read_to_their_end(tmp_path, suffix):
         ("aiff", "its header promises 3.0 s, it holds 1.5 s"),
         ("au", "its header promises 3.0 s, it holds 1.5 s"),
         ("w64", "its header promises 3.0 s, it holds 1.5 s"),
+        ("rf64", "its header promises 3.0 s, it holds 1.5 s"),
         ("flac", "its header promises 3.0 s, it holds "),
         ("mp3", "its header promises 3.1 s, it holds "),
         ("ogg", "its last page is missing"),
@@ -114,7 +119,7 @@ def test_a_file_that_is_cut_off_is_known_as_such(tmp_path, suffix, said):
         np.testing.assert_array_equal(waveform, whole[:, : waveform.shape[1]])
     joined = tmp_path / f"joined.{suffix}"
     joined.write_bytes(data + half)
-    if suffix in ("flac", "ogg", "opus", "wav"):
+    if suffix in ("flac", "ogg", "opus", "wav", "aiff", "au", "w64", "rf64"):
         assert truncation(joined)
 
 
@@ -236,3 +241,24 @@ def test_a_playlist_reaches_no_other_file(tmp_path):
         pathlib.Path(tmp_path / name).write_text(text)
         with pytest.raises(UserError, match="cannot be read as audio"):
             read_audio(tmp_path / name)
+
+
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs ffmpeg")
+def test_joined_mp4_files_are_refused(tmp_path):
+    path = _file(tmp_path, "wav")
+    once = tmp_path / "once.m4a"
+    subprocess.run(["ffmpeg", "-v", "error", "-i", path, once], check=True)
+    joined = tmp_path / "joined.m4a"
+    joined.write_bytes(2 * once.read_bytes())
+    assert _seconds(once) == pytest.approx(3, abs=0.1)
+    with pytest.raises(UserError, match="several recordings follow each other in it"):
+        read_audio(joined)
+
+
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs ffmpeg")
+def test_a_video_without_sound_is_said_to_hold_none(tmp_path):
+    path = tmp_path / "silent.mp4"
+    picture = ["-f", "lavfi", "-i", "color=c=red:d=1:s=32x32"]
+    subprocess.run(["ffmpeg", "-v", "error", *picture, path], check=True)
+    with pytest.raises(UserError, match="it holds no sound"):
+        read_audio(path)

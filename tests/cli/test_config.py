@@ -192,3 +192,14 @@ def test_shipped_configs_are_found_by_name_from_any_folder(tmp_path, monkeypatch
     assert load_config("resunet30:condition=embedding", []).query.kind == "embedding"
     (tmp_path / "mine").write_text(CONFIG)
     assert load_config("mine", []).steps == 10
+
+
+@pytest.mark.parametrize("raised", ["sys.exit(0)", "exit()", "raise SystemExit"])
+def test_a_config_that_exits_is_an_error(load, raised):
+    with pytest.raises(UserError, match="SystemExit"):
+        load(text=f"import sys\n{raised}\n{CONFIG}")
+
+
+def test_a_name_that_no_file_can_have_is_no_config():
+    with pytest.raises(UserError, match="there is no such file"):
+        load_config("x" * 5000, [])

@@ -119,3 +119,8 @@ def test_a_reader_that_stops_reading_is_no_error():
     ran = subprocess.run([sys.executable, "-c", script], stdout=write, stderr=subprocess.PIPE)
     os.close(write)
     assert (ran.returncode, ran.stderr) == (141, b"")
+
+
+def test_a_name_that_is_too_long_is_a_sentence(capsys):
+    assert cli.main(["inspect", "x" * 5000]) == 1
+    assert "xxx... is too long for a name; give another" in capsys.readouterr().err

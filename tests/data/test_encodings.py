@@ -88,6 +88,10 @@ def test_varints_are_read_as_protocol_buffers_write_them(values):
     assert varints(packed).tolist() == values
 
 
+# As AU, CAF, W64, MP4 and WebM files begin.
+FILES = (b".snd", b"caff", b"riff\x2e\x91\xcf\x11", b"\0\0\0\x20ftypM4A ", b"\x1aE\xdf\xa3")
+
+
 @pytest.mark.parametrize(
     ("data", "encoding", "said"),
     [
@@ -97,8 +101,9 @@ def test_varints_are_read_as_protocol_buffers_write_them(values):
         (b"", "int64", "no samples"),
         (b"RIFF rubbish", "wav", "no readable audio file"),
         (STORED["flac"], "flac", "audio of 8000 Hz, the schema says 16000"),
+        (STORED["flac"][: len(STORED["flac"]) // 2], "flac", "cut off"),
+        *((begin + b"...." * 9, "pcm_s16le", "a whole audio file") for begin in FILES),
     ],
-    ids=["nothing", "odd", "half", "no numbers", "rubbish", "rate"],
 )
 def test_what_is_no_audio_is_said(data, encoding, said):
     with pytest.raises(ValueError, match=said):

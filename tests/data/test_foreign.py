@@ -8,7 +8,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from tests.data.test_encodings import SAMPLES, STORED
 from uss_jax.cli.main import main
 from uss_jax.data.examples import guess_schema, parse, serialise
-from uss_jax.data.index import build_index, load_index
+from uss_jax.data.index import build_index, load_index, shards_of_split
 from uss_jax.data.metadata import read_sample_rate
 from uss_jax.data.reader import ClipReader
 from uss_jax.data.schema import Schema, read_schema
@@ -208,6 +208,13 @@ def test_what_is_not_as_the_schema_says_is_said_with_its_place(tmp_path, record,
         ('{"sample_rate": 0}', "sample_rate is 0, expected a whole number from 1,000 to 768,000"),
         ('{"sample_rate": %s}' % ("9" * 30), "expected a whole number from 1,000"),
         ('{"encoding": "mp3"}', "encoding is 'mp3', expected pcm_s16le, flac"),
+        ('{"split": "../x"}', "split is '../x', expected letters, digits"),
+        ('{"split": ""}', "split is '', expected letters, digits"),
+        ('{"split": "a\\nb"}', r"split is 'a\\nb', expected letters, digits"),
+        ('{"split": "%s"}' % ("x" * 300), "expected letters, digits"),
+        ('{"id": ""}', "id is '', expected 1 to 200 letters"),
+        ('{"id": "%s"}' % ("x" * 10**6), "expected 1 to 200 letters"),
+        ('{"id": "\\ud800"}', "expected 1 to 200 letters"),
         ('{"label_form": "words"}', "label_form is 'words', expected index, mid, name, multi_hot"),
     ],
 )
@@ -216,6 +223,13 @@ def test_bad_schemas_are_said(tmp_path, text, said):
     with pytest.raises(UserError, match=said) as error:
         read_schema(tmp_path / "s.json")
     assert str(tmp_path / "s.json") in str(error.value)
+
+
+def test_shards_with_numbers_beyond_their_count_are_no_set(tmp_path):
+    names = tuple(f"lab-eval.tfrecord-0000{at}-of-00002" for at in (0, 1, 5))
+    directory = _write(tmp_path / "lab", names=names)
+    with pytest.raises(UserError, match=r'a shard of split "eval" has the number 5 of 2'):
+        shards_of_split(directory, "eval")
 
 
 def test_a_pattern_without_files_and_a_missing_schema_are_said(tmp_path, capsys):

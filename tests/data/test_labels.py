@@ -33,7 +33,7 @@ def test_a_column_split_selects_rows_and_other_columns_are_ignored(tmp_path):
     text = "seconds,split,labels,file\n1,train,Dog,a\n2,test,Speech,b\n"
     assert _read(tmp_path, text) == [("a", (DOG,), 2)]
     assert _read(tmp_path, text, split="test") == [("b", (SPEECH,), 3)]
-    with pytest.raises(UserError, match=r'"split" says "dev"; it has test, train'):
+    with pytest.raises(UserError, match=r'"split" says "dev"; it has "test", "train"'):
         _read(tmp_path, text, split="dev")
 
 
@@ -148,6 +148,16 @@ def test_a_list_of_files_chooses_lines(tmp_path):
     assert [clip[0] for clip in _read(tmp_path, text, files=wanted)] == ["b.wav", "sub/c.wav"]
     with pytest.raises(UserError, match=r"no line for 1 of the 2 files .*such as x.wav"):
         _read(tmp_path, text, files=["a.wav", "x.wav"])
+    (tmp_path / "list.txt").write_text(" \n\n")
+    with pytest.raises(UserError, match=r"list.txt names no file"):
+        read_file_list(tmp_path / "list.txt")
+
+
+def test_blanks_around_fields_do_not_count(tmp_path):
+    text = "file,labels,split\na.wav ,Dog , train \nb.wav,Dog,test \n"
+    assert [clip[0] for clip in _read(tmp_path, text)] == ["a.wav"]
+    with pytest.raises(UserError, match='it has "other", "test"'):
+        _read(tmp_path, "file,labels,split\na.wav,Dog,test \nb.wav,Dog,other\n")
 
 
 @pytest.mark.parametrize(

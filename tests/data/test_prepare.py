@@ -2,6 +2,8 @@ import csv
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -224,7 +226,7 @@ def test_failure_in_the_middle_keeps_what_was_there(audio, tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(prepare_module, "RecordWriter", full)
-    with pytest.raises(UserError, match="No space left on device"):
+    with pytest.raises(UserError, match="no space is left to write"):
         _prepare(audio, tmp_path / "out", GOOD[:3], overwrite=True)
     assert _files(made.directory) == before
 
@@ -345,3 +347,23 @@ def test_a_job_that_was_stopped_goes_on_with_the_shards_that_are_left(audio, tmp
     del made[:]
     _prepare(audio, tmp_path / "out", names, shards=3, overwrite=True)
     assert len(made) == len(names)
+
+
+def test_one_process_prepares_a_split_at_a_time(audio, tmp_path):
+    unfinished = tmp_path / "toy" / "1.0.0" / ".unfinished-train"
+    unfinished.mkdir(parents=True)
+    hold = (
+        "import sys, time; from uss_jax.lock import only_one\n"
+        "with only_one(sys.argv[1], 'wait'): print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, unfinished], stdout=subprocess.PIPE
+    ) as other:
+        try:
+            assert other.stdout.readline() == b"held\n"
+            with pytest.raises(UserError, match=rf"is in use by process {other.pid} .*wait until"):
+                _prepare(audio, tmp_path)
+        finally:
+            other.kill()
+    assert len(_prepare(audio, tmp_path).index)
+    assert not unfinished.exists()

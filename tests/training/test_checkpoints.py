@@ -226,6 +226,7 @@ _DAMAGES = {
     "byte": lambda data: _with_other_byte(data, len(data) // 2),
     "first byte": lambda data: _with_other_byte(data, 0),
     "other JSON": lambda data: b"[]",
+    "deep JSON": lambda data: b"[" * 100_000,
     "noise": lambda data: np.random.default_rng(0).bytes(len(data)),
 }
 

@@ -26,6 +26,7 @@ from tests.tiny import (
     write_records,
     write_tagger,
 )
+from uss_jax.cli.config import load_config
 from uss_jax.cli.main import main
 from uss_jax.errors import UserError
 from uss_jax.training import run
@@ -276,6 +277,7 @@ def test_a_share_of_the_clips_holds_those_of_a_smaller_one(place):
 PROGRAM = """
 import sys
 import jax.numpy as jnp
+from uss_jax.cli.config import load_config
 from uss_jax.cli.main import main
 from uss_jax.training import step
 
@@ -400,3 +402,21 @@ def test_runs_and_configs_from_before_there_was_a_precision_go_on(
     said = capsys.readouterr().out
     assert "resuming after step 1" in said
     assert "config.precision" not in said
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda config: config.clear(), "config.seed is missing"),
+        (lambda config: config.pop("global_batch"), "config.global_batch is missing"),
+        (lambda config: config.update(data=3), "config.data.clip_seconds is missing"),
+        (lambda config: config.update(total_steps="9"), "config.total_steps is '9', expected"),
+        (lambda config: config.update(total_steps=True), "config.total_steps is True, expected"),
+        (lambda config: config.update(weight_decay=np.nan), "config.weight_decay is nan, expected"),
+    ],
+)
+def test_a_config_file_of_other_keys_or_types_is_said(change, said):
+    values = load_config(str(CONFIGS / "resunet30.py"), []).to_dict()
+    change(values)
+    with pytest.raises(UserError, match=said):
+        run.check(ConfigDict(values))

@@ -78,3 +78,19 @@ def test_anything_else_is_refused(tmp_path):
     (tmp_path / "x.npz").write_text("no")
     with pytest.raises(UserError, match="cannot be read"):
         inspect(tmp_path / "x.npz")
+
+
+def test_texts_of_a_file_are_shown_without_control_characters(tmp_path, capsys):
+    path = write_separator(tmp_path / "one_hot", "one_hot")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "licence": "mine\x1b[31m\nother: x"}))
+    bank = Bank(("a\nb\x1b[0m",), np.zeros((1, 6), np.float32), "embedding", "0" * 64)
+    write_bank(tmp_path / "bank.npz", bank)
+    for words, shown in (
+        (["inspect", path], r"licence: mine\x1b[31m\nother: x"),
+        (["query", "list", tmp_path / "bank.npz"], r"  a\nb\x1b[0m"),
+    ):
+        assert main([str(word) for word in words]) == 0
+        printed = capsys.readouterr().out
+        assert shown in printed.split("\n")
+        assert "\x1b" not in printed

@@ -23,6 +23,7 @@ from uss_jax.checked_npz import Column, read_npz
 from uss_jax.data.index import RecordIndex
 from uss_jax.data.sampling import ANCHORS, JITTER, uniform
 from uss_jax.errors import UserError
+from uss_jax.opening import at_once
 
 FORMAT_VERSION = 1
 COLUMNS = {
@@ -156,7 +157,7 @@ def _check(
 
 def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=at_once) as file:
             version = int(read_npz(file, {"format_version": Column("i8")})["format_version"])
             if version != FORMAT_VERSION:
                 raise UserError(

@@ -18,7 +18,22 @@ _BIT_RATES = {  # kbit/s of layer III, by whether it is MPEG 1
 }
 _RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
 _BEGIN_OF_STREAM, _END_OF_STREAM = 2, 4
-_FLAC_BEGIN = b"fLaC\0\0\0\x22"  # the marker and the header of STREAMINFO, which comes first
+# How files of a format begin: by their first four bytes, how many bytes are alike in files of the
+# same kind, but for those of a size between them.
+_HEADS = {
+    b"fLaC": (8, range(0)),  # the marker, and the header of STREAMINFO, which comes first
+    b".snd": (24, range(8, 12)),
+    b"caff": (12, range(0)),
+    b"riff": (40, range(16, 24)),  # W64
+    b"RF64": (16, range(4, 8)),
+    b"FORM": (16, range(4, 8)),
+}
+# Files of other formats begin so; an ID3 tag stands before MP3.
+_FILES = (b"RIFF", b"OggS", b"ID3\2\0", b"ID3\3\0", b"ID3\4\0", b"riff\x2e\x91\xcf\x11")
+_FILES += (b"fLaC", b".snd", b"caff", b"RF64", b"FORM", b"wvpk", b"MAC ", b"#!AMR")
+_FILES += (b"\x1aE\xdf\xa3", b"0&\xb2u\x8ef\xcf\x11")  # Matroska and WebM; WMA
+# Files of these formats are often joined, and libsndfile reads the first alone.
+JOINED = frozenset((b"OggS", b"RIFF", *_HEADS))
 _OGG_PAGE = struct.Struct("<4sBBqIIIB")
 
 
@@ -162,6 +177,27 @@ def header_of_mp3(data: Bytes, mp3: Mp3) -> bytes:
     return (bytes(header) + bytes(side) + says).ljust(size, b"\0")
 
 
+def begins_file(data: Bytes) -> bool:
+    """Whether bytes are a whole audio file with a header, of any format, and not samples alone."""
+    begin = bytes(data[:12])
+    return begin.startswith(_FILES) or begin[4:8] == b"ftyp" or looks_like_mp3(data)
+
+
+def joined_mp4(data: Bytes) -> bool:
+    """Whether an MP4 file is followed by another, which no decoder looks for."""
+    at = 0
+    while bytes(data[at + 4 : at + 8]).isalnum() and at + 8 <= len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        if size == 1:
+            size = int.from_bytes(data[at + 8 : at + 16], "big")
+        if size < 8:  # 0: up to the end
+            return False
+        at += size
+        if bytes(data[at + 4 : at + 8]) == b"ftyp":
+            return True
+    return False
+
+
 class Part(NamedTuple):
     """One of the recordings that follow each other in a file.
 
@@ -176,11 +212,11 @@ class Part(NamedTuple):
 
 
 def read_parts(data: Bytes) -> list[Part]:
-    """The recordings in an Ogg, FLAC or WAV file: more than one where files were joined."""
+    """The recordings in a file of a format in JOINED: more than one where files were joined."""
     magic = bytes(data[:4])
     if magic == b"OggS":
         return _ogg_parts(data)
-    begins = {b"fLaC": _flac_begins, b"RIFF": _wav_begins}.get(magic, lambda data: [0])(data)
+    begins = _wav_begins(data) if magic == b"RIFF" else _begins_alike(data)
     return [Part(*ends) for ends in itertools.pairwise([*begins, len(data)])]
 
 
@@ -202,11 +238,15 @@ def _ogg_parts(data: Bytes) -> list[Part]:
     return [*parts, Part(begin, len(data), ended)]
 
 
-def _flac_begins(data: Bytes) -> list[int]:
-    begins = [0]
-    while (at := data.find(_FLAC_BEGIN, begins[-1] + 4)) >= 0:
-        begins.append(at)
-    return begins
+def _begins_alike(data: Bytes) -> list[int]:
+    """Where bytes stand like those with which a file of a format in _HEADS begins."""
+    length, size = _HEADS.get(bytes(data[:4]), (0, range(0)))
+    if not length:
+        return [0]
+    head = bytes(data[:length])
+    before, after = (re.escape(part) for part in (head[: size.start], head[size.stop :]))
+    alike = re.compile(before + b".{%d}" % len(size) + after, re.DOTALL)
+    return [match.start() for match in alike.finditer(data)]
 
 
 def _wav_begins(data: Bytes) -> list[int]:
@@ -246,7 +286,8 @@ def promised_share(log: str) -> float | None:
     Args:
       log: what libsndfile noted while it read the header.
     """
-    noted = re.findall(r"^\s*(?:data|SSND|Data Size|riff)\s*: (\d+) \(should be (\d+)\)", log, re.M)
+    sizes = "data|SSND|Data Size|riff|Riff size"
+    noted = re.findall(rf"^\s*(?:{sizes})\s*: (\d+) \(should be (\d+)\)", log, re.M)
     if not noted:
         return None
     promised, held = map(int, noted[-1])

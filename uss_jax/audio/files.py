@@ -248,6 +248,21 @@ def format_of_bytes(data: bytes) -> Format:
         return Format(file.samplerate, file.channels, file.frames)
 
 
+def require_whole(data: bytes) -> Format:
+    """As `format_of_bytes`; a ValueError too where the file ends before the samples it promises."""
+    with _opened_bytes(data) as file:
+        form = Format(file.samplerate, file.channels, file.frames)
+        if file.format == "FLAC" and file.frames:  # of others their headers tell
+            try:
+                file.seek(file.frames - 1)
+                held = len(file.read(1))
+            except soundfile.SoundFileError:
+                held = 0
+            if not held:
+                raise ValueError("holds an audio file that is cut off")
+        return form
+
+
 def holds_floats(data: bytes) -> bool:
     """Whether an audio file in memory holds floats, which may be of any scale."""
     with _opened_bytes(data) as file:

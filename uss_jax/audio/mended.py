@@ -206,8 +206,10 @@ def _kept(path: str, stamp: tuple[int, int]) -> tuple[_Temporary, str | None]:
     """A file decoded whole, which goes when others take its place; and whether it was cut off."""
     decoded = _Temporary()
     with _mapped(path) as data:
-        if data[:4] in (b"OggS", b"fLaC", b"RIFF"):
+        if data[:4] in containers.JOINED:
             return decoded, _decode_in_turn(path, containers.read_parts(data), decoded.name)
+        if data[4:8] == b"ftyp" and containers.joined_mp4(data):
+            raise FfmpegFailed("several recordings follow each other in it; join them with ffmpeg")
     return decoded, _decode_with_ffmpeg(path, decoded.name)
 
 
@@ -277,6 +279,8 @@ def _decode_with_ffmpeg(path: str, out: str) -> str | None:
         stderr=subprocess.PIPE,
     )
     words = done.stderr.decode(errors="replace").replace(f"file:{os.path.abspath(path)}: ", "")
+    if "matches no streams" in words:
+        raise FfmpegFailed("it holds no sound")
     if done.returncode or not os.path.getsize(out):
         raise FfmpegFailed((words.strip().splitlines() or ["it found no sound"])[-1].strip())
     cut = re.search(r"[^\]\n]*(?:partial file|ended prematurely|truncated)[^\n]*", words)

@@ -4,6 +4,7 @@ import argparse
 import ast
 import difflib
 import math
+import os
 import pathlib
 import runpy
 from collections.abc import Iterator, Sequence, Set
@@ -87,7 +88,7 @@ def shipped_configs() -> dict[str, pathlib.Path]:
 
 def _find_config(name: str) -> str:
     """Returns the path of a config file, given by its path or by a shipped config's name."""
-    if pathlib.Path(name).is_file():
+    if os.path.isfile(name):  # which takes names that cannot be one, too
         return name
     shipped = shipped_configs()
     if name in shipped:
@@ -108,7 +109,7 @@ def _get_config(location: str) -> ConfigDict:
         config = get_config(argument) if argument else get_config()
     except UserError:
         raise
-    except Exception as error:  # whatever a config file may do wrong is the user's to mend
+    except (Exception, SystemExit) as error:  # whatever it does wrong is the user's to mend
         raise UserError(f"--config {location}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import importlib
 import io
 import os
@@ -104,9 +105,13 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if not is_full(error):
+        if is_full(error):
+            said = full(error.filename)
+        elif error.errno == errno.ENAMETOOLONG:
+            said = f"{str(error.filename)[:60]}... is too long for a name; give another"
+        else:
             raise
-        print(f"uss-jax: {full(error.filename)}", file=sys.stderr)
+        print(f"uss-jax: {one_line(said)}", file=sys.stderr)
         return 1
     return 0
 

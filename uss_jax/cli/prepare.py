@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
 from uss_jax.cli.arguments import number, path, whole
+from uss_jax.errors import one_line
 
 if TYPE_CHECKING:
     from uss_jax.data.labels import Labels
@@ -183,10 +184,11 @@ def _tell_passed_over(labels: "Labels", audio: str) -> None:
         first = list(labels.unknown.items())[:10]
         counts = ", ".join(f'"{name}" ({len(lines)})' for name, lines in first)
         more = ", ..." if len(labels.unknown) > 10 else ""
-        print(f"{len(labels.unknown)} labels are no classes and are passed over: {counts}{more}")
+        said = f"{len(labels.unknown)} labels are no classes and are passed over: {counts}{more}"
+        print(one_line(said))
     for files, what in (
         (labels.unlisted, "recordings in {} are in no line of the label file"),
         (labels.others, "files in {} are no recordings by their names"),
     ):
         if files:
-            print(f"{len(files)} {what.format(audio)}, such as {files[0]}")
+            print(one_line(f"{len(files)} {what.format(audio)}, such as {files[0]}"))

@@ -37,15 +37,15 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _list(path: str) -> None:
+    from uss_jax.errors import one_line
     from uss_jax.separation.queries import load_bank
 
     bank = load_bank(path)
-    print(
+    about = (
         f"{path}: {len(bank.name)} vectors of width {bank.vectors.shape[1]}, kind {bank.kind}, "
         f"made with query net {bank.net_hash}, {bank.how or 'made in an unknown way'}"
     )
-    for name in bank.name:
-        print(f"  {name}")
+    print("\n".join(map(one_line, [about, *(f"  {name}" for name in bank.name)])))
 
 
 def _make(args: argparse.Namespace) -> None:

@@ -11,20 +11,19 @@ Of `pcm_s16le` and `float` a part can be read without the rest.
 import numpy as np
 from jaxtyping import Float32, Int16, Int64
 
-from uss_jax.audio.containers import looks_like_mp3
+from uss_jax.audio.containers import begins_file
 from uss_jax.audio.files import (
     PEAK_LIMIT,
     check_scale,
     decode_bytes,
     decode_pcm16,
-    format_of_bytes,
     holds_floats,
+    require_whole,
 )
 
 ENCODINGS = ("pcm_s16le", "flac", "wav", "float", "int64")
 # Bytes of a sample, where all have the same.
 SAMPLE_BYTES = {"pcm_s16le": 2, "float": 4}
-_FILES = (b"RIFF", b"RF64", b"fLaC", b"OggS", b"FORM", b"ID3\2\0", b"ID3\3\0", b"ID3\4\0")
 
 
 def to_int16(waveform: Float32[np.ndarray, " t"]) -> Int16[np.ndarray, " t"]:
@@ -59,11 +58,6 @@ def decode_into(
     out[:] = found
 
 
-def begins_audio_file(data: bytes) -> bool:
-    """Whether bytes are a whole audio file, with a header, and not samples alone."""
-    return data.startswith(_FILES) or looks_like_mp3(data)
-
-
 def clipped_share(data: bytes, encoding: str) -> float:
     """The share of samples that lie outside of 16 bits and are cut when these bytes are decoded.
 
@@ -92,7 +86,7 @@ def count_samples(data: bytes, encoding: str, sample_rate: int | None) -> int:
     Raises:
       ValueError: they are not of this encoding, or a file of another sample rate.
     """
-    if encoding == "pcm_s16le" and data.startswith(_FILES):
+    if encoding == "pcm_s16le" and begins_file(data):
         raise ValueError(
             f"has audio that begins with {data[:4]!r}: a whole audio file (encoding wav or flac), "
             "no PCM samples"
@@ -107,7 +101,7 @@ def count_samples(data: bytes, encoding: str, sample_rate: int | None) -> int:
         if not count:
             raise ValueError("has no samples in its audio")
         return count
-    form = format_of_bytes(data)
+    form = require_whole(data)
     if sample_rate is not None and form.sample_rate != sample_rate:
         raise ValueError(f"holds audio of {form.sample_rate} Hz, the schema says {sample_rate}")
     if not form.samples:

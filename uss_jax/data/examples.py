@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int16
 from tensorflow_datasets.proto import tf_example_pb2
 
-from uss_jax.data.encodings import begins_audio_file
+from uss_jax.audio.containers import begins_file
 from uss_jax.data.schema import Schema
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
@@ -59,7 +59,7 @@ def _guess_encoding(audio: Any) -> str:
     data = audio.bytes_list.value[0] if audio.bytes_list.value else b""
     if data.startswith(b"fLaC"):
         return "flac"
-    return "wav" if begins_audio_file(data) else "pcm_s16le"
+    return "wav" if begins_file(data) else "pcm_s16le"
 
 
 def _guess_label_form(labels: Any) -> str:

@@ -166,10 +166,16 @@ def shards_of_split(
             f'{directory} holds two sets of shards for split "{split}" (such as '
             f"{' and '.join(f'{name} of {of}' for name, of in sets[:2])}); keep one of them there"
         )
-    missing = set(range(int(sets[0][1]))) - {int(match["at"]) for match in matches}
+    of, numbers = int(sets[0][1]), {int(match["at"]) for match in matches}
+    if max(numbers) >= of:
+        raise UserError(
+            f'{directory}: a shard of split "{split}" has the number {max(numbers)} of {of}, which '
+            "go from 0; keep one whole set of shards there"
+        )
+    missing = set(range(of)) - numbers
     if missing:
         raise UserError(
-            f'{directory}: of the {int(sets[0][1])} shards of split "{split}", number '
+            f'{directory}: of the {of} shards of split "{split}", number '
             f"{min(missing)} is missing; copy or prepare them again"
         )
     return [match[0] for match in matches]
@@ -408,7 +414,7 @@ def load_index(directory: str | os.PathLike, split: str, verify: bool = False) -
             stored = read_npz(file, _FILE)
         index = RecordIndex(**{**stored, "encoding": str(stored.get("encoding", "pcm_s16le"))})
         _check(index)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         shards_of_split(directory, split)  # says so when there is nothing to index either
         raise UserError(f"{path} does not exist; {again}") from None
     except (OSError, ValueError) as error:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from uss_jax.audio.files import find_recordings
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
+from uss_jax.opening import at_once
 
 _UNKNOWN_SHOWN = 10
 _LONGEST_VIDEO = 1e6  # seconds
@@ -138,12 +139,15 @@ def read_label_map(path: str | os.PathLike) -> dict[str, str]:
 def read_file_list(path: str | os.PathLike) -> list[str]:
     """The lines of a text file that are not blank: names of files."""
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-            return [line for line in map(str.strip, file) if line]
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", opener=at_once) as file:
+            lines = [line for line in map(str.strip, file) if line]
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}); give a text file with a name a line"
         ) from None
+    if not lines:
+        raise UserError(f"{path} names no file; write the name of one in each line")
+    return lines
 
 
 class _Resolver:
@@ -219,7 +223,7 @@ def _checked_header(path: str | os.PathLike, line: int, header: list[str]) -> li
 def _read_rows(path: str | os.PathLike) -> Iterator[tuple[int, list[str]]]:
     """Yields (line number, fields) of every line that is not blank."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="", opener=at_once) as file:
             reader = csv.reader(file, skipinitialspace=True, strict=True)
             read_lines = 0
             try:
@@ -250,7 +254,7 @@ def _table(
                 f"{path}, line {line}: {len(row)} fields, the header has {len(header)}; put "
                 "quotes around a field that has commas"
             )
-        fields = dict(zip(header, row, strict=True))
+        fields = dict(zip(header, map(str.strip, row), strict=True))
         if fields.get("split", split) != split:
             other_splits.add(fields["split"])
             continue
@@ -259,10 +263,8 @@ def _table(
         labels = resolve(line, fields["labels"].split(";"))
         labelled.append(LabelledFile(os.path.normpath(fields["file"]), labels, line))
     if not labelled and other_splits:
-        raise UserError(
-            f'{path} has no line whose column "split" says "{split}"; '
-            f"it has {', '.join(sorted(other_splits))}"
-        )
+        found = ", ".join(f'"{other}"' for other in sorted(other_splits))
+        raise UserError(f'{path} has no line whose column "split" says "{split}"; it has {found}')
     return labelled
 
 

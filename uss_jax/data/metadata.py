@@ -156,7 +156,7 @@ def _read(folder: Folder, name: str, rule: Rule) -> dict | None:
     try:
         with folder.open(name) as file:
             return read_json(file, rule)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise UserError(

@@ -35,6 +35,7 @@ from uss_jax.data.metadata import check_format, write_metadata
 from uss_jax.data.schema import Schema
 from uss_jax.data.tfrecord import RecordWriter
 from uss_jax.errors import UserError
+from uss_jax.lock import LOCK, only_one
 
 # No sample of a silent clip reaches -60 dBFS, below which anchors are not drawn.
 _SILENT_PEAK = 1e-3
@@ -217,51 +218,55 @@ def prepare(
     if not overwrite and not _is_of_plan(unfinished, plan):
         _refuse_existing(directory, split)
     try:
-        _keep_if_same(unfinished, plan)
+        unfinished.mkdir(parents=True, exist_ok=True)
+        with only_one(unfinished, "wait until it has ended"):
+            _keep_if_same(unfinished, plan)
 
-        jobs = [Block(unfinished, at, block, audio, settings) for at, block in enumerate(blocks)]
-        todo = [job for job in jobs if job.outcome() is None]
-        (engine or functools.partial(_run_here, workers=workers))(todo)
-        paths = []
-        for job in jobs:
-            outcome = job.outcome()
-            if outcome is None:
-                raise UserError(f"{job.path} was not made; give the same command again")
-            skipped += [(job.items[number], why) for number, why in outcome.skipped.items()]
-            clipped += [(job.items[number], share) for number, share in outcome.clipped.items()]
-            if len(outcome.skipped) < len(job.items):
-                paths.append(job.path)
-        if not paths:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            _remove_if_empty(directory, directory.parent)
-            raise UserError(
-                f"none of the {len(labelled)} clips could be used; the first: "
-                f"{skipped[0][1].reason}"
+            jobs = [
+                Block(unfinished, at, block, audio, settings) for at, block in enumerate(blocks)
+            ]
+            todo = [job for job in jobs if job.outcome() is None]
+            (engine or functools.partial(_run_here, workers=workers))(todo)
+            paths = []
+            for job in jobs:
+                outcome = job.outcome()
+                if outcome is None:
+                    raise UserError(f"{job.path} was not made; give the same command again")
+                skipped += [(job.items[number], why) for number, why in outcome.skipped.items()]
+                clipped += [(job.items[number], share) for number, share in outcome.clipped.items()]
+                if len(outcome.skipped) < len(job.items):
+                    paths.append(job.path)
+            if not paths:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                _remove_if_empty(directory, directory.parent)
+                raise UserError(
+                    f"none of the {len(labelled)} clips could be used; the first: "
+                    f"{skipped[0][1].reason}"
+                )
+            for at, path in enumerate(paths):
+                path.rename(unfinished / f"{name}-{split}.tfrecord-{at:05d}-of-{len(paths):05d}")
+            index = build_index(unfinished, split, schema)
+            _publish(unfinished, directory, split)
+            write_metadata(
+                directory,
+                name=name,
+                version=version,
+                split=split,
+                shard_records=np.bincount(index.record_shard, minlength=len(index.shards)).tolist(),
+                shard_bytes=int(index.shard_bytes.sum()),
+                sample_rate=settings.sample_rate,
+                encoding=settings.encoding,
             )
-        for at, path in enumerate(paths):
-            path.rename(unfinished / f"{name}-{split}.tfrecord-{at:05d}-of-{len(paths):05d}")
-        index = build_index(unfinished, split, schema)
-        _publish(unfinished, directory, split)
+            report = directory / f"skipped-{split}.csv"
+            _write_report(report, skipped)
+            # Last, so that a command that is stopped before knows that it made what is there.
+            shutil.rmtree(unfinished, ignore_errors=True)
+            return Prepared(directory, index, skipped, clipped, report)
     except OSError as error:
         raise UserError(
             f"{directory} could not be written ({error.strerror or error}); choose --out where "
             "there is space and permission, or make some and go on with the same command"
         ) from error
-    write_metadata(
-        directory,
-        name=name,
-        version=version,
-        split=split,
-        shard_records=np.bincount(index.record_shard, minlength=len(index.shards)).tolist(),
-        shard_bytes=int(index.shard_bytes.sum()),
-        sample_rate=settings.sample_rate,
-        encoding=settings.encoding,
-    )
-    report = directory / f"skipped-{split}.csv"
-    _write_report(report, skipped)
-    # Last, so that a command that is stopped before knows that it made what is there.
-    shutil.rmtree(unfinished, ignore_errors=True)
-    return Prepared(directory, index, skipped, clipped, report)
 
 
 def _check_names(name: str, version: str, split: str) -> None:
@@ -313,8 +318,9 @@ def _digest(plan: str) -> str:
 def _keep_if_same(unfinished: pathlib.Path, plan: str) -> None:
     """Empties the folder of unfinished work, unless that is part of the same plan."""
     if not _is_of_plan(unfinished, plan):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+        for old in unfinished.iterdir():
+            if old.name != LOCK:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
         (unfinished / ".plan").write_text(_digest(plan))
 
 

@@ -2,12 +2,14 @@
 
 import dataclasses
 import os
+import re
 from typing import Any
 
 from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
-from uss_jax.checked_json import read_json, record, text, whole
+from uss_jax.checked_json import read_json, record, shown, text, whole
 from uss_jax.data.encodings import ENCODINGS
 from uss_jax.errors import UserError
+from uss_jax.opening import at_once
 
 LABEL_FORMS = ("index", "mid", "name", "multi_hot")
 
@@ -35,10 +37,28 @@ class Schema:
     split: str = "train"
 
 
+_LONGEST_NAME = 200
+# It becomes part of the index's name.
+_SPLIT = re.compile(r"[A-Za-z0-9_.]{1,100}")
+
+
+def _name(value: Any, key: str) -> None:
+    text()(value, key)
+    if not 1 <= len(value) <= _LONGEST_NAME or not value.isprintable():
+        raise ValueError(f"{key} is {shown(value)}, expected 1 to {_LONGEST_NAME} letters")
+
+
+def _split(value: Any, key: str) -> None:
+    text()(value, key)
+    if not _SPLIT.fullmatch(value):
+        raise ValueError(f'{key} is {shown(value)}, expected letters, digits, "_" and "."')
+
+
 _RULE = record(
     {},
     {
-        **dict.fromkeys(("id", "audio", "labels", "shards", "split"), text()),
+        **dict.fromkeys(("id", "audio", "labels", "shards"), _name),
+        "split": _split,
         "encoding": text(*ENCODINGS),
         "label_form": text(*LABEL_FORMS),
         "sample_rate": whole(LOWEST_SAMPLE_RATE, HIGHEST_SAMPLE_RATE),
@@ -49,7 +69,7 @@ _RULE = record(
 def read_schema(path: str | os.PathLike) -> dict[str, Any]:
     """The attributes of a Schema that a JSON file gives; a UserError says what is wrong."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=at_once) as file:
             return read_json(file, _RULE)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); give a JSON file") from None

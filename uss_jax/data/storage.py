@@ -20,6 +20,7 @@ from jaxtyping import UInt8
 
 from uss_jax.atomic import replacing
 from uss_jax.errors import UserError
+from uss_jax.opening import at_once
 
 _OPEN_FILES = 512  # an ordinary process may open 1024
 _READ_AHEAD = 1 << 20
@@ -135,7 +136,7 @@ class DiskFolder:
         return f"{status.st_size} {status.st_mtime_ns}"
 
     def open(self, name: str) -> io.IOBase:
-        return open(self._path / name, "rb", buffering=_READ_AHEAD)
+        return open(self._path / name, "rb", buffering=_READ_AHEAD, opener=at_once)
 
     def read_into(self, ranges: Sequence[Range]) -> list[int | OSError]:
         return [self._read_one(some) for some in ranges]

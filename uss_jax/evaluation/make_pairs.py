@@ -24,6 +24,7 @@ from uss_jax.errors import UserError
 from uss_jax.evaluation.clips import MIN_DBFS, Chosen, MinedAnchors, mine, read_segments
 from uss_jax.evaluation.scoring import samples_digest
 from uss_jax.ontology import load_ontology
+from uss_jax.opening import at_once
 from uss_jax.training.model import Model
 
 MANIFEST = "manifest.csv"
@@ -275,7 +276,7 @@ def mixed_pairs(
 def read_groups(path: str | os.PathLike) -> dict[str, str]:
     """The group of each file of a label table with the columns `file` and `group`."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="", opener=at_once) as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as a CSV file ({error})") from error

@@ -23,6 +23,7 @@ from uss_jax.audio.files import find_recordings as recordings_below
 from uss_jax.checked_json import either, list_of, nothing, number, read_json, record, text
 from uss_jax.errors import UserError, one_line
 from uss_jax.ontology import load_ontology
+from uss_jax.opening import at_once
 from uss_jax.separation.names import file_name
 from uss_jax.separation.queries import Classes, Query
 from uss_jax.separation.recordings import Separated, Separator
@@ -106,7 +107,8 @@ def find_recordings(
 def _listed(lists: Sequence[str | os.PathLike]) -> Iterator[str]:
     for path in lists:
         try:
-            lines = pathlib.Path(path).read_bytes().splitlines()
+            with open(path, "rb", opener=at_once) as file:
+                lines = file.read().splitlines()
         except OSError as error:
             raise UserError(
                 f"{path} cannot be read ({error.strerror}); give a text file"
@@ -321,7 +323,7 @@ def _digest_of_recording(run: str, path: pathlib.Path) -> str:
 def finished_facts(folder: pathlib.Path, digest: str) -> dict[str, Any] | None:
     """What an earlier run has written of the same, if all of it is there."""
     try:
-        with open(folder / REPORT, "rb") as file:
+        with open(folder / REPORT, "rb", opener=at_once) as file:
             facts = read_json(file, _FINISHED, max_bytes=_MOST_BYTES)
     except (OSError, ValueError):  # none, or another program's
         return None

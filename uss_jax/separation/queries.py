@@ -20,6 +20,7 @@ from uss_jax.checked_npz import Column, read_npz
 from uss_jax.errors import UserError
 from uss_jax.models.query import KINDS
 from uss_jax.ontology import load_ontology, reference_tree
+from uss_jax.opening import at_once
 from uss_jax.separation.separator import Target
 from uss_jax.training.model import Model
 
@@ -334,7 +335,7 @@ _COLUMNS = {
 def load_bank(path: str | os.PathLike) -> Bank:
     """Reads a bank, whatever model it was made with."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=at_once) as file:
             stored = read_npz(file, _COLUMNS)
         texts = {key: str(stored.get(key, "")) for key in ("kind", "net_hash", "how")}
         if texts["kind"] not in KINDS:

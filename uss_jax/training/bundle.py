@@ -35,6 +35,7 @@ from uss_jax.errors import UserError
 from uss_jax.models.query import QueryNet
 from uss_jax.models.resunet import ResUNet
 from uss_jax.models.tagging import TaggingNet
+from uss_jax.opening import at_once
 from uss_jax.training import nets
 from uss_jax.training.checkpoints import (
     Checkpoints,
@@ -197,7 +198,7 @@ def read_bundle(path: str | os.PathLike, averaged: bool = True) -> Bundle:
     path = pathlib.Path(path)
     config_path = path / "config.json"
     try:
-        with open(config_path, "rb") as file:
+        with open(config_path, "rb", opener=at_once) as file:
             config = read_json(file, _CONFIG)
     except OSError as error:
         raise UserError(

@@ -52,7 +52,7 @@ _READ_AT_ONCE = {
     _METRICS: mapping_of(anything()),
 }
 # What orbax raises where files are missing, cut short or full of something else.
-_DAMAGE = (OSError, ValueError, KeyError, AttributeError, TypeError)
+_DAMAGE = (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError)
 
 
 # Bytes of a checkpoint besides those of its arrays, at most so many.

@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 from uss_jax.anchors.detect import RULES
 from uss_jax.anchors.table import Placement, read_table, usable, without
 from uss_jax.atomic import replacing
-from uss_jax.checked_json import Rule, number, record, whole
+from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
+from uss_jax.checked_json import Rule, anything, number, record, text, whole
 from uss_jax.data.index import RecordIndex, load_index
 from uss_jax.data.metadata import read_sample_rate
 from uss_jax.data.pipeline import batches
@@ -50,12 +51,42 @@ _DRAWN_BY_DEFAULT = {"anchors.rule": RULES[0]}
 # Of configs that say nothing. The largest ratio of a healthy float32 run of 827 steps was 10.
 _MAX_NORM_RATIO = 100.0
 
-_DATA_RANGES = {
-    "clip_seconds": number(0.01, 3600),
-    "threads": whole(1, 256),
-    "workers": whole(0, 1024),
-    "max_corrupt": whole(0, 2**31),
+_MOST = 2**31 - 1  # steps are counted in 32 bits
+# What every config has, by dotted names.
+_REQUIRED = {
+    "seed": whole(0, 2**32 - 1),
+    "sample_rate": whole(LOWEST_SAMPLE_RATE, HIGHEST_SAMPLE_RATE),
+    "segment_seconds": number(0.01, 600),
+    "data.clip_seconds": number(0.01, 3600),
+    "data.threads": whole(1, 256),
+    "keep_checkpoints": whole(1, _MOST),
+    "schedule.name": text(),
+    "profile.steps": anything(),
+    **dict.fromkeys(("data.records", "data.split", "data.order"), text()),
+    **dict.fromkeys(
+        (
+            *("total_steps", "global_batch", "max_skipped_steps"),
+            *("log_every_steps", "checkpoint_every_steps"),
+        ),
+        whole(1, _MOST),
+    ),
 }
+# What a config may leave out.
+_OPTIONAL = {
+    "accumulate": whole(1, _MOST),
+    "keep_best": whole(0, _MOST),
+    "weight_decay": number(0, 1e3),
+    "clip_norm": number(0, 1e30),
+    "schedule.learning_rate": number(0, 1e3),
+    "schedule.warm_up_steps": whole(0, _MOST),
+    "data.workers": whole(0, 1024),
+    "data.max_corrupt": whole(0, _MOST),
+    "mixing.group_size": whole(1, _MOST),
+    "mixing.sources": whole(1, _MOST),
+    "mixing.gain_db": number(0, 200),
+    "anchors.min_dbfs": number(-1000, 0),
+}
+_ABSENT = object()
 # Arguments of the functions of training/augment.py, of configs that ask for them.
 _SPEED = number(0.1, 10)
 _DECIBELS = number(-200, 200)
@@ -68,8 +99,6 @@ _AUGMENTATIONS = {
     ),
     "mixup_alpha": number(1e-3, 1e3),
 }
-_AT_LEAST_ONE = ("total_steps", "global_batch", "accumulate", "max_skipped_steps")
-_AT_LEAST_ONE += ("log_every_steps", "checkpoint_every_steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +127,13 @@ def say(text: str) -> None:
 def check(config: ConfigDict) -> None:
     """Raises a UserError where the numbers of a config do not fit each other or the devices."""
     _require_values(config.to_dict(), "config")
-    for key, rule in _DATA_RANGES.items():
-        if key in config.data:
-            _follow(rule, config.data[key], f"config.data.{key}")
+    for key, rule in (_REQUIRED | _OPTIONAL).items():
+        value = _value(config, key)
+        if value is not _ABSENT:
+            _follow(rule, value, f"config.{key}")
+        elif key in _REQUIRED:
+            raise UserError(f"config.{key} is missing; the configs of this program have it")
     _check_augmentations(config.to_dict())
-    for key in _AT_LEAST_ONE:
-        if config.get(key, 1) < 1:
-            raise UserError(f"config.{key} is {config[key]}, expected at least 1")
     precision_of(config)
     if config.get("damaged_checkpoint", "set_aside") not in ("set_aside", "stop"):
         raise UserError(
@@ -117,8 +146,6 @@ def check(config: ConfigDict) -> None:
             f"config.max_norm_ratio is {ratio}, expected more than 1, or 0 for no limit: updates "
             "whose gradient is longer than that many times the running median are left out"
         )
-    if config.get("clip_norm", 0.0) < 0:
-        raise UserError(f"config.clip_norm={config.clip_norm} is below 0; 0 clips nothing")
     if not 0 < config.get("norm_momentum", MOMENTUM) <= 1:
         raise UserError(f"config.norm_momentum={config.norm_momentum} is not above 0 and at most 1")
     steps = config.profile.steps
@@ -159,6 +186,16 @@ def _require_values(section: Mapping[str, Any], where: str) -> None:
         elif value is None and not (where == "config" and key in _AUGMENTATIONS):
             off = ", ".join(_AUGMENTATIONS)
             raise UserError(f"{where}.{key} is None; give it a value (only {off} may be None)")
+
+
+def _value(config: ConfigDict, key: str) -> Any:
+    """Returns the value of a dotted name; _ABSENT where a section on the way or the key is not."""
+    value: Any = config
+    for part in key.split("."):
+        if not isinstance(value, ConfigDict) or part not in value:
+            return _ABSENT
+        value = value[part]
+    return value
 
 
 def _check_augmentations(config: Mapping[str, Any]) -> None:
@@ -312,12 +349,20 @@ def _class_weights(places: ConfigDict | None) -> np.ndarray | None:
         return None
     ontology = load_ontology()
     weights = np.ones(len(ontology.class_mids), np.int64)
+    said: dict[int, str] = {}
     for label, count in places.items():
         try:
             whole(0, 10_000)(count, f"config.data.class_weights[{label!r}]")
         except ValueError as error:
             raise UserError(f"{error}: places of the class in each round") from None
-        weights[ontology.resolve(label)] = count
+        index = ontology.resolve(label)
+        if index in said:
+            raise UserError(
+                f"config.data.class_weights has {said[index]!r} and {label!r}, one class; "
+                "keep one of them"
+            )
+        said[index] = label
+        weights[index] = count
     return weights
 
 

@@ -15,6 +15,7 @@ from uss_jax.data.index import load_index, splits
 from uss_jax.data.metadata import read_encoding, read_sample_rate
 from uss_jax.data.storage import versions_below
 from uss_jax.errors import UserError
+from uss_jax.opening import at_once
 from uss_jax.separation.queries import load_bank
 from uss_jax.training.bundle import Bundle, net_hash, read_bundle, read_tensors
 from uss_jax.training.checkpoints import latest_step
@@ -169,7 +170,7 @@ def _of_records(path: pathlib.Path) -> Iterator[str]:
 
 def _of_npz(path: pathlib.Path) -> list[str]:
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=at_once) as file:
             names = names_in_npz(file)
             column = {"record": COLUMNS["record"]}
             rows = len(read_npz(file, column)["record"]) if "header" in names else 0

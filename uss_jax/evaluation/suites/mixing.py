@@ -16,6 +16,7 @@ from uss_jax.anchors.mix import GAIN_RANGE
 from uss_jax.audio.files import audio_format, read_mono, read_segment, resample
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
+from uss_jax.opening import at_once
 
 # As published: two-second items, a hundred of each class, drawn with this seed.
 SECONDS = 2.0
@@ -183,7 +184,7 @@ def _relatives(recording: Recording) -> set[str | int | None]:
 def read_table(path: pathlib.Path, columns: Iterable[str]) -> list[dict[str, str]]:
     """The lines of a publisher's CSV file, which must have these columns."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="", opener=at_once) as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as a CSV file ({error})") from error

@@ -270,13 +270,20 @@ def test_damaged_rows_are_told_apart(records):
 @pytest.mark.parametrize("keep", [100, 600])
 def test_a_flac_file_that_cannot_be_decoded_is_damage(tmp_path, keep):
     """Its header is whole, and so is the record's checksum."""
-    sound = _samples(b"a", 1000)
-    flac = flac_bytes(sound, 8000)
-    with RecordWriter(tmp_path / "toy-train.tfrecord-00000-of-00001") as writer:
-        writer.write(serialise(b"a", flac[:keep], [1]))
+    flac = flac_bytes(_samples(b"a", 1000), 8000)
+
+    def write(data):
+        with RecordWriter(tmp_path / "toy-train.tfrecord-00000-of-00001") as writer:
+            writer.write(serialise(b"a", data, [1]))
+
+    write(flac)
     index = build_index(tmp_path, "train", Schema(encoding="flac"))
+    write(flac[:keep] + bytes(len(flac) - keep))  # of the same length, and later than the index
     with pytest.raises(UserError, match=r"the record at byte 0 holds (no readable|audio that)"):
         ClipReader(tmp_path, index).read(0)
+    write(flac[:keep])
+    with pytest.raises(UserError, match="the record at byte 0 holds an audio file that is cut off"):
+        build_index(tmp_path, "train", Schema(encoding="flac"))
 
 
 def test_many_threads_read_through_few_descriptors(records, monkeypatch):

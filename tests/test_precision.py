@@ -157,7 +157,7 @@ def test_the_detector_is_float32_at_highest_in_every_use(dtype):
     programs = [
         products(lambda clip: detect(sed, variables, clip), clip),
         products(
-            lambda batch: mine._mine_batch(sed, variables, batch, SEGMENT, 2, -60.0),
+            lambda batch: mine._mine_batch(sed, variables, batch, None, SEGMENT, 2, -60.0),
             {**_batch(), **labels},
         ),
         products(  # make-pairs, planted, averages

@@ -26,7 +26,6 @@ from uss_jax.checked_json import (
     mapping_of,
     nothing,
     parse_json,
-    record,
     text,
     whole,
 )
@@ -36,11 +35,6 @@ from uss_jax.training.guard import no_norms
 from uss_jax.training.state import TrainState
 
 _ITEMS = ("params", "batch_stats", "opt_state", "ema", "skipped", "norms")
-_POSITION = record(
-    {"seed": whole(0, 2**64), "global_batch": whole(1, 2**31), "index_digest": text()},
-    {"anchors_digest": text(), "frozen_digest": text(), "examples_seen": whole(0, 2**63)},
-    others=True,
-)
 _FINGERPRINTS = mapping_of(text())
 _METRICS = "metrics/metrics"
 # What orbax reads of every checkpoint as soon as it opens their folder, and fails on as a whole
@@ -190,13 +184,17 @@ class Checkpoints:
         except (OSError, ValueError):
             return {}
 
-    def position(self, step: int) -> dict[str, Any]:
+    def position(self, step: int, rule: Rule | None = None) -> dict[str, Any]:
         """The data position saved at a step.
 
+        Args:
+          step: of the checkpoint.
+          rule: what it must hold; None: anything.
+
         Raises:
-          DamagedCheckpoint: it cannot be read.
+          DamagedCheckpoint: it cannot be read, or is not as the rule says.
         """
-        return self._json(step, "position", _POSITION)
+        return self._json(step, "position", rule or mapping_of(anything()))
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state saved at a step, laid out over devices as `like` is.

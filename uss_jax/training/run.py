@@ -86,6 +86,12 @@ _OPTIONAL = {
     "mixing.gain_db": number(0, 200),
     "anchors.min_dbfs": number(-1000, 0),
 }
+# What a checkpoint says of the data, see `_position`.
+_POSITION = record(
+    {"seed": whole(0, 2**64), "global_batch": whole(1, _MOST), "index_digest": text()},
+    dict.fromkeys(("anchors_digest", "frozen_digest"), text()) | {"examples_seen": whole(0, 2**63)},
+    others=True,
+)
 _ABSENT = object()
 # Arguments of the functions of training/augment.py, of configs that ask for them.
 _SPEED = number(0.1, 10)
@@ -468,7 +474,7 @@ def train_on(
             say(f"resuming after step {start}")
             saved = read_bundle(workdir).config
             try:
-                saved_position = checkpoints.position(start)
+                saved_position = checkpoints.position(start, _POSITION)
                 _require_same_run(saved, about, saved_position, position, records.index)
                 saved_state = checkpoints.restore(start, state)
             except DamagedCheckpoint as error:

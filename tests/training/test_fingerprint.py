@@ -38,6 +38,8 @@ def test_is_of_the_values_and_not_of_their_layout(spec):
     array = _array("float32")
     laid_out = jax.device_put(array, NamedSharding(make_mesh(), PartitionSpec(*spec)))
     assert fingerprint({"a": laid_out}) == fingerprint({"a": array})
+    with jax.set_mesh(make_mesh()):  # as in training
+        assert fingerprint({"a": laid_out}) == fingerprint({"a": array})
     changed = array.copy()
     changed[-1, -1] += 1
     assert fingerprint({"a": laid_out}) != fingerprint({"a": changed})

@@ -1,24 +1,19 @@
 """Fingerprints of trees of arrays: the same on any devices, in any layout, and on the host.
 
-A checkpoint carries one for each of its parts, taken on the devices while the state is saved, so
-that a restored state can be held to it: whatever went wrong between the two, in copying, on disk or
-by hand, is found. A checksum of files would be of one layout of files, and blind to what came
-before them.
+A checkpoint carries one for each of its parts, taken of the state that is saved, so that a restored
+state can be held to it: whatever went wrong between the two, on disk or by hand, is found. A
+checksum of files would be of one layout of files, and blind to what came before them.
 """
 
-import functools
 import hashlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Shaped, UInt32
+from jaxtyping import UInt32
 
-_BLOCK = 1 << 16  # elements that the host mixes at once; they fit the cache
-_FETCHED = 1 << 20  # elements of a small array
+_BLOCK = 1 << 16  # elements that are mixed at once; they fit the cache
 
 
 def fingerprint(tree: Any) -> str:
@@ -27,7 +22,7 @@ def fingerprint(tree: Any) -> str:
     Each array is summed up by 32 bits: the sum, modulo 2^32, of its elements' bits mixed with their
     position. As the mixing is a permutation, a change of any one element always shows; other
     changes go unseen once in 2^32. The sum is of integers, so it does not depend on the order in
-    which parts are added: every device sums its own, and hosts add up theirs.
+    which parts are added: every host sums up its own, and they add theirs.
 
     Args:
       tree: `jax.Array`s, whatever their layout over devices, on all hosts together where they lie
@@ -35,81 +30,60 @@ def fingerprint(tree: Any) -> str:
         that lead to a leaf.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    parts = [_parts(leaf) for _, leaf in leaves]
-    # Small arrays are copied: to compile a program for each of their shapes takes longer.
-    sums = [[_on_host(x) for x in some] for some in jax.device_get([p.small for p in parts])]
-    large = [[_on_device(*part) for part in p.large] for p in parts]
-    words = [sum(map(int, a + b)) % 2**32 for a, b in zip(sums, jax.device_get(large), strict=True)]
+    sums = [_sum_here(leaf) for _, leaf in leaves]
     spread = [isinstance(x, jax.Array) and not x.is_fully_addressable for _, x in leaves]
     if any(spread):
-        of_hosts = multihost_utils.process_allgather(np.array(words, np.uint32))
+        of_hosts = multihost_utils.process_allgather(np.array(sums, np.uint32))
         added = np.sum(of_hosts, axis=0, dtype=np.uint64) % 2**32
-        words = np.where(spread, added, words).tolist()
+        sums = np.where(spread, added, sums).tolist()
     lines = []
-    for (key, leaf), word in zip(leaves, words, strict=True):
+    for (key, leaf), total in zip(leaves, sums, strict=True):
         path = jax.tree_util.keystr(key, simple=True, separator="/")
-        lines.append(f"{path} {tuple(leaf.shape)} {leaf.dtype} {word:08x}\n")
+        lines.append(f"{path} {tuple(leaf.shape)} {leaf.dtype} {total:08x}\n")
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
-class _Parts(NamedTuple):
-    """What of an array this host sums up: all of it, or the parts that no other host counts.
-
-    Attributes:
-      small: whole arrays, to be copied to the host.
-      large: arguments of `_on_device`.
-    """
-
-    small: list[Any]
-    large: list[tuple[jax.Array, np.ndarray, tuple[int, ...]]]
-
-
-def _parts(array: Any) -> _Parts:
+def _sum_here(array: Any) -> int:
+    """Sums up an array, or of one on several hosts the parts that no other host sums up."""
     if not isinstance(array, jax.Array):
-        return _Parts([array], [])
-    shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
-    if array.is_fully_replicated and array.size <= _FETCHED:
-        return _Parts([shard.data for shard in shards], [])
-    # Each on its own device, without collectives: on CPUs, several of these at once can deadlock.
-    starts = [np.array([s.start or 0 for s in shard.index], np.uint32) for shard in shards]
-    return _Parts([], [(x.data, at, array.shape) for x, at in zip(shards, starts, strict=True)])
+        return _sum(np.asarray(array), None)
+    total = 0
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            part = np.asarray(shard.data)
+            whole = part.shape == array.shape
+            total += _sum(part, None if whole else _positions(array.shape, shard.index))
+    return total % 2**32
 
 
-def _mixed(bits: Any, position: Any, word: Callable[[int], Any]) -> Any:
-    """Mixes elements with their positions; for one position it is a permutation of 32 bits."""
-    x = bits + position * word(0x9E3779B9)
-    x = (x ^ (x >> word(16))) * word(0x7FEB352D)
-    x = (x ^ (x >> word(15))) * word(0x846CA68B)
-    return x ^ (x >> word(16))
+def _positions(shape: tuple[int, ...], index: tuple[slice, ...]) -> UInt32[np.ndarray, " _"]:
+    """The row-major positions, modulo 2^32, in an array of a shape of the elements of a part."""
+    at = np.zeros(1, np.uint64)
+    for size, part in zip(shape, index, strict=True):
+        at = (at[:, None] * np.uint64(size) + np.arange(size, dtype=np.uint64)[part]).reshape(-1)
+    return at.astype(np.uint32)
 
 
-@functools.partial(jax.jit, static_argnames="shape")
-def _on_device(
-    part: Shaped[jax.Array, "..."], start: UInt32[Any, " axes"], shape: tuple[int, ...]
-) -> UInt32[jax.Array, ""]:
-    """Sums up a part of an array of a shape, which begins at the indices `start`."""
-    if part.dtype == jnp.bool:
-        part = part.astype(jnp.uint8)
-    width = min(part.dtype.itemsize, 4)
-    bits = jax.lax.bitcast_convert_type(part, f"uint{8 * width}").astype(jnp.uint32)
-    halves = part.dtype.itemsize // width  # of 8 bytes, which become another axis
-    position, stride = jnp.uint32(0), 1
-    if halves > 1:
-        position, stride = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, part.ndim), halves
-    for axis in reversed(range(part.ndim)):
-        along = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) + start[axis]
-        position = position + along * jnp.uint32(stride % 2**32)
-        stride *= shape[axis]
-    return jnp.sum(_mixed(bits, position, jnp.uint32), dtype=jnp.uint32)
-
-
-def _on_host(array: Any) -> np.uint32:
-    """Sums up a whole array."""
+def _sum(array: np.ndarray, positions: UInt32[np.ndarray, " _"] | None) -> int:
+    """Sums up a part; its positions are those of a whole array where none are given."""
     flat = np.ascontiguousarray(array).reshape(-1)
+    words = max(flat.dtype.itemsize // 4, 1)  # two of a number of 8 bytes
     bits = flat.view(f"u{min(flat.dtype.itemsize, 4)}")
     total = 0
     for begin in range(0, len(bits), _BLOCK):
-        block = bits[begin : begin + _BLOCK].astype(np.uint32)
-        position = np.arange(begin, begin + len(block)).astype(np.uint32)
-        total += int(_mixed(block, position, np.uint32).sum(dtype=np.uint64))
-    return np.uint32(total % 2**32)
+        x = bits[begin : begin + _BLOCK].astype(np.uint32)
+        at = np.arange(begin, begin + len(x))
+        if positions is not None:
+            at = positions[at // words] * np.uint32(words) + (at % words).astype(np.uint32)
+        total += int(_mixed(x, at.astype(np.uint32)).sum(dtype=np.uint64))
+    return total % 2**32
+
+
+def _mixed(
+    bits: UInt32[np.ndarray, " n"], position: UInt32[np.ndarray, " n"]
+) -> UInt32[np.ndarray, " n"]:
+    """Mixes elements with their positions; for one position it is a permutation of 32 bits."""
+    x = bits + position * np.uint32(0x9E3779B9)
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+    return x ^ (x >> 16)

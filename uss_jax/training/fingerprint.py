@@ -34,8 +34,8 @@ def fingerprint(tree: Any) -> str:
     spread = [isinstance(x, jax.Array) and not x.is_fully_addressable for _, x in leaves]
     if any(spread):
         of_hosts = multihost_utils.process_allgather(np.array(sums, np.uint32))
-        added = np.sum(of_hosts, axis=0, dtype=np.uint64) % 2**32
-        sums = np.where(spread, added, sums).tolist()
+        added = np.sum(of_hosts, axis=0, dtype=np.uint64)
+        sums = [int(a) % 2**32 if s else x for a, s, x in zip(added, spread, sums, strict=True)]
     lines = []
     for (key, leaf), total in zip(leaves, sums, strict=True):
         path = jax.tree_util.keystr(key, simple=True, separator="/")

@@ -266,6 +266,12 @@ def test_a_damaged_file_is_told_or_does_not_matter(tmp_path):
     assert whole > 0
 
 
+def test_the_latest_step_is_known_whatever_its_notes_hold(tmp_path):
+    _write(tmp_path / "c", 4, 5)
+    (tmp_path / "c" / "5" / "_CHECKPOINT_METADATA").write_text("[]")
+    assert latest_step(tmp_path / "c") == 5
+
+
 def test_what_was_copied_wrongly_from_the_devices_is_found(tmp_path):
     # Another number than the fingerprint was taken of, as from a host's faulty memory.
     _write(tmp_path / "c", 5)

@@ -1,7 +1,5 @@
 """Ctrl-C at any moment, also while the main thread is inside a compiler or a device's runtime."""
 
-import contextlib
-import multiprocessing
 import os
 import signal
 import sys
@@ -9,7 +7,7 @@ import threading
 import time
 from typing import Any, NoReturn
 
-from uss_jax.atomic import remove_unfinished
+from uss_jax.leaving import leave
 
 # So long the main thread may take to hear of Ctrl-C before the process ends without it.
 _PATIENCE_SECONDS = 2.0
@@ -79,17 +77,3 @@ def _compiles(frame: Any) -> bool:
 def _leave_interrupted() -> NoReturn:
     print("uss-jax: interrupted", file=sys.stderr)
     leave(130)
-
-
-def leave(status: int) -> NoReturn:
-    """Ends the process at once: nothing half written stays, and no destructors run.
-
-    Those of a device's runtime crash where another thread still computes or compiles.
-    """
-    remove_unfinished()
-    for child in multiprocessing.active_children():
-        child.kill()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(status)

@@ -30,7 +30,7 @@ from uss_jax.checked_json import (
     whole,
 )
 from uss_jax.errors import UserError
-from uss_jax.training.fingerprint import fingerprint
+from uss_jax.training.fingerprint import by_path, fingerprint, path_of
 from uss_jax.training.guard import no_norms
 from uss_jax.training.state import TrainState
 
@@ -47,8 +47,6 @@ _READ_AT_ONCE = {
 }
 # What orbax raises where files are missing, cut short or full of something else.
 _DAMAGE = (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError)
-
-
 # Bytes of a checkpoint besides those of its arrays, at most so many.
 _ROOM_FOR_NOTES = 2_000_000
 
@@ -254,11 +252,11 @@ class Checkpoints:
             self._verify(step, {item: tree})
             return tree
         require_same_layout(like, found, item, f"step {step}")
-        dtypes = _by_path(found)
+        dtypes = by_path(found)
         as_saved = jax.tree_util.tree_map_with_path(
             lambda key, x: jax.ShapeDtypeStruct(
                 x.shape,
-                dtypes[jax.tree_util.keystr(key, simple=True, separator="/")].dtype,
+                dtypes[path_of(key)].dtype,
                 sharding=x.sharding,
             ),
             like,
@@ -337,10 +335,7 @@ class Checkpoints:
 
 def latest_step(directory: str | os.PathLike) -> int | None:
     """Step of a folder's newest checkpoint, None when there is none."""
-    if not pathlib.Path(directory).is_dir():
-        return None
-    with Checkpoints(directory, keep=None) as checkpoints:
-        return checkpoints.latest_step
+    return max(saved_steps(directory), default=None)
 
 
 def saved_steps(directory: str | os.PathLike) -> list[int]:
@@ -456,12 +451,6 @@ def _stands_behind(state: Any, found: Any) -> bool:
     return {f"1/{key}" for key in _shapes(state)} == _shapes(found).keys()
 
 
-def _by_path(tree: Any) -> dict[str, Any]:
-    """Path -> array, or what stands for one."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(key, simple=True, separator="/"): leaf for key, leaf in leaves}
-
-
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """Path -> shape of each array."""
-    return {path: tuple(leaf.shape) for path, leaf in _by_path(tree).items()}
+    return {path: tuple(leaf.shape) for path, leaf in by_path(tree).items()}

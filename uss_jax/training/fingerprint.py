@@ -29,18 +29,29 @@ def fingerprint(tree: Any) -> str:
         on several; or numpy arrays. Kinds of containers do not count, only the names and numbers
         that lead to a leaf.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = [_sum_here(leaf) for _, leaf in leaves]
-    spread = [isinstance(x, jax.Array) and not x.is_fully_addressable for _, x in leaves]
+    leaves = by_path(tree)
+    sums = [_sum_here(leaf) for leaf in leaves.values()]
+    spread = [isinstance(x, jax.Array) and not x.is_fully_addressable for x in leaves.values()]
     if any(spread):
         of_hosts = multihost_utils.process_allgather(np.array(sums, np.uint32))
         added = np.sum(of_hosts, axis=0, dtype=np.uint64)
         sums = [int(a) % 2**32 if s else x for a, s, x in zip(added, spread, sums, strict=True)]
-    lines = []
-    for (key, leaf), total in zip(leaves, sums, strict=True):
-        path = jax.tree_util.keystr(key, simple=True, separator="/")
-        lines.append(f"{path} {tuple(leaf.shape)} {leaf.dtype} {total:08x}\n")
+    lines = [
+        f"{path} {tuple(leaf.shape)} {leaf.dtype} {total:08x}\n"
+        for (path, leaf), total in zip(leaves.items(), sums, strict=True)
+    ]
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree by the names and numbers that lead to them, joined by "/"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_of(key): leaf for key, leaf in leaves}
+
+
+def path_of(key: tuple[Any, ...]) -> str:
+    """Returns the path of a leaf, of the keys that `jax.tree_util` gives of it."""
+    return jax.tree_util.keystr(key, simple=True, separator="/")
 
 
 def _sum_here(array: Any) -> int:

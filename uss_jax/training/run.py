@@ -132,20 +132,19 @@ def say(text: str) -> None:
 
 def check(config: ConfigDict) -> None:
     """Raises a UserError where the numbers of a config do not fit each other or the devices."""
-    _require_values(config.to_dict(), "config")
+    values = config.to_dict()
+    _require_values(values, "config")
     for key, rule in (_REQUIRED | _OPTIONAL).items():
-        value = _value(config, key)
+        value = _value(values, key, _ABSENT)
         if value is not _ABSENT:
             _follow(rule, value, f"config.{key}")
         elif key in _REQUIRED:
             raise UserError(f"config.{key} is missing; the configs of this program have it")
-    _check_augmentations(config.to_dict())
+    _check_augmentations(values)
     precision_of(config)
-    if config.get("damaged_checkpoint", "set_aside") not in ("set_aside", "stop"):
-        raise UserError(
-            f"config.damaged_checkpoint is {config.damaged_checkpoint!r}, expected set_aside or "
-            "stop"
-        )
+    on_damage = _on_damage(config)
+    if on_damage not in ("set_aside", "stop"):
+        raise UserError(f"config.damaged_checkpoint is {on_damage!r}, expected set_aside or stop")
     ratio = max_norm_ratio_of(config)
     if not (ratio == 0 or ratio > 1):
         raise UserError(
@@ -194,12 +193,12 @@ def _require_values(section: Mapping[str, Any], where: str) -> None:
             raise UserError(f"{where}.{key} is None; give it a value (only {off} may be None)")
 
 
-def _value(config: ConfigDict, key: str) -> Any:
-    """Returns the value of a dotted name; _ABSENT where a section on the way or the key is not."""
+def _value(config: Mapping[str, Any], key: str, default: Any) -> Any:
+    """Returns the value of a dotted name, or else the default where there is none."""
     value: Any = config
     for part in key.split("."):
-        if not isinstance(value, ConfigDict) or part not in value:
-            return _ABSENT
+        if not isinstance(value, Mapping) or part not in value:
+            return default
         value = value[part]
     return value
 
@@ -524,7 +523,7 @@ def _set_aside(
     checkpoints: Checkpoints, step: int, error: DamagedCheckpoint, config: ConfigDict
 ) -> None:
     """Puts a damaged checkpoint out of the way of the one before, unless the config says stop."""
-    if config.get("damaged_checkpoint", "set_aside") == "stop":
+    if _on_damage(config) == "stop":
         raise error
     place = checkpoints.set_aside(step)
     before = checkpoints.latest_step
@@ -573,6 +572,11 @@ def _feed(
 def max_norm_ratio_of(config: ConfigDict) -> float:
     """Returns `config.max_norm_ratio`; configs of before the key get its default."""
     return config.get("max_norm_ratio", _MAX_NORM_RATIO)
+
+
+def _on_damage(config: ConfigDict) -> str:
+    """Returns `config.damaged_checkpoint`; configs of before the key get its default."""
+    return config.get("damaged_checkpoint", "set_aside")
 
 
 def anchor_rule_of(config: ConfigDict) -> str:
@@ -634,11 +638,7 @@ def _require_same_data(
 def _require_same_drawing(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raises a UserError that names the first key that says otherwise which clips come when."""
     for key in _DRAWING:
-        values = []
-        for value in (saved, wanted):
-            for part in key.split("."):
-                value = value.get(part) if isinstance(value, Mapping) else None
-            values.append(_DRAWN_BY_DEFAULT.get(key) if value is None else value)
+        values = [_value(config, key, _DRAWN_BY_DEFAULT.get(key)) for config in (saved, wanted)]
         if values[0] != values[1]:
             raise UserError(
                 f"this run was started with config.{key}={values[0]}, not {values[1]}; resume with "

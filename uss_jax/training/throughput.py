@@ -48,7 +48,7 @@ class Throughput:
         """
         self._counted = counted
         self._workdir = pathlib.Path(workdir)
-        self._earlier = _ledger_or_none(self._workdir)
+        self._earlier = _ledger_so_far(self._workdir)
         self._global_batch = global_batch
         device = jax.devices()[0].device_kind
         self.knows_device = peak_flops(device, BFLOAT16) is not None
@@ -147,7 +147,7 @@ def read_ledger(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     return parse_json(path.read_bytes(), list_of(mapping_of(anything()))) if path.exists() else []
 
 
-def _ledger_or_none(workdir: pathlib.Path) -> list[dict[str, Any]]:
+def _ledger_so_far(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """The entries so far; a damaged ledger is set aside, as nothing depends on it."""
     try:
         return read_ledger(workdir)

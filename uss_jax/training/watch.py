@@ -16,7 +16,6 @@ import os
 import pathlib
 import shutil
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -26,6 +25,7 @@ from typing import Any
 import jax
 
 from uss_jax.errors import Stopped, UserError, one_line
+from uss_jax.leaving import leave
 from uss_jax.training.checkpoints import saved_steps
 
 # A host that sends no heartbeat for this long is lost; a host that compiles does send them.
@@ -171,7 +171,7 @@ class Watch:
             return
         # When the interpreter ends JAX would wait for processes that do not come.
         status = 130 if isinstance(error, KeyboardInterrupt) else 1
-        atexit.register(_exit, status)
+        atexit.register(leave, status)
         if not isinstance(error, UserError | KeyboardInterrupt):
             # A failed collective, or what orbax and others made of it.
             self._wait_for_who_broke_it()
@@ -229,7 +229,7 @@ class Watch:
         if self._left is not None:
             since, status = self._left
             if now - since > _LEAVE_SECONDS:
-                _exit(status)
+                leave(status)
         elif self._failure is not None:
             self._heard_of_end = self._heard_of_end or now
             if now - self._heard_of_end > _GRACE_SECONDS:
@@ -279,11 +279,3 @@ def _told(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     return one_line(f"{type(error).__name__}: {error}")[:300]
-
-
-def _exit(status: int) -> None:
-    """Ends the process at once, after flushing what it has printed."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(status)

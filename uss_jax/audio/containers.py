@@ -246,7 +246,8 @@ def _begins_alike(data: Bytes) -> list[int]:
     head = bytes(data[:length])
     before, after = (re.escape(part) for part in (head[: size.start], head[size.stop :]))
     alike = re.compile(before + b".{%d}" % len(size) + after, re.DOTALL)
-    return [match.start() for match in alike.finditer(data)]
+    # A file shorter than its head is like nothing, itself included.
+    return [match.start() for match in alike.finditer(data)] or [0]
 
 
 def _wav_begins(data: Bytes) -> list[int]:

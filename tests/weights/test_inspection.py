@@ -40,6 +40,16 @@ def test_a_changed_bundle_is_noticed(tmp_path):
     assert len([line for line in inspect(path) if "changed or is damaged" in line]) == 1
 
 
+def test_a_net_that_cannot_be_opened_is_told(tmp_path):
+    """Its config says another size than its arrays have."""
+    path = write_separator(tmp_path / "soft", "soft")
+    config = json.loads((path / "config.json").read_text())
+    config["sed"]["model"]["classes"] = 50
+    (path / "config.json").write_text(json.dumps(config))
+    (words,) = [line for line in inspect(path) if line.startswith("cannot be used")]
+    assert "sed" in words
+
+
 def test_a_workdir_tells_its_history(tmp_path):
     path = write_separator(tmp_path / "run", "one_hot")
     config = json.loads((path / "config.json").read_text())

@@ -274,7 +274,8 @@ def _check_names(name: str, version: str, split: str) -> None:
     for option, value, pattern, example in (
         ("--name", name, r"[a-zA-Z][a-zA-Z0-9_]*", "my_sounds"),
         ("--version", version, r"[0-9]{1,9}(\.[0-9]{1,9}){2}", "1.0.0"),
-        ("--split", split, r"[a-zA-Z][a-zA-Z0-9_]*", "train"),
+        # TFDS reads "all" as every split together.
+        ("--split", split, r"(?!all$)[a-zA-Z][a-zA-Z0-9_]*", "train"),
     ):
         if not re.fullmatch(pattern, value):
             raise UserError(f'{option} cannot be "{value}"; give something like {example}')

@@ -22,6 +22,7 @@ from uss_jax.training.checkpoints import latest_step
 
 _TAIL_BYTES = 1 << 16  # of metrics.jsonl: many lines
 _PARTS = ("separator", "query", "adaptor", "sed")
+_OPENED = ("separator", "query", "sed")
 _KINDS = "a bundle, workdir, export, checkpoint, folder of records, anchor table or query bank"
 
 
@@ -72,8 +73,7 @@ def _of_model(path: pathlib.Path) -> list[str]:
         lines.append(f"licence: {config['licence']}")
     for part in _PARTS:
         lines += _of_part(bundle, part)
-    if config["kind"] == "separator" and "query" in config:
-        lines.append(_banks(bundle))
+    lines += _opened(bundle)
     foreign = path / "foreign.safetensors"
     if foreign.is_file():
         count = len(read_tensors(foreign))
@@ -83,15 +83,19 @@ def _of_model(path: pathlib.Path) -> list[str]:
     return lines
 
 
-def _banks(bundle: Bundle) -> str:
-    """Which query banks it takes, by the hash that `uss-jax query list` shows."""
-    try:
-        query, variables = bundle.query()
-    except UserError as error:
-        return f"query: {error}"
-    if query.kind == "one_hot":
-        return "query banks: none, it is asked by class"
-    return f"query banks: those made with query net {net_hash(variables)}"
+def _opened(bundle: Bundle) -> Iterator[str]:
+    """Why nets cannot be opened, and which query banks go with the query net."""
+    for part in _OPENED:
+        if bundle.config.get(part) is None:
+            continue
+        try:
+            net, variables = getattr(bundle, part)()
+        except UserError as error:
+            yield f"cannot be used: {error}"
+            continue
+        if part == "query" and bundle.config["kind"] == "separator":
+            taken = f"those made with query net {net_hash(variables)}"  # as `query list` shows it
+            yield f"query banks: {'none, it is asked by class' if net.tagger is None else taken}"
 
 
 def _adaptor(config: dict[str, Any]) -> str:

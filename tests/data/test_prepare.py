@@ -271,7 +271,13 @@ def test_another_sample_rate_beside_other_splits_is_refused(audio, tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("name", "my-sounds"), ("version", "1"), ("version", "١.٠.٠"), ("split", "train-1"), ("split", "all")],
+    [
+        ("name", "my-sounds"),
+        ("version", "1"),
+        ("version", "١.٠.٠"),
+        ("split", "train-1"),
+        ("split", "all"),
+    ],
 )
 def test_names_that_tfds_cannot_read_are_refused(audio, tmp_path, field, value):
     with pytest.raises(UserError, match=f'--{field} cannot be "{value}"'):

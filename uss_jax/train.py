@@ -17,7 +17,7 @@ from uss_jax.evaluation.live import make_evaluation, workdir_averages
 from uss_jax.evaluation.pairs import find_pairs
 from uss_jax.models.norm import SCOPES
 from uss_jax.models.query import KINDS, QueryNet
-from uss_jax.models.resunet import ResUNet
+from uss_jax.models.separator import SeparatorNet
 from uss_jax.models.tagging import TaggingNet
 from uss_jax.precision import at_precision
 from uss_jax.training import nets, run
@@ -162,7 +162,7 @@ def dry_run(config: ConfigDict) -> list[str]:
 
 
 def _fresh_state(
-    separator: ResUNet,
+    separator: SeparatorNet,
     optimizer: optax.GradientTransformation,
     ema: bool,
     key: jax.Array,
@@ -188,7 +188,7 @@ def _optimizer(
 
 def _step(
     config: ConfigDict,
-    separator: ResUNet,
+    separator: SeparatorNet,
     query: QueryNet,
     sed: TaggingNet | None,
     optimizer: optax.GradientTransformation,
@@ -202,7 +202,7 @@ def _step(
         whole = functools.partial(jax.lax.with_sharding_constraint, shardings=replicated(mesh))
         options["gather"] = whole
     step = make_separation_step(
-        separator.clone(norm_scope=_norm_scope(config), remat=remat),
+        separator.for_training(_norm_scope(config), remat),
         query,
         sed,
         optimizer,

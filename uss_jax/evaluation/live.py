@@ -24,7 +24,7 @@ from uss_jax.evaluation.clips import open_records
 from uss_jax.evaluation.metrics import class_medians, separation_figures
 from uss_jax.evaluation.pairs import Pair
 from uss_jax.models.query import QueryNet
-from uss_jax.models.resunet import ResUNet
+from uss_jax.models.separator import SeparatorNet
 from uss_jax.precision import HIGHEST, at_precision
 from uss_jax.training.mesh import replicated, to_devices
 from uss_jax.training.model import Model
@@ -37,7 +37,7 @@ _SHOWN = ("sdri", "si_sdri")
 
 
 def make_evaluation(
-    separator: ResUNet,
+    separator: SeparatorNet,
     query: QueryNet,
     frozen: Any,
     pairs: Sequence[Pair],
@@ -96,7 +96,7 @@ def make_evaluation(
 
 
 def _figures(
-    separator: ResUNet,
+    separator: SeparatorNet,
     query: QueryNet,
     averaged: bool,
     state: TrainState,

@@ -43,7 +43,7 @@ def modulated_activation(
     with_gain: bool,
     scope: str | int = "global",
 ) -> Float[Array, "b n f c"]:
-    """leaky_relu(FiLM(batch_norm(x))), the step before every convolution of the ResUNet.
+    """leaky_relu(FiLM(batch_norm(x))), the step before every convolution of a ResUNet.
 
     Args:
       module: the calling module, under which the parameters are made.

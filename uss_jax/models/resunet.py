@@ -16,6 +16,9 @@ from uss_jax.models.conv import Conv1x1, Conv3x3, Upsample, linear
 from uss_jax.models.film import modulated_activation
 from uss_jax.models.norm import STATISTICS, BatchNorm
 
+_WINDOW_FRAMES = 480
+_CONTEXT_FRAMES = 32
+
 
 class ConvBlock(nn.Module):
     """Two 3x3 convolutions, each behind batch norm, FiLM and leaky ReLU, around a shortcut."""
@@ -160,6 +163,25 @@ class ResUNet(nn.Module):
     dtype: str = "float32"
     norm_scope: str | int = "global"
     remat: bool = False
+
+    @property
+    def grid_samples(self) -> int:
+        """Samples of a frame of the centre, where pooling has halved time the most often."""
+        return self.hop_samples * 2 ** (len(self.channels) - 1)
+
+    @property
+    def window_samples(self) -> int:
+        """480 frames."""
+        return _WINDOW_FRAMES * self.hop_samples
+
+    @property
+    def context_samples(self) -> int:
+        """32 frames."""
+        return _CONTEXT_FRAMES * self.hop_samples
+
+    def for_training(self, norm_scope: str | int, remat: bool) -> "ResUNet":
+        """Returns the net with these two fields."""
+        return self.clone(norm_scope=norm_scope, remat=remat)
 
     def __call__(
         self,

@@ -1,8 +1,8 @@
 """Separating recordings of any length in constant memory, and any number of sounds at once.
 
 A recording is cut into windows of one shape, which overlap by a context that is separated twice
-and kept once. The net is not shift-invariant: its pooling makes it depend on where a window starts,
-so windows start on multiples of the pooling grid, where they agree with one pass over everything.
+and kept once. Nets are not shift-invariant (pooling makes them depend on where a window starts), so
+windows start on multiples of the net's grid, where they agree with one pass over everything.
 `Layout.blocks` is the reference's way instead: blocks side by side.
 
 What is asked for lives on the tagging grid of 2-second segments (`Target`): a window is separated
@@ -26,8 +26,6 @@ from uss_jax.audio.files import mono
 from uss_jax.training.mesh import batch_sharded
 from uss_jax.training.model import Model, Net
 
-_WINDOW_FRAMES = 480
-_CONTEXT_FRAMES = 32
 _FADE_SECONDS = 0.05
 _TAGGING_BATCH = 8
 
@@ -72,7 +70,7 @@ class Layout:
 
     @classmethod
     def windows(cls, model: Model, samples: int) -> "Layout":
-        """480 frames with 32 of context at both sides, rounded up to the net's pooling grid.
+        """The window and context that the net asks for, rounded up to its grid.
 
         Recordings that need less get half, a quarter or an eighth of it: so few shapes that a
         folder of files compiles a handful of programs.
@@ -82,10 +80,10 @@ class Layout:
           samples: of the recording, as far as is known.
         """
         net = model.separator.module
-        grid = net.hop_samples * 2 ** (len(net.channels) - 1)
-        context = -(-_CONTEXT_FRAMES * net.hop_samples // grid) * grid
+        grid = net.grid_samples
+        context = -(-net.context_samples // grid) * grid
         for part in (8, 4, 2, 1):
-            window = -(-_WINDOW_FRAMES * net.hop_samples // part // grid) * grid
+            window = -(-net.window_samples // part // grid) * grid
             if samples <= window - context:
                 break
         fade = round(_FADE_SECONDS * model.sample_rate)

@@ -33,7 +33,7 @@ from uss_jax.checked_json import (
 )
 from uss_jax.errors import UserError
 from uss_jax.models.query import QueryNet
-from uss_jax.models.resunet import ResUNet
+from uss_jax.models.separator import SeparatorNet
 from uss_jax.models.tagging import TaggingNet
 from uss_jax.opening import at_once
 from uss_jax.training import nets
@@ -48,7 +48,7 @@ from uss_jax.training.checkpoints import (
 FORMAT_VERSION = 1
 _TRAINED_AS = {"query": "tagger", "sed": "tagger"}  # names of these parts in a checkpoint
 # What config.json may hold; more keys are passed over.
-_MODEL = record({}, {**nets.FIELD_RULES, "net": text(*nets.TAGGERS)}, others=True)
+_MODEL = record({}, {**nets.FIELD_RULES, "net": text()}, others=True)
 _QUERY = record({}, {**nets.FIELD_RULES, "model": either(nothing(), _MODEL)}, others=True)
 _CONFIG = record(
     {
@@ -58,7 +58,7 @@ _CONFIG = record(
         "segment_seconds": number(0.01, 600),
     },
     {
-        "separator": record({}, nets.FIELD_RULES, others=True),
+        "separator": _MODEL,
         "query": _QUERY,
         "sed": record({"model": _MODEL}, others=True),
         "hashes": mapping_of(text()),
@@ -78,8 +78,8 @@ class Bundle:
     Attributes:
       path: its folder.
       config: `kind` (separator or tagger), `sample_rate` in Hz, `segment_seconds`, and a section
-        for each part with the fields of its net; those of a tagging net are under `model`, with its
-        name under `net`.
+        for each part with the fields of its net and its name under `net`; those of a tagging net
+        are under `model`.
       averaged: whether a run's parameters are their moving average, where there is one.
     """
 
@@ -92,7 +92,7 @@ class Bundle:
         """Whether it is the workdir of a run."""
         return (self.path / "checkpoints").is_dir()
 
-    def separator(self) -> tuple[ResUNet, Variables]:
+    def separator(self) -> tuple[SeparatorNet, Variables]:
         """The separator and its variables."""
         separator, variables = self._built(
             "separator", nets.build_separator, self._section("separator")
@@ -154,9 +154,11 @@ class Bundle:
         if step is not None:
             name = _TRAINED_AS.get(part, part)
             with Checkpoints(self.path / "checkpoints", keep=None) as checkpoints:
-                average = self.averaged and "ema" in checkpoints.items(step)
-                items = ("ema" if average else "params", "batch_stats")
-                params, stats = (checkpoints.read(step, item) for item in items)
+                items = checkpoints.items(step)
+                params = "ema" if self.averaged and "ema" in items else "params"
+                params = checkpoints.read(step, params)
+                # A separator without batch norms has none.
+                stats = checkpoints.read(step, "batch_stats") if "batch_stats" in items else {}
             params, stats = ({**tree, **tree.get("query", {})} for tree in (params, stats))
             if name in params:
                 return {"params": params[name], "batch_stats": stats.get(name, {})}

@@ -83,7 +83,7 @@ class Model:
 
     @functools.cached_property
     def separator(self) -> Net:
-        """ResUNet: (mixture [b, 1, t], condition [b, d]) to the estimate."""
+        """The separator: (mixture [b, 1, t], condition [b, d]) to the estimate."""
         module, variables = self._bundle.separator()
         if module.audio_channels != 1:
             raise UserError(

@@ -21,18 +21,21 @@ from uss_jax.models.htsat import HTSAT
 from uss_jax.models.norm import MOMENTUM
 from uss_jax.models.query import KINDS, Adaptor, QueryNet
 from uss_jax.models.resunet import ResUNet
+from uss_jax.models.separator import SeparatorNet
 from uss_jax.models.tagging import TaggingNet
 from uss_jax.ontology import load_ontology
 
 Net = TypeVar("Net", bound=nn.Module)
+Chosen = TypeVar("Chosen")
 
-# The tagging nets by the name that a config gives them (`net`, cnn14 where it gives none): the
-# class that makes conditions and the one that detects. Both have the same variables.
+# The nets by the name that a config gives them (`net`; where it gives none, the first).
+SEPARATORS: dict[str, type[SeparatorNet]] = {"resunet": ResUNet}
+# Of a tagging net, the class that makes conditions and the one that detects. Both have the same
+# variables.
 TAGGERS = {
     "cnn14": {"query": Cnn14, "sed": Cnn14DecisionLevelMax},
     "htsat": {"query": HTSAT, "sed": HTSAT},
 }
-_DEFAULT = "cnn14"
 
 # What each field of a net may be, in a config as in a bundle's config.json. The bounds are far
 # above any net that trains, and below what numpy, XLA or the memory of a host cannot take.
@@ -109,9 +112,11 @@ def check_fields(fields: Mapping[str, Any], where: str) -> None:
 
 
 def fields_of(net: nn.Module) -> dict[str, Any]:
-    """The inverse of `build` and `build_tagger`: a net's fields, as JSON can hold them."""
+    """The inverse of `build_separator` and `build_tagger`: fields and `net`, as JSON holds them."""
     fields = {f.name: getattr(net, f.name) for f in dataclasses.fields(net)}
-    names = [name for name, roles in TAGGERS.items() if type(net) in roles.values()]
+    classes = {name: tuple(roles.values()) for name, roles in TAGGERS.items()}
+    classes |= {name: (separator,) for name, separator in SEPARATORS.items()}
+    names = [name for name, alike in classes.items() if type(net) in alike]
     content = {"net": names[0]} if names else {}
     for name, value in fields.items():
         if name not in _NO_FIELDS:
@@ -119,9 +124,10 @@ def fields_of(net: nn.Module) -> dict[str, Any]:
     return content
 
 
-def build_separator(fields: Mapping[str, Any]) -> ResUNet:
-    """The separator of a config's or bundle's `separator` section."""
-    return build(ResUNet, fields, "separator")
+def build_separator(section: Mapping[str, Any]) -> SeparatorNet:
+    """The separator of a config's or bundle's `separator` section: its `net` and fields."""
+    net, fields = _chosen(SEPARATORS, section, "separator")
+    return build(net, fields, "separator")
 
 
 def build_tagger(model: Mapping[str, Any], role: str, where: str) -> TaggingNet:
@@ -132,16 +138,23 @@ def build_tagger(model: Mapping[str, Any], role: str, where: str) -> TaggingNet:
       role: "query" or "sed".
       where: name of the config section, for messages.
     """
-    name = net_name(model)
-    if name not in TAGGERS:
-        raise UserError(f"{where}.net is {name!r}, expected {' or '.join(TAGGERS)}")
-    fields = {key: value for key, value in model.items() if key != "net"}
-    return build(TAGGERS[name][role], fields, where)
+    roles, fields = _chosen(TAGGERS, model, where)
+    return build(roles[role], fields, where)
 
 
-def net_name(model: Mapping[str, Any]) -> str:
-    """The name of a tagging net in a config's or bundle's section."""
-    return model.get("net", _DEFAULT)
+def name_of(table: Mapping[str, Any], section: Mapping[str, Any]) -> str:
+    """The name in SEPARATORS or TAGGERS of the net that a section describes."""
+    return section.get("net", next(iter(table)))
+
+
+def _chosen(
+    table: Mapping[str, Chosen], section: Mapping[str, Any], where: str
+) -> tuple[Chosen, dict[str, Any]]:
+    """The row of a table that a section names under `net`, and the section's other entries."""
+    name = name_of(table, section)
+    if name not in table:
+        raise UserError(f"{where}.net is {name!r}, expected {' or '.join(table)}")
+    return table[name], {key: value for key, value in section.items() if key != "net"}
 
 
 def build_sed(model: Mapping[str, Any]) -> TaggingNet:
@@ -236,25 +249,27 @@ def _unadapted_width(query: QueryNet) -> int:
 _MISFITS = (ValueError, TypeError, IndexError, ZeroDivisionError, AssertionError, FlaxError)
 
 
-def layout(net: TaggingNet | ResUNet) -> Any:
+def layout(net: TaggingNet | SeparatorNet) -> Any:
     """Shapes of a net's variables."""
     return jax.eval_shape(functools.partial(init, net), jax.random.key(0))
 
 
-def init(net: TaggingNet | ResUNet, key: jax.Array) -> dict[str, Any]:
-    """Fresh variables of a net (those of a tagging net are the same in both roles)."""
+def init(net: TaggingNet | SeparatorNet, key: jax.Array) -> dict[str, Any]:
+    """Fresh variables of a net (those of a tagging net are the same in both roles).
+
+    A net without batch norms has empty `batch_stats`.
+    """
     try:
-        return net.init(key, *_inputs(net))
+        return {"batch_stats": {}, **net.init(key, *_inputs(net))}
     except _MISFITS as error:
         words = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
         raise UserError(f"the fields of {type(net).__name__} do not fit: {words}") from error
 
 
-def _inputs(net: TaggingNet | ResUNet) -> tuple[jax.Array, ...]:
-    if not isinstance(net, ResUNet):
+def _inputs(net: TaggingNet | SeparatorNet) -> tuple[jax.Array, ...]:
+    if isinstance(net, TaggingNet):
         return (jnp.zeros((1, net.sample_rate), jnp.float32),)
-    samples = net.hop_samples * 2 ** (len(net.channels) - 1)
-    waveform = jnp.zeros((1, net.audio_channels, samples), jnp.float32)
+    waveform = jnp.zeros((1, net.audio_channels, net.grid_samples), jnp.float32)
     return waveform, jnp.zeros((1, net.condition_width), jnp.float32)
 
 

@@ -45,8 +45,13 @@ _DRAWING += ("mixing.sources", "mixing.group_size", "mixing.order", "mixing.matc
 _DRAWING += ("mixing.all_targets",)
 _DRAWING += ("anchors.min_score", "anchors.min_dbfs", "anchors.top_k", "anchors.jitter_samples")
 _DRAWING += ("anchors.rule",)
-# What held in runs whose config has no such key yet.
-_DRAWN_BY_DEFAULT = {"anchors.rule": RULES[0]}
+# Keys that config.json and its `training` did not always have, and what held before.
+_BEFORE_THE_KEY = {
+    "anchors.rule": RULES[0],
+    "separator.net": "resunet",
+    "query.model.net": "cnn14",
+    "sed.model.net": "cnn14",
+}
 
 # Of configs that say nothing. The largest ratio of a healthy float32 run of 827 steps was 10.
 _MAX_NORM_RATIO = 100.0
@@ -638,7 +643,7 @@ def _require_same_data(
 def _require_same_drawing(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raises a UserError that names the first key that says otherwise which clips come when."""
     for key in _DRAWING:
-        values = [_value(config, key, _DRAWN_BY_DEFAULT.get(key)) for config in (saved, wanted)]
+        values = [_value(config, key, _BEFORE_THE_KEY.get(key)) for config in (saved, wanted)]
         if values[0] != values[1]:
             raise UserError(
                 f"this run was started with config.{key}={values[0]}, not {values[1]}; resume with "
@@ -654,7 +659,9 @@ def _require_same_nets(saved: Any, wanted: Any, where: str = "") -> None:
     if isinstance(saved, dict) and isinstance(wanted, dict):
         for key in [*wanted, *(key for key in saved if key not in wanted)]:
             if where or key != "training":
-                _require_same_nets(saved.get(key), wanted.get(key), f"{where}.{key}".strip("."))
+                name = f"{where}.{key}".strip(".")
+                before = saved.get(key, _BEFORE_THE_KEY.get(name))
+                _require_same_nets(before, wanted.get(key), name)
     elif saved != wanted:
         saved, wanted = ("{...}" if isinstance(x, dict) else x for x in (saved, wanted))
         raise UserError(

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from uss_jax.anchors.detect import Anchors, choose_anchor, cut, random_begin, segment_loudness
 from uss_jax.anchors.mix import energy, mix, mix_sets
 from uss_jax.models.query import QueryNet
-from uss_jax.models.resunet import ResUNet
+from uss_jax.models.separator import SeparatorNet
 from uss_jax.models.tagging import TaggingNet, detect
 from uss_jax.training import guard
 from uss_jax.training.augment import add_noise, change_speed, mixup, mixup_weights, spec_augment
@@ -96,7 +96,7 @@ def query_variables(frozen: Any, params: Any, batch_stats: Any) -> Any:
 
 
 def make_separation_step(
-    separator: ResUNet,
+    separator: SeparatorNet,
     query: QueryNet,
     sed: TaggingNet | None,
     optimizer: optax.GradientTransformation,
@@ -201,7 +201,7 @@ def make_separation_step(
             )
             per_item = loss(estimate, target[:, None])
             statistics = {
-                "separator": updates["batch_stats"],
+                "separator": updates.get("batch_stats", {}),
                 "query": {k: query_updates["batch_stats"][k] for k in batch_stats["query"]},
             }
             improvement = _sdr_improvement(estimate[:, 0], target, mixture)

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from uss_jax.atomic import replacing_folder
 from uss_jax.errors import UserError
 from uss_jax.models.query import QueryNet
-from uss_jax.models.resunet import ResUNet
+from uss_jax.models.separator import SeparatorNet
 from uss_jax.precision import HIGHEST, at_precision, check_precision
 from uss_jax.training.bundle import (
     Bundle,
@@ -162,7 +162,7 @@ def _cast(variables: Variables, dtype: str) -> Variables:
     return {"params": params, "batch_stats": statistics} if statistics else {"params": params}
 
 
-def _inputs(separator: ResUNet, window: int) -> dict[str, np.ndarray]:
+def _inputs(separator: SeparatorNet, window: int) -> dict[str, np.ndarray]:
     """A mixture of every channel as a row, and conditions; named in the order of arguments."""
     rng = np.random.default_rng(0)
     shape = (_ROWS, separator.audio_channels, window)
@@ -171,7 +171,7 @@ def _inputs(separator: ResUNet, window: int) -> dict[str, np.ndarray]:
     return {"0": mixture[:, 0] if separator.audio_channels == 1 else mixture, "1": condition}
 
 
-def _separate(separator: ResUNet, variables: Variables, mixture: Any, condition: Any) -> Any:
+def _separate(separator: SeparatorNet, variables: Variables, mixture: Any, condition: Any) -> Any:
     """Mixtures [b, t], or [b, channels, t] of a net of several channels, to estimates alike."""
     mono = separator.audio_channels == 1
     estimate = separator.apply(variables, mixture[:, None] if mono else mixture, condition)
@@ -179,7 +179,7 @@ def _separate(separator: ResUNet, variables: Variables, mixture: Any, condition:
 
 
 def _live(
-    separator: ResUNet, variables: Variables, inputs: Mapping[str, np.ndarray]
+    separator: SeparatorNet, variables: Variables, inputs: Mapping[str, np.ndarray]
 ) -> Float[np.ndarray, "..."]:
     """The estimates that a form is held to, at highest precision.
 
@@ -223,7 +223,7 @@ def _orbax(
 
 
 def _safetensors(
-    separator: ResUNet,
+    separator: SeparatorNet,
     parts: Mapping[str, Variables],
     folder: pathlib.Path,
     inputs: Mapping[str, np.ndarray],

@@ -17,6 +17,7 @@ from uss_jax.data.storage import versions_below
 from uss_jax.errors import UserError
 from uss_jax.opening import at_once
 from uss_jax.separation.queries import load_bank
+from uss_jax.training import nets
 from uss_jax.training.bundle import Bundle, net_hash, read_bundle, read_tensors
 from uss_jax.training.checkpoints import latest_step
 
@@ -118,7 +119,8 @@ def _of_part(bundle: Bundle, part: str) -> Iterator[str]:
     found = net_hash(variables)
     said = bundle.config.get("hashes", {}).get(part, found)
     fields = section.get("model", section) if part != "adaptor" else {}
-    net = fields.get("net", "ResUNet" if part == "separator" else part)
+    tables = {"separator": nets.SEPARATORS, "query": nets.TAGGERS, "sed": nets.TAGGERS}
+    net = nets.name_of(tables[part], fields) if part in tables else part
     stored = f" in {'/'.join(sorted(dtypes))}" if dtypes != {"float32"} else ""
     classes = f", {fields['classes']} classes" if "classes" in fields else ""
     yield f"{part}: {net}{classes}, {sum(sizes.values()):,} parameters{stored}, sha256 {found}"

@@ -244,7 +244,7 @@ def state_dict_of(part: str, fields: Fields, variables: dict, prefix: str = "") 
       variables: {"params": ..., "batch_stats": ...}.
       prefix: put before every name, such as `LIGHTNING_PREFIXES[part]`.
     """
-    net = _net_of(part, fields.get("net", "cnn14"))
+    net = _net_of(part, fields.get("net"))
     fields = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in fields.items()
@@ -258,8 +258,16 @@ def state_dict_of(part: str, fields: Fields, variables: dict, prefix: str = "") 
     }
 
 
-def _net_of(part: str, tagger: str = "cnn14") -> Net:
-    return RESUNET if part == "separator" else {"cnn14": CNN14, "htsat": _HTSAT}[tagger]
+def _net_of(part: str, name: str | None = None) -> Net:
+    """The net of a part with this name; where it has none, the first of the part's."""
+    nets = {"resunet": RESUNET} if part == "separator" else {"cnn14": CNN14, "htsat": _HTSAT}
+    name = name or next(iter(nets))
+    if name not in nets:
+        raise UserError(
+            f"the {part} is a {name}, which PyTorch's programs do not know; only "
+            f"{' and '.join(nets)} can be written for them"
+        )
+    return nets[name]
 
 
 def _finish(converted: Converted | None, problems: list[str]) -> Converted:

@@ -1,5 +1,6 @@
 """Training a separator, from top to bottom: `uss-jax train` = `python -m uss_jax.train`."""
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -23,13 +24,15 @@ from uss_jax.precision import at_precision
 from uss_jax.training import nets, run
 from uss_jax.training.bundle import Bundle, net_hash, read_bundle
 from uss_jax.training.checkpoints import latest_step, save_tree
+from uss_jax.training.examples import Mixing
 from uss_jax.training.loop import Evaluate
 from uss_jax.training.losses import LOSSES
 from uss_jax.training.mesh import check_rules, make_mesh, replicated, shapes
 from uss_jax.training.optim import adamw_amsgrad, clipped, make_schedule
 from uss_jax.training.plan import clip_batch, describe
+from uss_jax.training.separation_step import Anchoring, Nets, Updating, make_separation_step
 from uss_jax.training.state import TrainState, create_state
-from uss_jax.training.step import Step, make_separation_step
+from uss_jax.training.step import Step
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
@@ -197,35 +200,28 @@ def _step(
 ) -> Step:
     """The training step; `remat` instead of the config's."""
     remat = config.remat if remat is None else remat
-    options = {}
+    gather = lambda params: params  # noqa: E731
     if config.sharding:
-        whole = functools.partial(jax.lax.with_sharding_constraint, shardings=replicated(mesh))
-        options["gather"] = whole
-    step = make_separation_step(
-        separator.for_training(_norm_scope(config), remat),
-        query,
+        gather = functools.partial(jax.lax.with_sharding_constraint, shardings=replicated(mesh))
+    image = nets.image_of_rule(
+        run.anchor_rule_of(config),
         sed,
+        round(config.data.clip_seconds * config.sample_rate),
+        "config.anchors.rule",
+    )
+    known = {field.name for field in dataclasses.fields(Mixing)}
+    step = make_separation_step(
+        Nets(separator.for_training(_norm_scope(config), remat), query, sed),
         optimizer,
         LOSSES[config.loss],
-        segment_samples=round(config.segment_seconds * config.sample_rate),
-        sources=config.mixing.sources,
-        group_size=config.mixing.group_size,
-        match_energy=config.mixing.match_energy,
-        min_dbfs=config.anchors.min_dbfs,
-        image=nets.image_of_rule(
-            run.anchor_rule_of(config),
-            sed,
-            round(config.data.clip_seconds * config.sample_rate),
-            "config.anchors.rule",
+        Anchoring(
+            segment_samples=round(config.segment_seconds * config.sample_rate),
+            min_dbfs=config.anchors.min_dbfs,
+            image=image,
+            speed=config.speed and config.speed.to_dict(),
         ),
-        speed=config.speed and config.speed.to_dict(),
-        all_targets=config.mixing.all_targets,
-        silent_share=config.mixing.silent_share,
-        gain_db=config.mixing.gain_db,
-        accumulate=config.accumulate,
-        ema_decay=config.ema_decay,
-        max_norm_ratio=run.max_norm_ratio_of(config),
-        **options,
+        Mixing(**{k: v for k, v in config.mixing.items() if k in known}),
+        Updating(config.accumulate, config.ema_decay, run.max_norm_ratio_of(config), gather),
     )
     return at_precision(run.precision_of(config), step)
 

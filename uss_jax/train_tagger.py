@@ -14,7 +14,7 @@ from uss_jax.training import nets, run
 from uss_jax.training.mesh import make_mesh
 from uss_jax.training.optim import OPTIMIZERS, clipped, make_schedule
 from uss_jax.training.state import TrainState, create_state
-from uss_jax.training.step import make_tagging_step
+from uss_jax.training.tagging_step import make_tagging_step
 
 
 def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:

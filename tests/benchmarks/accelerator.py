@@ -81,21 +81,17 @@ def separator_and_state(dtype: str, on_cpu: bool, shapes: bool = False) -> tuple
 
 def separation_step(net: Any, optimizer: Any, sed: Any, query: Any, batch: int) -> Callable:
     """The step of training, as `uss-jax train` makes it."""
+    from uss_jax.training.examples import Mixing
     from uss_jax.training.losses import l1_waveform
-    from uss_jax.training.step import make_separation_step
+    from uss_jax.training.separation_step import Anchoring, Nets, Updating, make_separation_step
 
     return make_separation_step(
-        net,
-        query,
-        sed,
+        Nets(net, query, sed),
         optimizer,
         l1_waveform,
-        segment_samples=SEGMENT,
-        sources=2,
-        group_size=batch,
-        match_energy=True,
-        min_dbfs=-60.0,
-        max_norm_ratio=100.0,
+        Anchoring(SEGMENT, min_dbfs=-60.0),
+        Mixing(sources=2, group_size=batch, match_energy=True),
+        Updating(max_norm_ratio=100.0),
     )
 
 
@@ -181,7 +177,7 @@ def mining_job(batch: int, on_cpu: bool) -> Job:
 
     import jax
 
-    from uss_jax.training.step import find_anchors
+    from uss_jax.anchors.find import find_anchors
 
     sed, variables, *_ = taggers(on_cpu)
     find = functools.partial(find_anchors, sed, segment_samples=SEGMENT, min_dbfs=-60.0)

@@ -15,12 +15,13 @@ import numpy as np
 
 from uss_jax.models.query import QueryNet
 from uss_jax.models.resunet import ResUNet
+from uss_jax.training.examples import Mixing
 from uss_jax.training.losses import LOSSES
 from uss_jax.training.mesh import batch_sharded, make_mesh, replicated
 from uss_jax.training.nets import layout
 from uss_jax.training.optim import adamw_amsgrad
+from uss_jax.training.separation_step import Anchoring, Nets, make_separation_step
 from uss_jax.training.state import create_state
-from uss_jax.training.step import make_separation_step
 
 BATCH, RATE, CLIP_SECONDS, SEGMENT_SECONDS = 16, 32000, 10, 2
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -48,16 +49,11 @@ def compile_step(devices: int) -> str:
     """The text of the step, compiled for so many devices."""
     separator, optimizer = ResUNet(condition_width=527), adamw_amsgrad(1e-3)
     step = make_separation_step(
-        separator,
-        QueryNet(None, "one_hot"),
-        None,
+        Nets(separator, QueryNet(None, "one_hot")),
         optimizer,
         LOSSES["l1_wav"],
-        segment_samples=SEGMENT_SECONDS * RATE,
-        sources=2,
-        group_size=BATCH,
-        match_energy=True,
-        min_dbfs=-60.0,
+        Anchoring(SEGMENT_SECONDS * RATE, min_dbfs=-60.0),
+        Mixing(sources=2, group_size=BATCH, match_energy=True),
     )
     variables = layout(separator)
     parts = ({"separator": variables[name], "query": {}} for name in ("params", "batch_stats"))

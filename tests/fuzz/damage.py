@@ -1,18 +1,39 @@
 """What the fuzz targets share: how long they run, and how good files are damaged."""
 
+import functools
 import os
+import time
+from collections.abc import Callable
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
-fuzz = settings(
-    max_examples=EXAMPLES or 50,
-    derandomize=not EXAMPLES,
+_MINUTES = float(os.environ.get("FUZZ_MINUTES", "0"))
+_ROUND = 500  # examples
+_SETTINGS = settings(
+    max_examples=_ROUND if _MINUTES else 50,
+    derandomize=not _MINUTES,
     database=None,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
+
+
+def fuzz(test: Callable[..., None]) -> Callable[..., None]:
+    """Runs a `given` test for 50 examples, always the same, or for FUZZ_MINUTES of random ones."""
+    test = _SETTINGS(test)
+    if not _MINUTES:
+        return test
+
+    @functools.wraps(test)
+    def for_minutes(*args, **kwargs):
+        rounds, end = 0, time.monotonic() + 60 * _MINUTES
+        while time.monotonic() < end:
+            test(*args, **kwargs)
+            rounds += 1
+        print(f"{rounds * _ROUND} examples without a finding")
+
+    return for_minutes
 
 
 def check_words(error: Exception) -> None:

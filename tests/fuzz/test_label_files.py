@@ -54,4 +54,14 @@ def test_a_label_map_is_right_or_refused(audio, data):
         assert isinstance(read_label_map(path), dict)
     except UserError as error:
         check_words(error)
-    assert all(read_file_list(path))
+
+
+@fuzz
+@given(damaged(MAP) | st.binary())
+def test_a_list_of_files_is_read_or_refused(audio, data):
+    path = audio.parent / "files.txt"
+    path.write_bytes(data)
+    try:
+        assert all(read_file_list(path))
+    except UserError as error:
+        check_words(error)

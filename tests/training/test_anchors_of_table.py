@@ -18,6 +18,7 @@ from tests.tiny import (
     write_place,
     write_tagger,
 )
+from uss_jax.anchors.find import find_anchors
 from uss_jax.anchors.table import Placement, read_table
 from uss_jax.cli.main import main
 from uss_jax.data.index import load_index
@@ -29,7 +30,6 @@ from uss_jax.data.sampling import BalancedOrder
 from uss_jax.training.mine import MiningSettings, mine
 from uss_jax.training.model import Net
 from uss_jax.training.nets import build_sed, fields_of
-from uss_jax.training.step import find_anchors
 
 DEMO = pathlib.Path(uss_jax.__file__).parent / "assets" / "demo"
 LENGTH = 5 * SEGMENT

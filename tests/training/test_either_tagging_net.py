@@ -23,6 +23,7 @@ from tests.tiny import (
     tone,
     write_records,
 )
+from uss_jax.anchors.find import find_anchors
 from uss_jax.audio.files import write_wav
 from uss_jax.data.index import load_index
 from uss_jax.data.reader import ClipReader
@@ -36,13 +37,15 @@ from uss_jax.separation.queries import vector_of_recordings
 from uss_jax.train import _step, train
 from uss_jax.train_tagger import train_tagger
 from uss_jax.training.bundle import read_bundle, write_bundle
+from uss_jax.training.examples import Mixing
 from uss_jax.training.losses import LOSSES
 from uss_jax.training.mesh import make_mesh
 from uss_jax.training.model import Model
 from uss_jax.training.nets import TAGGERS, build_query, build_sed, condition_width, fields_of
 from uss_jax.training.optim import adamw
+from uss_jax.training.separation_step import Anchoring, Nets, make_separation_step
 from uss_jax.training.state import create_state
-from uss_jax.training.step import find_anchors, make_separation_step, make_tagging_step
+from uss_jax.training.tagging_step import make_tagging_step
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 NETS = {"cnn14": TAGGER, "htsat": TINY_HTSAT}
@@ -170,16 +173,11 @@ def test_a_separator_steps_with_it_as_query_net_and_detector(name):
     )
     optimizer = adamw(1e-2)
     step = make_separation_step(
-        separator,
-        query,
-        build_sed(model),
+        Nets(separator, query, build_sed(model)),
         optimizer,
         LOSSES["l1_wav"],
-        segment_samples=SEGMENT,
-        sources=2,
-        group_size=4,
-        match_energy=True,
-        min_dbfs=-60.0,
+        Anchoring(SEGMENT, min_dbfs=-60.0),
+        Mixing(sources=2, group_size=4, match_energy=True),
     )
     fresh = random_variables(separator, (1, 1, 640), (1, net.embedding_width))
     state = create_state(

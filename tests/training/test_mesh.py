@@ -17,6 +17,7 @@ from uss_jax.errors import UserError
 from uss_jax.models.query import QueryNet
 from uss_jax.models.resunet import ResUNet
 from uss_jax.training.checkpoints import Checkpoints
+from uss_jax.training.examples import Mixing
 from uss_jax.training.losses import LOSSES
 from uss_jax.training.mesh import (
     check_rules,
@@ -31,8 +32,9 @@ from uss_jax.training.mesh import (
 )
 from uss_jax.training.nets import build_sed, fields_of, init
 from uss_jax.training.optim import adamw_amsgrad
+from uss_jax.training.separation_step import Anchoring, Nets, Updating, make_separation_step
 from uss_jax.training.state import create_state
-from uss_jax.training.step import make_separation_step, make_tagging_step
+from uss_jax.training.tagging_step import make_tagging_step
 
 SMALL = TAGGER.clone(channels=(4, 4))
 SED = build_sed(fields_of(SMALL))
@@ -77,17 +79,12 @@ def _separation(channels=(4, 4), gather=lambda params: params, **fields):
     variables = random_variables(separator, (1, 1, SEGMENT), (1, 527))
     tagger = tagger_variables(net=SMALL)
     step = make_separation_step(
-        separator,
-        QueryNet(SMALL, "soft"),
-        SED,
+        Nets(separator, QueryNet(SMALL, "soft"), SED),
         OPTIMIZER,
         LOSSES["l1_wav"],
-        segment_samples=SEGMENT,
-        sources=2,
-        group_size=BATCH,
-        match_energy=True,
-        min_dbfs=-60.0,
-        gather=gather,
+        Anchoring(SEGMENT, min_dbfs=-60.0),
+        Mixing(sources=2, group_size=BATCH, match_energy=True),
+        Updating(gather=gather),
     )
     params, stats = ({"separator": variables[k], "query": {}} for k in ("params", "batch_stats"))
     frozen = {"sed": tagger, "query": {k: {"tagger": tagger[k]} for k in tagger}}

@@ -14,6 +14,7 @@ from tests.tiny import (
     tone,
     write_records,
 )
+from uss_jax.anchors.find import find_anchors
 from uss_jax.anchors.table import read_header, read_table
 from uss_jax.data.examples import serialise
 from uss_jax.data.index import build_index, load_index
@@ -26,7 +27,6 @@ from uss_jax.training import mine as mine_module
 from uss_jax.training.mine import MiningSettings, mine
 from uss_jax.training.model import Net
 from uss_jax.training.nets import build_sed, fields_of
-from uss_jax.training.step import find_anchors
 
 LENGTH = int(1.6 * RATE)
 SETTINGS = MiningSettings(RATE, SEGMENT, LENGTH, candidates=3, min_dbfs=-60.0)

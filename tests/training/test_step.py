@@ -1,5 +1,7 @@
 """What a separation step can do besides the published recipe."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,9 +13,10 @@ from tests.tiny import quick_jit, random_variables
 from uss_jax.anchors.mix import energy, mix_sets
 from uss_jax.models.query import QueryNet
 from uss_jax.models.resunet import ResUNet
+from uss_jax.training.examples import Mixing
 from uss_jax.training.losses import l1_waveform
+from uss_jax.training.separation_step import Anchoring, Nets, Updating, make_separation_step
 from uss_jax.training.state import create_state
-from uss_jax.training.step import make_separation_step
 
 BATCH, GROUP, SEGMENT = 8, 4, 1000
 SEPARATOR = ResUNet(n_fft=64, hop_samples=32, channels=(4,), norm_scope=GROUP)
@@ -48,10 +51,18 @@ def _batch(seed=0):
 
 
 def _made(separator=SEPARATOR, loss=l1_waveform, optimizer=SGD, ema=False, **options):
-    options = {"sources": 2, "group_size": GROUP, "match_energy": True, **options}
-    query = QueryNet(None, "one_hot")
+    sections = []
+    for section in (Mixing, Updating):
+        known = {field.name for field in dataclasses.fields(section)}
+        sections.append({name: options.pop(name) for name in known & options.keys()})
+    mixing, updating = sections
     step = make_separation_step(
-        separator, query, None, optimizer, loss, segment_samples=SEGMENT, min_dbfs=None, **options
+        Nets(separator, QueryNet(None, "one_hot")),
+        optimizer,
+        loss,
+        Anchoring(SEGMENT, min_dbfs=None, **options),
+        Mixing(**{"sources": 2, "group_size": GROUP, "match_energy": True, **mixing}),
+        Updating(**updating),
     )
     if type(separator) is ResUNet:
         variables = random_variables(separator, (1, 1, SEGMENT), (1, 527))

@@ -16,11 +16,12 @@ from tests.golden.inputs import make_batch
 from tests.golden.nets import golden_separator, golden_tagger
 from tests.golden.ways import limit
 from uss_jax.models.query import QueryNet
+from uss_jax.training.examples import Mixing
 from uss_jax.training.losses import l1_waveform
 from uss_jax.training.nets import fields_of
 from uss_jax.training.optim import adamw_amsgrad, constant_warm_up
+from uss_jax.training.separation_step import Anchoring, Nets, make_separation_step
 from uss_jax.training.state import create_state
-from uss_jax.training.step import make_separation_step
 from uss_jax.weights.torch import state_dict_of
 
 pytestmark = [pytest.mark.long, pytest.mark.golden]
@@ -82,16 +83,11 @@ def run(train3):
     size = int(train3["batch_size"])
     optimizer = optax.chain(keep_gradients(), adamw_amsgrad(constant_warm_up(1e-3, 1)))
     step = make_separation_step(
-        separator,
-        QueryNet(tagger, "soft"),
-        sed,
+        Nets(separator, QueryNet(tagger, "soft"), sed),
         optimizer,
         l1_waveform,
-        segment_samples=SEGMENT,
-        sources=int(train3["mix_num"]),
-        group_size=size,
-        match_energy=True,
-        min_dbfs=None,
+        Anchoring(SEGMENT, min_dbfs=None),
+        Mixing(sources=int(train3["mix_num"]), group_size=size, match_energy=True),
     )
     frozen = {
         "sed": sed_variables,

@@ -15,7 +15,7 @@ from tests.tiny import TAGGER, TINY_HTSAT, tagger_variables
 from uss_jax.training.nets import build_sed, fields_of
 from uss_jax.training.optim import adamw, adamw_amsgrad, clipped
 from uss_jax.training.state import create_state
-from uss_jax.training.step import make_tagging_step
+from uss_jax.training.tagging_step import make_tagging_step
 from uss_jax.weights.torch import state_dict_of
 
 torch = pytest.importorskip("torch")

@@ -24,12 +24,12 @@ from uss_jax.evaluation.clips import open_records
 from uss_jax.evaluation.metrics import class_medians, separation_figures
 from uss_jax.evaluation.pairs import Pair
 from uss_jax.models.query import QueryNet
-from uss_jax.models.separator import SeparatorNet
+from uss_jax.models.separator import SeparatorNet, separate
 from uss_jax.precision import HIGHEST, at_precision
 from uss_jax.training.mesh import replicated, to_devices
 from uss_jax.training.model import Model
+from uss_jax.training.separation_step import query_variables
 from uss_jax.training.state import TrainState
-from uss_jax.training.step import query_variables
 
 # Of the workdir: what the averaged conditions of its training clips are.
 AVERAGES = "class_averages.npz"
@@ -118,7 +118,7 @@ def _figures(
         conditions["average_"] = batch["average"]
     figures = {}
     for prefix, condition in conditions.items():
-        estimate = separator.apply(variables, mixture[:, None], condition)[:, 0]
+        estimate, _ = separate(separator, variables, mixture, condition)
         found = separation_figures(source, estimate, mixture)
         figures |= {prefix + name: found[name] for name in _SHOWN}
         figures[f"{prefix}l1"] = jnp.mean(jnp.abs(estimate - source), axis=-1)

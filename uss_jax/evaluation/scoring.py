@@ -222,7 +222,7 @@ def _measure(
     everywhere: NamedSharding,
 ) -> dict[str, Float[Array, " b"]]:
     """The figures of a batch of estimates, on every host."""
-    estimate = separator(mixture[:, None], condition)[:, 0]
+    estimate = separate_with(separator, mixture, condition)
     found = _figures(source, estimate, mixture)
     return jax.lax.with_sharding_constraint(found, everywhere)
 

@@ -4,7 +4,7 @@ Letters: `b` batch, `a` audio channels, `c` any number of channels, `t` samples,
 condition.
 """
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
@@ -65,3 +65,24 @@ class SeparatorNet(Protocol):
         A single channel is separated as `__call__` does.
         """
         ...
+
+
+def separate(
+    net: SeparatorNet,
+    variables: Any,
+    mixture: Float[Array, "b t"],
+    condition: Float[Array, "#b d"],
+    train: bool = False,
+) -> tuple[Float[Array, "b t"], Any]:
+    """Separates one-channel mixtures.
+
+    Returns:
+      The estimates, and the net's batch statistics: updated in training, else as given.
+    """
+    mixture = mixture[:, None]
+    if train:
+        found = net.apply(variables, mixture, condition, train=True, mutable=["batch_stats"])
+    else:
+        found = net.apply(variables, mixture, condition), variables
+    estimate, updated = found
+    return estimate[:, 0], updated.get("batch_stats", {})

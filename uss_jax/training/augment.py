@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from uss_jax.audio.pcm import to_float
+
 _OCTAVES = 8
 
 
@@ -39,6 +41,23 @@ def change_speed(
     share = (place - left).astype(audio.dtype)
     changed = at(left) * (1 - share) + at(left + 1) * share
     return changed, jnp.clip(jnp.ceil(samples / speed), 1, length).astype(samples.dtype)
+
+
+def at_other_speed(
+    batch: dict[str, Array], key: Array, speed: dict[str, float] | None
+) -> dict[str, Array]:
+    """Returns a batch with float `audio`, each clip faster or slower.
+
+    Args:
+      batch: `audio` [b, t] and, with `speed`, `samples` [b].
+      key: random key.
+      speed: the other arguments of `change_speed`; None leaves the speed.
+    """
+    audio = to_float(batch["audio"])
+    if speed is None:
+        return {**batch, "audio": audio}
+    audio, samples = change_speed(key, audio, batch["samples"], **speed)
+    return {**batch, "audio": audio, "samples": samples}
 
 
 def add_noise(

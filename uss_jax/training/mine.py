@@ -28,6 +28,7 @@ from tqdm import tqdm
 from uss_jax.anchors.detect import RULES, choose_anchors, segment_loudness
 from uss_jax.anchors.table import COLUMNS, read_header, typed, write_table
 from uss_jax.atomic import replacing
+from uss_jax.audio.pcm import to_float
 from uss_jax.checked_npz import read_npz
 from uss_jax.data.index import RecordIndex
 from uss_jax.data.pipeline import batches
@@ -39,7 +40,6 @@ from uss_jax.training.bundle import net_hash
 from uss_jax.training.mesh import make_mesh, on_all_devices, to_devices
 from uss_jax.training.model import Net
 from uss_jax.training.nets import image_of_rule
-from uss_jax.training.step import to_float
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from uss_jax.errors import UserError
+from uss_jax.models.separator import separate
 from uss_jax.models.tagging import as_detector
 from uss_jax.precision import HIGHEST, at_precision, check_precision
 from uss_jax.training.bundle import net_hash, read_bundle
@@ -50,6 +51,17 @@ class Net:
 @functools.partial(jax.jit, static_argnums=1)
 def _apply(net: Net, method: str | None, *arrays: Array) -> Any:
     return at_precision(net.precision, net.module.apply)(net.variables, *arrays, method=method)
+
+
+@jax.jit
+def separate_with(
+    net: Net, mixture: Float[Array, "b t"], condition: Float[Array, "b d"]
+) -> Float[Array, "b t"]:
+    """The estimates of a batch of one-channel mixtures."""
+    estimate, _ = at_precision(net.precision, functools.partial(separate, net.module))(
+        net.variables, mixture, condition
+    )
+    return estimate
 
 
 class Model:
@@ -143,4 +155,4 @@ class Model:
         self, mixture: Float[np.ndarray, "b t"], condition: Float[Array | np.ndarray, "b d"]
     ) -> Float[Array, "b t"]:
         """The estimates of a batch of one-channel mixtures."""
-        return self.separator(jnp.asarray(mixture)[:, None], jnp.asarray(condition))[:, 0]
+        return separate_with(self.separator, jnp.asarray(mixture), jnp.asarray(condition))

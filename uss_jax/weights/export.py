@@ -24,7 +24,7 @@ from jaxtyping import Float
 from uss_jax.atomic import replacing_folder
 from uss_jax.errors import UserError
 from uss_jax.models.query import QueryNet
-from uss_jax.models.separator import SeparatorNet
+from uss_jax.models.separator import SeparatorNet, separate
 from uss_jax.precision import HIGHEST, at_precision, check_precision
 from uss_jax.training.bundle import (
     Bundle,
@@ -173,9 +173,9 @@ def _inputs(separator: SeparatorNet, window: int) -> dict[str, np.ndarray]:
 
 def _separate(separator: SeparatorNet, variables: Variables, mixture: Any, condition: Any) -> Any:
     """Mixtures [b, t], or [b, channels, t] of a net of several channels, to estimates alike."""
-    mono = separator.audio_channels == 1
-    estimate = separator.apply(variables, mixture[:, None] if mono else mixture, condition)
-    return estimate[:, 0] if mono else estimate
+    if separator.audio_channels == 1:
+        return separate(separator, variables, mixture, condition)[0]
+    return separator.apply(variables, mixture, condition)
 
 
 def _live(

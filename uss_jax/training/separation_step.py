@@ -1,0 +1,225 @@
+"""One training step of a separator as a pure function of state and batch.
+
+Letters: `b` batch, `s` samples of an anchor, `i` frames of a detector's image.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from uss_jax.anchors.find import find_anchors
+from uss_jax.models.query import QueryNet
+from uss_jax.models.separator import SeparatorNet, separate
+from uss_jax.models.tagging import TaggingNet
+from uss_jax.training.augment import at_other_speed
+from uss_jax.training.examples import Examples, Mixing, asked_conditions, make_examples
+from uss_jax.training.state import TrainState
+from uss_jax.training.step import Batch, Metrics, Step, streams, update
+
+# Keys of a step, and of each of its parts where the batch is done in parts.
+_STREAMS = ("anchor", "query", "silent", "gain", "speed", "parts")
+
+
+@dataclasses.dataclass(frozen=True)
+class Nets:
+    """The nets of a separation step.
+
+    Attributes:
+      separator: trains.
+      query: makes conditions; what of it trains is in the state, the rest frozen.
+      sed: finds anchors; None where they are drawn at random or looked up in a table.
+    """
+
+    separator: SeparatorNet
+    query: QueryNet
+    sed: TaggingNet | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Anchoring:
+    """How anchors are found: the arguments of `find_anchors`, and the clips' speed before.
+
+    Attributes:
+      segment_samples, min_dbfs, image: see `find_anchors`.
+      speed: arguments of `change_speed` for the clips; None leaves them.
+    """
+
+    segment_samples: int
+    min_dbfs: float | None
+    image: Int[Array | np.ndarray, "i"] | None = None
+    speed: dict[str, float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Updating:
+    """How a gradient becomes an update.
+
+    Attributes:
+      accumulate: the batch is done in this many parts of whole groups, one after the other; batch
+        norms see one part at a time, and the gradient is the mean.
+      ema_decay: of the moving average of parameters, if the state has one.
+      max_norm_ratio: updates whose gradient is longer than this many times the running median are
+        left out, see training/guard.py; 0 for no limit.
+      gather: makes parameters whole, where the state's are split over devices.
+    """
+
+    accumulate: int = 1
+    ema_decay: float = 0.0
+    max_norm_ratio: float = 0.0
+    gather: Callable[[Any], Any] = lambda params: params
+
+
+def query_variables(frozen: Any, params: Any, batch_stats: Any) -> Any:
+    """The query net's variables, frozen and trained ones together."""
+    fixed = frozen.get("query", {"params": {}, "batch_stats": {}})
+    return {
+        "params": {**fixed["params"], **params["query"]},
+        "batch_stats": {**fixed["batch_stats"], **batch_stats["query"]},
+    }
+
+
+def make_separation_step(
+    nets: Nets,
+    optimizer: optax.GradientTransformation,
+    loss: Callable[[Array, Array], Float[Array, "b"]],
+    anchoring: Anchoring,
+    mixing: Mixing,
+    updating: Updating = Updating(),
+) -> Step:
+    """The whole chain of one step: anchors, mixtures, conditions, estimates, loss, update.
+
+    The step is `(state, frozen, batch, key) -> (state, metrics)`: `frozen` holds the variables of
+    the nets that do not train (`sed`, and `query` where it is frozen), `key` is the run's key.
+
+    Args:
+      nets: separator, query net and detector.
+      optimizer: of all that trains.
+      loss: of (estimate, target) [b, 1, s], one value per item.
+      anchoring, mixing, updating: how each part of the step is done.
+    """
+
+    def gradient(params: Any, batch_stats: Any, frozen: Any, batch: Batch, key: Array):
+        """Gradient, new statistics and metrics of a batch or a part of it."""
+        keys = streams(key, _STREAMS)
+        batch = at_other_speed(batch, keys["speed"], anchoring.speed)
+        anchors = find_anchors(
+            nets.sed,
+            frozen.get("sed"),
+            batch,
+            keys["anchor"],
+            segment_samples=anchoring.segment_samples,
+            min_dbfs=anchoring.min_dbfs,
+            image=anchoring.image,
+        )
+        examples = make_examples(anchors, batch, mixing, keys["gain"], keys["silent"])
+
+        def objective(params):
+            params = updating.gather(params)
+            condition, query_updates = nets.query.apply(
+                query_variables(frozen, params, batch_stats),
+                examples.anchor,
+                batch["class_index"],
+                train=True,
+                rngs={"augment": keys["query"]},
+                mutable=["batch_stats"],
+            )
+            condition = asked_conditions(condition, examples.silent, mixing)
+            variables = {"params": params["separator"], "batch_stats": batch_stats["separator"]}
+            estimate, updates = separate(
+                nets.separator, variables, examples.mixture, condition, train=True
+            )
+            statistics = {
+                "separator": updates,
+                "query": {k: query_updates["batch_stats"][k] for k in batch_stats["query"]},
+            }
+            per_item = loss(estimate[:, None], examples.target[:, None])
+            return jnp.mean(per_item), (per_item, estimate, statistics)
+
+        (_, (per_item, estimate, statistics)), grads = jax.value_and_grad(objective, has_aux=True)(
+            params
+        )
+        metrics = _metrics(examples, estimate, per_item, anchors.score)
+        if "conflict" in batch:
+            metrics["conflict_share"] = jnp.mean(batch["conflict"].astype(jnp.float32))
+        return grads, statistics, metrics
+
+    def step(state: TrainState, frozen: Any, batch: Batch, key: Array):
+        key = jax.random.fold_in(key, state.step)
+        arguments = state.params, state.batch_stats, frozen, batch, key
+        if updating.accumulate == 1:
+            found = gradient(*arguments)
+        else:
+            found = _in_parts(gradient, updating.accumulate, mixing.group_size, *arguments)
+        return update(state, *found, optimizer, updating.max_norm_ratio, updating.ema_decay)
+
+    return step
+
+
+def _metrics(
+    examples: Examples,
+    estimate: Float[Array, "b s"],
+    per_item: Float[Array, "b"],
+    score: Float[Array, "b"],
+) -> Metrics:
+    """Means over the batch; SDRi is that of items whose target is not silent."""
+    improvement = _sdr_improvement(estimate, examples.target, examples.mixture)
+    rows = [per_item, improvement, score]
+    silent = examples.silent
+    if silent is not None:  # whose improvement says how quiet the estimate is, in its own row
+        rows += [jnp.where(silent, 0, improvement), silent.astype(per_item.dtype)]
+    loss_mean, sdri, score_mean, *rest = jnp.mean(jnp.stack(rows), axis=1)  # one all-reduce
+    metrics = {"loss": loss_mean, "sdri": sdri, "anchor_score": score_mean}
+    if rest:
+        heard, share = rest
+        metrics["sdri"] = heard / jnp.maximum(1 - share, 1e-6)
+        metrics["silent_share"] = share
+        metrics["silent_db"] = (sdri - heard) / jnp.maximum(share, 1e-6)
+    return metrics
+
+
+def _sdr_improvement(
+    estimate: Float[Array, "b t"], target: Float[Array, "b t"], mixture: Float[Array, "b t"]
+) -> Float[Array, "b"]:
+    """SDR of the estimate less that of the mixture, in dB; the target's energy cancels."""
+    before, now = (jnp.mean(jnp.square(x - target), axis=1) for x in (mixture, estimate))
+    return 10 * jnp.log10(jnp.maximum(before, 1e-10) / jnp.maximum(now, 1e-10))
+
+
+def _in_parts(
+    gradient: Callable,
+    parts: int,
+    group_size: int,
+    params: Any,
+    batch_stats: Any,
+    frozen: Any,
+    batch: Batch,
+    key: Array,
+) -> tuple[Any, Any, Metrics]:
+    """The gradient of a batch done part by part.
+
+    Part m holds the groups m, m + parts, m + 2 parts ...: where each device has whole groups of
+    every part, none moves to another device.
+    """
+
+    def split(x: Array) -> Array:
+        groups = x.reshape(-1, parts, group_size, *x.shape[1:])
+        return jnp.swapaxes(groups, 0, 1).reshape(parts, -1, *x.shape[1:])
+
+    def add(carry: tuple[Any, Any], part: tuple[Batch, Array]):
+        total, statistics = carry
+        grads, statistics, metrics = gradient(params, statistics, frozen, *part)
+        return (jax.tree.map(jnp.add, total, grads), statistics), metrics
+
+    keys = jax.random.split(streams(key, _STREAMS)["parts"], parts)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    (total, statistics), metrics = jax.lax.scan(
+        add, (zeros, batch_stats), ({name: split(x) for name, x in batch.items()}, keys)
+    )
+    grads = jax.tree.map(lambda x: x / parts, total)
+    return grads, statistics, {name: jnp.mean(x) for name, x in metrics.items()}

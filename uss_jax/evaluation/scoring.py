@@ -34,7 +34,7 @@ from uss_jax.evaluation.metrics import FLOOR, is_silent, separation_figures
 from uss_jax.ontology import load_ontology
 from uss_jax.training.bundle import net_hash
 from uss_jax.training.mesh import batch_sharded, make_mesh, replicated
-from uss_jax.training.model import Model, Net
+from uss_jax.training.model import Model, Net, separate_with
 
 ORACLE, AVERAGE, CLASS = "oracle", "class average", "class vector"
 SHUFFLED, IDENTITY = "shuffled oracle", "target alone"

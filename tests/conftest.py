@@ -1,7 +1,11 @@
 """Set up before JAX looks for devices: eight CPU devices, and a precision for every test."""
 
 import contextlib
+import os
 import pathlib
+import shutil
+import signal
+import tempfile
 
 import jax
 import pytest
@@ -32,7 +36,25 @@ def pytest_addoption(parser):
     )
 
 
+def _share_programs(config):
+    """Keeps compiled programs for all workers and processes of this session.
+
+    Many tests start the same run several times, and a start is mostly compilation.
+    """
+    if hasattr(config, "workerinput") or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = tempfile.mkdtemp(prefix="uss-jax-programs-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
 def pytest_configure(config):
+    _share_programs(config)
+    # A shell's background job ignores Ctrl-C, and so would every process that a test starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Of nets that tests call without saying a precision. The package itself never relies on it:
     # tests/test_precision.py sets another one.
     way = ways.choose(config.getoption("--at"))

@@ -70,9 +70,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> None:
     if records.places is not None:  # the table holds what it found
         step_sed = None
         _require_its_detector(records.places.table, frozen.pop("sed", None), config)
-    separator = nets.build_separator(
-        {**config.separator, "condition_width": nets.condition_width(query)}
-    )
+    separator = nets.build_separator({**config.separator, "condition_width": query.width})
     key = jax.random.key(config.seed)
     fresh = functools.partial(_fresh_state, separator, optimizer, config.ema_decay > 0)
 
@@ -87,7 +85,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> None:
 
     def evaluation(frozen: Any) -> Evaluate:
         averages = None
-        if sed is not None and config.query.kind != "one_hot" and not trained_query["params"]:
+        if sed is not None and query.takes.recordings and not trained_query["params"]:
             averages = workdir_averages(workdir, config.data.records, config.data.split, pairs)
         run.say(
             f"{len(pairs)} pairs every {config.eval.every_steps} steps, by the conditions of their "
@@ -145,9 +143,7 @@ def dry_run(config: ConfigDict) -> list[str]:
     _check(config)
     optimizer, _ = _optimizer(config)
     sed, query, frozen, trained = _shapes_of_condition_nets(config)
-    separator = nets.build_separator(
-        {**config.separator, "condition_width": nets.condition_width(query)}
-    )
+    separator = nets.build_separator({**config.separator, "condition_width": query.width})
     fresh = functools.partial(_fresh_state, separator, optimizer, config.ema_decay > 0)
     key = jax.random.key(config.seed)
     state = shapes(fresh, key, trained, rules=config.sharding, mesh=mesh)
@@ -308,7 +304,7 @@ def _condition_nets(
         _keep(workdir, "sed", frozen["sed"])
 
     model, tagger = None, {"params": {}, "batch_stats": {}}
-    if config.query.kind != "one_hot":
+    if KINDS[config.query.kind].recordings:
         bundle = _source_bundle(config, workdir, "query")
         source, variables = bundle.query()
         if source.tagger is None:
@@ -344,10 +340,10 @@ def _shapes_of_condition_nets(
     if config.anchors.source == "device":
         sed = nets.build_sed(model("sed"))
         frozen["sed"] = nets.layout(sed)
-    one_hot = config.query.kind == "one_hot"
-    query = nets.build_query({**config.query}, None if one_hot else model("query"))
+    has_tagger = KINDS[config.query.kind].recordings
+    query = nets.build_query({**config.query}, model("query") if has_tagger else None)
     tagger, trained = ({"params": {}, "batch_stats": {}} for _ in range(2))
-    if not one_hot:
+    if has_tagger:
         tagger = {name: {"tagger": tree} for name, tree in nets.layout(query.tagger).items()}
     if query.finetune:
         tagger, trained = trained, tagger

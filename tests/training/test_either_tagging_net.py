@@ -41,7 +41,7 @@ from uss_jax.training.examples import Mixing
 from uss_jax.training.losses import LOSSES
 from uss_jax.training.mesh import make_mesh
 from uss_jax.training.model import Model
-from uss_jax.training.nets import TAGGERS, build_query, build_sed, condition_width, fields_of
+from uss_jax.training.nets import TAGGERS, build_query, build_sed, fields_of
 from uss_jax.training.optim import adamw
 from uss_jax.training.separation_step import Anchoring, Nets, make_separation_step
 from uss_jax.training.state import create_state
@@ -168,9 +168,7 @@ def test_a_separator_steps_with_it_as_query_net_and_detector(name):
     net = NETS[name]
     model = fields_of(net)
     query = build_query({"kind": "embedding"}, model)
-    separator = ResUNet(
-        n_fft=128, hop_samples=64, channels=(4, 4), condition_width=condition_width(query)
-    )
+    separator = ResUNet(n_fft=128, hop_samples=64, channels=(4, 4), condition_width=query.width)
     optimizer = adamw(1e-2)
     step = make_separation_step(
         Nets(separator, query, build_sed(model)),

@@ -62,7 +62,7 @@ def source_averages(model: Model, items: Sequence[Item]) -> Averages:
 
 
 def _averages(model: Model, recordings: Mapping[str, Iterable[np.ndarray]]) -> Averages:
-    if model.query.module.kind == "one_hot":
+    if not model.query.module.takes.recordings:
         return {}
     averages = {}
     for label, waveforms in tqdm(recordings.items(), "class averages", disable=None):

@@ -283,7 +283,7 @@ def _rows(
     if not heard.any():
         raise UserError("every source is silent, so no figure is defined; check the recordings")
     asked = heard
-    if model.query.module.kind == "one_hot":  # a sound without a class cannot be asked for
+    if not model.query.module.takes.recordings:  # a sound without a class cannot be asked for
         asked = heard & [item.class_index is not None for item in items]
         if not asked.any():
             raise UserError(
@@ -298,7 +298,7 @@ def _rows(
         rows.append(
             Row(AVERAGE, np.stack([averages.get(item.label, zeros) for item in items]), exists)
         )
-    if model.query.module.kind == "soft":
+    if model.query.module.takes.probabilities:
         rows.append(_class_vectors(model, batches, heard, conditions.shape[1]))
     classes = [item.label if item.class_index is None else item.class_index for item in items]
     others = unrelated_items(classes, digests, [item.other_class_index for item in items])

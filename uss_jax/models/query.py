@@ -4,6 +4,8 @@ Kinds of condition: `one_hot` (the class), `soft` (tagging probabilities), `embe
 net's hidden layer), the last two of the clean target. Letters: `b` batch, `s` samples, `d` width.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,32 @@ from jaxtyping import Array, Float, Int
 
 from uss_jax.models.tagging import TaggingNet
 
-KINDS = ("one_hot", "soft", "embedding")
-_READ = {"soft": "clipwise", "embedding": "embedding"}
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of condition: what it is made of, and so what can be asked for with it.
+
+    Attributes:
+      reads: output of the tagging net that it is; None: it is made of a class index alone.
+      classes: a class, or set of classes, is a condition by itself.
+      probabilities: tagging probabilities, those of some classes alone too, are a condition.
+    """
+
+    reads: str | None
+    classes: bool = False
+    probabilities: bool = False
+
+    @property
+    def recordings(self) -> bool:
+        """Whether recordings of a sound give its condition."""
+        return self.reads is not None
+
+
+KINDS = {
+    "one_hot": Kind(reads=None, classes=True),
+    "soft": Kind(reads="clipwise", probabilities=True),
+    "embedding": Kind(reads="embedding"),
+}
 
 
 class Adaptor(nn.Module):
@@ -59,15 +85,33 @@ class QueryNet(nn.Module):
     dropout: float = 0.0
     finetune: bool = False
 
+    @property
+    def takes(self) -> Kind:
+        """What can be asked for."""
+        return KINDS[self.kind]
+
+    @property
+    def source_width(self) -> int:
+        """Width of a condition before the adaptor."""
+        if self.takes.reads is None:
+            return self.classes
+        widths = {"clipwise": self.tagger.classes, "embedding": self.tagger.embedding_width}
+        return widths[self.takes.reads]
+
+    @property
+    def width(self) -> int:
+        """Width of a condition."""
+        return self.adaptor_width or self.source_width
+
     def __call__(
         self, waveform: Float[Array, "b s"], class_index: Int[Array, "b"], train: bool = False
     ) -> Float[Array, "b d"]:
         if self.kind not in KINDS:
             raise ValueError(f"condition kind {self.kind!r} is none of {', '.join(KINDS)}")
-        if self.kind == "one_hot":
+        if self.takes.reads is None:
             x = jax.nn.one_hot(class_index, self.classes, dtype=waveform.dtype)
         else:
-            x = self.tagger(waveform, train=train and self.finetune)[_READ[self.kind]]
+            x = self.tagger(waveform, train=train and self.finetune)[self.takes.reads]
             x = x if self.finetune else jax.lax.stop_gradient(x)
         return self.adapt(x, train)
 

@@ -96,7 +96,8 @@ class Classes:
 
     def require_fit(self, model: Model) -> None:
         """Raises a UserError where the model does not take classes, or has none of this number."""
-        if model.query.module.kind == "embedding":
+        takes = model.query.module.takes
+        if not (takes.classes or takes.probabilities):
             raise UserError(
                 f"{model.path} does not take classes but embeddings of examples; give --query a "
                 "folder of recordings, or a bank of vectors and its names with --classes"
@@ -119,14 +120,13 @@ class Classes:
     def targets(self, model: Model, probabilities: Float32[np.ndarray, "s k"]) -> list[Target]:
         """The targets of a recording with these tagging probabilities of its segments."""
         self.require_fit(model)
-        kind = model.query.module.kind
         targets = []
         for name, indexes in self.sets.items():
             indexes = list(indexes)
             active = probabilities[:, indexes].max(axis=1) >= self.threshold
             if self.only_active and not active.any():
                 continue
-            if kind == "one_hot":
+            if model.query.module.takes.classes:
                 vectors = np.zeros((1, probabilities.shape[1]), np.float32)
                 vectors[0, indexes] = 1
             else:
@@ -230,7 +230,7 @@ def vector_of_recordings(model: Model, path: str | os.PathLike) -> Float32[np.nd
       model: gives the condition, `soft` or `embedding`.
       path: a recording, or a folder of them. Wholly silent ones are passed over.
     """
-    if model.query.module.kind == "one_hot":
+    if not model.query.module.takes.recordings:
         raise UserError(
             f"{model.path} knows classes only, not recordings; ask with --classes instead of "
             "--query"

@@ -98,7 +98,7 @@ class Bundle:
             "separator", nets.build_separator, self._section("separator")
         )
         if "query" in self.config:
-            width = nets.condition_width(self._query_net())
+            width = self._query_net().width
             if width != separator.condition_width:
                 raise UserError(
                     f"{self.path}: separator.condition_width is {separator.condition_width}, but "

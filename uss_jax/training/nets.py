@@ -178,7 +178,7 @@ def build_query(section: Mapping[str, Any], model: Mapping[str, Any] | None) -> 
         if fields.get("finetune"):  # it trains together with a separator, and takes its momentum
             tagger = tagger.clone(norm_momentum=MOMENTUM)
     query = build(QueryNet, {**fields, "tagger": tagger}, "query")
-    if query.shortcut and query.adaptor_width not in (0, width := _unadapted_width(query)):
+    if query.shortcut and query.adaptor_width not in (0, width := query.source_width):
         raise UserError(
             f"query.shortcut needs query.adaptor_width={width}, as wide as what it goes around"
         )
@@ -232,19 +232,6 @@ def image_of_rule(
         ) from None
 
 
-def condition_width(query: QueryNet) -> int:
-    """Width of the vectors a query net gives."""
-    if query.adaptor_width:
-        return query.adaptor_width
-    return _unadapted_width(query)
-
-
-def _unadapted_width(query: QueryNet) -> int:
-    if query.kind == "embedding":
-        return query.tagger.embedding_width
-    return query.classes if query.kind == "one_hot" else query.tagger.classes
-
-
 # What flax, jax and numpy raise of fields that do not fit each other.
 _MISFITS = (ValueError, TypeError, IndexError, ZeroDivisionError, AssertionError, FlaxError)
 
@@ -276,5 +263,5 @@ def _inputs(net: TaggingNet | SeparatorNet) -> tuple[jax.Array, ...]:
 def init_adaptor(net: QueryNet, key: jax.Array) -> Any:
     """Fresh parameters of a query net's adaptor."""
     adaptor = Adaptor(net.adaptor_width, net.adaptor_hidden)
-    unadapted = jnp.zeros((1, _unadapted_width(net)))
+    unadapted = jnp.zeros((1, net.source_width))
     return adaptor.init(key, unadapted, train=False)["params"]

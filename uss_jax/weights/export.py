@@ -23,7 +23,7 @@ from jaxtyping import Float
 
 from uss_jax.atomic import replacing_folder
 from uss_jax.errors import UserError
-from uss_jax.models.query import QueryNet
+from uss_jax.models.query import KINDS, QueryNet
 from uss_jax.models.separator import SeparatorNet, separate
 from uss_jax.precision import HIGHEST, at_precision, check_precision
 from uss_jax.training.bundle import (
@@ -61,11 +61,10 @@ Products and convolutions of float32 arrays have the precision `{precision}`.
 {condition}""",
 }
 _CONDITION = {
-    "one_hot": "The condition is 1 for the class asked for and 0 elsewhere.",
-    "soft": '`read("condition.stablehlo").call(recording)` makes conditions of recordings of the '
+    False: "The condition is 1 for the class asked for and 0 elsewhere.",
+    True: '`read("condition.stablehlo").call(recording)` makes conditions of recordings of the '
     "sound asked for, [b, {samples}].",
 }
-_CONDITION["embedding"] = _CONDITION["soft"]
 
 # Runs an exported function in a bare process.
 _RUN = """
@@ -320,7 +319,10 @@ def _read_me(bundle: Bundle, form: str, window: int, precision: str) -> str:
         "rate": _rate(bundle),
         "width": bundle.separator()[0].condition_width,
         "precision": precision,
-        "condition": _CONDITION[config["query"]["kind"]].format(samples=segment) + "\n",
+        "condition": _CONDITION[KINDS[config["query"]["kind"]].recordings].format(
+            samples=segment
+        )
+        + "\n",
     }
     licence = config.get("licence", "as the recordings it was trained on allow")
     return (

@@ -46,7 +46,7 @@ def answers(
       reference_blocks: separate in blocks side by side, as the reference does.
     """
     vectors = {}
-    if model.query.module.kind == "one_hot":
+    if not model.query.module.takes.recordings:
         raise UserError(
             f"{model.path} knows AudioSet's classes only; this data set asks by recordings"
         )

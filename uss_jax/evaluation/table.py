@@ -10,7 +10,7 @@ from uss_jax.atomic import replacing
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str | int | float | None]]) -> str:
-    """Formats aligned columns: the first to the left, others to the right, two decimals."""
+    """Aligns columns, the first to the left, others to the right; floats have two decimals."""
     cells = [list(header), *([_cell(value) for value in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = []

@@ -79,7 +79,7 @@ def segmental_snr(clean: Wave, estimate: Wave) -> float:
 
 
 def log_likelihood_ratio(clean: Wave, estimate: Wave) -> float:
-    """Log ratio of the clean speech's prediction errors under the LPC of estimate and of clean.
+    """Log ratio of clean-speech prediction errors: with the LPC of the estimate and of the clean.
 
     log(a_e R a_e / a_c R a_c) of each frame, with R the clean frame's autocorrelation; mean over
     the best 95 % of frames.

@@ -1,6 +1,6 @@
-"""A picture of mined anchors: where in a clip its labels sound, and what was chosen.
+"""Plots mined anchors: a clip's label probabilities over time, and the anchors chosen.
 
-Letters: `t` samples, `n` frames, `k` classes.
+Letters: `t` samples.
 """
 
 import os
@@ -25,14 +25,17 @@ _RANGE_DB = 80.0
 def draw_anchors(
     reader: ClipReader, table: AnchorTable, sed: Net, id: str, path: str | os.PathLike
 ) -> None:
-    """Writes a PNG: a clip's spectrogram, and below it each label's probability and anchors.
+    """Writes a PNG of a clip's spectrogram and, below it, each label's probability and anchors.
 
     Args:
-      reader: of the records.
-      table: their anchors.
-      sed: the detector that found them.
-      id: of the clip.
-      path: of the picture.
+      reader: reader of the records.
+      table: mined anchors of these records.
+      sed: the detector that mined the table.
+      id: clip id.
+      path: PNG file to write.
+
+    Raises:
+      UserError: the table was mined with another detector, or no clip has this id.
     """
     if net_hash(sed.variables) != table.header["sed_hash"]:
         raise UserError("the table was mined with another detector; give that one as --sed")
@@ -63,7 +66,7 @@ def draw_anchors(
         row, colour = first + number, f"C{number % 10}"
         curve = framewise[:, label]
         axis.plot(times, curve, color=colour, linewidth=1.5)
-        # Unlikely labels keep a shape; the scale is on the axis.
+        # Scaled to each label's maximum, so that the curve of an unlikely label is not flat.
         axis.set_ylim(0, min(max(1.4 * float(curve.max()), 0.01), 1.0))
         anchors = zip(table.begin_sample[row].tolist(), table.score[row].tolist(), strict=True)
         for rank, (begin, score) in enumerate(anchors):

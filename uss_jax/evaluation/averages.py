@@ -1,4 +1,4 @@
-"""One condition for each class, averaged over training recordings.
+"""Averages the conditions of training recordings into one condition per class.
 
 Letters: `d` width of the condition, `t` samples of a recording.
 """
@@ -20,7 +20,7 @@ from uss_jax.ontology import load_ontology
 from uss_jax.separation.queries import Bank, remove_silence
 from uss_jax.training.model import Model
 
-# A class average is settled long before this many clips; AudioSet's largest classes have a million.
+# A class average converges with far fewer clips; AudioSet's largest classes have a million.
 _CLIPS_OF_AVERAGE = 100
 _SEGMENTS_AT_A_TIME = 16
 
@@ -30,16 +30,16 @@ Averages = dict[str, Float[np.ndarray, " d"]]
 def file_averages(
     model: Model, files: Mapping[str, Sequence[str | os.PathLike]], *, without_silence: bool
 ) -> Averages:
-    """The condition of each label: the mean over its files of the mean over a file's segments.
+    """Averages the conditions of each label: over a file's segments, then over the label's files.
 
-    The reference's way; a last short segment is repeated to full length. Files of nothing but
-    silence are passed over. None for a model that knows classes only, which no recording describes.
+    As in the reference, a short last segment is repeated to full length. Silent files are skipped.
+    Empty for a model with one-hot conditions, which do not depend on a recording.
 
     Args:
-      model: gives the conditions.
-      files: of each label.
-      without_silence: drop silent tenths of a second first, as the reference does with recordings
-        of whole songs and sentences.
+      model: computes the conditions.
+      files: label -> its files.
+      without_silence: first drop silent intervals of 0.1 s, as the reference does with whole songs
+        and sentences.
     """
 
     def read(path: str | os.PathLike) -> Float[np.ndarray, " t"]:
@@ -50,7 +50,7 @@ def file_averages(
 
 
 def source_averages(model: Model, items: Sequence[Item]) -> Averages:
-    """The condition of each label over the sources of a training split's items; see above."""
+    """Does the same as `file_averages` with the sources of a training split's items."""
     by_label: dict[str, list[Item]] = {}
     for item in items:
         by_label.setdefault(item.label, []).append(item)
@@ -73,7 +73,10 @@ def _averages(model: Model, recordings: Mapping[str, Iterable[np.ndarray]]) -> A
 
 
 def _vectors(model: Model, waveforms: Iterable[np.ndarray]) -> list[Float[np.ndarray, " d"]]:
-    """The mean condition of each recording, segments of several recordings in one batch."""
+    """Returns the mean condition of each recording that is not silent.
+
+    A batch may hold segments of several recordings.
+    """
     batch = -(-_SEGMENTS_AT_A_TIME // jax.device_count()) * jax.device_count()
     sums: dict[int, np.ndarray] = {}
     counts: dict[int, int] = {}
@@ -104,9 +107,10 @@ def _vectors(model: Model, waveforms: Iterable[np.ndarray]) -> list[Float[np.nda
 def class_averages(
     model: Model, reader: ClipReader, classes: Sequence[int]
 ) -> dict[int, Float[np.ndarray, " d"]]:
-    """The mean condition of each class's clips' anchors; classes without clips are left out.
+    """Averages the conditions of each class over the mined anchors of its clips.
 
-    At most 100 clips of a class, always the same; anchors below -60 dBFS do not count.
+    Uses a fixed random choice of at most 100 clips per class, and no anchors below -60 dBFS.
+    Classes with nothing left are omitted.
     """
     index = reader.index
     labels_of_record = np.diff(index.label_row.astype(np.int64))
@@ -134,13 +138,13 @@ def class_averages(
 
 
 def by_name(averages: Mapping[int, Float[np.ndarray, " d"]]) -> Averages:
-    """The averages of class indexes by the classes' names."""
+    """Replaces class indexes by class names as keys."""
     names = load_ontology().class_names
     return {names[label]: vector for label, vector in averages.items()}
 
 
 def bank_of_averages(model: Model, averages: Averages, how: str) -> Bank:
-    """The averages as a query bank, named by class."""
+    """Returns the averages as a query bank with one vector per class name."""
     return Bank(
         name=tuple(averages),
         vectors=np.stack(list(averages.values())),

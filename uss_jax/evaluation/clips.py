@@ -1,6 +1,6 @@
-"""Labelled clips of records, and their anchors, in batches of one shape.
+"""Reads labelled clips of records in batches of one shape, and finds their anchors.
 
-Letters: `n` chosen clips, `b` batch, `t` samples of a clip.
+Letters: `n` chosen clips, `m` rows of them, `s` samples of a segment.
 """
 
 import dataclasses
@@ -22,28 +22,32 @@ from uss_jax.errors import UserError
 from uss_jax.training.model import Model, Net
 
 BATCH_SIZE = 8
-# As in training: quieter segments are passed over.
+# As in training, quieter segments are not chosen as anchors.
 MIN_DBFS = -60.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """Given records with a class of each, as an order for the data pipeline.
+    """A fixed list of records, with one class each, as an `Order` of the data pipeline.
 
     Attributes:
-      records, classes: [n].
+      records, classes: [n] record numbers and class indexes.
     """
 
     records: Integer[np.ndarray, " n"]
     classes: Integer[np.ndarray, " n"]
 
     def draw(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        at = np.minimum(positions, len(self.records) - 1)  # the last batch repeats the last one
+        at = np.minimum(positions, len(self.records) - 1)  # pads the last batch
         return self.records[at], self.classes[at]
 
 
 def open_records(directory: str | os.PathLike, split: str, model: Model) -> ClipReader:
-    """The records of a split, whose sample rate must be the model's."""
+    """Opens the records of a split.
+
+    Raises:
+      UserError: their sample rate is not the model's.
+    """
     rate = read_sample_rate(directory)
     if rate != model.sample_rate:
         raise UserError(
@@ -56,13 +60,14 @@ def open_records(directory: str | os.PathLike, split: str, model: Model) -> Clip
 def batches_of(
     reader: ClipReader, chosen: Chosen, multiple: int, labels: bool = False
 ) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-    """Yields (batch, number of its rows that count) over the chosen clips in order.
+    """Yields the chosen clips in order as (batch, number of rows that are not padding).
 
     Args:
-      reader: of the records.
-      chosen: which clips.
-      multiple: the clips are padded to the longest of the split, up to a multiple of this.
-      labels: also give all labels.
+      reader: reader of the records.
+      chosen: clips to read.
+      multiple: clips are padded to the longest of the split, rounded up to a multiple of this
+        number of samples.
+      labels: whether batches also hold all labels of each clip.
     """
     longest = int(reader.index.samples.max())
     for step, batch in enumerate(
@@ -87,24 +92,25 @@ def anchors_of_batch(
     segment_samples: int,
     min_dbfs: float | None = MIN_DBFS,
 ) -> Any:
-    """The batch's anchors as training finds them, or random ones without a detector."""
+    """Finds the anchors of a batch as training does; random ones without a detector."""
     net = (None, None) if sed is None else (sed.module, sed.variables)
     return find_anchors(*net, batch, key, segment_samples=segment_samples, min_dbfs=min_dbfs)
 
 
 @dataclasses.dataclass(frozen=True)
 class MinedAnchors:
-    """Where the class of each chosen clip sounds most likely.
+    """The anchor of each chosen clip: the segment where its class is most probable.
 
     Attributes:
-      begin_sample, samples: [n] the anchor; fewer samples than a segment in short clips.
+      begin_sample: [n] first sample of the anchor in its clip.
+      samples: [n] length of the anchor; shorter than a segment in short clips.
     """
 
     begin_sample: Integer[np.ndarray, " n"]
     samples: Integer[np.ndarray, " n"]
 
     def at(self, rows: Integer[np.ndarray, " m"]) -> "MinedAnchors":
-        """Those of some rows."""
+        """Selects rows."""
         return MinedAnchors(self.begin_sample[rows], self.samples[rows])
 
 
@@ -116,7 +122,10 @@ def mine(
     *,
     min_dbfs: float | None = MIN_DBFS,
 ) -> MinedAnchors:
-    """Finds the anchors of the chosen clips with a detector; None passes over no quiet segment."""
+    """Finds the anchors of the chosen clips with a detector.
+
+    Segments below `min_dbfs` are not chosen; None allows every segment.
+    """
     found = []
     for batch, rows in batches_of(reader, chosen, segment_samples):
         inputs = {name: batch[name] for name in ("audio", "samples", "class_index")}
@@ -130,7 +139,7 @@ def mine(
 def read_segments(
     reader: ClipReader, records: Integer[np.ndarray, " n"], anchors: MinedAnchors, samples: int
 ) -> Float[np.ndarray, "n s"]:
-    """The anchors' samples, float32 in [-1, 1), zeros after the end of short clips."""
+    """Reads the anchors as float32 in [-1, 1), zero-padded where a clip is short."""
     segments = np.zeros((len(records), samples), np.float32)
     for row, record in enumerate(records.tolist()):
         length = int(anchors.samples[row])

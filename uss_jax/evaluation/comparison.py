@@ -1,6 +1,6 @@
-"""Our figures beside the published ones.
+"""Compares results with the published ones.
 
-Published: Kong et al., arXiv:2305.07447 (abstract and tables), with the condition averaged over a
+Published: Kong et al., arXiv:2305.07447 (abstract and tables), with conditions averaged over a
 training split; AudioSep, arXiv:2308.05037, on the same AudioSet pairs.
 """
 
@@ -28,15 +28,15 @@ _ASKED = (AVERAGE, CLASS, ORACLE)
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A figure of the paper.
+    """A published result.
 
     Attributes:
-      data_set: as people call it.
-      suite: of `uss-jax evaluate`.
-      figure: as results name it.
-      unit: of it, for people.
-      paper, audiosep: the figures, None where there is none.
-      classes: that they are means over, None where an item has no class of its own.
+      data_set: name of the data set, for the table.
+      suite: suite of `uss-jax evaluate`.
+      figure: key of the metric in result files.
+      unit: metric and unit, for the table.
+      paper, audiosep: published values; None where not reported.
+      classes: number of classes averaged over; None where not compared.
     """
 
     data_set: str
@@ -56,12 +56,12 @@ PUBLISHED = (
     Published("Slakh2100", "slakh2100", "sdri", "SDRi, dB", 7.28),
     Published("Voicebank-Demand", "voicebank_demand", "ssnr", "SSNR, dB", 9.00),
 )
-# What a suite must be told for the published figure.
+# Options a suite needs to compute the published metric.
 _MORE = {"pairs": " --train-pairs TRAIN_PAIRS", "musdb18": " --legacy"}
 
 
 _FIGURE = either(nothing(), number())
-# What is used of a file of results; suites that are not compared have rows of their own.
+# The keys used of a result file. All are optional: suites not compared have other rows.
 _ROW = record(
     {},
     {
@@ -76,10 +76,10 @@ _RESULTS = record({"suite": text(), "rows": list_of(_ROW)}, others=True)
 
 
 def find_results(workdir: str | os.PathLike) -> dict[str, dict[str, Any]]:
-    """Suite -> the newest results of it in a folder or in one folder below.
+    """Returns suite -> its newest results in a folder or its immediate subfolders.
 
     Raises:
-      UserError: there is no such folder, or results in it are not what `uss-jax evaluate` writes.
+      UserError: there is no such folder, or its results are not as `uss-jax evaluate` writes them.
     """
     workdir = pathlib.Path(workdir)
     if not workdir.is_dir():
@@ -91,7 +91,7 @@ def find_results(workdir: str | os.PathLike) -> dict[str, dict[str, Any]]:
         try:
             content = parse_json(path.read_bytes())
         except (OSError, ValueError):
-            continue  # a file of another program
+            continue  # not ours
         if not isinstance(content, dict) or not {"suite", "rows"} <= content.keys():
             continue
         try:
@@ -105,13 +105,13 @@ def find_results(workdir: str | os.PathLike) -> dict[str, dict[str, Any]]:
 def compare(
     workdirs: Sequence[str | os.PathLike],
 ) -> tuple[list[str], list[list[Any]], list[str], list[str]]:
-    """The paper's table with a column for each workdir.
+    """Builds the paper's table with a column for each workdir.
 
-    Results of other classes than the published figure's have rows of their own.
+    Results over another number of classes than published are listed in separate rows.
 
     Returns:
-      header; rows, one a data set and way of asking; what is not of as many classes as the
-      published figure beside it; and, for what is missing, how to get it.
+      Header; rows, one per data set and query; notes on results over another number of classes;
+      commands that compute the missing results.
     """
     results = [find_results(workdir) for workdir in workdirs]
     names = [one_line(os.path.normpath(os.fspath(workdir))) for workdir in workdirs]
@@ -140,7 +140,7 @@ def compare(
 def _rows(
     published: Published, count: int | None, results: Sequence[dict[str, Any] | None]
 ) -> list[list[Any]]:
-    """The rows of results of so many classes, the published figures beside if of as many."""
+    """Builds the rows over `count` classes, with published values if theirs is the same count."""
     is_like = count == published.classes
     name = published.data_set if is_like else f"{published.suite}, {count} classes of your own"
     rows = []
@@ -155,7 +155,7 @@ def _rows(
 
 
 def _classes(results: dict[str, Any] | None) -> int | None:
-    """How many classes the results are means over, if they say so."""
+    """Returns the number of classes averaged over, if stated in the results."""
     return _row(results, ORACLE).get("classes", {}).get("number")
 
 
@@ -164,7 +164,7 @@ def _figure(results: dict[str, Any] | None, asked: str, figure: str) -> float | 
 
 
 def _row(results: dict[str, Any] | None, asked: str) -> dict[str, Any]:
-    """The figures of a way of asking over all items; empty where there are none."""
+    """Returns the metrics of a query over all items; empty where there are none."""
     for row in (results or {}).get("rows", ()):
         if row.get("query") == asked and row.get("group", "all") == "all":
             return row
@@ -172,7 +172,7 @@ def _row(results: dict[str, Any] | None, asked: str) -> dict[str, Any]:
 
 
 def _how(suite: str, workdir: str, scored: bool) -> str:
-    """The command that gives a missing figure."""
+    """Returns the command that computes a missing metric."""
     more = _MORE.get(suite, "")
     data = "PAIRS" if suite == "pairs" else f"FOLDER_OF_{suite.upper()}"
     why = f" (it was scored without{more})" if scored else ""

@@ -1,4 +1,4 @@
-"""What a long evaluation has done so far, in a file, so that one that was stopped goes on there."""
+"""Keeps the partial results of a long evaluation in a file, so that it can be resumed."""
 
 import hashlib
 import json
@@ -13,19 +13,22 @@ from uss_jax.errors import UserError
 
 
 class Finished:
-    """Figures by the number or name of what was measured, kept as lines of JSON.
+    """Metrics by batch number or recording name, stored as lines of JSON.
 
     Attributes:
-      done: what was found before and since.
+      done: all metrics so far, including those of an interrupted run.
     """
 
     def __init__(self, path: str | os.PathLike | None, identity: Iterable[bytes]):
-        """Reads what a stopped run has left.
+        """Reads the metrics an interrupted run has stored.
 
         Args:
-          path: the file; None keeps nothing.
-          identity: of the model, what it is measured on and how: what another run has left does
-            not count.
+          path: the file; None stores nothing.
+          identity: bytes that identify model, data and options; a file with another identity is
+            overwritten.
+
+        Raises:
+          UserError: the file cannot be written.
         """
         self.done: dict[Hashable, Any] = {}
         self._path = None if path is None else pathlib.Path(path)
@@ -35,7 +38,7 @@ class Finished:
         for part in identity:
             digest.update(part)
         lines = self._path.read_text().split("\n") if self._path.is_file() else []
-        lines = lines[:-1]  # what follows the last newline was cut off
+        lines = lines[:-1]  # an incomplete last line is dropped
         header = json.dumps({"run": digest.hexdigest()})
         if lines[:1] != [header]:
             lines = [header]
@@ -46,13 +49,13 @@ class Finished:
             raise UserError(f"{self._path} could not be written ({error.strerror})") from error
 
     def add(self, key: Hashable, found: Any) -> None:
-        """Keeps figures: numbers and arrays in dictionaries."""
+        """Stores the metrics of one key: nested dictionaries of numbers and arrays."""
         self.done[key] = found
         if self._path is not None and jax.process_index() == 0:
             with self._path.open("a") as file:
                 file.write(json.dumps([key, found], default=lambda array: array.tolist()) + "\n")
 
     def remove(self) -> None:
-        """The run has come to its end."""
+        """Removes the file, at the end of a run."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""How well a separator does while it trains, on pairs, on all devices of all hosts together.
+"""Evaluates a separator on pairs during training, on all devices of all hosts.
 
-Letters: `n` pairs, `b` batch, `t` samples of a pair, `d` width of the condition.
+Letters: `n` pairs, `b` batch, `d` width of the condition.
 """
 
 import concurrent.futures
@@ -31,7 +31,7 @@ from uss_jax.training.model import Model
 from uss_jax.training.separation_step import query_variables
 from uss_jax.training.state import TrainState
 
-# Of the workdir: what the averaged conditions of its training clips are.
+# File in the workdir with the averaged conditions of its training clips.
 AVERAGES = "class_averages.npz"
 _SHOWN = ("sdri", "si_sdri")
 
@@ -48,26 +48,26 @@ def make_evaluation(
     batch_size: int,
     threads: int,
 ) -> Callable[[TrainState], dict[str, float]]:
-    """What gives a state's figures: median within a class, then mean over classes.
+    """Returns a function from a train state to metrics: median within a class, mean over classes.
 
-    `sdri` and `si_sdri` in dB and `l1`, the mean absolute error, are of the clean sources'
-    conditions; those that begin with `average_` of a condition for each class, over the pairs whose
-    class has one; `half_sdri` is what half the mixture scores, which needs no model; `seconds` is
-    how long it took. Pairs whose source is silent have no SDRi and are left out of its medians;
-    where there are any, `silent` is their number.
+    `sdri` and `si_sdri` (dB) and `l1` (mean absolute error) use the condition of the clean source.
+    With the prefix `average_` they use the averaged condition of the class, over the pairs whose
+    class has one. `half_sdri` is the SDRi of half the mixture, a baseline without a model.
+    `seconds` is the time taken. Pairs with a silent source have no SDRi and are left out of its
+    medians; `silent` is their number, if any.
 
     Args:
       separator, query: the nets.
-      frozen: variables of the nets that do not train, on the devices.
-      pairs: what to separate.
-      averages: a condition for each class, if there are any.
+      frozen: variables of the frozen nets, on the devices.
+      pairs: evaluation pairs, all of one length.
+      averages: class index -> averaged condition, if available.
       mesh: the devices.
-      sample_rate: of the nets, in Hz.
-      batch_size: pairs at a time on all devices together; a multiple of their number.
-      threads: that read files.
+      sample_rate: sampling rate of the nets, in Hz.
+      batch_size: pairs per batch over all devices; a multiple of the number of devices.
+      threads: number of threads that read files.
     """
-    # What the pairs of one batch score, known to every host. At highest precision whatever training
-    # computes at, so that a checkpoint's figures are those that `uss-jax evaluate` gives.
+    # Every host gets the metrics of the whole batch. Computed at highest precision, whatever the
+    # precision of training, so that a checkpoint scores the same under `uss-jax evaluate`.
     figures = functools.partial(_figures, separator, query, bool(averages))
     jitted = jax.jit(at_precision(HIGHEST, figures), out_shardings=replicated(mesh))
     classes = np.array([pair.class_index for pair in pairs])
@@ -103,7 +103,10 @@ def _figures(
     frozen: Any,
     batch: dict[str, jax.Array],
 ) -> dict[str, Float[jax.Array, "b"]]:
-    """Figures of each pair of a batch; NaN where its class has no averaged condition."""
+    """Computes the metrics of each pair of a batch.
+
+    Metrics of the averaged condition are NaN where the class has none.
+    """
     variables = {
         "params": state.averaged["separator"],
         "batch_stats": state.batch_stats["separator"],
@@ -162,15 +165,18 @@ def _mean_of_medians(values: Float[np.ndarray, " n"], classes: np.ndarray) -> fl
 def workdir_averages(
     workdir: pathlib.Path, records: str, split: str, pairs: Sequence[Pair]
 ) -> dict[int, Float[np.ndarray, " d"]]:
-    """The mean condition of the training clips of each class of the pairs.
+    """Averages the conditions of training clips for each class of the pairs.
 
-    Found once and kept in the workdir, whose nets that make conditions must be frozen.
+    Computed once and cached in the workdir: the nets that compute conditions must be frozen.
 
     Args:
-      workdir: with its config and frozen nets.
-      records: that the run trains on.
-      split: of them.
-      pairs: whose classes are needed.
+      workdir: workdir with config and frozen nets.
+      records: folder of the training records.
+      split: split of the records.
+      pairs: pairs whose classes need an average.
+
+    Raises:
+      UserError: the cached file cannot be read.
     """
     path = workdir / AVERAGES
     if not path.exists():

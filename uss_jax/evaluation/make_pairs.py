@@ -1,7 +1,9 @@
-"""Evaluation pairs from records: mixtures of two anchors, and the one to give back.
+"""Makes evaluation pairs from records: mixtures of two anchors, and the anchor to separate.
 
-The layout is the published one, `class_id=K/<i>.source.wav` and `<i>.mixture.wav`, with a
-`manifest.csv` that says which clips they are of, with checksums of their samples.
+The layout is the published one, `class_id=K/<i>.source.wav` and `<i>.mixture.wav`, plus a
+`manifest.csv` with the clips of each pair and checksums of its samples.
+
+Letters: `n` pairs, `s` samples of a segment.
 """
 
 import csv
@@ -43,20 +45,20 @@ _COLUMNS = (
     "mixture_sha256",
 )
 _PAIRS_AT_A_TIME = 64
-_REFERENCE_BATCH = 32  # items in which the reference's mixer looks for the next one
+_REFERENCE_BATCH = 32  # batch size of the reference, whose mixer pairs neighbours in a batch
 _MOST_PAIRS = 10_000_000  # 2.5 TB of files
 
 
 @dataclasses.dataclass(frozen=True)
 class MadePairs:
-    """What `make_pairs` made.
+    """Counts returned by `make_pairs`.
 
     Attributes:
-      pairs: how many.
-      classes: of how many classes.
-      without_partner: drawn clips for which the split has no clip of unrelated classes.
-      silent: drawn pairs of which an anchor is below -60 dBFS, left out; the reference's pairing
-        keeps them.
+      pairs: number of pairs written.
+      classes: number of their classes.
+      without_partner: number of clips left out because the split has no clip of unrelated classes.
+      silent: number of pairs left out because an anchor is below -60 dBFS; always 0 with the
+        pairing "reference", which keeps them.
     """
 
     pairs: int
@@ -76,20 +78,20 @@ def make_pairs(
     overwrite: bool,
     pairing: str = PAIRINGS[0],
 ) -> MadePairs:
-    """Makes pairs of a split, equally many for each of its classes; the folder appears whole.
+    """Makes the same number of pairs for each class of a split; writes the folder atomically.
 
     A pair's source is the anchor of a clip's class, found as in training. Its mixture adds the
-    anchor of another clip, scaled to the same energy over the segment: as good as all mixtures have
-    0 dB SDR.
+    anchor of another clip, scaled to the same energy over the segment, so that nearly all mixtures
+    have 0 dB SDR.
 
     Args:
-      reader: of the split's records.
-      model: has the detector, the sample rate and the length of a segment.
-      out: the folder to make.
-      per_class: pairs of each class.
-      seed: of every choice.
-      groups: by id of the source's clip, for the manifest.
-      overwrite: whether a folder of pairs that is there already goes.
+      reader: reader of the split's records.
+      model: model with the detector, the sampling rate and the segment length.
+      out: folder to make.
+      per_class: pairs per class, before those counted in `MadePairs` are left out.
+      seed: seed of all random choices.
+      groups: id of the source's clip -> its group, for the manifest.
+      overwrite: whether to replace an existing folder of pairs.
       pairing: one of PAIRINGS, see `draw_pairs`.
     """
     out = pathlib.Path(out)
@@ -126,13 +128,13 @@ def make_pairs(
 def draw_pairs(
     index: RecordIndex, per_class: int, seed: int, pairing: str = PAIRINGS[0]
 ) -> tuple[Chosen, Chosen, int]:
-    """(sources, partners, how many sources were left out for want of a partner).
+    """Draws (sources, partners, number of sources left out because they have no partner).
 
-    Sources follow the balanced order: each class equally often, each of its clips once before any
-    twice. With the pairing "conflict_free" a partner is a clip none of whose labels is a label of
-    the source's clip, above it or below it in the ontology, of a class drawn first, so that
-    partners are balanced too. With "reference" it is the next source, whatever it is: of a batch
-    of 32 as the reference draws them, whose last source is mixed with its first.
+    Sources follow the balanced order: all classes equally often, and no clip of a class twice
+    before every other one once. With the pairing "conflict_free" the partner's class is drawn
+    first, to balance partners too, then a clip with no label equal to, above or below a label of
+    the source's clip in the ontology. With "reference" the partner is the next source in a batch of
+    32, whatever its classes; the last source of a batch is paired with the first.
     """
     order = BalancedOrder(index.label_row, index.label_class, seed)
     wanted = per_class * order.round_length
@@ -163,7 +165,7 @@ def draw_pairs(
 def _next_ones(
     records: Integer[np.ndarray, " n"], classes: Integer[np.ndarray, " n"], wanted: int
 ) -> tuple[Chosen, Chosen, int]:
-    """The first `wanted` sources, each with the next item of its batch; n is whole batches."""
+    """Pairs the first `wanted` sources with the next in their batch; n is a multiple of 32."""
     records, classes = records.astype(np.int64), classes.astype(np.int64)
     batches = np.arange(len(records)).reshape(-1, _REFERENCE_BATCH)
     partners = np.roll(batches, -1, axis=1).ravel()[:wanted]
@@ -177,7 +179,7 @@ def _next_ones(
 
 
 class _Clips:
-    """The clips of each class, to draw partners from."""
+    """Indexes clips by class, to draw partners."""
 
     def __init__(self, index: RecordIndex):
         self._labels = [frozenset(index.labels(record).tolist()) for record in range(len(index))]
@@ -187,7 +189,7 @@ class _Clips:
                 self._of_class.setdefault(label, []).append(record)
 
     def draw_unrelated(self, record: int, rng: np.random.Generator) -> tuple[int, int] | None:
-        """(record, class) of a partner, None when there is none."""
+        """Draws the (record, class) of a partner with unrelated labels; None if there is none."""
         relatives = load_ontology().relatives
         related = frozenset().union(*(relatives(label) for label in self._labels[record]))
         for label in rng.permutation(sorted(self._of_class.keys() - related)).tolist():
@@ -200,7 +202,7 @@ class _Clips:
 def _mine_distinct(
     reader: ClipReader, model: Model, min_dbfs: float | None, *chosen: Chosen
 ) -> dict[tuple[int, int], tuple[int, int]]:
-    """(begin sample, samples) of the anchor of every (record, class), each mined once."""
+    """Mines each distinct (record, class) once; returns its anchor's (begin sample, samples)."""
     keys = {key for some in chosen for key in zip(some.records, some.classes, strict=True)}
     keys = sorted((int(record), int(label)) for record, label in keys)
     records, classes = np.array(keys).T
@@ -222,7 +224,7 @@ def _write_some(
     some: slice,
     first: int,
 ) -> list[dict[str, object]]:
-    """Writes the pairs of a slice but for silent ones; the manifest's rows of what was written."""
+    """Writes the pairs of a slice except silent ones; returns their manifest rows."""
     keys, segments = [], []
     for side in (source, partner):
         pairs = zip(side.records[some].tolist(), side.classes[some].tolist(), strict=True)
@@ -246,7 +248,7 @@ def _write_some(
         digests = {}
         for what, waveform in (("source", segments[0][row]), ("mixture", mixtures[row])):
             write_wav(folder / f"{name}.{what}.wav", waveform[None], model.sample_rate)
-            # Of the samples: the file itself holds the time of writing.
+            # Not a checksum of the file, which contains the time of writing.
             digests[f"{what}_sha256"] = samples_digest(waveform)
         rows.append(
             {
@@ -267,14 +269,14 @@ def _write_some(
 def mixed_pairs(
     source: Float[np.ndarray, "n s"], partner: Float[np.ndarray, "n s"]
 ) -> Float[np.ndarray, "n s"]:
-    """Sources plus partners scaled to their energy, the gain kept within 0.02 ... 50."""
+    """Adds partners to sources at equal energy, with the gain clipped to [0.02, 50]."""
     energy, other = (np.mean(np.square(side), axis=1) for side in (source, partner))
     gain = np.clip(np.sqrt(energy / np.maximum(other, 1e-10)), *GAIN_RANGE)
     return source + partner * gain[:, None].astype(np.float32)
 
 
 def read_groups(path: str | os.PathLike) -> dict[str, str]:
-    """The group of each file of a label table with the columns `file` and `group`."""
+    """Reads file -> group from a label table with the columns `file` and `group`."""
     try:
         with open(path, encoding="utf-8-sig", newline="", opener=at_once) as file:
             rows = list(csv.DictReader(file))

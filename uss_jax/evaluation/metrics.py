@@ -1,6 +1,6 @@
-"""Figures of separation (SDR and its relatives, on the device) and of tagging (on the host).
+"""Metrics of separation (SDR and variants, on the device) and of tagging (on the host).
 
-Letters: `t` samples, `n` items, `k` classes.
+Letters: `*b` any batch axes, `t` samples, `n` items, `k` classes.
 """
 
 import statistics
@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, Num
 
-# Least mean square that counts in an SDR, and least share of energy in an SI-SDR: a silent estimate
-# gives a number, and nothing is worse than -100 dB or better than 100 dB in SI-SDR. A reference
-# that is not above it is silent, and no figure is defined.
+# Lower bound of mean squares in SDR and of energy shares in SI-SDR: a silent estimate has finite
+# metrics, and SI-SDR lies within -100 ... 100 dB. A reference whose mean square is not above it
+# counts as silent, and its metrics are undefined.
 FLOOR = 1e-10
 
 SEPARATION_FIGURES = ("sdr", "sdri", "si_sdr", "si_sdri")
@@ -22,7 +22,7 @@ SEPARATION_FIGURES = ("sdr", "sdri", "si_sdr", "si_sdri")
 def sdr(reference: Float[Array, "*b t"], estimate: Float[Array, "*b t"]) -> Float[Array, "*b"]:
     """Signal-to-distortion ratio in dB: 10 log10 of mean(ref^2) / mean((est - ref)^2).
 
-    Both means are at least 1e-10.
+    Both means are clipped to at least 1e-10.
     """
     signal = jnp.mean(jnp.square(reference), axis=-1)
     error = jnp.mean(jnp.square(estimate - reference), axis=-1)
@@ -32,14 +32,14 @@ def sdr(reference: Float[Array, "*b t"], estimate: Float[Array, "*b t"]) -> Floa
 def si_sdr(reference: Float[Array, "*b t"], estimate: Float[Array, "*b t"]) -> Float[Array, "*b"]:
     """Scale-invariant SDR in dB (Le Roux et al. 2019, arXiv:1811.02508), means not removed.
 
-    The estimate's energy splits into the part along the reference and the rest; this is their
-    ratio. As shares of the estimate's energy both are at least 1e-10, so that the result does not
-    depend on the level of a quiet estimate and lies between -100 and 100 dB. A silent reference or
-    estimate gives -100 dB.
+    The ratio of the energy of the estimate's projection onto the reference to that of the residual.
+    Both are divided by the estimate's energy and clipped to at least 1e-10, so that the result does
+    not depend on the level of a quiet estimate and lies between -100 and 100 dB. A silent reference
+    or estimate gives -100 dB.
     """
     unit_reference, unit_estimate = _unit(reference), _unit(estimate)
     along = jnp.sum(unit_reference * unit_estimate, axis=-1, keepdims=True)
-    # Not 1 - along^2, which would cancel.
+    # 1 - along^2 would suffer from cancellation.
     rest = jnp.sum(jnp.square(unit_estimate - along * unit_reference), axis=-1)
     share = jnp.maximum(jnp.square(along[..., 0]), FLOOR)
     silent = jnp.logical_not(jnp.any(estimate, axis=-1))
@@ -47,7 +47,7 @@ def si_sdr(reference: Float[Array, "*b t"], estimate: Float[Array, "*b t"]) -> F
 
 
 def _unit(x: Float[Array, "*b t"]) -> Float[Array, "*b t"]:
-    """Scaled to energy 1; the peak goes first, so that no square of a quiet sample underflows."""
+    """Scales to energy 1; divides by the peak first, so that no square underflows."""
     x = x / jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1e-30)
     return x / jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True)), 1e-30)
 
@@ -56,7 +56,7 @@ def _unit(x: Float[Array, "*b t"]) -> Float[Array, "*b t"]:
 def separation_figures(
     reference: Float[Array, "*b t"], estimate: Float[Array, "*b t"], mixture: Float[Array, "*b t"]
 ) -> dict[str, Float[Array, "*b"]]:
-    """SDR and SI-SDR of estimates in dB, and how far they are above those of the mixtures.
+    """Computes SDR and SI-SDR of estimates, and their improvement over the mixtures, in dB.
 
     NaN where the reference is silent.
     """
@@ -68,23 +68,23 @@ def separation_figures(
 
 
 def is_silent(waveform: Float[np.ndarray, "*b t"]) -> Bool[np.ndarray, "*b"]:
-    """Whether the mean square of a reference is so low that no figure is defined."""
+    """Tells whether a reference has a mean square of at most `FLOOR`: metrics are undefined."""
     return np.asarray(np.mean(np.square(waveform, dtype=np.float64), axis=-1) <= FLOOR)
 
 
 def class_medians(
     values: Num[np.ndarray, " n"], classes: Integer[np.ndarray, " n"]
 ) -> dict[int, float]:
-    """The median of each class's values, by class index, ascending."""
+    """Returns class index -> median of the class's values, in ascending order of class index."""
     return {int(k): float(np.median(values[classes == k])) for k in np.unique(classes)}
 
 
 def average_precision(
     positive: Bool[np.ndarray, " n"], score: Float[np.ndarray, " n"]
 ) -> float | None:
-    """Area under precision over recall, as a sum of steps; None without positives.
+    """Area under the precision-recall curve, as a sum of steps; None without positives.
 
-    Items of equal score enter together, so that their order does not matter.
+    Items of equal score form one step, so that their order does not matter.
     """
     if not positive.any():
         return None
@@ -97,7 +97,10 @@ def average_precision(
 
 
 def roc_auc(positive: Bool[np.ndarray, " n"], score: Float[np.ndarray, " n"]) -> float | None:
-    """Chance that a positive scores above a negative, a tie counting half; None without either."""
+    """Probability that a positive scores above a negative; a tie counts half.
+
+    None without positives or without negatives.
+    """
     positives = int(positive.sum())
     negatives = len(positive) - positives
     if not positives or not negatives:
@@ -109,7 +112,7 @@ def roc_auc(positive: Bool[np.ndarray, " n"], score: Float[np.ndarray, " n"]) ->
 
 
 def d_prime(auc: float) -> float:
-    """Distance of two normal distributions of variance 1 that would give this ROC AUC."""
+    """Distance between the means of two normal distributions of variance 1 with this ROC AUC."""
     return 2**0.5 * statistics.NormalDist().inv_cdf(min(max(auc, 1e-9), 1 - 1e-9))
 
 
@@ -118,6 +121,6 @@ def per_class(
     positive: Bool[np.ndarray, "n k"],
     score: Float[np.ndarray, "n k"],
 ) -> dict[int, float]:
-    """A figure of every class for which it exists, by class index."""
+    """Returns class index -> metric, for the classes where it is defined."""
     figures = {k: figure(positive[:, k], score[:, k]) for k in range(positive.shape[1])}
     return {k: value for k, value in figures.items() if value is not None}

@@ -1,4 +1,4 @@
-"""How well a separator gives back the sources of pairs, `class_id=K/*source.wav, *mixture.wav`."""
+"""Finds pairs, `class_id=K/*source.wav` and `*mixture.wav`, and writes separated examples."""
 
 import csv
 import dataclasses
@@ -19,19 +19,19 @@ from uss_jax.ontology import load_ontology, whole_number
 from uss_jax.separation.names import file_name
 from uss_jax.training.model import Model
 
-# Programs that cut or resample may differ by a frame; more than this is another recording.
+# Cutting and resampling may differ by a frame between programs; a larger difference is an error.
 _TOLERATED_SECONDS = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Files of a mixture and of the source to give back; an `Item`.
+    """The files of a mixture and of its target source; implements `Item`.
 
     Attributes:
-      mixture, source: files.
-      class_index: of the source.
-      group: as in the manifest; empty without.
-      other_class_index: what else is in the mixture, as in the manifest; None without.
+      mixture, source: audio files.
+      class_index: class of the source.
+      group: group in the manifest; empty if there is none.
+      other_class_index: class of the mixture's other source in the manifest; None if not given.
     """
 
     mixture: pathlib.Path
@@ -42,16 +42,20 @@ class Pair:
 
     @property
     def name(self) -> str:
-        """The mixture's file."""
+        """Path of the mixture."""
         return str(self.mixture)
 
     @property
     def label(self) -> str:
-        """The class's name."""
+        """Name of the class."""
         return load_ontology().class_names[self.class_index]
 
     def samples(self, sample_rate: int) -> int:
-        """The length of the shorter file."""
+        """Returns the length of the shorter file at this sampling rate.
+
+        Raises:
+          UserError: the lengths differ by more than 0.05 s.
+        """
         lengths = []
         for path in (self.mixture, self.source):
             form = audio_format(path)
@@ -64,12 +68,16 @@ class Pair:
         return min(lengths)
 
     def read(self, side: str, sample_rate: int) -> Float[np.ndarray, " _"]:
-        """The samples of one of the files."""
+        """Reads the "mixture" or the "source", in mono."""
         return read_mono(getattr(self, side), sample_rate)
 
 
 def find_pairs(directory: str | os.PathLike) -> list[Pair]:
-    """The pairs of a folder, by class and name."""
+    """Returns the pairs of a folder, sorted by class index and file name.
+
+    Raises:
+      UserError: there are no pairs, a source is missing, or a class index is invalid.
+    """
     directory = pathlib.Path(directory)
     manifest = _read_manifest(directory / MANIFEST)
     pairs = []
@@ -112,7 +120,7 @@ def _class_index(text: str) -> int | None:
 
 
 def _read_manifest(path: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Name of a pair -> what the manifest says of it."""
+    """Returns name of a pair -> its manifest row; empty without a manifest."""
     if not path.is_file():
         return {}
     try:
@@ -123,7 +131,7 @@ def _read_manifest(path: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 
 def sources_by_class(directory: str | os.PathLike) -> dict[str, list[pathlib.Path]]:
-    """Class name -> the sources of a folder of pairs."""
+    """Returns class name -> the source files of a folder of pairs."""
     files: dict[str, list[pathlib.Path]] = {}
     for pair in find_pairs(directory):
         files.setdefault(pair.label, []).append(pair.source)
@@ -138,10 +146,10 @@ def write_examples(
     number: int,
     folder: str | os.PathLike,
 ) -> list[pathlib.Path]:
-    """Writes sounds and pictures of `number` items; returns the pictures.
+    """Writes the audio and spectrograms of `number` items; returns the paths of the pictures.
 
-    Chosen by rank, not by ear: with all items in order of their oracle SDRi, those at the quantiles
-    1/2 of 1/number, 3/2 of 1/number and so on; one example is the median.
+    Items are chosen at the quantiles (i + 1/2) / number of their oracle SDRi; a single example is
+    the median.
     """
     folder = pathlib.Path(folder)
     try:

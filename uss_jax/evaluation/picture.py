@@ -1,4 +1,7 @@
-"""Pictures of sounds: spectrograms one above the other, on one scale."""
+"""Plots spectrograms one above the other, on one scale.
+
+Letters: `t` samples, `f` frequency bins, `n` frames.
+"""
 
 import os
 from collections.abc import Mapping
@@ -16,7 +19,7 @@ _RANGE_DB = 80.0
 
 
 def spectrogram_db(waveform: Float[np.ndarray, " t"], sample_rate: int) -> Float[np.ndarray, "f n"]:
-    """Power in dB of full scale (a sine of amplitude 1 is 0), 32-ms windows, four a window."""
+    """Power spectrogram in dBFS (a sine of amplitude 1 is 0): 32 ms windows, 8 ms hop."""
     n_fft = 2 * round(_WINDOW_SECONDS * sample_rate / 2)
     padded = np.pad(waveform, n_fft // 2)
     padded = np.pad(padded, (0, max(n_fft - len(padded), 0)))
@@ -29,9 +32,9 @@ def spectrogram_db(waveform: Float[np.ndarray, " t"], sample_rate: int) -> Float
 def write_picture(
     path: str | os.PathLike, panels: Mapping[str, Float[np.ndarray, " t"]], sample_rate: int
 ) -> None:
-    """Writes a PNG of the spectrograms of waveforms of one length, each under its title.
+    """Writes a PNG of the spectrograms of waveforms of equal length, each under its title.
 
-    The colours span 80 dB below the loudest place of the first waveform.
+    The colours span the 80 dB below the peak of the first spectrogram.
     """
     spectrograms = {title: spectrogram_db(wave, sample_rate) for title, wave in panels.items()}
     first = next(iter(spectrograms.values()))

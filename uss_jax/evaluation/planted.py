@@ -1,10 +1,9 @@
-"""Does the detector find a sound? Labelled recordings planted at known places, and mined.
+"""Tests whether the detector finds events planted at known places.
 
-A clip is 10 s of digital silence or of noise, with one event of a labelled recording in it. An
-anchor contains the event when at least nine tenths of the event's energy lie inside it; the
-stricter count asks for all of the event, up to one hop (10 ms) at either end. Beside the mined
-anchors stand random ones, and the share of all places that would contain the event: what random
-ones give in the long run.
+A clip is 10 s of digital silence or noise with one event from a labelled recording. An anchor
+contains the event if at least 90 % of the event's energy lies inside it; the stricter count
+requires the whole event, with a tolerance of one hop (10 ms) at either end. Mined anchors are
+compared with random ones and with all places, the expectation over random anchors.
 
 Letters: `n` planted clips, `t` samples of a clip, `p` anchors of a clip.
 """
@@ -40,9 +39,9 @@ class Planted:
 
     Attributes:
       audio: [n, t] float32.
-      class_index: [n] what sounds.
-      begin_sample, end_sample: [n] where.
-      heard: [n] False where the recording was silent, so that there is nothing to find.
+      class_index: [n] class of the event.
+      begin_sample, end_sample: [n] first sample of the event, and first sample after it.
+      heard: [n] False where the event is silent, so that there is nothing to find.
     """
 
     audio: Float[np.ndarray, "n t"]
@@ -55,13 +54,13 @@ class Planted:
 def evaluate_planted(
     model: Model, reader: ClipReader, *, clips: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Shares of mined and of random anchors that contain the event, for each background.
+    """Measures the share of mined and of random anchors that contain the event, per background.
 
     Args:
-      model: has the detector.
-      reader: of the records that events are taken from.
-      clips: how many to plant on each background, classes in turn.
-      seed: of every choice; the backgrounds share events and places.
+      model: model with the detector.
+      reader: reader of the records that events are taken from.
+      clips: number of clips per background; classes are balanced.
+      seed: seed of all random choices; events and places are the same for all backgrounds.
     """
     summaries = []
     length = round(CLIP_SECONDS * model.sample_rate)
@@ -98,7 +97,7 @@ def evaluate_planted(
 def plant(
     reader: ClipReader, background: str, *, sample_rate: int, clips: int, seed: int
 ) -> Planted:
-    """Plants events of the records; the same for every background but for what is behind them."""
+    """Plants events from the records; events and places do not depend on the background."""
     order = BalancedOrder(reader.index.label_row, reader.index.label_class, seed)
     records, classes = order.draw(np.arange(clips))
     length = round(CLIP_SECONDS * sample_rate)
@@ -119,7 +118,10 @@ def plant(
 
 
 def energetic_part(waveform: Float[np.ndarray, " t"], sample_rate: int) -> Float[np.ndarray, "_"]:
-    """The second with the most energy, less quiet ends: frames 40 dB below the loudest one."""
+    """Returns the second with the most energy, less quiet ends.
+
+    Quiet frames (10 ms) are those 40 dB below the loudest one.
+    """
     window = min(round(EVENT_SECONDS * sample_rate), len(waveform))
     energy = np.concatenate([[0.0], np.cumsum(np.square(waveform, dtype=np.float64))])
     begin = int(np.argmax(energy[window:] - energy[:-window]))
@@ -133,7 +135,7 @@ def energetic_part(waveform: Float[np.ndarray, " t"], sample_rate: int) -> Float
 def coloured_noise(
     rng: np.random.Generator, samples: int, exponent: float
 ) -> Float[np.ndarray, " t"]:
-    """Noise of mean square 1 whose power falls as 1 / frequency**exponent: 0 white, 1 pink."""
+    """Generates noise of mean square 1 and power 1 / frequency**exponent: 0 white, 1 pink."""
     spectrum = np.fft.rfft(rng.standard_normal(samples))
     spectrum *= np.maximum(np.arange(len(spectrum)), 1.0) ** (-exponent / 2)
     noise = np.fft.irfft(spectrum, samples)
@@ -143,7 +145,7 @@ def coloured_noise(
 def _find(
     sed: Net | None, planted: Planted, segment_samples: int, seed: int
 ) -> Integer[np.ndarray, " n"]:
-    """Begin samples of anchors, in batches of one shape."""
+    """Finds anchors in batches of one shape; returns their begin samples."""
     begins = []
     for first in range(0, len(planted.audio), BATCH_SIZE):
         at = np.minimum(np.arange(first, first + BATCH_SIZE), len(planted.audio) - 1)
@@ -160,9 +162,9 @@ def _find(
 def energy_share(
     planted: Planted, begin: Integer[np.ndarray, "n p"], segment_samples: int
 ) -> Float[np.ndarray, "n p"]:
-    """The share of each event's energy inside its anchors, p for each event.
+    """Returns the share of each event's energy that lies inside each of its p anchors.
 
-    What is behind the event counts too where the event is; it is 20 dB lower, or nothing.
+    Includes the background during the event, which is 20 dB lower or silent.
     """
     share = np.empty(begin.shape)
     for row, at in enumerate(begin):
@@ -179,14 +181,14 @@ def energy_share(
 def contains_whole(
     planted: Planted, begin: Integer[np.ndarray, "n p"], segment_samples: int, sample_rate: int
 ) -> Bool[np.ndarray, "n p"]:
-    """Whether the event begins and ends inside its anchors, up to one hop."""
+    """Tells whether the event begins and ends inside each of its anchors, within one hop."""
     hop = round(_HOP_SECONDS * sample_rate)
     late = planted.begin_sample[:, None] + hop >= begin
     return late & (planted.end_sample[:, None] <= begin + segment_samples + hop)
 
 
 def format_planted(summaries: list[dict[str, Any]]) -> str:
-    """The shares as a table, in percent."""
+    """Formats the shares as a table, in percent."""
     rows = [
         (
             f"{summary['background']}: {summary['anchors']}",

@@ -1,4 +1,4 @@
-"""The suites of `uss-jax evaluate`: each gives results, and prints them as a table."""
+"""Runs the suites of `uss-jax evaluate`: each returns its results, and a table to print."""
 
 import os
 import pathlib
@@ -64,7 +64,7 @@ def run_pairs(
     examples: int,
     out_dir: str | None,
 ) -> tuple[Results, str]:
-    """Separation of pairs; see evaluation/scoring.py. Returns results and a table."""
+    """Evaluates separation on pairs; see evaluation/scoring.py. Returns results and a table."""
     if train_records and train_pairs:
         raise UserError("--train-records and --train-pairs both give class averages; give one")
     if oracle_only and (train_records or train_pairs):
@@ -102,10 +102,10 @@ def run_pairs(
 def score_items(
     model: Model, items: Sequence[Item], averages: Averages, out: str, oracle_only: bool = False
 ) -> tuple[Results, list[str], tuple[dict[str, Figures], dict[str, Row]]]:
-    """Scores items; beside `out` it writes a CSV file, a plot and Markdown, all of the same name.
+    """Scores items; writes a CSV file, a plot and Markdown next to `out`, under the same name.
 
     Returns:
-      results, paragraphs to print, and what was scored.
+      Results, paragraphs to print, and what `score` returned.
     """
     figures, rows = score(
         model, items, averages, oracle_only=oracle_only, unfinished=_beside(out, ".unfinished")
@@ -130,7 +130,7 @@ def score_items(
 
 
 def run_tagging(model: Model, data: str, out: str, *, split: str) -> tuple[Results, str]:
-    """Tagging of records; see evaluation/tagging.py."""
+    """Evaluates tagging on records; see evaluation/tagging.py."""
     summaries = evaluate_tagging(model, open_records(data, split, model))
     return {"rows": summaries, "how": {"split": split}}, format_tagging(summaries)
 
@@ -138,7 +138,7 @@ def run_tagging(model: Model, data: str, out: str, *, split: str) -> tuple[Resul
 def run_planted(
     model: Model, data: str, out: str, *, split: str, clips: int, seed: int
 ) -> tuple[Results, str]:
-    """Anchors of planted events; see evaluation/planted.py."""
+    """Evaluates the anchors of planted events; see evaluation/planted.py."""
     summaries = evaluate_planted(model, open_records(data, split, model), clips=clips, seed=seed)
     how = {
         "split": split,
@@ -151,12 +151,12 @@ def run_planted(
 
 
 def run_fsdkaggle2018(model: Model, data: str, out: str) -> tuple[Results, str]:
-    """Mixtures of FSDKaggle2018; see evaluation/suites/fsdkaggle2018.py."""
+    """Evaluates separation on FSDKaggle2018; see evaluation/suites/fsdkaggle2018.py."""
     return _run_items(model, out, lambda split: fsdkaggle2018.items(pathlib.Path(data), split), {})
 
 
 def run_fsd50k(model: Model, data: str, out: str, *, labels: str) -> tuple[Results, str]:
-    """Mixtures of FSD50K; see evaluation/suites/fsd50k.py."""
+    """Evaluates separation on FSD50K; see evaluation/suites/fsd50k.py."""
 
     def items(split: str) -> Sequence[Item]:
         return fsd50k.items(pathlib.Path(data), split, all_labels=labels == "all")
@@ -165,7 +165,7 @@ def run_fsd50k(model: Model, data: str, out: str, *, labels: str) -> tuple[Resul
 
 
 def run_slakh2100(model: Model, data: str, out: str, *, by: str) -> tuple[Results, str]:
-    """Windows of Slakh2100; see evaluation/suites/slakh2100.py."""
+    """Evaluates separation on Slakh2100; see evaluation/suites/slakh2100.py."""
 
     def items(split: str) -> Sequence[Item]:
         return slakh2100.items(pathlib.Path(data), split, by=by)
@@ -176,7 +176,7 @@ def run_slakh2100(model: Model, data: str, out: str, *, by: str) -> tuple[Result
 def _run_items(
     model: Model, out: str, items: Callable[[str], Sequence[Item]], how: Results
 ) -> tuple[Results, str]:
-    """Scores the test split, with averages over the sources of the training split's items."""
+    """Scores the test split, with conditions averaged over the sources of the training split."""
     test = items("test")
     averages = source_averages(model, items("train"))
     results, text, _ = score_items(model, test, averages, out)
@@ -184,7 +184,7 @@ def _run_items(
 
 
 def run_musdb18(model: Model, data: str, out: str, *, legacy: bool) -> tuple[Results, str]:
-    """Songs of MUSDB18-HQ; see evaluation/suites/musdb18.py."""
+    """Evaluates separation on MUSDB18-HQ; see evaluation/suites/musdb18.py."""
     folder = pathlib.Path(data)
     musdb18.songs(folder, "test")
     averages = musdb18.stem_averages(model, folder)
@@ -200,7 +200,7 @@ def run_musdb18(model: Model, data: str, out: str, *, legacy: bool) -> tuple[Res
 
 
 def run_voicebank_demand(model: Model, data: str, out: str, *, blocks: str) -> tuple[Results, str]:
-    """Sentences of Voicebank-Demand; see evaluation/suites/voicebank_demand.py."""
+    """Evaluates enhancement on Voicebank-Demand; see evaluation/suites/voicebank_demand.py."""
     folder = pathlib.Path(data)
     voicebank_demand.sentences(folder)
     averages = voicebank_demand.speech_average(model, folder)
@@ -223,7 +223,7 @@ def _beside(out: str, ending: str) -> pathlib.Path:
 
 
 def sibling(out: str, suffix: str) -> pathlib.Path:
-    """The file beside a JSON file, of the same name but for ".json"."""
+    """Returns the path of a JSON file with another suffix."""
     return pathlib.Path(out.removesuffix(".json") + suffix)
 
 
@@ -236,7 +236,7 @@ def _whole(
     how: Results,
     explanation: str,
 ) -> tuple[Results, str]:
-    """Results and text of a suite of whole recordings, and their table as Markdown."""
+    """Writes the Markdown table of a suite of whole recordings; returns its results and text."""
     silent = rows[0].get("silent", 0)
     explanation = "\n\n".join([explanation, *([silent_note(silent)] if silent else [])])
     lines = [f"# {model.path}", "", *markdown_table(header, cells), "", explanation]
@@ -277,12 +277,15 @@ def evaluate(
     """Runs a suite and writes its results; returns the table.
 
     Args:
-      suite: a name in SUITES.
+      suite: key of SUITES.
       model_path: bundle or training workdir.
-      data: pairs or records, as the suite takes them.
-      out: the JSON file of results.
-      precision: of separator and query net, see uss_jax/precision.py.
-      options: of the suite.
+      data: folder of pairs, of records or of a data set, as the suite needs.
+      out: JSON file for the results.
+      precision: precision of separator and query net, see uss_jax/precision.py.
+      options: options of the suite.
+
+    Raises:
+      UserError: `out` is not a JSON file in an existing folder.
     """
     if not out.endswith(".json") or pathlib.Path(out).name == ".json":
         raise UserError(f"--out {out}: results are JSON, other files lie beside; name it *.json")

@@ -1,14 +1,16 @@
-"""Separating items with several queries and measuring the estimates, on all devices at once.
+"""Separates items with several queries and measures the estimates, on all devices.
 
-An item is a mixture and the source to give back. The same mixtures are separated with the condition
-of the clean source ("oracle"), one vector for each class averaged over training recordings ("class
-average"), the class itself ("class vector"), and the oracle of another item ("shuffled"), which
-tells whether the query matters and, by its level, how much is let through when the sound asked for
-is absent. The source alone, asked for by its own oracle, tells what the net itself costs. Two
-answers that need no model stand beside them: the mixture, and half the mixture, which scores +3 dB
-SDRi at equal energies.
+An item is a mixture and its target source. Each mixture is separated with
+- the condition of the clean source ("oracle"),
+- the condition averaged over training recordings of its class ("class average"),
+- the tagging probability of its class in the mixture, others zero ("class vector"),
+- the oracle of an unrelated item ("shuffled oracle"): shows whether the query matters, and its
+  level shows the leakage when the queried sound is absent.
+The source as its own mixture ("target alone") shows the distortion added by the net. Two baselines
+need no model: the mixture, and half the mixture, which has an SDRi of +3 dB at equal energies.
 
-Letters: `n` items, `b` batch, `t` samples of an item, `d` width of the condition, `r` rows.
+Letters: `n` items, `b` batch, `m` items of a batch without padding, `t` samples of an item,
+`d` width of the condition.
 """
 
 import collections
@@ -39,8 +41,8 @@ from uss_jax.training.model import Model, Net, separate_with
 ORACLE, AVERAGE, CLASS = "oracle", "class average", "class vector"
 SHUFFLED, IDENTITY = "shuffled oracle", "target alone"
 MIXTURE, HALF = "the mixture", "half the mixture"
-# Rows of one device: an accelerator is busy with 16 items of 2 s. A core is not: its cache holds
-# what separates one item, and of tagging nets it reads 80 M parameters for as many as there are.
+# Batch rows per device: 16 items of 2 s keep an accelerator busy. On a CPU, separation takes one
+# item per core, to stay in cache, and tagging several, to amortise reading 80 M parameters.
 _ROWS_OF_ACCELERATOR = 16
 _ROWS_TAGGED_BY_CORE = 4
 _READERS = 8
@@ -51,14 +53,14 @@ Waveforms = Float[np.ndarray, "b t"]
 
 @runtime_checkable
 class Item(Protocol):
-    """A mixture and the source to give back.
+    """A mixture and its target source.
 
     Attributes:
-      name: no other item has it.
+      name: unique name.
       label: name of its class, for tables.
-      class_index: AudioSet's, None for a class that AudioSet has not.
-      other_class_index: of what else is in the mixture, None where that is not known.
-      group: tables are also made of each group apart; empty for none.
+      class_index: AudioSet class; None if AudioSet has no such class.
+      other_class_index: class of the mixture's other source; None if unknown.
+      group: group that is also summarised separately; empty for none.
     """
 
     name: str
@@ -68,20 +70,20 @@ class Item(Protocol):
     group: str
 
     def samples(self, sample_rate: int) -> int:
-        """Its length at a sample rate, told without reading it all."""
+        """Returns the length at a sampling rate, without reading the whole file."""
 
     def read(self, side: str, sample_rate: int) -> Float[np.ndarray, " _"]:
-        """The "mixture" or the "source"; what is longer than `samples` does not count."""
+        """Reads the "mixture" or the "source"; callers cut it to `samples`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A condition for each item.
+    """A kind of query, with its condition for each item; a row of the table.
 
     Attributes:
-      name: for the table.
+      name: name in the table.
       conditions: [n, d].
-      exists: [n] False where the item has none.
+      exists: [n] False where the item has no such condition.
     """
 
     name: str
@@ -90,17 +92,17 @@ class Row:
 
 
 class Batches:
-    """Items in batches of one shape each, on all devices.
+    """Groups items of equal length into batches over all devices.
 
-    Items of one length are batched together; the last batch of a length repeats its last item.
+    All batches have the same number of rows: the last batch of a length repeats its last item.
 
     Attributes:
-      items: all of them.
-      sample_rate: at which they are read.
+      items: all items.
+      sample_rate: sampling rate at which they are read, in Hz.
       mesh: the devices.
-      size: rows of a batch, on all devices together.
-      places: of each batch, which items are in it.
-      samples: of each batch, its items' length.
+      size: rows of a batch, over all devices.
+      places: for each batch, the positions of its items in `items`, without padding.
+      samples: for each batch, the length of its items.
     """
 
     def __init__(
@@ -110,7 +112,7 @@ class Batches:
         sample_rate: int,
         rows_of_core: int = 1,
     ):
-        """Groups items of these lengths in samples; `rows_of_core` for each device of a CPU."""
+        """Groups items by their lengths in samples, with `rows_of_core` rows per CPU device."""
         self.items = items
         self.sample_rate = sample_rate
         self.mesh = make_mesh()
@@ -126,23 +128,23 @@ class Batches:
                 self.samples.append(samples)
 
     def filled(self, at: Integer[np.ndarray, " m"]) -> Integer[np.ndarray, " b"]:
-        """The places of a batch, its last one repeated up to the batch's size."""
+        """Pads the places of a batch to `size` by repeating the last one."""
         return np.pad(at, (0, self.size - len(at)), mode="edge")
 
     def put(self, rows: np.ndarray) -> Array:
-        """The rows of a batch, divided over the devices."""
+        """Shards the rows of a batch over the devices."""
         sharding = batch_sharded(self.mesh)
         return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
 
     def read(
         self, sides: Sequence[str], which: Sequence[int], what: str
     ) -> Iterator[tuple[int, list[Waveforms]]]:
-        """Yields (number of a batch, waveforms of each side); the next ones are read meanwhile.
+        """Yields (batch number, waveforms of each side), reading ahead in threads.
 
         Args:
-          sides: of "mixture" and "source".
-          which: numbers of the batches.
-          what: for the progress bar.
+          sides: "mixture", "source" or both.
+          which: batch numbers to read.
+          what: label of the progress bar.
         """
 
         def load(number: int) -> list[Waveforms]:
@@ -159,7 +161,7 @@ class Batches:
 
 
 def _ahead(function: Callable[[int], Any], arguments: Sequence[int]) -> Iterator[Any]:
-    """The function of every argument in order, a few of them computed ahead in threads."""
+    """Maps a function over arguments in order, computing a few results ahead in threads."""
     threads = min(_READERS, os.cpu_count() or 1)
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         running: collections.deque = collections.deque()
@@ -179,20 +181,23 @@ def score(
     oracle_only: bool = False,
     unfinished: str | os.PathLike | None = None,
 ) -> tuple[dict[str, Figures], dict[str, Row]]:
-    """Figures of every item under every query.
+    """Computes the metrics of every item for every query.
 
     Args:
       model: the separator with its query net.
-      items: what to separate.
-      averages: a condition for each label, if there are any.
-      oracle_only: separates each item once, with the condition of its clean source.
-      unfinished: a file that keeps the figures of finished batches, so that a run that was stopped
-        goes on there; it is removed at the end.
+      items: items to separate.
+      averages: label -> averaged condition, if available.
+      oracle_only: separate each item only once, with the condition of its clean source.
+      unfinished: file that stores the metrics of finished batches, to resume an interrupted run;
+        removed at the end.
 
     Returns:
-      row name -> figure name -> [n], NaN where an item has no condition or its source is silent:
-      the figures of `separation_figures` and `level`, the energy of the estimate in dB of the
-      mixture's; and the rows that were separated, by name.
+      Row name -> metric name -> [n], NaN where an item has no condition or its source is silent:
+      the metrics of `separation_figures`, and `level`, the energy of the estimate relative to the
+      mixture in dB. Then row name -> `Row`, for the rows that were separated.
+
+    Raises:
+      UserError: every source is silent, no item can be queried, or an estimate is NaN.
     """
     lengths = [item.samples(model.sample_rate) for item in items]
     batches = Batches(items, lengths, model.sample_rate)
@@ -221,7 +226,7 @@ def _measure(
     condition: Float[Array, "b d"],
     everywhere: NamedSharding,
 ) -> dict[str, Float[Array, " b"]]:
-    """The figures of a batch of estimates, on every host."""
+    """Separates a batch and computes its metrics, replicated to every host."""
     estimate = separate_with(separator, mixture, condition)
     found = _figures(source, estimate, mixture)
     return jax.lax.with_sharding_constraint(found, everywhere)
@@ -245,7 +250,7 @@ def _score_batch(
     mixture: Waveforms,
     source: Waveforms,
 ) -> dict[str, Figures]:
-    """Row name -> figure name -> [m]; `alone` adds the target alone."""
+    """Returns row name -> metric name -> [m]; `alone` adds the row "target alone"."""
     mixtures, sources = batches.put(mixture), batches.put(source)
     measure = functools.partial(_measure, separator, everywhere=replicated(batches.mesh))
     filled = batches.filled(at)
@@ -254,7 +259,7 @@ def _score_batch(
         if row.exists[at].any():
             condition = batches.put(row.conditions[filled])
             found[row.name] = measure(mixtures, sources, condition)
-            if alone and row.name == ORACLE:  # the source is the mixture, which no figure is above
+            if alone and row.name == ORACLE:  # no SDRi: the mixture is the source
                 identity = measure(sources, sources, condition)
                 found[IDENTITY] = {name: identity[name] for name in ("sdr", "si_sdr", "level")}
     found[HALF] = _figures(source, mixture / 2, mixture)
@@ -277,13 +282,13 @@ def _rows(
     averages: dict[str, Float[np.ndarray, " d"]] | None,
     oracle_only: bool,
 ) -> list[Row]:
-    """Every query that at least one item has."""
+    """Computes the conditions of every query that at least one item has."""
     items = batches.items
     conditions, digests, heard = oracle_conditions(model, batches)
     if not heard.any():
         raise UserError("every source is silent, so no figure is defined; check the recordings")
     asked = heard
-    if not model.query.module.takes.recordings:  # a sound without a class cannot be asked for
+    if not model.query.module.takes.recordings:  # without a class there is no query
         asked = heard & [item.class_index is not None for item in items]
         if not asked.any():
             raise UserError(
@@ -310,9 +315,10 @@ def _rows(
 def oracle_conditions(
     model: Model, batches: Batches
 ) -> tuple[Float[np.ndarray, "n d"], list[str], Bool[np.ndarray, " n"]]:
-    """The conditions of the clean sources, a digest of each, and whether it is heard at all.
+    """Returns the conditions of the clean sources, their digests, and whether each is audible.
 
-    Of silent sources no two have the same digest: they say nothing of what else a sound is called.
+    Equal digests mark one sound under several labels, so each silent source has a digest of its
+    own.
     """
     query = model.query.on(batches.mesh)
     conditions: list[Any] = [None] * len(batches.items)
@@ -334,9 +340,10 @@ def oracle_conditions(
 def _class_vectors(
     model: Model, batches: Batches, heard: Bool[np.ndarray, " n"], width: int
 ) -> Row:
-    """The tagging probability of the class in the mixture, all others zero (the reference's way).
+    """Conditions on the class's tagging probability in the mixture, all others zero.
 
-    Nothing is asked for (the reference would not separate) where an item has no AudioSet class.
+    This is the reference's query. Items without an AudioSet class have none; the reference would
+    not separate them.
     """
     items, tagger = batches.items, model.tagger.on(batches.mesh)
     conditions = np.zeros((len(items), width), np.float32)
@@ -352,7 +359,7 @@ def _class_vectors(
 
 
 def _on_host(rows: Array, mesh: Mesh) -> np.ndarray:
-    """Rows that are divided over devices, whole on every host."""
+    """Gathers rows sharded over devices onto every host."""
     if rows.is_fully_addressable:
         return np.asarray(rows)
     return np.asarray(
@@ -361,7 +368,7 @@ def _on_host(rows: Array, mesh: Mesh) -> np.ndarray:
 
 
 def samples_digest(waveform: Float[np.ndarray, " s"]) -> str:
-    """SHA-256 of the samples as little-endian float32."""
+    """Returns the SHA-256 of the samples as little-endian float32."""
     return hashlib.sha256(waveform.astype("<f4").tobytes()).hexdigest()
 
 
@@ -370,16 +377,16 @@ def unrelated_items(
     digests: Sequence[str],
     others: Sequence[int | None] | None = None,
 ) -> Integer[np.ndarray, " n"]:
-    """For each item another one whose query asks for what is absent, -1 where there is none.
+    """Chooses for each item another whose class is absent from the mixture; -1 if there is none.
 
-    Its class is not the item's, above or below it in the ontology, nor a class that some source of
-    the item's class also stands for (a clip may have several labels), nor related to what else is
-    in the mixture, where that is known. Always the same choice.
+    The chosen class is not equal to, above or below the item's class in the ontology, nor another
+    label of any source of the item's class (a clip may have several), nor related to the mixture's
+    other source, if known. The choice is deterministic.
 
     Args:
-      classes: of each item: a class index of AudioSet, or a name that has no relatives.
-      digests: of each source's samples.
-      others: class indexes of what else is in the mixtures.
+      classes: for each item an AudioSet class index, or a name, which has no relatives.
+      digests: for each item the digest of its source's samples.
+      others: for each item the class index of the mixture's other source, if known.
     """
     labels_of: dict[str, set[Hashable]] = {}
     for label, digest in zip(classes, digests, strict=True):
@@ -416,7 +423,7 @@ def _identity(
     batch_size: int,
     oracle_only: bool,
 ) -> Iterator[bytes]:
-    """What the figures of a batch depend on."""
+    """Yields everything that the metrics of a batch depend on, for `Finished`."""
     yield net_hash(model.separator.variables).encode()
     how = [model.precision, batch_size, oracle_only]
     yield json.dumps([*how, [item.name for item in items]]).encode()
@@ -427,7 +434,7 @@ def _identity(
 def _together(
     finished: Finished, places: Sequence[Integer[np.ndarray, "_"]], count: int
 ) -> dict[str, Figures]:
-    """The figures of all items, in their order."""
+    """Collects the metrics of all batches into arrays in the order of the items."""
     together: dict[str, Figures] = {}
     for name in _ORDER:
         for number, found in finished.done.items():

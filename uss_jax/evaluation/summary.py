@@ -1,6 +1,6 @@
-"""What the figures of items come to: medians, means, intervals; as tables, CSV, Markdown, a plot.
+"""Summarises metrics of items (medians, means, intervals) as tables, CSV, Markdown and a plot.
 
-Letters: `n` items, `m` those of a class, `k` classes.
+Letters: `n` items.
 """
 
 import csv
@@ -43,7 +43,7 @@ Summary = dict[str, Any]
 def without_silent(
     items: Sequence[Item], figures: dict[str, Figures]
 ) -> tuple[list[Item], dict[str, dict[str, np.ndarray]]]:
-    """The items whose target is heard, with their figures: of others none is defined."""
+    """Drops items with a silent target, whose metrics are undefined."""
     heard = np.isfinite(figures[MIXTURE]["sdr"])
     kept = [item for item, is_heard in zip(items, heard, strict=True) if is_heard]
     return kept, {
@@ -57,12 +57,12 @@ def summarise(
     figures: dict[str, Figures],
     group: str | None = None,
 ) -> list[Summary]:
-    """A summary of each row: median within a class, then mean over classes; and plain means.
+    """Summarises each row: median within a class, then mean over classes; and plain means.
 
     Args:
-      items: as scored.
-      figures: as scored.
-      group: only the items of this group.
+      items: items as given to `score`.
+      figures: their metrics as returned by `score`.
+      group: use only the items of this group.
     """
     labels = np.array([item.label for item in items])
     of_group = np.array([group is None or item.group == group for item in items])
@@ -103,9 +103,9 @@ def summarise(
 def bootstrap_interval(
     values: Float[np.ndarray, " n"], classes: Integer[np.ndarray, " n"]
 ) -> list[float]:
-    """95 % percentile interval of the mean of class medians; pairs drawn anew within each class.
+    """95 % percentile bootstrap interval of the mean of class medians.
 
-    Always the same draws.
+    Resamples items within each class, with a fixed seed.
     """
     rng = np.random.default_rng(0)
     total = np.zeros(_RESAMPLES)
@@ -118,7 +118,7 @@ def bootstrap_interval(
 
 
 def format_summaries(summaries: list[Summary]) -> str:
-    """The summaries as a table, a paragraph for each group."""
+    """Formats the summaries as text, one table per group."""
     blocks = []
     for group in dict.fromkeys(summary["group"] for summary in summaries):
         rows = [_cells(summary) for summary in summaries if summary["group"] == group]
@@ -144,7 +144,7 @@ def _cells(summary: Summary) -> tuple[str | int | float | None, ...]:
 
 
 def headline(summaries: list[Summary]) -> dict[str, Any]:
-    """The results that stand for the whole run: the oracle's, beside half the mixture."""
+    """Returns the main results of a run: those of the oracle, and the baseline's SDRi."""
     rows = {summary["query"]: summary for summary in summaries if summary["group"] == "all"}
     first = rows[ORACLE]
     leaked, identity = rows.get(SHUFFLED), rows.get(IDENTITY)
@@ -153,7 +153,7 @@ def headline(summaries: list[Summary]) -> dict[str, Any]:
         **{figure: first[figure] for figure in SEPARATION_FIGURES},
         "intervals": first["intervals"],
         "baseline_sdri": rows[HALF]["sdri"],
-        # What is let through when the sound asked for is absent, in dB of the mixture's energy.
+        # Level of the estimate when the queried sound is absent, in dB relative to the mixture.
         "leakage": None if leaked is None else leaked["level"],
         "identity_sdr": None if identity is None else identity["sdr"],
         "classes": first["classes"],
@@ -163,7 +163,7 @@ def headline(summaries: list[Summary]) -> dict[str, Any]:
 def write_class_table(
     path: str | os.PathLike, items: Sequence[Item], summaries: list[Summary]
 ) -> None:
-    """Writes a CSV file: a line for each class with the medians of every row."""
+    """Writes a CSV file with a line per class: its medians for every query."""
     rows = [summary for summary in summaries if summary["group"] == "all"]
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -182,7 +182,7 @@ def write_class_table(
 def write_markdown(
     path: str | os.PathLike, title: str, summaries: list[Summary], explanation: str = EXPLANATION
 ) -> None:
-    """Writes the summaries as Markdown tables, one for each group."""
+    """Writes the summaries as Markdown tables, one per group."""
     lines = [f"# {title}", ""]
     for group in dict.fromkeys(summary["group"] for summary in summaries):
         rows = [_cells(summary) for summary in summaries if summary["group"] == group]
@@ -194,7 +194,7 @@ def write_markdown(
 def write_class_plot(
     path: str | os.PathLike, items: Sequence[Item], summaries: list[Summary]
 ) -> None:
-    """Writes a PNG: the SDRi of every class, sorted within its branch of the ontology."""
+    """Writes a PNG of the SDRi of every class, sorted within each branch of the ontology."""
     rows = {summary["query"]: summary for summary in summaries if summary["group"] == "all"}
     medians = rows[ORACLE]["classes"]["medians"]
     by_branch: dict[str, list[str]] = {}
@@ -225,7 +225,7 @@ def write_class_plot(
 
 
 def branch_of(class_index: int | None) -> str:
-    """The name of the ontology's top node above a class; empty for a class it has not."""
+    """Returns the name of the top-level ontology node above a class; empty for None."""
     if class_index is None:
         return ""
     ontology = load_ontology()
@@ -236,7 +236,7 @@ def branch_of(class_index: int | None) -> str:
 
 
 def _classes(items: Sequence[Item]) -> dict[str, tuple[int, int | None]]:
-    """Label -> (pairs, class index), in AudioSet's order, then by name."""
+    """Returns label -> (number of items, class index), in AudioSet's order, then by name."""
     counts: dict[str, tuple[int, int | None]] = {}
     for item in items:
         number, _ = counts.get(item.label, (0, None))

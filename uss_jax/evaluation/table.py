@@ -1,4 +1,4 @@
-"""Figures as text and as JSON."""
+"""Writes metrics as text, Markdown and JSON."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from uss_jax.atomic import replacing
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str | int | float | None]]) -> str:
-    """Aligned columns: the first to the left, numbers to the right, floats with two decimals."""
+    """Aligns columns, the first to the left, others to the right; floats have two decimals."""
     cells = [list(header), *([_cell(value) for value in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = []
@@ -23,7 +23,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str | int | floa
 def markdown_table(
     header: Sequence[str], rows: Sequence[Sequence[str | int | float | None]]
 ) -> list[str]:
-    """The lines of a Markdown table: the first column to the left, numbers to the right."""
+    """Returns the lines of a Markdown table: first column to the left, others to the right."""
     cells = [[_cell(value).replace("|", "\\|") for value in row] for row in (header, *rows)]
     cells.insert(1, ["---", *["---:"] * (len(header) - 1)])
     return [f"| {' | '.join(line)} |" for line in cells]
@@ -32,12 +32,12 @@ def markdown_table(
 def _cell(value: str | int | float | None) -> str:
     if value is None or value != value:  # NaN
         return "-"
-    # Adding zero makes a zero of a minus zero.
+    # Adding 0.0 turns -0.0 into 0.0.
     return f"{round(value, 2) + 0.0:.2f}" if isinstance(value, float) else str(value)
 
 
 def silent_note(number: int) -> str:
-    """Says how many targets were left out."""
+    """Returns a note on the number of silent targets left out."""
     return f"left out: {number} whose target is silent, so that no figure is defined"
 
 
@@ -50,7 +50,7 @@ def _finite(value: Any) -> Any:
 
 
 def write_results(path: str | os.PathLike, results: dict[str, Any]) -> None:
-    """Writes results as strict JSON, whole or not at all; what is not finite becomes null."""
+    """Writes results atomically as strict JSON; NaN and infinities become null."""
     text = json.dumps(_finite(results), indent=2, allow_nan=False, ensure_ascii=False)
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""How well a tagging net tells what is in labelled clips: mean average precision and ROC AUC.
+"""Evaluates tagging nets on labelled clips: mean average precision and ROC AUC.
 
 Letters: `n` clips, `k` classes.
 """
@@ -24,10 +24,14 @@ TAGGER = "tagging net"
 
 
 def evaluate_tagging(model: Model, reader: ClipReader) -> list[dict[str, Any]]:
-    """Figures of the model's detector and tagging net, whichever it has, on all clips of a split.
+    """Evaluates the model's detector and tagging net, if present, on all clips of a split.
 
-    Beside mAP stands that of chance, the mean share of positives. Classes without a positive (for
-    AUC: or without a negative) are left out.
+    The mAP of chance is the mean share of positives. Classes without a positive (for AUC: or
+    without a negative) are left out.
+
+    Raises:
+      UserError: the model has neither net, its number of classes is not that of the labels, or a
+        probability is NaN.
     """
     nets: dict[str, Callable[[Array], dict[str, Array]]] = {}
     if "sed" in model.config:
@@ -43,11 +47,11 @@ def evaluate_tagging(model: Model, reader: ClipReader) -> list[dict[str, Any]]:
 def _tag(
     nets: dict[str, Callable[[Array], dict[str, Array]]], model: Model, reader: ClipReader
 ) -> tuple[dict[str, Float[np.ndarray, "n k"]], Bool[np.ndarray, "n k"]]:
-    """Each net's clipwise probabilities, and the labels."""
+    """Returns each net's clipwise probabilities, and the labels."""
     found: dict[str, list[np.ndarray]] = {name: [] for name in nets}
     labels = []
     records = np.arange(len(reader.index))
-    chosen = Chosen(records, np.zeros_like(records))  # no class is asked for
+    chosen = Chosen(records, np.zeros_like(records))  # the class is not used
     for batch, rows in batches_of(reader, chosen, model.segment_samples, labels=True):
         audio = to_float(jnp.asarray(batch["audio"]))
         for name, net in nets.items():
@@ -90,7 +94,7 @@ def _summary(
 
 
 def format_tagging(summaries: list[dict[str, Any]]) -> str:
-    """The figures as a table."""
+    """Formats the metrics as a table."""
     rows = [
         (
             summary["net"],

@@ -319,9 +319,7 @@ def _read_me(bundle: Bundle, form: str, window: int, precision: str) -> str:
         "rate": _rate(bundle),
         "width": bundle.separator()[0].condition_width,
         "precision": precision,
-        "condition": _CONDITION[KINDS[config["query"]["kind"]].recordings].format(
-            samples=segment
-        )
+        "condition": _CONDITION[KINDS[config["query"]["kind"]].recordings].format(samples=segment)
         + "\n",
     }
     licence = config.get("licence", "as the recordings it was trained on allow")

@@ -1,1 +1,1 @@
-"""The data sets of the paper, one file each: how a publisher lays one out, and how it is scored."""
+"""The data sets of the paper, one module each: its layout as published, and how it is scored."""

@@ -1,13 +1,14 @@
-"""FSD50K: 200 classes of Freesound's recordings (https://zenodo.org/records/4060432).
+"""FSD50K: Freesound recordings of 200 classes (https://zenodo.org/records/4060432).
 
-As its archives unpack:
+Layout of the unpacked archives:
 
     FSD50K.dev_audio/<fname>.wav    FSD50K.eval_audio/<fname>.wav
     FSD50K.ground_truth/dev.csv     fname,labels,mids,split
     FSD50K.ground_truth/eval.csv    fname,labels,mids
 
-Labels and mids are lists joined by commas. Published: as FSDKaggle2018, by the first label alone. A
-variant of ours asks for every label of a recording, beside another one of unrelated labels.
+Labels and mids are comma-separated lists. The published protocol is that of FSDKaggle2018, with the
+first label only. A variant, which is not published, queries every label of a recording, mixed with
+a recording of unrelated labels.
 """
 
 import pathlib
@@ -25,12 +26,15 @@ _PARTS = {"train": "dev", "test": "eval"}
 
 
 def items(folder: pathlib.Path, split: str, *, all_labels: bool = False) -> list[Mixed]:
-    """The mixtures of a split, `train` (dev) or `test` (eval), checked to be there.
+    """Returns the mixtures of a split.
 
     Args:
-      folder: of the data set.
-      split: of it.
-      all_labels: our variant.
+      folder: folder of the data set.
+      split: `train` (dev) or `test` (eval).
+      all_labels: query every label instead of the first.
+
+    Raises:
+      UserError: files are missing.
     """
     part = _PARTS[split]
     table = folder / "FSD50K.ground_truth" / f"{part}.csv"

@@ -1,13 +1,13 @@
-"""FSDKaggle2018: 41 classes of Freesound's recordings (https://zenodo.org/records/2552860).
+"""FSDKaggle2018: Freesound recordings of 41 classes (https://zenodo.org/records/2552860).
 
-As its three archives unpack:
+Layout of the three unpacked archives:
 
     FSDKaggle2018.audio_train/*.wav    FSDKaggle2018.audio_test/*.wav
     FSDKaggle2018.meta/train_post_competition.csv                  fname,label,manually_verified,...
     FSDKaggle2018.meta/test_post_competition_scoring_clips.csv     fname,label,usage,...
 
-Published: SDRi of two-second mixtures of two recordings at equal energy, 100 of each class, asked
-for by the condition averaged over the sources of such mixtures of the training split.
+Published: SDRi of 2 s mixtures of two recordings at equal energy, 100 per class, queried with the
+condition averaged over the sources of such mixtures in the training split.
 """
 
 import pathlib
@@ -25,7 +25,11 @@ _TABLES = {"train": "train_post_competition.csv", "test": "test_post_competition
 
 
 def items(folder: pathlib.Path, split: str) -> list[Mixed]:
-    """The mixtures of a split, `train` or `test`, checked to be there."""
+    """Returns the mixtures of a split, `train` or `test`.
+
+    Raises:
+      UserError: files are missing.
+    """
     table = folder / "FSDKaggle2018.meta" / _TABLES[split]
     audio = folder / f"FSDKaggle2018.audio_{split}"
     require_files([table, audio], "FSDKaggle2018")

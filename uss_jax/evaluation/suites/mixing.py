@@ -1,4 +1,4 @@
-"""Items made of recordings: two mixed at equal energy, or windows of mixtures as they are.
+"""Makes items from recordings: two mixed at equal energy, or windows of existing mixtures.
 
 Letters: `t` samples of an item, `s` samples of a recording.
 """
@@ -18,7 +18,7 @@ from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 from uss_jax.opening import at_once
 
-# As published: two-second items, a hundred of each class, drawn with this seed.
+# As published: items of 2 s, 100 per class, drawn with this seed.
 SECONDS = 2.0
 PER_CLASS = 100
 SEED = 1234
@@ -29,9 +29,9 @@ class Recording:
     """A labelled recording of a data set.
 
     Attributes:
-      path: its file.
-      labels: the first is its class; the others count where several are asked for.
-      class_indexes: AudioSet's of each label, None for a class that AudioSet has not.
+      path: audio file.
+      labels: the first is its class; the others are used only with `conflict_free`.
+      class_indexes: AudioSet class of each label; None if AudioSet has no such class.
     """
 
     path: pathlib.Path
@@ -41,13 +41,13 @@ class Recording:
 
 @dataclasses.dataclass(frozen=True)
 class Mixed:
-    """A recording and another one scaled to its energy; an `Item`.
+    """A mixture of a recording and another one scaled to its energy; implements `Item`.
 
-    Of both the first two seconds count, shorter ones are repeated to that (the reference's way).
+    As in the reference, both are cut to their first 2 s, or repeated up to 2 s.
 
     Attributes:
       name, label, class_index, other_class_index, group: as in `Item`.
-      source, other: the files.
+      source, other: audio files.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Mixed:
         return round(SECONDS * sample_rate)
 
     def read(self, side: str, sample_rate: int) -> Float[np.ndarray, " t"]:
-        """The source, or the sum."""
+        """Reads the source, or the mixture."""
         source = fitted(read_mono(self.source, sample_rate), self.samples(sample_rate))
         if side == "source":
             return source
@@ -75,12 +75,12 @@ class Mixed:
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """Two seconds of a mixture and of one of its sources; an `Item`.
+    """A window of 2 s of a mixture and of one of its sources; implements `Item`.
 
     Attributes:
       name, label, class_index, other_class_index, group: as in `Item`.
-      source, mixture: the files.
-      begin_seconds: where in both.
+      source, mixture: audio files.
+      begin_seconds: start of the window in both files, in seconds.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Window:
         return round(SECONDS * sample_rate)
 
     def read(self, side: str, sample_rate: int) -> Float[np.ndarray, " t"]:
-        """The window of one of the files."""
+        """Reads the window from one of the files."""
         path = self.source if side == "source" else self.mixture
         rate = audio_format(path).sample_rate
         begin = int(rate * self.begin_seconds)
@@ -107,18 +107,22 @@ class Window:
 
 
 def fitted(waveform: Float[np.ndarray, " s"], samples: int) -> Float[np.ndarray, " t"]:
-    """Cut, or repeated, to a length."""
+    """Cuts a waveform to a length, or repeats it up to that length."""
     return np.resize(waveform, samples)
 
 
 def mixed_neighbours(
     recordings: Sequence[Recording], *, conflict_free: bool = False
 ) -> list[Mixed]:
-    """Items as published: in random orders, each recording with the one after it in the table.
+    """Mixes each recording with its successor in the table, if of another class, as published.
 
-    Classes differ; there are `PER_CLASS` items of each class, recordings of small classes coming
-    again. With `conflict_free` every label of a recording counts as its class, and the other one is
-    the next in the table that has no label of the recording's, nor one above or below it.
+    Goes through the recordings in random orders until there are `PER_CLASS` items of each class, so
+    that recordings of small classes are reused; classes without a possible mixture have fewer. With
+    `conflict_free` every label of a recording counts as its class, and the other recording is the
+    next in the table with no label equal to, above or below one of these.
+
+    Raises:
+      UserError: no two recordings can be mixed.
     """
     random = np.random.RandomState(SEED)
     classes = {label for r in recordings for label in (r.labels if conflict_free else r.labels[:1])}
@@ -147,7 +151,7 @@ def mixed_neighbours(
                     )
                 )
                 counts[label] += 1
-        if len(items) == before:  # what is left of the classes stands beside no other
+        if len(items) == before:  # no mixture is possible for the other classes
             break
     if not items:
         raise UserError("the recordings are all of one class; a mixture needs two")
@@ -157,7 +161,7 @@ def mixed_neighbours(
 def _other_of(
     recordings: Sequence[Recording], conflict_free: bool
 ) -> Callable[[int], Recording | None]:
-    """What a recording is mixed with, None where it fits nothing."""
+    """Returns a function from a recording's position to its partner; None if there is none."""
 
     def neighbour(at: int) -> Recording | None:
         other = recordings[(at + 1) % len(recordings)]
@@ -182,7 +186,11 @@ def _relatives(recording: Recording) -> set[str | int | None]:
 
 
 def read_table(path: pathlib.Path, columns: Iterable[str]) -> list[dict[str, str]]:
-    """The lines of a publisher's CSV file, which must have these columns."""
+    """Reads the rows of a data set's CSV file.
+
+    Raises:
+      UserError: the file cannot be read, or one of `columns` is missing.
+    """
     try:
         with open(path, encoding="utf-8-sig", newline="", opener=at_once) as file:
             rows = list(csv.DictReader(file))
@@ -195,7 +203,7 @@ def read_table(path: pathlib.Path, columns: Iterable[str]) -> list[dict[str, str
 
 
 def require_files(files: Iterable[pathlib.Path], data_set: str) -> None:
-    """Raises a UserError that says how many of a data set's files are missing, and which."""
+    """Raises a UserError with the number and names of missing files, if there are any."""
     files = list(files)
     missing = [file for file in files if not file.exists()]
     if missing:
@@ -207,7 +215,7 @@ def require_files(files: Iterable[pathlib.Path], data_set: str) -> None:
 
 
 def class_index_of(label: str) -> int | None:
-    """AudioSet's class of a data set's label such as `Gunshot_or_gunfire`, if it has one."""
+    """Returns the AudioSet class of a label such as `Gunshot_or_gunfire`; None if none matches."""
     text = label.replace("_", " ")
     for name in (text, text.replace(" or ", ", "), text.replace(" and ", ", ")):
         try:

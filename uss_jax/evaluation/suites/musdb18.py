@@ -1,17 +1,20 @@
 """MUSDB18-HQ: songs and their four stems (https://zenodo.org/records/3338373).
 
-As its archive unpacks:
+Layout of the unpacked archive:
 
     train/<song>/    test/<song>/    each with
         mixture.wav    vocals.wav    drums.wav    bass.wav    other.wav    (stereo, 44.1 kHz)
 
-Figures: SDR of BSSEval v4 (museval) in windows of one second side by side, the median over the
-windows of a song, then over songs. `legacy` adds the published figures, of the same song mixed down
-to one channel at the model's rate and separated in blocks side by side: museval is handed the
-estimate as reference and the source as estimate, and for the gain the mixture as estimate.
+Metrics: SDR of BSSEval v4 (museval) in windows of 1 s without overlap, the median over the windows
+of a song, then over songs. `legacy` adds the published metrics, for the song mixed down to mono at
+the model's sampling rate and separated in blocks without overlap. There museval got the estimate as
+reference and the source as estimate; for the SDRi, the mixture as estimate.
 
-The distortion filters of BSSEval v4 split the error into parts whose sum they do not change, so its
-SDR needs none of them (a test holds ours to museval's); museval itself needs ffmpeg to be imported.
+The distortion filters of BSSEval v4 only split the error into parts, whose sum is the same without
+them, so the SDR is computed here without filters (a test compares it with museval's). Importing
+museval needs ffmpeg.
+
+Letters: `c` channels, `t` samples.
 """
 
 import pathlib
@@ -35,7 +38,11 @@ _NAME = "MUSDB18-HQ"
 
 
 def songs(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
-    """The songs of a split, `train` or `test`, checked to be whole."""
+    """Returns the song folders of a split, `train` or `test`.
+
+    Raises:
+      UserError: files are missing.
+    """
     require_files([folder / split], _NAME)
     found = sorted(path for path in (folder / split).iterdir() if path.is_dir())
     if not found:
@@ -45,7 +52,7 @@ def songs(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
 
 
 def stem_averages(model: Model, folder: pathlib.Path) -> Averages:
-    """The condition of each stem over the training songs, silence removed, as published."""
+    """Averages each stem's condition over the training songs, silence removed, as published."""
     train = songs(folder, "train")
     files = {stem: [song / f"{stem}.wav" for song in train] for stem in STEMS}
     return file_averages(model, files, without_silence=True)
@@ -59,14 +66,14 @@ def score_songs(
     *,
     legacy: bool,
 ) -> list[dict[str, object]]:
-    """For each row and stem the median SDR over songs, and its gain over the mixture's.
+    """Returns the median SDR and SDRi over songs, for each row and stem.
 
     Args:
-      model: separates.
-      folder: of the data set.
-      averages: a condition of each stem.
-      unfinished: where to keep the figures of finished songs.
-      legacy: whether to give the published figures too.
+      model: the separator.
+      folder: folder of the data set.
+      averages: stem -> averaged condition.
+      unfinished: file that stores the metrics of finished songs, to resume an interrupted run.
+      legacy: whether to add the published metrics.
     """
     test = songs(folder, "test")
     names = [str(song) for song in test] + [f"legacy: {legacy}"]
@@ -82,7 +89,7 @@ def score_songs(
 def _score_song(
     model: Model, song: pathlib.Path, averages: Averages, legacy: bool
 ) -> dict[str, Values]:
-    """ "row/stem" -> figure -> median over the song's windows."""
+    """Returns "row/stem" -> metric -> median over the song's windows."""
     mixture, rate = read_audio(song / "mixture.wav")
     sources = {stem: read_audio(song / f"{stem}.wav")[0] for stem in STEMS}
     alone = {
@@ -106,13 +113,13 @@ def _legacy(
     sources: Mapping[str, Float32[np.ndarray, " t"]],
     averages: Averages,
 ) -> dict[str, Values]:
-    """ "row/stem" -> the published figures of a song of one channel at the model's rate."""
+    """Returns "row/stem" -> the published metrics of a mono song at the model's sampling rate."""
     rate, rows = model.sample_rate, {stem: source[None] for stem, source in sources.items()}
     estimates = answers(model, mixture[None], rows, rate, averages, sources, reference_blocks=True)
     found = {}
     for (row, stem), estimate in estimates.items():
         values = {"legacy_sdr": median_sdr(estimate, rows[stem], rate)}
-        if row != MIXTURE:  # beside itself it is infinitely good
+        if row != MIXTURE:  # its SDR against itself is infinite
             of_mixture = median_sdr(estimate, mixture[None], rate)
             values["legacy_sdri"] = values["legacy_sdr"] - of_mixture
         found[f"{row}/{stem}"] = values
@@ -122,9 +129,9 @@ def _legacy(
 def median_sdr(
     reference: Float32[np.ndarray, "c t"], estimate: Float32[np.ndarray, "c t"], sample_rate: int
 ) -> float:
-    """The median over whole windows of one second of 10 log10 of sum(ref^2) / sum((est - ref)^2).
+    """Median over whole windows of 1 s of 10 log10 of sum(ref^2) / sum((est - ref)^2), in dB.
 
-    Windows in which the sum of the channels of either is silent do not count; NaN without others.
+    Leaves out windows in which the channels of either signal sum to zero; NaN if none is left.
     """
     count = reference.shape[1] // sample_rate
     sides = [
@@ -134,7 +141,7 @@ def median_sdr(
     heard = np.all([np.any(side.sum(axis=0), axis=1) for side in sides], axis=0)
     signal = np.square(sides[0]).sum(axis=(0, 2))[heard]
     error = np.square(sides[1] - sides[0]).sum(axis=(0, 2))[heard]
-    with np.errstate(divide="ignore"):  # a perfect estimate is infinitely good
+    with np.errstate(divide="ignore"):  # the SDR of a perfect estimate is infinite
         return float(np.median(10 * np.log10(signal / error))) if heard.any() else float("nan")
 
 

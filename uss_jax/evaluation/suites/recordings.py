@@ -1,4 +1,4 @@
-"""Whole recordings: separated as `uss-jax separate` does, measured by a data set's own figures.
+"""Separates whole recordings as `uss-jax separate` does, for data sets with metrics of their own.
 
 Letters: `c` channels, `t` samples, `d` width of the condition.
 """
@@ -34,16 +34,19 @@ def answers(
     *,
     reference_blocks: bool = False,
 ) -> dict[tuple[str, str], Float32[np.ndarray, "c t"]]:
-    """(row, label) -> what each way of asking gives for a recording.
+    """Separates a recording with every query; returns (row, label) -> estimate.
 
     Args:
-      model: separates.
+      model: the separator.
       mixture: the recording.
-      sources: label -> what is in it.
-      sample_rate: of both, in Hz.
-      averages: label -> condition.
-      oracles: label -> the source as one channel at the model's rate.
-      reference_blocks: separate in blocks side by side, as the reference does.
+      sources: label -> source in the recording.
+      sample_rate: sampling rate of both, in Hz.
+      averages: label -> averaged condition.
+      oracles: label -> the source in mono at the model's sampling rate.
+      reference_blocks: separate in blocks without overlap, as the reference does.
+
+    Raises:
+      UserError: the model has one-hot conditions.
     """
     vectors = {}
     if not model.query.module.takes.recordings:
@@ -65,7 +68,7 @@ def answers(
 
 
 def identity(model: Model, averages: Averages, names: Sequence[str]) -> Iterator[bytes]:
-    """What the figures of recordings depend on, for `Finished`."""
+    """Yields everything that the metrics of recordings depend on, for `Finished`."""
     yield net_hash(model.separator.variables).encode()
     yield json.dumps([model.precision, list(names), sorted(averages)]).encode()
     for _, vector in sorted(averages.items()):
@@ -73,7 +76,7 @@ def identity(model: Model, averages: Averages, names: Sequence[str]) -> Iterator
 
 
 def require_package(name: str, what: str) -> types.ModuleType:
-    """A package of the extra `suites`, or a UserError that says how to get it."""
+    """Imports a package of the extra `suites`; a UserError says how to install it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -1,14 +1,14 @@
 """Slakh2100: songs of virtual instruments (https://zenodo.org/records/4599666).
 
-As its archive unpacks (https://github.com/ethman/slakh-utils):
+Layout of the unpacked archive (https://github.com/ethman/slakh-utils):
 
     train/TrackXXXXX/    validation/TrackXXXXX/    test/TrackXXXXX/    each with
         mix.flac    stems/SNN.flac    metadata.yaml
 
-`metadata.yaml` has under `stems` for each SNN its `plugin_name` (a patch of a synthesiser) and
-`midi_program_name` (the instrument of General MIDI). Some stems were never rendered and have no
-file. Published: SDRi by plugin name of two-second windows of the true mixtures in which the source
-peaks above 0.1, up to 100 of each name that has more than 10.
+Under `stems`, `metadata.yaml` gives for each SNN its `plugin_name` (a synthesiser patch) and
+`midi_program_name` (a General MIDI instrument). Some stems were never rendered and have no file.
+Published: SDRi by plugin name, over 2 s windows of the original mixtures in which the source peaks
+above 0.1; up to 100 windows per name, and only names with more than 10.
 """
 
 import collections
@@ -37,12 +37,15 @@ _LEAST_WINDOWS = 10
 
 
 def items(folder: pathlib.Path, split: str, *, by: str = "plugin") -> list[Window]:
-    """The windows of a split, checked to be there.
+    """Returns the windows of a split.
 
     Args:
-      folder: of the data set.
+      folder: folder of the data set.
       split: `train` or `test`.
-      by: a key of NAMES: what a class is.
+      by: key of NAMES: which name defines the classes.
+
+    Raises:
+      UserError: files are missing, or no source is loud enough.
     """
     require_files([folder / split], "Slakh2100")
     tracks = sorted(path for path in (folder / split).iterdir() if path.is_dir())
@@ -78,7 +81,7 @@ def _stems(path: pathlib.Path) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _windows(source: pathlib.Path, mixture: pathlib.Path, label: str, by: str) -> list[Window]:
-    """The windows of a stem in which it is loud enough, end to end from its beginning."""
+    """Cuts a stem into consecutive windows; returns those in which it is loud enough."""
     rate = audio_format(source).sample_rate
     length = int(SECONDS * rate)
     windows = []

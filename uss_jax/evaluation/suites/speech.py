@@ -1,9 +1,9 @@
-"""Figures of enhanced speech at 16 kHz: PESQ, segmental SNR, and Hu and Loizou's composites.
+"""Metrics of enhanced speech at 16 kHz: PESQ, segmental SNR, and Hu and Loizou's composites.
 
-The definitions are those of P. Loizou, Speech Enhancement: Theory and Practice (2nd ed., ch. 11),
-and of Y. Hu and P. Loizou, Evaluation of objective quality measures for speech enhancement, IEEE
-TASLP 16 (2008), in frames of 30 ms of which each begins 7.5 ms after the one before. PESQ is ITU-T
-P.862.2 (wide band) by the package pesq.
+Definitions as in P. Loizou, Speech Enhancement: Theory and Practice (2nd ed., ch. 11), and Y. Hu
+and P. Loizou, Evaluation of objective quality measures for speech enhancement, IEEE TASLP 16
+(2008), with frames of 30 ms and a hop of 7.5 ms. PESQ is ITU-T P.862.2 (wide band), computed by the
+package pesq.
 
 Letters: `t` samples, `n` frames, `w` samples of a frame, `k` critical bands, `p` order of linear
 prediction.
@@ -20,9 +20,9 @@ _FRAME = 480
 _STEP = 120
 _ORDER = 16
 _N_FFT = 1024
-_KEPT = 0.95  # of the frames, the better ones count
+_KEPT = 0.95  # share of the frames averaged, leaving out the worst
 _SNR_RANGE = (-10.0, 35.0)
-# Klatt's constants of the weights of spectral slopes: of the loudest band, of the nearest peak.
+# Klatt's constants in the weights of spectral slopes, for the loudest band and the nearest peak.
 _K_MAX, _K_LOCAL = 20.0, 1.0
 # Centres and widths of the critical bands in Hz.
 _CENTRES = (
@@ -40,9 +40,9 @@ Wave = Float[np.ndarray, " t"]
 
 
 def speech_figures(clean: Wave, estimate: Wave) -> dict[str, float]:
-    """PESQ (1..4.64), SSNR (dB), CSIG, CBAK and COVL (1..5) of an estimate of clean speech.
+    """Computes PESQ (1..4.64), SSNR (dB), CSIG, CBAK and COVL (1..5) of an estimate.
 
-    All are NaN where the clean speech is silent.
+    All are NaN if the clean speech is silent.
     """
     pesq = require_package("pesq", "PESQ")
     if is_silent(clean):
@@ -64,14 +64,14 @@ def speech_figures(clean: Wave, estimate: Wave) -> dict[str, float]:
 
 
 def _frames(wave: Wave) -> Float[np.ndarray, "n w"]:
-    """Frames under a Hann window that has no zeros at its ends."""
+    """Cuts a waveform into frames, times a Hann window without zeros at its ends."""
     count = int(len(wave) / _STEP - _FRAME / _STEP)
     window = 0.5 * (1 - np.cos(2 * np.pi * np.arange(1, _FRAME + 1) / (_FRAME + 1)))
     return np.lib.stride_tricks.sliding_window_view(wave, _FRAME)[::_STEP][:count] * window
 
 
 def segmental_snr(clean: Wave, estimate: Wave) -> float:
-    """The mean over frames of the SNR in dB, kept within -10 and 35."""
+    """Mean over frames of the SNR, clipped to -10 ... 35 dB."""
     signal = np.sum(np.square(_frames(clean)), axis=1)
     noise = np.sum(np.square(_frames(clean) - _frames(estimate)), axis=1)
     tiny = np.finfo(float).eps
@@ -79,10 +79,10 @@ def segmental_snr(clean: Wave, estimate: Wave) -> float:
 
 
 def log_likelihood_ratio(clean: Wave, estimate: Wave) -> float:
-    """How much worse the estimate's linear prediction predicts the clean speech.
+    """Log ratio of clean-speech prediction errors: with the LPC of the estimate and of the clean.
 
-    log(a_e R a_e / a_c R a_c) of each frame, with R the clean frame's autocorrelation; the mean
-    over the better 95 % of frames.
+    log(a_e R a_e / a_c R a_c) of each frame, with R the clean frame's autocorrelation; mean over
+    the best 95 % of frames.
     """
     clean_frames = _frames(clean)
     correlation = _autocorrelation(clean_frames)
@@ -100,7 +100,7 @@ def _autocorrelation(frames: Float[np.ndarray, "n w"]) -> Float[np.ndarray, "n _
 
 
 def _prediction(correlation: Float[np.ndarray, "n p"]) -> Float[np.ndarray, "n p"]:
-    """Coefficients of the prediction error filter, the first one 1, by Levinson and Durbin."""
+    """Prediction error filter by Levinson-Durbin recursion; its first coefficient is 1."""
     coefficients = np.zeros_like(correlation)
     coefficients[:, 0] = 1
     error = correlation[:, 0].copy()
@@ -116,9 +116,9 @@ def _prediction(correlation: Float[np.ndarray, "n p"]) -> Float[np.ndarray, "n p
 
 
 def weighted_spectral_slope(clean: Wave, estimate: Wave) -> float:
-    """Klatt's distance of the slopes between critical bands, heavy at peaks.
+    """Klatt's weighted distance of the slopes between critical bands, in which peaks weigh most.
 
-    The mean over the better 95 % of frames.
+    Mean over the best 95 % of frames.
     """
     energies = [_band_energies(_frames(wave)) for wave in (clean, estimate)]
     slopes = [np.diff(energy, axis=1) for energy in energies]
@@ -129,7 +129,7 @@ def weighted_spectral_slope(clean: Wave, estimate: Wave) -> float:
 
 
 def _band_energies(frames: Float[np.ndarray, "n w"]) -> Float[np.ndarray, "n k"]:
-    """Energy of each critical band in dB, at least -100."""
+    """Energy of each critical band, clipped to at least -100 dB."""
     half = _N_FFT // 2
     power = np.square(np.abs(np.fft.rfft(frames, _N_FFT)))[:, :half]
     centre, width = (np.array(hertz)[:, None] / (RATE / 2) * half for hertz in (_CENTRES, _WIDTHS))
@@ -142,7 +142,7 @@ def _band_energies(frames: Float[np.ndarray, "n w"]) -> Float[np.ndarray, "n k"]
 def _weights(
     energy: Float[np.ndarray, "n k"], slope: Float[np.ndarray, "n _"]
 ) -> Float[np.ndarray, "n _"]:
-    """Weights of the slopes: large in loud bands and near a peak of the spectrum."""
+    """Weights of the slopes: large in loud bands and near spectral peaks."""
     peak = np.empty_like(slope)
     bands = slope.shape[1]
     for n in range(len(slope)):

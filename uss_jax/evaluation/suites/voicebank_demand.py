@@ -1,15 +1,15 @@
 """Voicebank-Demand: noisy sentences (https://datashare.ed.ac.uk/handle/10283/2791).
 
-As its archives unpack:
+Layout of the unpacked archives:
 
     clean_trainset_28spk_wav/*.wav    noisy_trainset_28spk_wav/*.wav
     clean_testset_wav/*.wav           noisy_testset_wav/*.wav    (the same names, 48 kHz)
 
-The paper's copy names the first two `clean_trainset_wav`, `noisy_trainset_wav`; both are taken.
-Sentences are separated at the model's rate; the figures are of what is resampled to 16 kHz: PESQ
-(wide band), SSNR, CSIG, CBAK and COVL, of speech asked for by the condition averaged over the
-training sentences, silence removed. As published, the figure of the set is the median over its
-sentences, NaN left out; their means, as others report them, stand beside it.
+The paper's copy names the first two `clean_trainset_wav`, `noisy_trainset_wav`; both are accepted.
+Sentences are separated at the model's sampling rate, with the condition averaged over the training
+sentences, silence removed. Metrics, after resampling to 16 kHz: PESQ (wide band), SSNR, CSIG, CBAK
+and COVL. As published, they are medians over sentences, NaN left out; means, which others report,
+are also given.
 """
 
 import pathlib
@@ -34,7 +34,11 @@ _NAME = "Voicebank-Demand"
 
 
 def sentences(folder: pathlib.Path) -> list[tuple[pathlib.Path, pathlib.Path]]:
-    """(clean, noisy) files of the test set, checked to be there."""
+    """Returns the (clean, noisy) files of the test set.
+
+    Raises:
+      UserError: files are missing.
+    """
     clean = folder / "clean_testset_wav"
     require_files([clean, folder / "noisy_testset_wav"], _NAME)
     found = [
@@ -47,7 +51,7 @@ def sentences(folder: pathlib.Path) -> list[tuple[pathlib.Path, pathlib.Path]]:
 
 
 def speech_average(model: Model, folder: pathlib.Path) -> Averages:
-    """The condition of speech over the clean training sentences, silence removed, as published."""
+    """Averages the condition of the clean training sentences, silence removed, as published."""
     folders = sorted(folder.glob("clean_trainset*_wav"))
     files = sorted(folders[0].glob("*.wav")) if folders else []
     if not files:
@@ -66,14 +70,14 @@ def score_sentences(
     *,
     reference_blocks: bool,
 ) -> list[dict[str, object]]:
-    """For each row the median and mean of every figure, and those of its gain over the noisy.
+    """Returns for each row the median and mean of every metric and of its gain over the mixture.
 
     Args:
-      model: separates.
-      folder: of the data set.
-      averages: the condition of speech.
-      unfinished: where to keep the figures of finished sentences.
-      reference_blocks: separate in blocks side by side, as published.
+      model: the separator.
+      folder: folder of the data set.
+      averages: averaged condition of speech.
+      unfinished: file that stores the metrics of finished sentences, to resume an interrupted run.
+      reference_blocks: separate in blocks without overlap, as published.
     """
     require_package("pesq", _NAME)
     test = sentences(folder)
@@ -95,7 +99,7 @@ def _score_sentence(
     averages: Averages,
     reference_blocks: bool,
 ) -> dict[str, Values]:
-    """Row -> figures."""
+    """Returns row -> metrics."""
     rate = model.sample_rate
     source, mixture = read_mono(clean, rate), read_mono(noisy, rate)
     if abs(len(source) - len(mixture)) > rate // 100:
@@ -134,6 +138,6 @@ def _summary(per_sentence: Sequence[dict[str, Values]]) -> list[dict[str, object
 
 
 def _middle(values: Float[np.ndarray, " n"]) -> tuple[float | None, float | None]:
-    """Median and mean of the values that are not NaN; None without any."""
+    """Returns median and mean of the values that are not NaN; None if there are none."""
     numbers = values[~np.isnan(values)]
     return (float(np.median(numbers)), float(np.mean(numbers))) if numbers.size else (None, None)

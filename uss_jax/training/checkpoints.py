@@ -37,8 +37,8 @@ from uss_jax.training.state import TrainState
 _ITEMS = ("params", "batch_stats", "opt_state", "ema", "skipped", "norms")
 _FINGERPRINTS = mapping_of(text())
 _METRICS = "metrics/metrics"
-# Files that orbax reads from every checkpoint when it opens their folder. One that is malformed
-# makes it fail for all, while a checkpoint without them is usable.
+# Files that orbax reads from every checkpoint when it opens their folder. A malformed one makes
+# opening fail for all checkpoints; a checkpoint without these files is usable.
 _READ_AT_ONCE = {
     "_CHECKPOINT_METADATA": mapping_of(
         either(nothing(), text(), whole(0, 2**63), mapping_of(anything()))

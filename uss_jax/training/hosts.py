@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from uss_jax.errors import UserError
 from uss_jax.training.watch import LOST_SECONDS, Relay, Watch, end_process
 
-# Variables that identify a process without a TPU pod or SLURM, set by a JobSet's manifest for one.
+# Variables that identify a process outside TPU pods and SLURM, for example in a JobSet's manifest.
 ENVIRONMENT = {
     "coordinator": "JAX_COORDINATOR_ADDRESS",
     "processes": "JAX_NUM_PROCESSES",
@@ -95,7 +95,7 @@ def _joined(
             cluster_detection_method="deactivate",
             initialization_timeout=round(2 * _JOIN_SECONDS),
             heartbeat_timeout_seconds=round(10 * LOST_SECONDS),  # Watch has its own heartbeat
-            shutdown_timeout_seconds=round(LOST_SECONDS),  # all arrive together, thanks to Watch
+            shutdown_timeout_seconds=round(LOST_SECONDS),  # Watch lets all shut down together
         )
     finally:
         late.cancel()
@@ -143,7 +143,7 @@ def _of_slurm(environment: Mapping[str, str]) -> dict[str, Any]:
     """
     first = re.match(r"(?:\[[^]]*\]|[^,\[])*", environment["SLURM_STEP_NODELIST"])[0]
     host = re.sub(r"\[(\d+)[^]]*\]", r"\1", first)
-    # As in JAX: above 61440, the same on all nodes; differs between jobs, which may share a node.
+    # As in JAX: from 61440 up, the same on all nodes; differs between jobs, which may share a node.
     port = (
         environment.get("JAX_COORDINATOR_PORT") or 61440 + int(environment["SLURM_JOB_ID"]) % 4096
     )

@@ -76,7 +76,7 @@ def _decibel(ratio: Float[Array, "b"]) -> Float[Array, "b"]:
 def binary_cross_entropy(
     probability: Float[Array, "b k"], target: Float[Array, "b k"]
 ) -> Float[Array, "b"]:
-    """Returns the mean over classes, for targets in [0, 1] (PANNs' tagging loss).
+    """Returns the mean cross-entropy over classes, targets in [0, 1] (PANNs' tagging loss).
 
     Probabilities are clipped to 1e-7 from 0 and 1, where float32 would give infinity.
     """

@@ -186,7 +186,7 @@ def _metrics(
 def _sdr_improvement(
     estimate: Float[Array, "b t"], target: Float[Array, "b t"], mixture: Float[Array, "b t"]
 ) -> Float[Array, "b"]:
-    """Returns the SDRi in dB: error of the mixture over error of the estimate."""
+    """Returns the SDRi in dB: error of the mixture over that of the estimate (target cancels)."""
     before, now = (jnp.mean(jnp.square(x - target), axis=1) for x in (mixture, estimate))
     return 10 * jnp.log10(jnp.maximum(before, 1e-10) / jnp.maximum(now, 1e-10))
 

@@ -1,4 +1,4 @@
-"""Augmentation: change of speed, noise, SpecAugment and mixup.
+"""Augmentation: speed perturbation, noise, SpecAugment and mixup.
 
 Letters: `b` batch, `t` samples, `n` frames, `m` mel bands.
 """
@@ -15,19 +15,19 @@ _OCTAVES = 8
 def change_speed(
     key: Array, audio: Float[Array, "b t"], samples: Int[Array, "b"], *, least: float, most: float
 ) -> tuple[Float[Array, "b t"], Int[Array, "b"]]:
-    """Plays each item faster or slower, its pitch too (speed perturbation, Ko et al. 2015).
+    """Plays each item faster or slower, changing its pitch too (Ko et al. 2015).
 
     For small collections: one recording of a dog becomes many dogs. Samples are interpolated
-    linearly; a slowed clip is cut to its beginning.
+    linearly; the end of a slowed clip is cut off.
 
     Args:
       key: random key.
-      audio: samples.
-      samples: true samples of each item, the rest being zeros.
-      least, most: the speed is between them, its logarithm uniform.
+      audio: waveforms.
+      samples: number of true samples of each item; the rest are zeros.
+      least, most: range of the log-uniform speed factor.
 
     Returns:
-      audio and true samples.
+      Waveforms and their numbers of true samples.
     """
     shape, length = samples.shape, audio.shape[1]
     speed = jnp.exp(jax.random.uniform(key, shape, minval=jnp.log(least), maxval=jnp.log(most)))
@@ -46,12 +46,12 @@ def change_speed(
 def at_other_speed(
     batch: dict[str, Array], key: Array, speed: dict[str, float] | None
 ) -> dict[str, Array]:
-    """Returns a batch with float `audio`, each clip faster or slower.
+    """Returns a batch with float `audio`, the speed of each clip changed.
 
     Args:
-      batch: `audio` [b, t] and, with `speed`, `samples` [b].
+      batch: batch with `audio` [b, t] and, if `speed` is given, `samples` [b].
       key: random key.
-      speed: the other arguments of `change_speed`; None leaves the speed.
+      speed: keyword arguments of `change_speed`; None for no change.
     """
     audio = to_float(batch["audio"])
     if speed is None:
@@ -63,20 +63,20 @@ def at_other_speed(
 def add_noise(
     key: Array, audio: Float[Array, "b t"], *, least_snr_db: float, most_snr_db: float
 ) -> Float[Array, "b t"]:
-    """Adds noise between white and pink to each item, as far below its mean square as is drawn.
+    """Adds noise between white and pink to each item, at a random SNR.
 
-    For recordings that are cleaner than the world: what pads short ones is digital silence, and a
-    net may learn to listen to what lies 60 dB below the sound.
+    For recordings cleaner than real ones: short clips are padded with digital silence, and a net
+    may learn to use cues 60 dB below the sound.
 
     Args:
       key: random key.
-      audio: samples.
-      least_snr_db, most_snr_db: the level below the item's mean square is uniform between them.
+      audio: waveforms.
+      least_snr_db, most_snr_db: range of the uniform SNR in dB, relative to the item's mean square.
     """
     keys = jax.random.split(key, _OCTAVES + 3)
     batch, samples = audio.shape
     noise = jax.random.normal(keys[0], audio.shape)
-    # Pink as a sum of steps, each octave half as fast as the one above.
+    # Pink noise as a sum of step functions, each octave changing half as often as the one above.
     pink = jnp.zeros_like(noise)
     for octave in range(1, _OCTAVES + 1):
         length = 2**octave
@@ -97,15 +97,15 @@ def spec_augment(
     mel_width: int,
     mel_stripes: int,
 ) -> Float[Array, "b n m"]:
-    """Zeroes random stripes of time and of frequency (arXiv:1904.08779), for each item apart.
+    """Zeroes random time and frequency stripes of each item independently (arXiv:1904.08779).
 
     Args:
       key: random key.
       mel: normalised log-mel, so that zero is the mean.
-      time_width: stripes of time are narrower than this, in frames, their width uniform.
-      time_stripes: number of them.
-      mel_width: stripes of frequency are narrower than this, in bands.
-      mel_stripes: number of them.
+      time_width: exclusive upper bound of the uniform width of a time stripe, in frames.
+      time_stripes: number of time stripes.
+      mel_width: exclusive upper bound of the uniform width of a frequency stripe, in bands.
+      mel_stripes: number of frequency stripes.
     """
 
     def keep(key: Array, length: int, width: int, stripes: int) -> Array:
@@ -123,14 +123,14 @@ def spec_augment(
 
 
 def mixup_weights(key: Array, pairs: int, alpha: float) -> Float[Array, "b"]:
-    """Share of the first of each pair, Beta(alpha, alpha); [pairs]."""
+    """Draws the weight of the first item of each pair from Beta(alpha, alpha); [pairs]."""
     return jax.random.beta(key, alpha, alpha, (pairs,))
 
 
 def mixup(x: Float[Array, "b *rest"], weight: Float[Array, "_"]) -> Array:
-    """Items 2i and 2i + 1 blended into one (arXiv:1710.09412), for inputs and targets alike.
+    """Blends items 2i and 2i + 1 into one (arXiv:1710.09412); for inputs and targets alike.
 
-    As in PANNs a batch of b items gives b / 2 blends, so the loader reads twice the batch.
+    As in PANNs, b items give b / 2 blends, so the loader reads twice the batch.
     """
     weight = weight.reshape(-1, *([1] * (x.ndim - 1)))
     return x[0::2] * weight + x[1::2] * (1 - weight)

@@ -1,9 +1,9 @@
-"""Bundles: a model on disk, with all that its use needs. A workdir can be used as one.
+"""Bundles: a model on disk with everything needed to use it. A workdir can be used as one.
 
 A bundle is a folder with `config.json` and a folder for each part: `separator`, `query` (the
-tagging net behind the condition), `adaptor` (if the query has one), `sed`. In a workdir the frozen
-parts are under `frozen/` and the trained ones in the newest checkpoint, the moving average of their
-parameters where there is one; a tagger's run has one trained net, which is both `query` and `sed`.
+tagging net that computes conditions), `adaptor` (if the query has one), `sed`. In a workdir the
+frozen parts are under `frozen/`, and the trained ones in the newest checkpoint, as a moving average
+if there is one. A tagger's run has one trained net, used as both `query` and `sed`.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ from uss_jax.training.checkpoints import (
 
 FORMAT_VERSION = 1
 _TRAINED_AS = {"query": "tagger", "sed": "tagger"}  # names of these parts in a checkpoint
-# What config.json may hold; more keys are passed over.
+# Schema of config.json; unknown keys are ignored.
 _MODEL = record({}, {**nets.FIELD_RULES, "net": text()}, others=True)
 _QUERY = record({}, {**nets.FIELD_RULES, "model": either(nothing(), _MODEL)}, others=True)
 _CONFIG = record(
@@ -73,14 +73,14 @@ Variables = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """A bundle or workdir that has been opened; parts are read when asked for.
+    """An open bundle or workdir; parts are read on demand.
 
     Attributes:
-      path: its folder.
+      path: folder of the bundle.
       config: `kind` (separator or tagger), `sample_rate` in Hz, `segment_seconds`, and a section
-        for each part with the fields of its net and its name under `net`; those of a tagging net
+        for each part with the fields of its net, and the net's name under `net`; a tagging net's
         are under `model`.
-      averaged: whether a run's parameters are their moving average, where there is one.
+      averaged: whether to read the moving average of a run's parameters if there is one.
     """
 
     path: pathlib.Path
@@ -89,11 +89,11 @@ class Bundle:
 
     @property
     def is_run(self) -> bool:
-        """Whether it is the workdir of a run."""
+        """Whether this is the workdir of a run."""
         return (self.path / "checkpoints").is_dir()
 
     def separator(self) -> tuple[SeparatorNet, Variables]:
-        """The separator and its variables."""
+        """Returns the separator and its variables."""
         separator, variables = self._built(
             "separator", nets.build_separator, self._section("separator")
         )
@@ -107,15 +107,15 @@ class Bundle:
         return separator, variables
 
     def sed(self) -> tuple[TaggingNet, Variables]:
-        """The sound event detector and its variables."""
+        """Returns the sound event detector and its variables."""
         sed, variables = self._built("sed", nets.build_sed, self._section("sed")["model"])
         self._require_audioset(sed, "sed")
         return sed, variables
 
     def query(self) -> tuple[QueryNet, Variables]:
-        """The query net and its variables, those of an adaptor included.
+        """Returns the query net and its variables, including those of an adaptor.
 
-        A tagger's own has the kind `soft`.
+        The query net of a tagger has the kind `soft`.
         """
         query = self._query_net()
         nets.require_classes(query, f"{self.path}: query")
@@ -129,15 +129,14 @@ class Bundle:
         return query, variables
 
     def variables(self, part: str, verify: bool = True) -> Variables:
-        """`params` and `batch_stats` of a part, as host arrays.
+        """Reads `params` and `batch_stats` of a part as host arrays.
 
         Args:
-          part: its name.
-          verify: whether they must be those that the bundle was written with.
+          part: name of the part.
+          verify: whether to check the variables against the hash in the bundle's config.
 
         Raises:
-          UserError: there are none, they cannot be read, or they are not those that the bundle was
-            written with.
+          UserError: there are no variables, they cannot be read, or they do not match the hash.
         """
         for place in (self.path / part, self.path / "frozen" / part):
             if place.is_dir():
@@ -149,7 +148,7 @@ class Bundle:
                         "made of; copy the bundle again, or remove that hash if the change is meant"
                     )
                 return variables
-        # The nets of a run are in its newest checkpoint, those of a query below `query`.
+        # A run's nets are in its newest checkpoint, those of the query under `query`.
         step = latest_step(self.path / "checkpoints")
         if step is not None:
             name = _TRAINED_AS.get(part, part)
@@ -157,7 +156,7 @@ class Bundle:
                 items = checkpoints.items(step)
                 params = "ema" if self.averaged and "ema" in items else "params"
                 params = checkpoints.read(step, params)
-                # A separator without batch norms has none.
+                # A separator without batch norm has no statistics.
                 stats = checkpoints.read(step, "batch_stats") if "batch_stats" in items else {}
             params, stats = ({**tree, **tree.get("query", {})} for tree in (params, stats))
             if name in params:
@@ -172,7 +171,7 @@ class Bundle:
         return nets.build_query(section, section.get("model"))
 
     def _require_audioset(self, net: TaggingNet, part: str) -> None:
-        """A tagging net tells AudioSet's classes, of sound at the bundle's rate."""
+        """Checks a tagging net for AudioSet's classes and the bundle's sampling rate."""
         nets.require_classes(net, f"{self.path}: {part}.model")
         if net.sample_rate != self.config["sample_rate"]:
             raise UserError(
@@ -195,7 +194,7 @@ def read_bundle(path: str | os.PathLike, averaged: bool = True) -> Bundle:
     """Opens a bundle or a workdir; `averaged` as in `Bundle`.
 
     Raises:
-      UserError: there is none, or one of another format version.
+      UserError: the config is missing, invalid, or of another format version or kind.
     """
     path = pathlib.Path(path)
     config_path = path / "config.json"
@@ -226,10 +225,10 @@ def write_bundle(
     parts: Mapping[str, Variables],
     foreign: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Writes a bundle, whole or not at all; hashes of the parts are added to its config.
+    """Writes a bundle atomically, with hashes of its parts added to the config.
 
     Args:
-      path: a folder that does not exist yet.
+      path: folder to create; must not exist yet.
       config: as in `Bundle`.
       parts: variables of each part.
       foreign: tensors of a foreign checkpoint without a counterpart here, kept verbatim.
@@ -249,7 +248,7 @@ def write_bundle(
 
 
 def net_hash(variables: Variables) -> str:
-    """sha256 over names, shapes and values of a net's variables."""
+    """Returns the SHA-256 of the names, shapes, dtypes and values of a net's variables."""
     digest = hashlib.sha256()
     leaves = jax.tree_util.tree_leaves_with_path(variables)
     for key, leaf in sorted((jax.tree_util.keystr(key), leaf) for key, leaf in leaves):
@@ -263,7 +262,7 @@ def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     """Reads a safetensors file.
 
     Raises:
-      UserError: it is damaged; the library holds all sizes to the file's.
+      UserError: the file is damaged; the library checks all sizes against that of the file.
     """
     try:
         return load_file(path)
@@ -274,7 +273,7 @@ def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes a safetensors file that others may read as they may other files."""
+    """Writes a safetensors file with the permissions of any other new file."""
     path.touch()
     mode = path.stat().st_mode
     save_file({name: np.asarray(array, order="C") for name, array in tensors.items()}, path)

@@ -1,4 +1,4 @@
-"""Trees of arrays on disk: checkpoints and the parts of bundles. The only importer of orbax."""
+"""Trees of arrays on disk: checkpoints and parts of bundles. Only this module imports orbax."""
 
 import asyncio
 import contextlib
@@ -37,26 +37,26 @@ from uss_jax.training.state import TrainState
 _ITEMS = ("params", "batch_stats", "opt_state", "ema", "skipped", "norms")
 _FINGERPRINTS = mapping_of(text())
 _METRICS = "metrics/metrics"
-# What orbax reads of every checkpoint as soon as it opens their folder, and fails on as a whole
-# where one of them is wrong. Without either a checkpoint can be used as well.
+# Files that orbax reads from every checkpoint when it opens their folder. A malformed one makes
+# opening fail for all checkpoints; a checkpoint without these files is usable.
 _READ_AT_ONCE = {
     "_CHECKPOINT_METADATA": mapping_of(
         either(nothing(), text(), whole(0, 2**63), mapping_of(anything()))
     ),
     _METRICS: mapping_of(anything()),
 }
-# What orbax raises where files are missing, cut short or full of something else.
+# Exceptions that orbax raises for missing, truncated or overwritten files.
 _DAMAGE = (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError)
-# Bytes of a checkpoint besides those of its arrays, at most so many.
+# Upper bound on the bytes of a checkpoint besides its arrays.
 _ROOM_FOR_NOTES = 2_000_000
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint that cannot be read, or holds other numbers than were saved.
+    """A checkpoint that cannot be read, or whose arrays differ from those saved.
 
     Attributes:
-      where: its folder.
-      why: what is wrong with it.
+      where: folder of the checkpoint.
+      why: description of the damage.
     """
 
     def __init__(self, where: pathlib.Path, why: str):
@@ -67,11 +67,11 @@ class DamagedCheckpoint(UserError):
 
 
 class _FlushedThenNamed(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """A folder that gets its name once all below it is on the disk: a power cut leaves no husk."""
+    """Flushes a checkpoint before renaming it, so that a power cut leaves no incomplete one."""
 
     async def finalize(self) -> None:
         await asyncio.to_thread(flush_below, self.get())
-        await super().finalize()  # writes the time of the rename, without which it can be read too
+        await super().finalize()  # also writes the commit time, which reading does not need
         await asyncio.to_thread(flush, self.get_final().parent)
 
 
@@ -81,7 +81,7 @@ def _sdri(figures: Mapping[str, float] | None) -> float:
 
 @dataclasses.dataclass
 class _NewestAndBest:
-    """Which checkpoints stay: orbax asks it after each save."""
+    """Policy that orbax applies after each save: keep the newest and the best checkpoints."""
 
     newest: int | None
     best: int
@@ -97,33 +97,33 @@ class _NewestAndBest:
 
 
 class Checkpoints:
-    """The checkpoints of a run, written in the background, whole or not at all.
+    """Checkpoints of a run, written in the background and atomically.
 
-    Each holds the state's parts; `position`, a dict that says which data comes next: a pure
-    function of it and the records, never an iterator's state; and `fingerprints`, one for each
-    part, to which what is read is held. Those of older versions have none and are believed.
+    Each holds the parts of the state; `position`, a dict that together with the records determines
+    the data to come, without any iterator state; and `fingerprints`, one per part, which are
+    verified on reading. Checkpoints of older versions have no fingerprints and are not verified.
     """
 
     def __init__(self, directory: str | os.PathLike, keep: int | None, keep_best: int = 0):
-        """Opens the folder; to write, makes it if needed and clears what a kill left half done.
+        """Opens the folder; for writing, creates it if needed and removes unfinished checkpoints.
 
         Args:
-          directory: the checkpoints' folder.
-          keep: how many of the newest to keep; None to read only.
-          keep_best: how many of the highest SDRi to keep besides.
+          directory: folder of the checkpoints.
+          keep: number of newest checkpoints to keep; None to open read-only.
+          keep_best: number of checkpoints with the highest SDRi to keep as well.
         """
         self._directory = pathlib.Path(directory).absolute()
         writing = keep is not None
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_NewestAndBest(keep, keep_best),
-            # Without it no figures are written, and none read.
+            # Without best_fn, orbax neither writes nor reads metrics.
             best_fn=_sdri if writing else None,
             create=writing,
             cleanup_tmp_directories=writing,
             temporary_path_class=_FlushedThenNamed,
         )
         self._leave_out_wrong_notes(writing)
-        # Without handlers a manager that has not yet written knows no shapes.
+        # Without handlers, a manager cannot tell the shapes of arrays before its first save.
         handlers = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
         handlers |= {name: ocp.JsonCheckpointHandler() for name in ("position", "fingerprints")}
         self._manager = ocp.CheckpointManager(
@@ -144,7 +144,7 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
-        """Step of the newest checkpoint, None when there is none."""
+        """Step of the newest checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def save(
@@ -154,13 +154,13 @@ class Checkpoints:
         position: dict[str, Any],
         figures: Mapping[str, float] | None = None,
     ) -> None:
-        """Copies the state to the host and returns; files are written meanwhile.
+        """Copies the state to the host and returns; files are written in the background.
 
         Args:
-          step: steps done.
-          state: of the run.
-          position: of the data.
-          figures: of an evaluation, if there was one; `sdri` decides which checkpoints are best.
+          step: number of steps done.
+          state: state of the run.
+          position: data position.
+          figures: metrics of an evaluation, if any; the best checkpoints have the highest `sdri`.
         """
         parts = _parts(state)
         items = {name: ocp.args.StandardSave(tree) for name, tree in parts.items()}
@@ -170,12 +170,12 @@ class Checkpoints:
         }
         items |= {name: ocp.args.JsonSave(content) for name, content in about.items()}
         with _room_for(self._directory):
-            self._manager.wait_until_finished()  # the one before
+            self._manager.wait_until_finished()  # the previous save
             _require_room(self._directory, parts)
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=dict(figures or {}))
 
     def figures(self, step: int) -> dict[str, float]:
-        """Those of the evaluation at a step; empty where there was none."""
+        """Returns the metrics of the evaluation at a step; empty if none can be read."""
         path = self._directory / str(step) / _METRICS
         try:
             return parse_json(path.read_bytes(), _READ_AT_ONCE[_METRICS])
@@ -183,27 +183,27 @@ class Checkpoints:
             return {}
 
     def position(self, step: int, rule: Rule | None = None) -> dict[str, Any]:
-        """The data position saved at a step.
+        """Reads the data position saved at a step.
 
         Args:
-          step: of the checkpoint.
-          rule: what it must hold; None: anything.
+          step: step of the checkpoint.
+          rule: schema to check the position against; None accepts any dict.
 
         Raises:
-          DamagedCheckpoint: it cannot be read, or is not as the rule says.
+          DamagedCheckpoint: the position cannot be read or violates the schema.
         """
         return self._json(step, "position", rule or mapping_of(anything()))
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state saved at a step, laid out over devices as `like` is.
+        """Restores the state saved at a step, with the shardings of `like`.
 
         Raises:
           UserError: the checkpoint is of another model; names the first differing entry.
-          DamagedCheckpoint: it cannot be read, or its arrays are not those that were saved.
+          DamagedCheckpoint: it cannot be read, or its arrays differ from those saved.
         """
         saved = self.items(step)
-        # A moving average that begins now begins at the parameters. Runs of older versions have no
-        # record of norms: theirs begins now.
+        # A moving average missing from the checkpoint starts at the parameters, and a record of
+        # norms, which older versions did not save, starts empty.
         source = {"ema": "params"} if "ema" not in saved else {}
         begun = {} if "norms" in saved or not like.norms else {"norms": no_norms()}
         behind = "opt_state" in saved and _stands_behind(
@@ -233,17 +233,17 @@ class Checkpoints:
         return like.replace(step=count, **{name: restored[name] for name in _parts(like)})
 
     def read(self, step: int, item: str, like: Any = None) -> Any:
-        """One item of a step, such as `params`, without the others.
+        """Reads one item of a step, such as `params`, without the others.
 
         Args:
-          step: of the checkpoint.
-          item: its name.
-          like: arrays or `jax.ShapeDtypeStruct`s that say how to lay it out over devices, and in
-            which dtypes; without, it comes as host arrays, whatever its structure.
+          step: step of the checkpoint.
+          item: name of the item.
+          like: arrays or `jax.ShapeDtypeStruct`s that give the expected layout, shardings and
+            dtypes; None returns host arrays with whatever layout was saved.
 
         Raises:
           UserError: the item is of another model than `like`; names the first differing entry.
-          DamagedCheckpoint: it cannot be read, or its arrays are not those that were saved.
+          DamagedCheckpoint: it cannot be read, or its arrays differ from those saved.
         """
         found = self._tree(step, item)
         if like is None:
@@ -266,18 +266,18 @@ class Checkpoints:
         return jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), tree, like)
 
     def items(self, step: int) -> set[str]:
-        """Names of what a step holds, of the parts of a state: `ema` for one."""
+        """Returns the names of the state's parts that a step holds, such as `ema`."""
         return {name for name in _ITEMS if (self._directory / str(step) / name).is_dir()}
 
     def _tree(self, step: int, item: str) -> Any:
-        """Shapes of an item."""
+        """Returns the shapes and dtypes of an item."""
         with _readable(self._damaged(step, f"{item} cannot be read")):
             return self._manager.item_metadata(step)[item].tree
 
     def _restore(self, step: int, **items: Any) -> Any:
         folder = self._directory / str(step)
         with _readable(self._damaged(step, f"{' or '.join(items)} cannot be read")):
-            # Orbax finds this out amid the arrays, and leaves the reads of the others running.
+            # Check first: orbax would fail amid the arrays and leave its other reads running.
             for path in [x for name in items for x in folder.glob(f"{name}/array_metadatas/*")]:
                 parse_json(path.read_bytes(), mapping_of(anything()))
             return self._manager.restore(step, args=ocp.args.Composite(**items))
@@ -291,7 +291,7 @@ class Checkpoints:
         return content
 
     def _verify(self, step: int, trees: Mapping[str, Any]) -> None:
-        """Holds arrays, as they were read, to the fingerprints of those that were saved."""
+        """Checks arrays against the fingerprints in the checkpoint."""
         if not (self._directory / str(step) / "fingerprints").exists():
             return
         saved = self._json(step, "fingerprints", _FINGERPRINTS)
@@ -303,7 +303,7 @@ class Checkpoints:
         return DamagedCheckpoint(self._directory / str(step), why)
 
     def set_aside(self, step: int) -> pathlib.Path:
-        """Moves a checkpoint out of the way, on all hosts together; returns where it is now."""
+        """Moves a checkpoint to `<folder>-damaged`; returns its new path. Call on all hosts."""
         aside = self._directory.with_name(f"{self._directory.name}-damaged")
         number = 0
         while (place := aside / (f"{step}-{number}" if number else str(step))).exists():
@@ -317,12 +317,12 @@ class Checkpoints:
         return place
 
     def wait(self) -> None:
-        """Until what is being written is whole."""
+        """Waits until the save in progress is complete."""
         with _room_for(self._directory):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Waits for the save in progress and closes the manager."""
         with _room_for(self._directory):
             self._manager.close()
 
@@ -334,18 +334,18 @@ class Checkpoints:
 
 
 def latest_step(directory: str | os.PathLike) -> int | None:
-    """Step of a folder's newest checkpoint, None when there is none."""
+    """Returns the step of the newest checkpoint in a folder; None if there is none."""
     return max(saved_steps(directory), default=None)
 
 
 def saved_steps(directory: str | os.PathLike) -> list[int]:
-    """Returns the steps of a folder's whole checkpoints; asks no other host, as opening it does."""
+    """Returns the steps of complete checkpoints; unlike opening them, contacts no other host."""
     directory = pathlib.Path(directory)
     return ocp.utils.checkpoint_steps(directory) if directory.is_dir() else []
 
 
 def save_tree(path: str | os.PathLike, tree: Any) -> None:
-    """Writes a tree of arrays as one orbax checkpoint, in place of one that is there."""
+    """Writes a tree of arrays as one orbax checkpoint, replacing any existing one."""
     path = pathlib.Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     _require_room(path.parent, tree)
@@ -357,7 +357,7 @@ def load_tree(path: str | os.PathLike) -> Any:
     """Reads a tree of arrays as host arrays.
 
     Raises:
-      UserError: nothing readable is there.
+      UserError: there is no readable tree.
     """
     path = pathlib.Path(path).absolute()
     with (
@@ -369,7 +369,7 @@ def load_tree(path: str | os.PathLike) -> Any:
 
 
 def _require_room(folder: pathlib.Path, tree: Any) -> None:
-    """Raises a UserError where a tree does not fit: orbax would fail in many threads at once."""
+    """Raises a UserError if a tree does not fit on the disk; orbax would fail in many threads."""
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + _ROOM_FOR_NOTES
     free = shutil.disk_usage(folder).free
     if free < size:
@@ -381,7 +381,7 @@ def _require_room(folder: pathlib.Path, tree: Any) -> None:
 
 @contextlib.contextmanager
 def _room_for(path: str | os.PathLike) -> Iterator[None]:
-    """Raises a UserError where orbax says, in whichever of its ways, that the disk is full."""
+    """Converts any exception of orbax about a full disk to a UserError."""
     try:
         yield
     except Exception as error:
@@ -392,18 +392,18 @@ def _room_for(path: str | os.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _readable(or_else: UserError) -> Iterator[None]:
-    """Raises an error in place of what orbax raises where files are missing or damaged."""
+    """Raises `or_else` in place of the exceptions of orbax about missing or damaged files."""
     failed = False
     try:
         yield
     except Exception as error:
-        # Of arrays that cannot be decoded it raises an Exception, of no class of its own.
+        # For arrays that it cannot decode, orbax raises a bare Exception.
         if type(error) is not Exception and not isinstance(error, _DAMAGE):
             raise
         failed = True
     if failed:
-        # It leaves other reads behind that failed and were not waited for; Python would print
-        # their tracebacks when it finds them.
+        # Orbax abandons its other failed reads. Collect them now, with the hook that would print
+        # their tracebacks disabled.
         hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
         try:
             gc.collect()
@@ -413,7 +413,7 @@ def _readable(or_else: UserError) -> Iterator[None]:
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
-    """The parts of a state that have arrays, by name, besides the step."""
+    """Returns the non-empty parts of a state by name, without the step."""
     trees = {name: getattr(state, name) for name in _ITEMS}
     return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
 
@@ -431,10 +431,10 @@ def require_same_layout(expected: Any, found: Any, what: str, where: str) -> Non
     """Raises a UserError naming the first entry that differs in presence or shape.
 
     Args:
-      expected: tree of arrays or shapes, as the configured model has it.
-      found: tree of arrays or shapes, as read.
+      expected: arrays or shapes of the configured model.
+      found: arrays or shapes that were read.
       what: name of the tree, for the message.
-      where: what was read, for the message.
+      where: source of `found`, for the message.
     """
     wanted, present = _shapes(expected), _shapes(found)
     for key in sorted(wanted.keys() | present.keys()):
@@ -447,10 +447,10 @@ def require_same_layout(expected: Any, found: Any, what: str, where: str) -> Non
 
 
 def _stands_behind(state: Any, found: Any) -> bool:
-    """Whether an optimiser's state was saved behind the empty one of clipping, as it once was."""
+    """Detects the layout of older versions: gradient clipping's empty state before this one."""
     return {f"1/{key}" for key in _shapes(state)} == _shapes(found).keys()
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of each array."""
+    """Maps the path of each array to its shape."""
     return {path: tuple(leaf.shape) for path, leaf in by_path(tree).items()}

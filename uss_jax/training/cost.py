@@ -1,4 +1,4 @@
-"""What a step costs: operations of the model, bytes on a device, and what devices can do."""
+"""Cost of a step: FLOPs of the model, bytes on a device, and peak FLOP/s of devices."""
 
 import collections
 import math
@@ -10,7 +10,7 @@ import jax
 import jax.extend
 import numpy as np
 
-# How products are done: on bfloat16 arrays, or on float32 ones at a precision.
+# Ways to compute products: on bfloat16 arrays, or on float32 arrays at a precision.
 BFLOAT16 = "bfloat16"
 
 
@@ -19,13 +19,13 @@ def _nvidia(bfloat16: float, tf32: float, float32: float) -> dict[str, float]:
 
 
 def _tpu(bfloat16: float) -> dict[str, float]:
-    """Float32 is made of one, three or six passes in bfloat16."""
+    """Float32 products take one, three or six bfloat16 passes, by precision."""
     passes = {BFLOAT16: 1, "default": 1, "high": 3, "highest": 6}
     return {way: bfloat16 / times for way, times in passes.items()}
 
 
-# Dense peaks in FLOP/s, as makers publish them, of what jax counts as one device. The first pattern
-# found in `device_kind` counts.
+# Published dense peaks in FLOP/s of one JAX device. The first pattern that matches `device_kind`
+# counts.
 PEAKS = (
     (r"B200", _nvidia(2250e12, 1125e12, 75e12)),
     (r"H200|H100 80GB HBM3|GH200", _nvidia(989e12, 495e12, 67e12)),
@@ -45,10 +45,10 @@ PEAKS = (
 
 
 def peak_flops(device_kind: str, way: str) -> float | None:
-    """Peak of a device in FLOP/s; None if not known.
+    """Returns the peak of a device in FLOP/s; None if unknown.
 
     Args:
-      device_kind: as jax names it.
+      device_kind: JAX's name of the device.
       way: "bfloat16", or the precision of float32 products.
     """
     for pattern, peaks in PEAKS:
@@ -58,9 +58,9 @@ def peak_flops(device_kind: str, way: str) -> float | None:
 
 
 def least_seconds(flops: Mapping[str, float], device_kind: str) -> float | None:
-    """Time that a device needs at its peaks for the operations of `flops_by_way`.
+    """Returns the seconds that one device at its peaks needs for the FLOPs of `flops_by_way`.
 
-    None where its peaks are not known.
+    None if its peaks are unknown.
     """
     seconds = 0.0
     for way, count in flops.items():
@@ -72,23 +72,23 @@ def least_seconds(flops: Mapping[str, float], device_kind: str) -> float | None:
 
 
 def model_flops(function: Callable, *arguments: Any) -> float:
-    """Floating-point operations of the matrix products and convolutions of a function.
+    """Counts the FLOPs of the matrix products and convolutions of a function.
 
-    Those of the whole batch, whatever the devices and their compiler make of it, with two for a
-    multiplication and addition. Only these count in a model's FLOP utilisation; blocks computed
-    again to save memory should not, so count a step without `remat`.
+    Counted in the traced program, so over all devices and before compilation; a multiply-add is
+    two. Model FLOP utilisation counts only these, without recomputation to save memory, so pass a
+    step without `remat`.
 
     Args:
-      function: traced, not run.
+      function: function to trace; it is not run.
       arguments: arrays or their shapes (`jax.ShapeDtypeStruct`).
     """
     return sum(flops_by_way(function, *arguments).values())
 
 
 def flops_by_way(function: Callable, *arguments: Any) -> dict[str, float]:
-    """The operations of `model_flops` by how they are done: "bfloat16", or float32 at a precision.
+    """Splits the count of `model_flops` by "bfloat16" and the precisions of float32 products.
 
-    A device's peaks in these differ up to fifteen times.
+    The peaks of one device for these differ by up to a factor of 30.
     """
     return dict(_flops(jax.make_jaxpr(function)(*arguments).jaxpr))
 
@@ -112,7 +112,7 @@ def _flops(jaxpr: Any) -> dict[str, float]:
             if name == "shard_map":
                 times = equation.params["mesh"].size
             programs = list(_inner(equation.params))
-            if name == "cond":  # of forms for different platforms, the last is the plain one
+            if name == "cond":  # the last branch of jax.lax.platform_dependent is the default
                 programs = programs[-1:]
             for program in programs:
                 for way, count in _flops(program).items():
@@ -123,12 +123,12 @@ def _flops(jaxpr: Any) -> dict[str, float]:
 def _way(product: Any) -> str:
     if all(operand.aval.dtype == BFLOAT16 for operand in product.invars):
         return BFLOAT16
-    precision = product.params["precision"]  # of both operands; None is JAX's own choice
+    precision = product.params["precision"]  # one per operand; None is JAX's default
     return precision[0].name.lower() if isinstance(precision, tuple) else "default"
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Any]:
-    """The programs that an equation holds."""
+    """Yields the jaxprs in the parameters of an equation."""
     for value in params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
             item = getattr(item, "jaxpr", item)
@@ -137,10 +137,10 @@ def _inner(params: dict[str, Any]) -> Iterator[Any]:
 
 
 def residual_bytes(function: Callable, *arguments: Any) -> int:
-    """Bytes that a differentiated function keeps for its backward pass, besides its arguments.
+    """Returns the bytes that a function keeps for its backward pass, besides its arguments.
 
     Args:
-      function: of which the gradient by all arguments is taken; traced, not run.
+      function: function to differentiate by all arguments; traced, not run.
       arguments: arrays or their shapes.
     """
     kept = lambda *args: jax.tree.leaves(jax.vjp(function, *args)[1])  # noqa: E731
@@ -151,10 +151,10 @@ def residual_bytes(function: Callable, *arguments: Any) -> int:
 
 
 def device_bytes(compiled: jax.stages.Compiled) -> dict[str, int] | None:
-    """Bytes of a compiled step on one device, None where the backend does not tell.
+    """Returns the bytes of a compiled step on one device; None if the backend reports none.
 
-    `arguments` (state, frozen nets and batch), `temporary` (mostly what the forward pass keeps) and
-    `total`, in which a result written over a donated argument counts once.
+    Keys: `arguments` (state, frozen nets, batch), `temporary` (mostly residuals of the forward
+    pass) and `total`, in which results that reuse a donated argument's buffer count once.
     """
     found = compiled.memory_analysis()
     if found is None:

@@ -1,4 +1,4 @@
-"""Training examples of a batch: what the separator hears, must give back, and is asked for.
+"""Training examples of a batch: mixture, target and condition of each item.
 
 Letters: `b` batch, `s` samples of an anchor, `d` width of the condition.
 """
@@ -19,15 +19,15 @@ class Mixing:
     """How anchors become mixtures: the `mixing` section of a config.
 
     Attributes:
-      sources: anchors in a mixture.
-      group_size: items that are mixed with each other, see `mix`.
-      match_energy: scale added sounds to the target's energy, see `mix`.
-      gain_db: after matching, offset the level of an added sound by a random amount within +-this.
-      all_targets: every `sources` items share one mixture, see `mix_sets`.
+      sources: number of anchors per mixture.
+      group_size: number of items that are mixed with each other, see `mix`.
+      match_energy: whether added sounds are scaled to the target's energy, see `mix`.
+      gain_db: maximum random offset, in dB up or down, of an added sound's level after matching.
+      all_targets: whether every `sources` items share one mixture, see `mix_sets`.
       silent_share: probability that an item is queried with a class absent from its mixture; its
-        target is then silence. The condition is that of the item `sources` further in the group,
-        the nearest outside the mixture. Only items are drawn whose `batch["absent"]` says that this
-        class is unrelated to every label of the mixture.
+        target is then silence. The condition is that of the item `sources` places on in the group,
+        the nearest outside the mixture. Only items with `batch["absent"]` set are eligible: those
+        for which that class is unrelated to every label of the mixture.
     """
 
     sources: int
@@ -39,13 +39,13 @@ class Mixing:
 
 
 class Examples(NamedTuple):
-    """What a batch trains on.
+    """Training examples of a batch.
 
     Attributes:
-      anchor: clean sounds, of which conditions are made.
-      mixture: what the separator hears.
-      target: what it must give back; zeros where `silent`.
-      silent: which items are queried with a class absent from the mixture; None where none is.
+      anchor: clean segments, from which conditions are computed.
+      mixture: inputs of the separator.
+      target: its desired outputs; zeros where `silent`.
+      silent: marks items queried with a class absent from the mixture; None if there are none.
     """
 
     anchor: Float[Array, "b s"]
@@ -57,18 +57,18 @@ class Examples(NamedTuple):
 def make_examples(
     anchors: Anchors, batch: dict[str, Array], mixing: Mixing, gain_key: Array, silent_key: Array
 ) -> Examples:
-    """Mixes anchors.
+    """Mixes anchors into training examples.
 
     Args:
-      anchors: of the batch.
-      batch: with `absent` [b] where `mixing.silent_share` is above 0.
-      mixing: how.
-      gain_key, silent_key: draw the level offsets, and the items with a silent target.
+      anchors: anchors of the batch.
+      batch: batch, with `absent` [b] if `mixing.silent_share` is above 0.
+      mixing: mixing options.
+      gain_key, silent_key: random keys of the level offsets and of the silent targets.
     """
     anchor = anchors.segment
     level = energy(anchor, anchors.samples)
     if mixing.gain_db:
-        # The offset between two sounds is that of their levels: half of it for each, in power.
+        # +-gain_db / 2 on each item gives up to +-gain_db between two. `level` is a power.
         offset = jax.random.uniform(gain_key, level.shape) - 0.5
         level = level * 10 ** (mixing.gain_db * offset / 10)
     how = dict(sources=mixing.sources, match_energy=mixing.match_energy)
@@ -90,9 +90,9 @@ def asked_conditions(
     """Replaces the conditions of items with a silent target by those of absent sounds.
 
     Args:
-      conditions: of each item's own anchor.
+      conditions: conditions from the items' own anchors.
       silent: as in `Examples`.
-      mixing: how the anchors were mixed.
+      mixing: options the anchors were mixed with.
     """
     if silent is None:
         return conditions

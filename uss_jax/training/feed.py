@@ -1,4 +1,4 @@
-"""Batches put on the devices ahead of the steps that ask for them."""
+"""Prefetches batches to the devices."""
 
 import collections
 import threading
@@ -10,31 +10,31 @@ from jax.sharding import Mesh
 
 from uss_jax.training.mesh import to_devices
 
-# Batches on the devices, or on their way there, that no step has asked for yet. One would do if all
-# took the same time to read; the second bridges what a slow one loses.
+# Batches on the devices, or being copied, that no step has taken yet. One would do if every batch
+# took equally long to read; the second covers a slow one.
 BATCHES_AHEAD = 2
 
 
 class DeviceFeed:
-    """A thread that fetches a host's batches and copies them to the devices.
+    """A thread that reads this host's batches and copies them to the devices.
 
-    The loop's own thread neither reads nor copies: a batch is handed out once it is on the devices.
-    At most `BATCHES_AHEAD` batches lie there, beside those of the steps dispatched. This host holds
-    its rows of one until they are copied, beside what `batches` itself reads ahead.
+    The training loop's thread neither reads nor copies: it gets batches that are on the devices. At
+    most `BATCHES_AHEAD` of them are there, besides those of dispatched steps. The host holds its
+    rows of one batch until they are copied, besides what `batches` itself reads ahead.
 
-    Used as a context manager; when it is left, the thread has ended and `batches` is closed.
+    A context manager; on exit, the thread has ended and `batches` is closed.
     """
 
     def __init__(self, batches: Iterator[dict[str, np.ndarray]], mesh: Mesh):
-        """
+        """Starts no thread until the context is entered.
+
         Args:
-          batches: this host's rows of the batch of each step, in order; only the feed's thread
-            touches it from now on.
-          mesh: the devices.
+          batches: this host's rows of each step's batch, in order; used only by the feed's thread.
+          mesh: mesh of the devices.
         """
         self._batches, self._mesh = batches, mesh
         self._ready: collections.deque[dict[str, jax.Array]] = collections.deque()
-        self._error: BaseException | None = None  # that ends the batches, after those ready
+        self._error: BaseException | None = None  # raised once the ready batches are taken
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="device-feed", daemon=True)
@@ -51,11 +51,11 @@ class DeviceFeed:
         self._ready.clear()
 
     def get(self, timeout_seconds: float) -> dict[str, jax.Array] | None:
-        """Returns the next batch, or None where it is not on the devices in time.
+        """Returns the next batch, or None if it is not on the devices in time.
 
         Raises:
-          Exception: what `batches` raised in place of this batch.
-          StopIteration: there are no more.
+          Exception: what `batches` raised instead of this batch.
+          StopIteration: there are no more batches.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: self._ready or self._error, timeout_seconds):
@@ -74,7 +74,7 @@ class DeviceFeed:
                     self._ready.append(batch)
                     self._changed.notify_all()
                 del batch  # a step may free it while this thread waits
-        except BaseException as error:  # whatever it is, the loop's thread is to raise it
+        except BaseException as error:  # raised again by `get`, in the loop's thread
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
@@ -84,7 +84,7 @@ class DeviceFeed:
                 close()
 
     def _has_room(self) -> bool:
-        """Waits until another batch is wanted; False once the feed is closed."""
+        """Waits until there is room for another batch; returns False once the feed is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or len(self._ready) < BATCHES_AHEAD)
             return not self._closed

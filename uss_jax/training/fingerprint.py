@@ -1,8 +1,8 @@
-"""Fingerprints of trees of arrays: the same on any devices, in any layout, and on the host.
+"""Fingerprints of trees of arrays, independent of devices and layout.
 
-A checkpoint carries one for each of its parts, taken of the state that is saved, so that a restored
-state can be held to it: whatever went wrong between the two, on disk or by hand, is found. A
-checksum of files would be of one layout of files, and blind to what came before them.
+A checkpoint holds one for each part of the saved state, against which a restored state is checked:
+this finds any change in between, on disk or by hand. Checksums of files would depend on the layout
+of the files, and miss errors made before they were written.
 """
 
 import hashlib
@@ -13,21 +13,20 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import UInt32
 
-_BLOCK = 1 << 16  # elements that are mixed at once; they fit the cache
+_BLOCK = 1 << 16  # elements mixed at once; they fit into the cache
 
 
 def fingerprint(tree: Any) -> str:
-    """Returns a hash over the paths, shapes, dtypes and bits of a tree's arrays.
+    """Returns a hash of the paths, shapes, dtypes and bits of a tree's arrays.
 
-    Each array is summed up by 32 bits: the sum, modulo 2^32, of its elements' bits mixed with their
-    position. As the mixing is a permutation, a change of any one element always shows; other
-    changes go unseen once in 2^32. The sum is of integers, so it does not depend on the order in
-    which parts are added: every host sums up its own, and they add theirs.
+    Each array is reduced to 32 bits: the sum, modulo 2^32, of its elements' bits mixed with their
+    positions. The mixing is a permutation, so a change of any one element is always detected; other
+    changes are missed with probability 2^-32. An integer sum does not depend on the order of its
+    terms, so each host sums its own shards, and the hosts add up their sums.
 
     Args:
-      tree: `jax.Array`s, whatever their layout over devices, on all hosts together where they lie
-        on several; or numpy arrays. Kinds of containers do not count, only the names and numbers
-        that lead to a leaf.
+      tree: numpy arrays, or `jax.Array`s in any layout; if they span several hosts, all hosts must
+        call this function. Container types do not matter, only the keys and indices of each leaf.
     """
     leaves = by_path(tree)
     sums = [_sum_here(leaf) for leaf in leaves.values()]
@@ -44,18 +43,18 @@ def fingerprint(tree: Any) -> str:
 
 
 def by_path(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of a tree by the names and numbers that lead to them, joined by "/"."""
+    """Maps the path of each leaf, its keys and indices joined by "/", to the leaf."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {path_of(key): leaf for key, leaf in leaves}
 
 
 def path_of(key: tuple[Any, ...]) -> str:
-    """Returns the path of a leaf, of the keys that `jax.tree_util` gives of it."""
+    """Returns the path of a leaf from its `jax.tree_util` key path."""
     return jax.tree_util.keystr(key, simple=True, separator="/")
 
 
 def _sum_here(array: Any) -> int:
-    """Sums up an array, or of one on several hosts the parts that no other host sums up."""
+    """Returns the sum of an array, or this host's share of it: one replica of each shard."""
     if not isinstance(array, jax.Array):
         return _sum(np.asarray(array), None)
     total = 0
@@ -68,7 +67,7 @@ def _sum_here(array: Any) -> int:
 
 
 def _positions(shape: tuple[int, ...], index: tuple[slice, ...]) -> UInt32[np.ndarray, " _"]:
-    """The row-major positions, modulo 2^32, in an array of a shape of the elements of a part."""
+    """Returns the row-major positions, modulo 2^32, of a part's elements in the whole array."""
     at = np.zeros(1, np.uint64)
     for size, part in zip(shape, index, strict=True):
         at = (at[:, None] * np.uint64(size) + np.arange(size, dtype=np.uint64)[part]).reshape(-1)
@@ -76,9 +75,9 @@ def _positions(shape: tuple[int, ...], index: tuple[slice, ...]) -> UInt32[np.nd
 
 
 def _sum(array: np.ndarray, positions: UInt32[np.ndarray, " _"] | None) -> int:
-    """Sums up a part; its positions are those of a whole array where none are given."""
+    """Returns the sum of a part at `positions`, or of a whole array if None."""
     flat = np.ascontiguousarray(array).reshape(-1)
-    words = max(flat.dtype.itemsize // 4, 1)  # two of a number of 8 bytes
+    words = max(flat.dtype.itemsize // 4, 1)  # 8-byte elements are two words
     bits = flat.view(f"u{min(flat.dtype.itemsize, 4)}")
     total = 0
     for begin in range(0, len(bits), _BLOCK):
@@ -93,7 +92,7 @@ def _sum(array: np.ndarray, positions: UInt32[np.ndarray, " _"] | None) -> int:
 def _mixed(
     bits: UInt32[np.ndarray, " n"], position: UInt32[np.ndarray, " n"]
 ) -> UInt32[np.ndarray, " n"]:
-    """Mixes elements with their positions; for one position it is a permutation of 32 bits."""
+    """Mixes bits with their positions; a permutation of 32-bit words at any fixed position."""
     x = bits + position * np.uint32(0x9E3779B9)
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)

@@ -1,15 +1,15 @@
-"""The guard against gradients that are finite but absurd.
+"""Guard against gradients that are finite but absurdly large.
 
-amsgrad keeps the maximum of second moments for ever: after one gradient a thousand times too long,
-every later step is a thousand times too short. A gradient is judged by the norms of the updates
-before it.
+AMSGrad keeps the maximum of the second moments forever: one gradient a thousand times too large
+makes every later step a thousand times too small. So each gradient norm is compared with those of
+earlier updates.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-# Norms that the median is taken of, and how many there must be before anything is judged.
+# Number of norms in the running median, and the minimum before any gradient is judged.
 WINDOW, ENOUGH = 128, 8
 
 Norms = dict[str, Array]
@@ -18,14 +18,14 @@ Norms = dict[str, Array]
 def no_norms() -> Norms:
     """Returns the record before the first update.
 
-    `window` [128] float32 holds the norms of the last updates, NaN where there were none, in the
-    order of a ring; `spikes`, int32, counts the updates left out because of their norm.
+    `window` [128] float32 is a ring buffer of the norms of the last updates, NaN where empty;
+    `spikes`, int32, counts the updates skipped because of their norm.
     """
     return {"window": jnp.full(WINDOW, jnp.nan, jnp.float32), "spikes": jnp.zeros((), jnp.int32)}
 
 
 def median_norm(norms: Norms) -> Float[Array, ""]:
-    """Median of the norms recorded; NaN while there are fewer than 8."""
+    """Returns the median of the recorded norms; NaN while there are fewer than 8."""
     window = norms["window"]
     known = jnp.sum(jnp.isfinite(window))
     return jnp.where(known < ENOUGH, jnp.nan, jnp.nanmedian(window))
@@ -34,9 +34,9 @@ def median_norm(norms: Norms) -> Float[Array, ""]:
 def is_spike(
     norm: Float[Array, ""], median: Float[Array, ""], max_norm_ratio: float
 ) -> Bool[Array, ""]:
-    """Tells whether a norm is more than `max_norm_ratio` times the median; 0 for no limit.
+    """Returns whether a norm exceeds `max_norm_ratio` times the median; 0 for no limit.
 
-    Never so of NaN or infinity, which are counted apart, nor while the median is unknown or 0.
+    False for NaN and infinity, which are counted separately, and while the median is NaN or 0.
     """
     if not max_norm_ratio:
         return jnp.zeros((), bool)
@@ -50,14 +50,14 @@ def record(
     good: Bool[Array, ""],
     spike: Bool[Array, ""],
 ) -> Norms:
-    """Adds the norm of a step.
+    """Adds the norm of a step to the record.
 
     Args:
-      norms: the record so far.
-      norm: of the step.
-      updates: number of updates before it, which is its place in the ring.
-      good: whether its update is done; other norms are not recorded.
-      spike: whether its update is left out because of its norm.
+      norms: record so far.
+      norm: gradient norm of the step.
+      updates: number of updates before the step; gives the place in the ring buffer.
+      good: whether the update is applied; otherwise its norm is not recorded.
+      spike: whether the update is skipped because of its norm.
     """
     place = updates % WINDOW
     window = norms["window"]

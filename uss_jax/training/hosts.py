@@ -1,4 +1,4 @@
-"""A run's processes: how they find each other, and how they are asked to stop."""
+"""Processes of a run: connecting them, and detecting requests to stop."""
 
 import contextlib
 import glob
@@ -16,14 +16,14 @@ from jax.experimental import multihost_utils
 from uss_jax.errors import UserError
 from uss_jax.training.watch import LOST_SECONDS, Relay, Watch, end_process
 
-# What says it of a process where neither a TPU pod nor SLURM does, such as a JobSet's manifest.
+# Variables that identify a process outside TPU pods and SLURM, for example in a JobSet's manifest.
 ENVIRONMENT = {
     "coordinator": "JAX_COORDINATOR_ADDRESS",
     "processes": "JAX_NUM_PROCESSES",
     "process": "JAX_PROCESS_ID",
 }
 
-# In which all processes must have started.
+# Time limit for all processes to connect.
 _JOIN_SECONDS = 300.0
 
 
@@ -35,21 +35,21 @@ def join_hosts(
     *,
     workdir: str | os.PathLike | None = None,
 ) -> Iterator[None]:
-    """Connects this process to the others of its run; does nothing where there are no others.
+    """Connects this process to the others of its run; does nothing if there are none.
 
-    They are named by the arguments, by the environment variables JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID, by SLURM's variables of a job step with several tasks, or
-    by a TPU pod. Inside the context, when one process is lost or fails, the others end within 90
-    seconds; see Watch.
+    They are found from the arguments, from the environment variables JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID, from SLURM's variables of a job step with several tasks,
+    or from a TPU pod. Inside the context, if one process is lost or fails, the others end within
+    90 seconds; see Watch.
 
     Args:
       coordinator: host and port of process 0.
       processes: number of processes.
-      process: number of this one, from 0.
-      workdir: folder of the run, whose last checkpoint is named when a process is lost.
+      process: index of this process, from 0.
+      workdir: folder of the run; its last checkpoint is named in the message of a lost process.
 
     Raises:
-      UserError: some of the three are missing, or they do not fit each other.
+      UserError: some of the first three are missing or inconsistent.
     """
     given = {"coordinator": coordinator, "processes": processes, "process": process}
     if all(value is None for value in given.values()):
@@ -74,9 +74,9 @@ def join_hosts(
 def _joined(
     arguments: Mapping[str, Any], workdir: str | os.PathLike | None
 ) -> contextlib.AbstractContextManager:
-    """Connects this process to the others; returns the context that watches over them."""
+    """Connects this process to the others; returns the context that watches them."""
     coordinator, process = arguments["coordinator_address"], arguments["process_id"]
-    # At its own time limit JAX would abort with a stack trace.
+    # JAX's own time limit aborts with a stack trace.
     late = threading.Timer(
         _JOIN_SECONDS,
         end_process,
@@ -94,24 +94,24 @@ def _joined(
             **{**arguments, "coordinator_address": relay.address if relay else coordinator},
             cluster_detection_method="deactivate",
             initialization_timeout=round(2 * _JOIN_SECONDS),
-            heartbeat_timeout_seconds=round(10 * LOST_SECONDS),  # Watch has its own
-            shutdown_timeout_seconds=round(LOST_SECONDS),  # Watch lets all come to it together
+            heartbeat_timeout_seconds=round(10 * LOST_SECONDS),  # Watch has its own heartbeat
+            shutdown_timeout_seconds=round(LOST_SECONDS),  # Watch lets all shut down together
         )
     finally:
         late.cancel()
         if relay:
             relay.close()
-    try:  # it has no public name; orbax uses it in this way
+    try:  # the client has no public name; orbax accesses it in the same way
         from jax._src.distributed import global_state
 
         store = global_state.client
-    except (ImportError, AttributeError):  # JAX has changed: a loss ends all by its abort
+    except (ImportError, AttributeError):  # JAX has changed: rely on its abort after a loss
         return contextlib.nullcontext()
     return Watch(store, process, arguments["num_processes"], coordinator, workdir, relay)
 
 
 def _explicit(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of jax.distributed.initialize."""
+    """Checks the given values; returns arguments of jax.distributed.initialize."""
     for name, value in given.items():
         if value is None:
             raise UserError(
@@ -137,13 +137,13 @@ def _explicit(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_slurm(environment: Mapping[str, str]) -> dict[str, Any]:
-    """The arguments of jax.distributed.initialize for a task of a SLURM job step.
+    """Returns arguments of jax.distributed.initialize for a task of a SLURM job step.
 
-    JAX's own reading of SLURM gives each task one GPU, however many the node has.
+    JAX's own SLURM detection gives each task one GPU, however many the node has.
     """
     first = re.match(r"(?:\[[^]]*\]|[^,\[])*", environment["SLURM_STEP_NODELIST"])[0]
     host = re.sub(r"\[(\d+)[^]]*\]", r"\1", first)
-    # Above 61440 and the same on all nodes, as in JAX; two jobs can share a node.
+    # As in JAX: from 61440 up, the same on all nodes; differs between jobs, which may share a node.
     port = (
         environment.get("JAX_COORDINATOR_PORT") or 61440 + int(environment["SLURM_JOB_ID"]) % 4096
     )
@@ -157,9 +157,9 @@ def _of_slurm(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _gpus_of_task(environment: Mapping[str, str]) -> list[int] | None:
-    """Which of the GPUs that a SLURM task sees are its own; None for all.
+    """Returns the indices of this SLURM task's own GPUs among those it sees; None for all.
 
-    Where SLURM shows all tasks of a node the same GPUs, they share them evenly.
+    Tasks that see all GPUs of their node share them evenly.
     """
     tasks = _tasks_on_node(environment)
     visible = environment.get("CUDA_VISIBLE_DEVICES")
@@ -168,7 +168,7 @@ def _gpus_of_task(environment: Mapping[str, str]) -> list[int] | None:
     if tasks == 1 or "JAX_LOCAL_DEVICE_IDS" in environment or 0 < seen < on_node:
         return None
     place = int(environment["SLURM_LOCALID"])
-    if not seen:  # GPUs that SLURM knows nothing of, or none
+    if not seen:  # no GPUs, or GPUs that SLURM does not manage
         return [place]
     if seen % tasks:
         raise UserError(
@@ -178,9 +178,9 @@ def _gpus_of_task(environment: Mapping[str, str]) -> list[int] | None:
 
 
 def _tasks_on_node(environment: Mapping[str, str]) -> int:
-    """How many tasks of the job step are on this node."""
+    """Returns the number of tasks of the job step on this node."""
     counts = []
-    # Such as 8(x2),4: two nodes of eight and one of four.
+    # For example 8(x2),4: two nodes with eight tasks each and one with four.
     for text in environment.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
         if match := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", text):
             counts += [int(match[1])] * int(match[2] or 1)
@@ -189,9 +189,9 @@ def _tasks_on_node(environment: Mapping[str, str]) -> int:
 
 
 def _of_tpu_pod() -> dict[str, Any] | None:
-    """The arguments of jax.distributed.initialize on a TPU host; None where JAX is to find them.
+    """Returns arguments of jax.distributed.initialize on a TPU host; None to let JAX find them.
 
-    They are wanted before joining, and JAX has no public function that finds them.
+    They are needed before connecting, and JAX has no public function to find them.
     """
     try:
         from jax._src.clusters import ClusterEnv
@@ -207,14 +207,14 @@ def _of_tpu_pod() -> dict[str, Any] | None:
 
 
 class StopNotice:
-    """Whether this run was asked to stop, by SIGTERM to any of its processes.
+    """Detects a request to stop: SIGTERM to any process of the run. A context manager.
 
-    Schedulers send it before they take a machine away. Used as a context manager.
+    Schedulers send it before they reclaim a machine.
     """
 
     def __enter__(self) -> "StopNotice":
         self._asked, self._before = False, None
-        # Of several processes JAX's own handler tells the others, so that all stop at one step.
+        # With several processes, JAX's own handler informs all, so that they stop at the same step.
         self._alone = not jax.distributed.is_initialized()
         if self._alone and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._note)
@@ -229,7 +229,7 @@ class StopNotice:
             signal.signal(signal.SIGTERM, self._before)
 
     def heard(self, step: int) -> bool:
-        """Whether to stop after this step: the same on all hosts. To be asked once a step."""
+        """Returns whether to stop after this step, the same on all hosts. Call once per step."""
         if self._alone:
             return self._asked
         return multihost_utils.reached_preemption_sync_point(step)

@@ -1,4 +1,4 @@
-"""The loop around a step: batches in, metrics and checkpoints out, the same for every net."""
+"""The training loop, the same for every net: runs steps, writes metrics and checkpoints."""
 
 import contextlib
 import gc
@@ -19,10 +19,10 @@ from uss_jax.training.state import TrainState
 from uss_jax.training.step import Step
 from uss_jax.training.throughput import Throughput, Trace
 
-# Dispatched and not yet done: enough that the devices never wait for the host, and few enough that
-# a notice to stop is heeded in time.
+# Steps dispatched but not finished: enough that the devices never wait for the host, few enough to
+# stop in time when asked to.
 _STEPS_AHEAD = 2
-# Metrics that are kept of every step.
+# Metrics kept from every step for the next report.
 _EVERY_STEP = ("loss", "grad_norm", "spike")
 
 Evaluate = Callable[[TrainState], Mapping[str, float]]
@@ -49,37 +49,37 @@ def fit(
     evaluate: Evaluate | None = None,
     evaluate_every_steps: int = 0,
 ) -> TrainState:
-    """Steps until `total_steps`, from wherever the state stands.
+    """Trains from the state's step to `total_steps`; returns the final state.
 
     Args:
-      step: the training step.
-      state: on the devices of the mesh; it is consumed.
-      frozen: variables of the nets that do not train, on the devices too.
-      batches: this host's rows of the batch of each step, from the state's step on; read in a
-        thread of its own and closed in the end.
-      key: the run's random key, on the devices too.
-      mesh: the devices.
-      total_steps: where to stop.
-      checkpoints: of the run.
-      position: what a checkpoint says of the data after so many steps.
-      writer: of metrics; None on all hosts but the first.
-      throughput: of the run.
-      trace: of the profiler.
-      learning_rate: of the update after so many.
-      log_every_steps: steps between reports, beside one at each checkpoint. They give the mean loss
-        and the largest gradient norm since the last report, where these were finite, and step and
-        norm of each update that was left out as absurdly large.
+      step: training step.
+      state: initial state, on the devices of the mesh; its buffers are donated.
+      frozen: variables of the nets that are not trained, on the devices.
+      batches: this host's rows of each step's batch, starting at the state's step; read in a
+        separate thread and closed at the end.
+      key: random key of the run, on the devices.
+      mesh: mesh of the devices.
+      total_steps: number of steps of the whole run.
+      checkpoints: checkpoints of the run.
+      position: maps the number of steps done to the data position saved in a checkpoint.
+      writer: writer of metrics; None on all hosts but the first.
+      throughput: throughput meter of the run.
+      trace: profiler trace.
+      learning_rate: maps the number of updates done to the next learning rate.
+      log_every_steps: steps between reports; each checkpoint has one too. A report gives the mean
+        loss and the largest gradient norm since the last one, over finite values, and the step and
+        norm of each update skipped as a spike.
       checkpoint_every_steps: steps between checkpoints; the last step always has one.
-      max_skipped_steps: number of updates in a row that, left out, end the run with an error.
-      evaluate: figures of a state, on all hosts together; `sdri` is what makes a checkpoint best.
+      max_skipped_steps: number of consecutive skipped updates that ends the run with an error.
+      evaluate: returns metrics of a state, on all hosts; `sdri` ranks the checkpoints to keep.
       evaluate_every_steps: steps between evaluations, each with a checkpoint; 0 for none.
 
     Raises:
-      UserError: too many steps were skipped; there is a checkpoint of the last good state.
-      Stopped: a notice to stop was heard; there is a checkpoint of the step it came in.
+      UserError: too many updates in a row were skipped; the last good state is saved.
+      Stopped: the run was asked to stop; the state after the current step is saved.
     """
     recent: list[Mapping[str, jax.Array]] = []  # metrics of the steps since the last report
-    idle = None  # tells whether every step dispatched is done
+    idle = None  # returns whether every dispatched step is done
     shardings = jax.tree.map(lambda x: x.sharding, state)
     compiled = None
     feed = DeviceFeed(batches, mesh)
@@ -100,8 +100,7 @@ def fit(
 
             stopping = notice.heard(done) and done < total_steps
             evaluating = evaluate_every_steps and done % evaluate_every_steps == 0 and not stopping
-            # Before a checkpoint there is a report too, so that none is written of a run that has
-            # gone wrong.
+            # Each checkpoint follows a report, so that a run that went wrong is detected first.
             due = done % checkpoint_every_steps == 0 or done == total_steps
             due = due or evaluating or stopping
             if not (due or done % log_every_steps == 0):
@@ -111,7 +110,7 @@ def fit(
             spikes = _spikes(steps, done)
             values.pop("spike", None)
             if math.isnan(values.get("grad_norm_median", 0.0)):
-                del values["grad_norm_median"]  # too few updates to know it
+                del values["grad_norm_median"]  # NaN: too few updates
             values |= _summary(steps)
             left_out = int(values["skipped_steps"] + values.get("skipped_spikes", 0))
             values["learning_rate"] = float(learning_rate(done - 1 - left_out))
@@ -119,7 +118,7 @@ def fit(
                 for at, norm in spikes.items():
                     writer.write(at, {"skipped_grad_norm": norm})
             if values["skipped_in_a_row"] >= max_skipped_steps:
-                # The state is that of the last good step, and goes on after the clips read.
+                # The state is that of the last good step, the position is after the clips read.
                 checkpoints.save(done, state, position(done))
                 raise UserError(_gone_wrong(done, int(values["skipped_in_a_row"]), done in spikes))
             values |= throughput.report(done)
@@ -129,7 +128,7 @@ def fit(
             if due:
                 checkpoints.save(done, state, position(done), figures)
             if stopping:
-                checkpoints.wait()  # while a second notice still does no harm
+                checkpoints.wait()  # inside StopNotice, where a second SIGTERM does no harm
                 raise Stopped(f"stopped by SIGTERM and saved after step {done}; run it again")
             recent = []
             throughput.go()
@@ -137,9 +136,9 @@ def fit(
 
 
 def _summary(steps: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
-    """Metrics of all steps since the last report: mean loss and largest gradient norm.
+    """Returns the mean loss and largest gradient norm of all steps since the last report.
 
-    Steps in which they were NaN or infinite do not count.
+    Values that are NaN or infinite are excluded.
     """
     finite = {
         name: [float(x[name]) for x in steps if math.isfinite(x[name])]
@@ -152,13 +151,13 @@ def _summary(steps: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
 
 
 def _spikes(steps: Sequence[Mapping[str, np.ndarray]], done: int) -> dict[int, float]:
-    """Step and gradient norm of the updates since the last report that were absurdly large."""
+    """Maps the steps of spikes since the last report to their gradient norms."""
     first = done - len(steps) + 1
     return {at: float(x["grad_norm"]) for at, x in enumerate(steps, first) if x.get("spike")}
 
 
 def _gone_wrong(done: int, in_a_row: int, spiked: bool) -> str:
-    """What to tell the user of a run whose last updates were all left out."""
+    """Returns the error message for a run whose last updates were all skipped."""
     if spiked:
         return (
             f"the gradient was longer than config.max_norm_ratio times its running median in "
@@ -175,11 +174,11 @@ def _gone_wrong(done: int, in_a_row: int, spiked: bool) -> str:
 
 @contextlib.contextmanager
 def _sparing_collector() -> Iterator[Callable[[], None]]:
-    """Yields a function after which the garbage collector leaves existing objects alone.
+    """Yields a function that makes the garbage collector ignore all existing objects.
 
-    A step makes about a thousand arrays, enough to start a collection each time. The program and
-    its trace are hundreds of thousands of objects that stay: looking through them is a quarter of
-    the loop's CPU time, and now and then stops every thread for as long as several steps.
+    A step allocates about a thousand arrays, enough to trigger a collection. The compiled program
+    and its trace are hundreds of thousands of permanent objects: scanning them takes a quarter of
+    the loop's CPU time, and occasionally blocks every thread for the length of several steps.
     """
     try:
         yield gc.freeze

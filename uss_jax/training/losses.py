@@ -1,6 +1,6 @@
-"""Losses of an estimate against its target, one value an item.
+"""Losses between estimates and targets, one value per item.
 
-Letters: `b` batch, `a` audio channels, `t` samples.
+Letters: `b` batch, `a` audio channels, `t` samples, `k` classes.
 """
 
 from collections.abc import Callable
@@ -11,25 +11,25 @@ from jaxtyping import Array, Float
 
 from uss_jax.audio.stft import stft
 
-# Front end and floor of the reference's spectral term, whatever the separator's own.
+# STFT and power floor of the reference's spectral loss, independent of the separator's STFT.
 _N_FFT, _HOP_SAMPLES, _POWER_FLOOR = 2048, 320, 1e-8
-# Mean square, -80 dBFS, that is silence to the losses in dB: a silent target has a finite one.
+# Mean square (-80 dBFS) added in the losses in dB, to keep them finite for silent targets.
 _SILENCE = 1e-8
-# Thirty dB below the target: what errors are added to before their logarithm is taken.
+# Share of the target's energy, -30 dB, added to the error before taking the logarithm.
 _SNR_SHARE = 1e-3
 
 
 def l1_waveform(
     estimate: Float[Array, "b a t"], target: Float[Array, "b a t"]
 ) -> Float[Array, "b"]:
-    """Mean absolute error of the samples (the published loss)."""
+    """Returns the mean absolute error of the samples (the published loss)."""
     return jnp.mean(_absolute(estimate - target), axis=(1, 2))
 
 
 def l1_waveform_spectrogram(
     estimate: Float[Array, "b a t"], target: Float[Array, "b a t"]
 ) -> Float[Array, "b"]:
-    """`l1_waveform` plus the mean absolute error of STFT magnitudes."""
+    """Returns `l1_waveform` plus the mean absolute error of STFT magnitudes."""
 
     def magnitude(waveform: Array) -> Array:
         spectrum = stft(waveform, _N_FFT, _HOP_SAMPLES)
@@ -41,10 +41,10 @@ def l1_waveform_spectrogram(
 
 
 def si_sdr(estimate: Float[Array, "b a t"], target: Float[Array, "b a t"]) -> Float[Array, "b"]:
-    """The scale-invariant SDR in dB (arXiv:1811.02508), negative; all channels share the scale.
+    """Returns the negative scale-invariant SDR in dB (arXiv:1811.02508), one scale per item.
 
-    The level of the estimate is left free, unless the target is silent: then the loss is how many
-    dB the estimate is above silence, -80 dBFS.
+    The level of the estimate does not matter, unless the target is silent: then the loss is the
+    level of the estimate in dB above silence (-80 dBFS).
     """
     power = _mean_square(target)
     scale = jnp.mean(estimate * target, axis=(1, 2)) / (power + _SILENCE)
@@ -55,10 +55,10 @@ def si_sdr(estimate: Float[Array, "b a t"], target: Float[Array, "b a t"]) -> Fl
 def snr_threshold(
     estimate: Float[Array, "b a t"], target: Float[Array, "b a t"]
 ) -> Float[Array, "b"]:
-    """The SNR in dB, negative, with a soft threshold at 30 dB (arXiv:2006.12701).
+    """Returns the negative SNR in dB, with a soft threshold at 30 dB (arXiv:2006.12701).
 
-    Beyond it a better estimate gains nothing. Of a silent target it is how many dB the estimate is
-    above silence, -80 dBFS.
+    Above it, a better estimate gains at most 3 dB. For a silent target, the loss is the level of
+    the estimate in dB above silence (-80 dBFS).
     """
     power = _mean_square(target)
     error = _mean_square(estimate - target)
@@ -76,16 +76,16 @@ def _decibel(ratio: Float[Array, "b"]) -> Float[Array, "b"]:
 def binary_cross_entropy(
     probability: Float[Array, "b k"], target: Float[Array, "b k"]
 ) -> Float[Array, "b"]:
-    """Mean over classes, for targets in [0, 1] (PANNs' tagging loss).
+    """Returns the mean cross-entropy over classes, targets in [0, 1] (PANNs' tagging loss).
 
-    Probabilities are kept 1e-7 away from 0 and 1, where float32 would give infinity.
+    Probabilities are clipped to 1e-7 from 0 and 1, where float32 would give infinity.
     """
     p = jnp.clip(probability, 1e-7, 1 - 1e-7)
     return -jnp.mean(target * jnp.log(p) + (1 - target) * jnp.log1p(-p), axis=1)
 
 
 def _absolute(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
-    """|x| with the gradient 0 at 0, as in torch; `jnp.abs` has 1 there."""
+    """Returns |x| with gradient 0 at 0, as in torch; that of `jnp.abs` is 1."""
     return x * jax.lax.stop_gradient(jnp.sign(x))
 
 

@@ -1,4 +1,4 @@
-"""The devices of a run: one axis, `data`, over which batches and, by rules, arrays are split."""
+"""Device mesh of a run: one axis, `data`, that shards batches and, by rules, state arrays."""
 
 import contextlib
 import os
@@ -13,49 +13,49 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from uss_jax.audio.stft import BATCH_AXIS
 from uss_jax.errors import UserError
 
-# Each holds its own copy of the nets, half a gigabyte for the published ones.
+# Each device holds its own copy of the nets, half a gigabyte for the published ones.
 _MOST_CPU_DEVICES = 8
 
 
 def make_mesh(devices: Iterable[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices of all hosts, or those given."""
-    # Host by host: jax.make_mesh may choose an order in which a host's rows are no block.
+    """Returns a mesh of the given devices, by default all devices of all hosts."""
+    # Sorted by host: with the order of jax.make_mesh, a host's rows may not be contiguous.
     devices = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
     return Mesh(np.array(devices), (BATCH_AXIS,), axis_types=(AxisType.Auto,))
 
 
 def one_device_per_core() -> None:
-    """Lets a CPU be as many devices as it has cores, 8 at most, unless somebody has chosen.
+    """Makes each CPU core one JAX device, up to 8, unless the user has set their number.
 
-    Two items on a core each are separated up to 1.3 times as fast as one after the other on both.
-    Without effect where there are accelerators, or once JAX has looked for devices.
+    Separating two items on one core each is up to 1.3 times as fast as one after the other on both
+    cores. No effect with accelerators, or after JAX has initialised its devices.
     """
     chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if chosen or jax.config.jax_num_cpu_devices != -1:
         return
     cores = min(len(os.sched_getaffinity(0)), _MOST_CPU_DEVICES)
-    with contextlib.suppress(RuntimeError):  # too late
+    with contextlib.suppress(RuntimeError):  # JAX is already initialised
         jax.config.update("jax_num_cpu_devices", cores)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of parameters: a whole copy on every device."""
+    """Returns the sharding that puts a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharded(mesh: Mesh) -> NamedSharding:
-    """The sharding of batches: rows split over devices."""
+    """Returns the sharding of batches: rows split over devices."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """The global batch, of which this host gives its block of rows."""
+    """Returns the global batch, to which this host contributes its block of rows."""
     sharding = batch_sharded(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
 def on_all_devices(tree: Any, mesh: Mesh) -> Any:
-    """A tree of arrays, the same on every host, copied whole to every device of all hosts."""
+    """Replicates a tree of arrays, the same on every host, to all devices of all hosts."""
     sharding = replicated(mesh)
 
     def put(x: Any) -> jax.Array:
@@ -74,7 +74,7 @@ def _whole(shape: Sequence[int], devices: int) -> PartitionSpec:
 
 
 def _largest_axis(shape: Sequence[int], devices: int) -> PartitionSpec:
-    """Split along the largest axis that can be; arrays without one stay whole."""
+    """Shards along the largest axis divisible by the device count; replicates if there is none."""
     axes = [axis for axis, size in enumerate(shape) if size and size % devices == 0]
     if not axes:
         return PartitionSpec()
@@ -82,7 +82,7 @@ def _largest_axis(shape: Sequence[int], devices: int) -> PartitionSpec:
     return PartitionSpec(*(BATCH_AXIS if axis == split else None for axis in range(split + 1)))
 
 
-# How a rule lays an array out.
+# Maps shape and number of devices to a partition.
 TACTICS: dict[str, Callable[[Sequence[int], int], PartitionSpec]] = {
     "replicate": _whole,
     "fsdp": _largest_axis,
@@ -90,7 +90,7 @@ TACTICS: dict[str, Callable[[Sequence[int], int], PartitionSpec]] = {
 
 
 def check_rules(rules: Sequence[Any]) -> None:
-    """Raises a UserError for a rule that is no pair of a regular expression and a tactic."""
+    """Raises a UserError for a rule that is not a pair of a regular expression and a tactic."""
     for rule in rules:
         try:
             pattern, tactic = rule
@@ -104,14 +104,15 @@ def check_rules(rules: Sequence[Any]) -> None:
 
 
 def state_shardings(state: Any, rules: Sequence[tuple[str, str]], mesh: Mesh) -> Any:
-    """How each array of a state is laid out over the devices.
+    """Returns the sharding of each array of a state.
 
     Args:
       state: arrays or their shapes.
-      rules: (regular expression, tactic): the first found in an array's name counts, such as
-        `params/separator/centre_block/conv_block1/conv1/kernel`; the same parameter's moments are
-        under `opt_state/...`, its average under `ema`. Arrays without a rule are replicated.
-      mesh: the devices.
+      rules: pairs (regular expression, tactic); the first that matches in an array's name counts.
+        A name is, for example, `params/separator/centre_block/conv_block1/conv1/kernel`; moments
+        of the parameter are under `opt_state/...`, its moving average under `ema`. Arrays that no
+        rule matches are replicated.
+      mesh: mesh of the devices.
     """
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
@@ -125,32 +126,32 @@ def state_shardings(state: Any, rules: Sequence[tuple[str, str]], mesh: Mesh) ->
 def shapes(
     make: Callable[..., Any], *arguments: Any, rules: Sequence[tuple[str, str]], mesh: Mesh
 ) -> Any:
-    """What a pure function of arrays will make: shapes, laid out over the devices by rules."""
+    """Returns the shapes of a pure function's results, with shardings by rules."""
     made = jax.eval_shape(make, *arguments)
     return jax.tree.map(laid_out, made, state_shardings(made, rules, mesh))
 
 
 def laid_out(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    """The shape of an array that lies so over the devices."""
+    """Returns the shape and dtype of an array, with a sharding."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def create(make: Callable[..., Any], *arguments: Any, like: Any) -> Any:
-    """What a pure function of arrays makes; no device makes more than its own part.
+    """Returns the results of a pure function; each device computes only its own part.
 
     Args:
-      make: the function.
-      *arguments: of it, the same on every host.
-      like: its `shapes`.
+      make: function of arrays.
+      *arguments: its arguments, the same on every host.
+      like: its results as returned by `shapes`.
     """
-    # A hundred random draws that run once: optimising them takes ten times as long.
+    # A hundred random draws that run only once: with optimisation they take ten times as long.
     quickly = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     shardings = jax.tree.map(lambda x: x.sharding, like)
     return jax.jit(make, out_shardings=shardings, compiler_options=quickly)(*arguments)
 
 
 def lay_out(state: Any, rules: Sequence[tuple[str, str]], mesh: Mesh) -> Any:
-    """A tree of which every host has the whole, laid out over the devices by rules."""
+    """Shards a tree over the devices by rules; every host must hold the whole tree."""
 
     def put(x: Any, sharding: NamedSharding) -> jax.Array:
         x = np.asarray(x)

@@ -1,4 +1,4 @@
-"""What a run reports while it runs: metrics.jsonl, TensorBoard events, a progress bar or lines."""
+"""Reports of a run: metrics.jsonl, TensorBoard events, and a progress bar or lines of text."""
 
 import contextlib
 import json
@@ -18,16 +18,16 @@ _LINE = record({"step": whole(0, 2**63)}, others=True)
 
 
 class MetricsWriter:
-    """Writes the metrics of a run from `start_step` on; on the first process only."""
+    """Writes the metrics of a run after `start_step`; to be used on the first process only."""
 
     def __init__(self, workdir: str | os.PathLike, start_step: int, total_steps: int, name: str):
-        """Opens the files; lines of steps after `start_step`, of a run that died, are dropped.
+        """Opens the files; drops lines of steps after `start_step`, left by a run that died.
 
         Args:
-          workdir: of the run.
-          start_step: steps done already.
-          total_steps: steps when the run is done.
-          name: shown before the progress.
+          workdir: folder of the run.
+          start_step: number of steps already done.
+          total_steps: number of steps of the whole run.
+          name: label of the progress.
         """
         self._name, self._total = name, total_steps
         path = pathlib.Path(workdir) / "metrics.jsonl"
@@ -36,7 +36,7 @@ class MetricsWriter:
         self._events = SummaryWriter(
             str(workdir), purge_step=start_step + 1, filename_suffix=f".{start_step}"
         )
-        # A bar for people; a log gets lines instead.
+        # A progress bar on a terminal, lines in a log.
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=start_step, desc=name, unit="step")
@@ -44,7 +44,7 @@ class MetricsWriter:
         self._start = start_step
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Adds the metrics of a step."""
+        """Writes the metrics of a step."""
         try:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
@@ -64,7 +64,7 @@ class MetricsWriter:
             print(f"{self._name} {step}/{self._total}: {text}, {left:.0f} s left", flush=True)
 
     def close(self) -> None:
-        """Ends files and bar."""
+        """Closes the files and the progress bar."""
         self._file.close()
         self._events.close()
         if self._bar is not None:
@@ -78,7 +78,7 @@ class MetricsWriter:
 
 
 def _keep_until(path: pathlib.Path, step: int) -> None:
-    """Drops lines of later steps, and what a kill or a power cut left that is no metrics line."""
+    """Drops lines after `step`, and invalid lines left by a kill or a power cut."""
     if not path.exists():
         return
     kept = []

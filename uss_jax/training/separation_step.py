@@ -1,6 +1,6 @@
 """One training step of a separator as a pure function of state and batch.
 
-Letters: `b` batch, `s` samples of an anchor, `i` frames of a detector's image.
+Letters: `b` batch, `s` (or `t`) samples of an anchor, `i` frames of a detector's image.
 """
 
 import dataclasses
@@ -22,18 +22,18 @@ from uss_jax.training.examples import Examples, Mixing, asked_conditions, make_e
 from uss_jax.training.state import TrainState
 from uss_jax.training.step import Batch, Metrics, Step, streams, update
 
-# Keys of a step, and of each of its parts where the batch is done in parts.
+# Random streams of a step, and of each part of it when gradients are accumulated.
 _STREAMS = ("anchor", "query", "silent", "gain", "speed", "parts")
 
 
 @dataclasses.dataclass(frozen=True)
 class Nets:
-    """The nets of a separation step.
+    """Nets of a separation step.
 
     Attributes:
-      separator: trains.
-      query: makes conditions; what of it trains is in the state, the rest frozen.
-      sed: finds anchors; None where they are drawn at random or looked up in a table.
+      separator: net to train.
+      query: computes conditions; its trained variables are in the state, the others frozen.
+      sed: finds anchors; None if anchors are drawn at random or looked up in a table.
     """
 
     separator: SeparatorNet
@@ -43,11 +43,11 @@ class Nets:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Anchoring:
-    """How anchors are found: the arguments of `find_anchors`, and the clips' speed before.
+    """How anchors are found: arguments of `find_anchors` and of a change of speed before it.
 
     Attributes:
       segment_samples, min_dbfs, image: see `find_anchors`.
-      speed: arguments of `change_speed` for the clips; None leaves them.
+      speed: arguments of `change_speed`, applied to the clips; None for no change.
     """
 
     segment_samples: int
@@ -61,12 +61,12 @@ class Updating:
     """How a gradient becomes an update.
 
     Attributes:
-      accumulate: the batch is done in this many parts of whole groups, one after the other; batch
-        norms see one part at a time, and the gradient is the mean.
-      ema_decay: of the moving average of parameters, if the state has one.
-      max_norm_ratio: updates whose gradient is longer than this many times the running median are
-        left out, see training/guard.py; 0 for no limit.
-      gather: makes parameters whole, where the state's are split over devices.
+      accumulate: number of sequential parts, each of whole groups, into which the batch is split;
+        batch norm sees one part at a time, and the gradients are averaged.
+      ema_decay: decay of the moving average of the parameters, if the state has one.
+      max_norm_ratio: updates whose gradient norm exceeds this multiple of the running median are
+        skipped, see training/guard.py; 0 for no limit.
+      gather: all-gathers parameters that the state holds sharded over devices.
     """
 
     accumulate: int = 1
@@ -76,7 +76,7 @@ class Updating:
 
 
 def query_variables(frozen: Any, params: Any, batch_stats: Any) -> Any:
-    """The query net's variables, frozen and trained ones together."""
+    """Merges the frozen and the trained variables of the query net."""
     fixed = frozen.get("query", {"params": {}, "batch_stats": {}})
     return {
         "params": {**fixed["params"], **params["query"]},
@@ -92,20 +92,20 @@ def make_separation_step(
     mixing: Mixing,
     updating: Updating = Updating(),
 ) -> Step:
-    """The whole chain of one step: anchors, mixtures, conditions, estimates, loss, update.
+    """Builds a training step: anchors, mixtures, conditions, estimates, loss, update.
 
     The step is `(state, frozen, batch, key) -> (state, metrics)`: `frozen` holds the variables of
-    the nets that do not train (`sed`, and `query` where it is frozen), `key` is the run's key.
+    the nets that are not trained (`sed`, and `query` if frozen), `key` is the run's random key.
 
     Args:
       nets: separator, query net and detector.
-      optimizer: of all that trains.
-      loss: of (estimate, target) [b, 1, s], one value per item.
-      anchoring, mixing, updating: how each part of the step is done.
+      optimizer: optimiser of all trained parameters.
+      loss: maps estimate and target [b, 1, s] to one value per item.
+      anchoring, mixing, updating: options of the parts of the step.
     """
 
     def gradient(params: Any, batch_stats: Any, frozen: Any, batch: Batch, key: Array):
-        """Gradient, new statistics and metrics of a batch or a part of it."""
+        """Returns gradients, new batch statistics and metrics of a batch or a part of it."""
         keys = streams(key, _STREAMS)
         batch = at_other_speed(batch, keys["speed"], anchoring.speed)
         anchors = find_anchors(
@@ -167,11 +167,11 @@ def _metrics(
     per_item: Float[Array, "b"],
     score: Float[Array, "b"],
 ) -> Metrics:
-    """Means over the batch; SDRi is that of items whose target is not silent."""
+    """Averages metrics over the batch; SDRi only over items whose target is not silent."""
     improvement = _sdr_improvement(estimate, examples.target, examples.mixture)
     rows = [per_item, improvement, score]
     silent = examples.silent
-    if silent is not None:  # whose improvement says how quiet the estimate is, in its own row
+    if silent is not None:  # with a silent target, SDRi measures only how quiet the estimate is
         rows += [jnp.where(silent, 0, improvement), silent.astype(per_item.dtype)]
     loss_mean, sdri, score_mean, *rest = jnp.mean(jnp.stack(rows), axis=1)  # one all-reduce
     metrics = {"loss": loss_mean, "sdri": sdri, "anchor_score": score_mean}
@@ -186,7 +186,7 @@ def _metrics(
 def _sdr_improvement(
     estimate: Float[Array, "b t"], target: Float[Array, "b t"], mixture: Float[Array, "b t"]
 ) -> Float[Array, "b"]:
-    """SDR of the estimate less that of the mixture, in dB; the target's energy cancels."""
+    """Returns the SDRi in dB: error of the mixture over that of the estimate (target cancels)."""
     before, now = (jnp.mean(jnp.square(x - target), axis=1) for x in (mixture, estimate))
     return 10 * jnp.log10(jnp.maximum(before, 1e-10) / jnp.maximum(now, 1e-10))
 
@@ -201,10 +201,10 @@ def _in_parts(
     batch: Batch,
     key: Array,
 ) -> tuple[Any, Any, Metrics]:
-    """The gradient of a batch done part by part.
+    """Accumulates the gradients of a batch part by part.
 
-    Part m holds the groups m, m + parts, m + 2 parts ...: where each device has whole groups of
-    every part, none moves to another device.
+    Part m holds groups m, m + parts, m + 2 parts, ...: if each device holds whole groups of every
+    part, no group moves to another device.
     """
 
     def split(x: Array) -> Array:

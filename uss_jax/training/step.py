@@ -1,4 +1,4 @@
-"""What every training step does with a gradient, and the types of steps."""
+"""The parameter update shared by all training steps, and the types of steps."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,14 +13,14 @@ from uss_jax.training.state import TrainState
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
-# (state, frozen variables, batch, key of the run) -> (next state, metrics)
+# (state, frozen variables, batch, random key of the run) -> (next state, metrics)
 Step = Callable[[TrainState, Any, Batch, Array], tuple[TrainState, Metrics]]
 
 
 def streams(key: Array, names: Sequence[str]) -> dict[str, Array]:
-    """An independent key for each name; adding a name at the end leaves the others as they are.
+    """Derives an independent key for each name; appending a name leaves the others unchanged.
 
-    No key is used both here and by a function that splits it: `split(key)[i]` is `fold_in(key, i)`.
+    Do not also split `key` elsewhere: `split(key)[i]` equals `fold_in(key, i)`.
     """
     return {name: jax.random.fold_in(key, place) for place, name in enumerate(names)}
 
@@ -34,13 +34,13 @@ def update(
     max_norm_ratio: float,
     ema_decay: float = 0.0,
 ) -> tuple[TrainState, Metrics]:
-    """Returns the next state and all metrics.
+    """Returns the next state, and `metrics` with those of the update added.
 
-    Where loss or gradient is NaN or infinite, or the gradient's norm absurd (training/guard.py),
-    the state stays as it was but for its counters.
+    If the loss or gradient is NaN or infinite, or the gradient norm is a spike (training/guard.py),
+    only the counters of the state change.
 
-    The moving average begins with a shorter memory, (1 + step) / (10 + step), so that it does not
-    hold on to the parameters before the first step.
+    The decay of the moving average is at most (1 + step) / (10 + step), so that the average soon
+    forgets the initial parameters.
     """
     norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -47,7 +47,8 @@ class HTSAT(nn.Module):
     - Up to twice as long: three views of half the clip, a quarter of the clip apart, are each
       stretched, and their results averaged. The reference omits the third view if the number of
       frames minus one is a multiple of four, and so never sees the last quarter of such a clip.
-    - Longer, where the reference fails: views of 1024 frames, 512 apart, the last at the clip's end.
+    - Longer, where the reference fails: views of 1024 frames, 512 frames apart; the last one ends
+      with the clip.
 
     In training, a clip longer than the image is cut to 1024 frames from a random start, drawn per
     item, as in the reference.

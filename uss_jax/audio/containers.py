@@ -1,7 +1,7 @@
 """Parses audio files whose headers omit or misstate the length.
 
 libsndfile trusts the length in the header. A variable bit rate MP3 file may have none, a file made
-by concatenating two states the length of the first, and a truncated file states its original one.
+by joining two states the length of the first, and a truncated file states its original length.
 """
 
 import functools
@@ -239,7 +239,7 @@ def _ogg_parts(data: Bytes) -> list[Part]:
 
 
 def _begins_alike(data: Bytes) -> list[int]:
-    """Returns the offsets at which the head of the file, of a format in _HEADS, occurs."""
+    """Returns the offsets where the head of the file (see _HEADS) occurs, the first included."""
     length, size = _HEADS.get(bytes(data[:4]), (0, range(0)))
     if not length:
         return [0]

@@ -137,7 +137,7 @@ def read_audio(
 def read_segment(
     path: str | os.PathLike, begin_sample: int, samples: int
 ) -> Float32[np.ndarray, "c t"]:
-    """Reads up to `samples` samples from `begin_sample`, without decoding what precedes it."""
+    """Reads up to `samples` samples from `begin_sample`, skipping everything before."""
     with _opened(path) as (file, _):
         if not 0 <= begin_sample < file.frames:
             raise UserError(
@@ -350,7 +350,7 @@ def resampled_length(samples: int, from_rate: int, to_rate: int) -> int:
 def resample_blocks(
     blocks: Iterable[Float32[np.ndarray, "c _"]], from_rate: int, to_rate: int
 ) -> Iterator[Float32[np.ndarray, "c _"]]:
-    """Resamples a waveform given in blocks; concatenated, the results equal `resample` of it."""
+    """Resamples a waveform given in blocks; concatenated, the results equal `resample` of all."""
     if from_rate == to_rate:
         yield from blocks
         return

@@ -204,7 +204,10 @@ def conv3x3(x: Float[Array, "b n f c"], kernel: Float[Array, "3 3 c d"]) -> Arra
 
 
 def _worth_tiles(x: Array, kernel: Array) -> bool:
-    """Tells whether tiles pay: many channels, and a dtype that survives factors of 8 and 1/24."""
+    """Tells whether minimal filtering pays.
+
+    Not with few channels, nor in bfloat16, where factors of 8 and 1/24 cost too much precision.
+    """
     return min(kernel.shape[2:]) >= _TILED and x.dtype != jnp.bfloat16
 
 
@@ -251,7 +254,7 @@ def _convolve_by_tiles(x: Array, kernel: Array) -> Array:
 
 
 def _rows(n: int, f: int, c: int, d: int, tile: int = 1) -> tuple[int, int]:
-    """Returns (rows, steps): rows, or tiles of `tile` rows, per step, with little padding."""
+    """Returns rows (or tiles of `tile` rows) per step, with little padding, and number of steps."""
     places = _PLACES if min(c, d) < _WIDE else _PLACES_OF_WIDE
     count = -(-n // tile)
     most = min(count, max(1, places // (tile * f)))

@@ -1,7 +1,7 @@
 """Batch normalisation over the global batch or groups of its items, modulated per item (FiLM).
 
-As in the reference: the new value has weight 0.01 in the running statistics by default, eps is
-1e-5, the running variance is unbiased, and padding frames count. Letters: `b` batch, `g` groups,
+As in the reference: a batch has weight 0.01 in the running statistics by default, eps is 1e-5, the
+running variance is unbiased, and statistics include padding frames. Letters: `b` batch, `g` groups,
 `c` channels.
 """
 
@@ -115,7 +115,7 @@ def _rows(over: str | int, batch: int) -> int:
 def _normalise(
     maps: tuple[Array, ...], scale: Array, bias: Array, pivot: Array, rows: int, leak: float
 ) -> tuple[tuple[Array, ...], Array, Array]:
-    """Applies batch norm and activation: (y of each map, mean [c], biased variance [c]).
+    """Training-mode batch norm and activation: returns (maps, mean [c], biased variance [c]).
 
     A sharded batch takes one all-reduce forward and one backward. Forward, mean and variance are
     computed per item on its own device; only these are combined over a group. The variance of the

@@ -282,7 +282,7 @@ class ResUNet(nn.Module):
         return x
 
     def _frames_needed(self, frames: int, strides: Sequence[tuple[int, int]]) -> list[int]:
-        """Returns the frames of each decoder level, last level first, that the mask depends on.
+        """Returns the number of frames per decoder level, last first, that the mask depends on.
 
         The remaining frames are padding; each 3x3 convolution reaches one frame into it.
         """
@@ -321,7 +321,7 @@ class Head(nn.Module):
 
 
 def _phase_of_the_mixture(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
-    """Initialises the bias of each channel's (magnitude, cosine, sine): half the mixture.
+    """Initialises each channel's biases (magnitude, cosine, sine): it starts at half the mixture.
 
     With the reference's random initial phases the easiest descent is towards silence, and at a high
     learning rate training stays there.

@@ -12,7 +12,7 @@ class custom_vjp:
 
     JAX traces the rules when it differentiates, possibly after a `jax.default_matmul_precision`
     around the call has ended. Gradients of JAX's own products keep the precision of the call; with
-    plain `jax.custom_vjp` these would not.
+    plain `jax.custom_vjp`, gradients of these functions would not.
     """
 
     def __init__(self, function: Callable):

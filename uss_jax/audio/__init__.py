@@ -1,4 +1,4 @@
 """Waveforms: files, resampling, spectrograms."""
 
-# Hz. Of records, models and recordings; others are a damaged header or a mistake.
+# In Hz; applies to records, models and recordings. Other rates mean a damaged header or a mistake.
 LOWEST_SAMPLE_RATE, HIGHEST_SAMPLE_RATE = 1_000, 768_000

@@ -1,7 +1,7 @@
-"""What the bytes of audio files hold, where their headers do not say it or say it wrong.
+"""Parses audio files whose headers omit or misstate the length.
 
-libsndfile believes the length in a header. An MP3 file of variable bit rate may have none, a file
-made by joining two says the length of the first, and a file that was cut off says what it had.
+libsndfile trusts the length in the header. A variable bit rate MP3 file may have none, a file made
+by joining two states the length of the first, and a truncated file states its original length.
 """
 
 import functools
@@ -12,27 +12,27 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-_BIT_RATES = {  # kbit/s of layer III, by whether it is MPEG 1
+_BIT_RATES = {  # kbit/s of layer III; the key says whether it is MPEG 1
     True: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
     False: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
 _RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
 _BEGIN_OF_STREAM, _END_OF_STREAM = 2, 4
-# How files of a format begin: by their first four bytes, how many bytes are alike in files of the
-# same kind, but for those of a size between them.
+# By the first four bytes of a format: length in bytes of the head that files of the same kind have
+# in common, and the range in it that holds a size and may differ.
 _HEADS = {
-    b"fLaC": (8, range(0)),  # the marker, and the header of STREAMINFO, which comes first
+    b"fLaC": (8, range(0)),  # the marker and the header of STREAMINFO, always the first block
     b".snd": (24, range(8, 12)),
     b"caff": (12, range(0)),
     b"riff": (40, range(16, 24)),  # W64
     b"RF64": (16, range(4, 8)),
     b"FORM": (16, range(4, 8)),
 }
-# Files of other formats begin so; an ID3 tag stands before MP3.
+# First bytes of audio files by format, for `begins_file`; an ID3 tag precedes MP3.
 _FILES = (b"RIFF", b"OggS", b"ID3\2\0", b"ID3\3\0", b"ID3\4\0", b"riff\x2e\x91\xcf\x11")
 _FILES += (b"fLaC", b".snd", b"caff", b"RF64", b"FORM", b"wvpk", b"MAC ", b"#!AMR")
 _FILES += (b"\x1aE\xdf\xa3", b"0&\xb2u\x8ef\xcf\x11")  # Matroska and WebM; WMA
-# Files of these formats are often joined, and libsndfile reads the first alone.
+# Files of these formats are often concatenated; libsndfile reads only the first.
 JOINED = frozenset((b"OggS", b"RIFF", *_HEADS))
 _OGG_PAGE = struct.Struct("<4sBBqIIIB")
 
@@ -41,15 +41,15 @@ Bytes = bytes | mmap.mmap
 
 
 class Mp3(NamedTuple):
-    """The frames of an MP3 file.
+    """Describes the frames of an MP3 file.
 
     Attributes:
-      begin: byte at which the first frame with sound begins.
-      frames: how many there are, counted.
-      frame_samples: samples of a frame.
-      sample_rate: in Hz.
-      promised: frames that the file's own header promises; None where it has none.
-      whole: the last frame is all there.
+      begin: byte offset of the first frame with sound.
+      frames: number of frames, counted.
+      frame_samples: samples per frame.
+      sample_rate: sampling rate in Hz.
+      promised: number of frames stated in the file's own header; None if not stated.
+      whole: whether the last frame is complete.
     """
 
     begin: int
@@ -68,7 +68,7 @@ class _Frame(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def _frame(header: bytes) -> _Frame | None:
-    """The frame that begins with these four bytes, if they are a header of MPEG layer III."""
+    """Parses a frame header of four bytes; None if it is not one of MPEG layer III."""
     if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE6 != 0xE2:
         return None
     version, bits = header[1] >> 3 & 3, header[2]
@@ -81,13 +81,13 @@ def _frame(header: bytes) -> _Frame | None:
 
 
 def _frames(data: Bytes) -> Iterator[tuple[int, _Frame]]:
-    """Yields (byte, frame) of all frames of one kind; what lies between them is passed over."""
+    """Yields (byte offset, frame) of all frames of one kind, skipping anything between them."""
     at, kind = _after_id3(data, 0), None
     while at >= 0:
         header = bytes(data[at : at + 4])
         frame = _frame(header)
-        # Of a first frame, or one after a gap, the next one must follow: two bytes may look like
-        # the beginning of a frame anywhere.
+        # A frame after a gap counts only if another follows (see `_resync`): two bytes may look
+        # like a frame header anywhere.
         if frame and (kind is None or kind == (header[1] & 0xFE, header[2] & 12)):
             yield at, frame
             kind = header[1] & 0xFE, header[2] & 12
@@ -99,7 +99,7 @@ def _frames(data: Bytes) -> Iterator[tuple[int, _Frame]]:
 
 
 def _resync(data: Bytes, at: int, kind: tuple[int, int] | None) -> int:
-    """The next byte from `at` on at which two frames of this kind begin, or -1."""
+    """Returns the next offset from `at` where two consecutive frames of this kind begin, or -1."""
     while (at := data.find(b"\xff", at)) >= 0:
         header = bytes(data[at : at + 4])
         frame = _frame(header)
@@ -113,7 +113,7 @@ def _resync(data: Bytes, at: int, kind: tuple[int, int] | None) -> int:
 
 
 def _after_id3(data: Bytes, at: int) -> int:
-    """Where an ID3 tag that begins at a byte ends; the byte itself if none does."""
+    """Returns the end of the ID3 tags that begin at an offset; the offset itself if none do."""
     while bytes(data[at : at + 3]) == b"ID3" and at + 10 <= len(data):
         sizes = bytes(data[at + 6 : at + 10])
         at += 10 + sum((byte & 127) << 7 * place for place, byte in enumerate(sizes[::-1]))
@@ -121,7 +121,7 @@ def _after_id3(data: Bytes, at: int) -> int:
 
 
 def looks_like_mp3(data: Bytes) -> bool:
-    """Whether the file begins with three frames of MP3, after tags."""
+    """Tells whether the file begins with three MP3 frames, after any ID3 tags."""
     at = _after_id3(data, 0)
     for _ in range(3):
         frame = _frame(bytes(data[at : at + 4]))
@@ -132,7 +132,7 @@ def looks_like_mp3(data: Bytes) -> bool:
 
 
 def read_mp3(data: Bytes) -> Mp3 | None:
-    """Counts the frames of an MP3 file; None where it has none that could be counted."""
+    """Counts the frames of an MP3 file; None if there are none."""
     first = promised = None
     count, whole = 0, True
     for at, frame in _frames(data):
@@ -152,7 +152,7 @@ def read_mp3(data: Bytes) -> Mp3 | None:
 
 
 def _promised(frame: bytes) -> int | None:
-    """The number of frames that a Xing, Info or VBRI header in the first frame promises."""
+    """Returns the number of frames stated by a Xing, Info or VBRI header in the first frame."""
     mpeg_1, mono = frame[1] >> 3 & 3 == 3, frame[3] >> 6 == 3
     side = {(True, False): 32, (True, True): 17, (False, False): 17, (False, True): 9}[mpeg_1, mono]
     tag, at = frame[4 + side : 8 + side], 8 + side
@@ -165,7 +165,7 @@ def _promised(frame: bytes) -> int | None:
 
 
 def header_of_mp3(data: Bytes, mp3: Mp3) -> bytes:
-    """A frame without sound that says how many frames follow it, as decoders look for it."""
+    """Returns a silent Info frame that tells decoders the number of frames that follow."""
     header = bytearray(data[mp3.begin : mp3.begin + 4])
     header[1] |= 1  # no checksum
     header[2] = header[2] & 12 | (9 if header[1] >> 3 & 3 == 3 else 8) << 4
@@ -178,19 +178,19 @@ def header_of_mp3(data: Bytes, mp3: Mp3) -> bytes:
 
 
 def begins_file(data: Bytes) -> bool:
-    """Whether bytes are a whole audio file with a header, of any format, and not samples alone."""
+    """Tells whether bytes begin an audio file of any format, as opposed to raw samples."""
     begin = bytes(data[:12])
     return begin.startswith(_FILES) or begin[4:8] == b"ftyp" or looks_like_mp3(data)
 
 
 def joined_mp4(data: Bytes) -> bool:
-    """Whether an MP4 file is followed by another, which no decoder looks for."""
+    """Tells whether a second MP4 file follows the first; decoders ignore it."""
     at = 0
     while bytes(data[at + 4 : at + 8]).isalnum() and at + 8 <= len(data):
         size = int.from_bytes(data[at : at + 4], "big")
         if size == 1:
             size = int.from_bytes(data[at + 8 : at + 16], "big")
-        if size < 8:  # 0: up to the end
+        if size < 8:  # 0: extends to the end of the file
             return False
         at += size
         if bytes(data[at + 4 : at + 8]) == b"ftyp":
@@ -199,11 +199,11 @@ def joined_mp4(data: Bytes) -> bool:
 
 
 class Part(NamedTuple):
-    """One of the recordings that follow each other in a file.
+    """One of several concatenated recordings in a file.
 
     Attributes:
-      begin, end: bytes.
-      whole: its end is there; None where only decoding it could tell.
+      begin, end: byte offsets.
+      whole: whether its end is present; None if only decoding could tell.
     """
 
     begin: int
@@ -212,7 +212,7 @@ class Part(NamedTuple):
 
 
 def read_parts(data: Bytes) -> list[Part]:
-    """The recordings in a file of a format in JOINED: more than one where files were joined."""
+    """Returns the recordings in a file; several if files of a format in JOINED were joined."""
     magic = bytes(data[:4])
     if magic == b"OggS":
         return _ogg_parts(data)
@@ -239,14 +239,14 @@ def _ogg_parts(data: Bytes) -> list[Part]:
 
 
 def _begins_alike(data: Bytes) -> list[int]:
-    """Where bytes stand like those with which a file of a format in _HEADS begins."""
+    """Returns the offsets where the head of the file (see _HEADS) occurs, the first included."""
     length, size = _HEADS.get(bytes(data[:4]), (0, range(0)))
     if not length:
         return [0]
     head = bytes(data[:length])
     before, after = (re.escape(part) for part in (head[: size.start], head[size.stop :]))
     alike = re.compile(before + b".{%d}" % len(size) + after, re.DOTALL)
-    # A file shorter than its head is like nothing, itself included.
+    # A file shorter than its head matches nothing, not even itself.
     return [match.start() for match in alike.finditer(data)] or [0]
 
 
@@ -260,7 +260,7 @@ def _wav_begins(data: Bytes) -> list[int]:
 
 
 def wav_without_length(data: Bytes) -> bytes | None:
-    """The header of a WAV file, mended, where it says that no samples follow and some do."""
+    """Returns a repaired WAV header if it states no samples though some follow, else None."""
     if bytes(data[:4]) != b"RIFF" or bytes(data[8:12]) != b"WAVE":
         return None
     at = 12
@@ -268,31 +268,31 @@ def wav_without_length(data: Bytes) -> bytes | None:
         name, size = struct.unpack("<4sI", data[at : at + 8])
         if name == b"data":
             unsaid = size == 0 and at + 8 < len(data)
-            # What a recorder writes into a pipe, and libsndfile takes for "up to the end".
+            # Recorders write this size to a pipe; libsndfile reads it as "to the end".
             return bytes(data[: at + 4]) + b"\xff\xff\xff\xff" if unsaid else None
         at += 8 + size + size % 2
     return None
 
 
 def flac_samples(data: Bytes) -> int | None:
-    """How many samples the header of a FLAC file promises, 0 where it leaves that open."""
+    """Returns the samples stated in a FLAC header, 0 if unknown; None if it is not FLAC."""
     if bytes(data[:4]) != b"fLaC" or len(data) < 26:
         return None
     return int.from_bytes(data[18:26], "big") & (1 << 36) - 1
 
 
 def promised_share(log: str) -> float | None:
-    """How many times more than it holds a WAV, AIFF, AU or W64 header promises; None: no more.
+    """Returns stated over actual size of a WAV, AIFF, AU or W64 file; None if not above 1.
 
     Args:
-      log: what libsndfile noted while it read the header.
+      log: libsndfile's log of reading the header.
     """
     sizes = "data|SSND|Data Size|riff|Riff size"
     noted = re.findall(rf"^\s*(?:{sizes})\s*: (\d+) \(should be (\d+)\)", log, re.M)
     if not noted:
         return None
     promised, held = map(int, noted[-1])
-    # Sizes of a file that was written into a pipe, whose length could not be known.
+    # Placeholder sizes of a file written to a pipe, when the length was unknown.
     if (promised >= 2**31 - 2**16 and promised <= 2**32) or promised >= 2**62:
         return None
     return promised / held if promised > held > 0 else None

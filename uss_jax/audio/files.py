@@ -1,4 +1,4 @@
-"""Audio files in and out, and resampling: the only place that reads or writes audio.
+"""Audio file I/O and resampling: the only module that reads or writes audio.
 
 Letters: c channels, t samples. Waveforms are float32 in [-1, 1].
 """
@@ -20,20 +20,20 @@ from uss_jax.atomic import replacing
 from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE, mended
 from uss_jax.errors import UserError
 
-# Of what libsndfile reads, and of what is decoded by ffmpeg.
+# File name suffixes of formats read by libsndfile, and of formats decoded by ffmpeg.
 _LIBSNDFILE = ".wav .wave .rf64 .w64 .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .voc"
 _FFMPEG = ".m4a .mp4 .m4b .m4v .mov .webm .mkv .mka .aac .wma .3gp .amr .ac3 .eac3 .ape .wv .tta"
 AUDIO_SUFFIXES = frozenset(f"{_LIBSNDFILE} {_FFMPEG}".split())
-# Samples beyond 20 dB above full scale are integers in a file that says they are floats.
+# Samples more than 20 dB above full scale are taken for integers mislabelled as floats.
 PEAK_LIMIT = 10.0
-# Share of the channels' energy, 40 dB down: less is left only where one is another's negative.
+# Ratio (-40 dB) of the mean's energy to that of the channels; below it, channels cancel out.
 _CANCELLED = 1e-4
 _LARGEST_WAV = 2**32 - 2**16  # bytes; a WAV file's sizes have 32 bits
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """What the header of an audio file says: Hz, channels, and samples of each."""
+    """Header of an audio file: sampling rate in Hz, channels, and samples per channel."""
 
     sample_rate: int
     channels: int
@@ -49,10 +49,10 @@ def audio_format(path: str | os.PathLike) -> Format:
 def find_recordings(
     folder: str | os.PathLike,
 ) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
-    """The files in a folder and below it that are recordings by their names, and the others.
+    """Lists (recordings, other files) in a folder, recursively, by file name suffix.
 
-    Hidden files and folders (`._x.mp3` of macOS among them) and what systems leave in folders are
-    in neither list.
+    Neither list has hidden files and folders (including `._x.mp3` of macOS) or files that operating
+    systems create.
     """
     recordings, others = [], []
     for where, folders, names in os.walk(folder):
@@ -66,15 +66,15 @@ def find_recordings(
 
 
 class CutOff(UserError):
-    """A recording whose end is missing."""
+    """Raised for a recording whose end is missing."""
 
 
 def truncation(path: str | os.PathLike, decode: bool = True) -> str | None:
-    """What tells that the end of a recording is missing; None where nothing does.
+    """Returns the evidence that a recording's end is missing; None if there is none.
 
     Args:
       path: the file.
-      decode: decode a FLAC file to its end, of which nothing else tells; reading one tells too.
+      decode: decode FLAC files to the end, the only way to tell; reading one in full tells too.
     """
     with _opened(path) as (file, cut):
         if file.format != "FLAC" or not decode:
@@ -88,16 +88,17 @@ def truncation(path: str | os.PathLike, decode: bool = True) -> str | None:
 def read_blocks(
     path: str | os.PathLike, block_samples: int = 1 << 18, accept_truncated: bool = False
 ) -> Iterator[Float32[np.ndarray, "c t"]]:
-    """Reads a recording piece by piece: whatever libsndfile knows, or ffmpeg if it is installed.
+    """Reads a recording block by block, with libsndfile or, if installed, ffmpeg.
 
     Args:
       path: the file.
-      block_samples: samples of each channel in a piece; the last one is shorter.
-      accept_truncated: a FLAC file that is cut off ends where it does; False: it is refused.
+      block_samples: samples per channel in a block; the last block may be shorter.
+      accept_truncated: read a truncated FLAC file as far as it goes instead of raising.
 
     Raises:
-      UserError: not such a file, no samples in it, one that is not a number or far above full
-        scale.
+      UserError: the file is not a readable recording, is empty, or has a sample that is NaN,
+        infinite or far above full scale.
+      CutOff: a FLAC file is truncated, and `accept_truncated` is false.
     """
     with _opened(path) as (file, _):
         done = 0
@@ -114,10 +115,10 @@ def read_audio(
     begin_seconds: float = 0.0,
     accept_truncated: bool = False,
 ) -> tuple[Float32[np.ndarray, "c t"], int]:
-    """Reads a file, or no more than `seconds` of it from a time on; see `read_blocks`.
+    """Reads a file from `begin_seconds` on, at most `seconds` of it; see `read_blocks`.
 
     Returns:
-      The waveform, [channels, samples], and its sample rate in Hz.
+      The waveform, [channels, samples], and its sampling rate in Hz.
     """
     form = audio_format(path)
     begin = round(begin_seconds * form.sample_rate)
@@ -136,7 +137,7 @@ def read_audio(
 def read_segment(
     path: str | os.PathLike, begin_sample: int, samples: int
 ) -> Float32[np.ndarray, "c t"]:
-    """Reads so many samples from one on, fewer at the file's end, without what is before."""
+    """Reads up to `samples` samples from `begin_sample`, skipping everything before."""
     with _opened(path) as (file, _):
         if not 0 <= begin_sample < file.frames:
             raise UserError(
@@ -180,7 +181,7 @@ def _read(
     done: int,
     accept_truncated: bool = False,
 ) -> tuple[Float32[np.ndarray, "c t"], ...]:
-    """The next block, if there is one."""
+    """Returns a tuple of the next block, channels first; empty at the end of the file."""
     try:
         block, error = mended.read_block(file, samples)
     except soundfile.SoundFileError as error:
@@ -210,7 +211,7 @@ def _unreadable(path: str | os.PathLike, reason: str) -> UserError:
 
 
 def decode_bytes(data: bytes) -> Float32[np.ndarray, "c t"]:
-    """The samples of an audio file that is in memory; a ValueError when it is none."""
+    """Decodes an audio file in memory; raises ValueError if it is damaged or not one."""
     with _opened_bytes(data) as file:
         waveform = file.read(dtype="float32", always_2d=True)
     check_scale(waveform)
@@ -218,15 +219,15 @@ def decode_bytes(data: bytes) -> Float32[np.ndarray, "c t"]:
 
 
 def decode_pcm16(data: bytes | memoryview, begin_sample: int, out: Int16[np.ndarray, " t"]) -> bool:
-    """Fills `out` with the 16-bit samples that a WAV or FLAC file in memory stores.
+    """Fills `out` with the 16-bit samples of a mono WAV or FLAC file in memory.
 
     Nothing before `begin_sample` is decoded.
 
     Returns:
-      False, `out` left as it was, for files of another format, sample type or channel count.
+      True; False, with `out` unchanged, for another format, sample type or channel count.
 
     Raises:
-      ValueError: the bytes are no audio file, or it ends too early.
+      ValueError: the bytes are not an audio file, or it ends too early.
     """
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
@@ -243,16 +244,16 @@ def decode_pcm16(data: bytes | memoryview, begin_sample: int, out: Int16[np.ndar
 
 
 def format_of_bytes(data: bytes) -> Format:
-    """What the header of an audio file in memory says; a ValueError when it is none."""
+    """Reads the header of an audio file in memory; raises ValueError if damaged or not one."""
     with _opened_bytes(data) as file:
         return Format(file.samplerate, file.channels, file.frames)
 
 
 def require_whole(data: bytes) -> Format:
-    """As `format_of_bytes`; a ValueError too where the file ends before the samples it promises."""
+    """Like `format_of_bytes`, but also raises ValueError if a FLAC file ends too early."""
     with _opened_bytes(data) as file:
         form = Format(file.samplerate, file.channels, file.frames)
-        if file.format == "FLAC" and file.frames:  # of others their headers tell
+        if file.format == "FLAC" and file.frames:  # for others the header tells
             try:
                 file.seek(file.frames - 1)
                 held = len(file.read(1))
@@ -264,13 +265,13 @@ def require_whole(data: bytes) -> Format:
 
 
 def holds_floats(data: bytes) -> bool:
-    """Whether an audio file in memory holds floats, which may be of any scale."""
+    """Tells whether an audio file in memory stores floats, which may be of any scale."""
     with _opened_bytes(data) as file:
         return file.subtype in ("FLOAT", "DOUBLE")
 
 
 class _Memory(io.BytesIO):
-    """Bytes as a file; libsndfile seeks before the beginning of some that are damaged."""
+    """Bytes as a file; clamps seeks, as libsndfile seeks before the start of some damaged files."""
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         return super().seek(max(offset, 0) if whence == os.SEEK_SET else offset, whence)
@@ -288,7 +289,7 @@ def _opened_bytes(data: bytes) -> Iterator[soundfile.SoundFile]:
 
 
 def check_scale(waveform: Float32[np.ndarray, "*t"]) -> None:
-    """Raises a ValueError where a sample is no number or far above full scale."""
+    """Raises ValueError if a sample is NaN, infinite or far above full scale."""
     if not np.isfinite(waveform).all():
         raise ValueError("has a sample that is not a number")
     peak = max(waveform.max(initial=0), -waveform.min(initial=0))
@@ -300,7 +301,7 @@ def check_scale(waveform: Float32[np.ndarray, "*t"]) -> None:
 
 
 def flac_bytes(samples: Int16[np.ndarray, " t"], sample_rate: int) -> bytes:
-    """One channel as a FLAC file in memory."""
+    """Encodes one channel as a FLAC file in memory."""
     memory = io.BytesIO()
     soundfile.write(memory, samples, sample_rate, format="FLAC", subtype="PCM_16")
     return memory.getvalue()
@@ -313,13 +314,13 @@ def read_mono(
     begin_seconds: float = 0.0,
     accept_truncated: bool = False,
 ) -> Float32[np.ndarray, " t"]:
-    """Reads a file as one channel (see `mono`) at the given rate in Hz; see `read_audio`."""
+    """Reads a file as mono at the given sampling rate in Hz; see `mono` and `read_audio`."""
     waveform, file_rate = read_audio(path, seconds, begin_seconds, accept_truncated)
     return resample(mono(waveform), file_rate, sample_rate)
 
 
 def mono(waveform: Float32[np.ndarray, "c t"]) -> Float32[np.ndarray, " t"]:
-    """The mean of the channels; the loudest of them where they cancel each other."""
+    """Returns the mean of the channels, or the loudest channel if they cancel each other."""
     mean = waveform.mean(axis=0)
     energy = np.square(waveform).sum(axis=1)
     if np.square(mean).sum() < _CANCELLED * energy.mean():
@@ -332,7 +333,7 @@ def resample(
 ) -> Float32[np.ndarray, "*c u"]:
     """Resamples the last axis (soxr, high quality).
 
-    Of t samples it makes u = t * to_rate / from_rate, rounded to the nearest, halves up.
+    The result has u = t * to_rate / from_rate samples, rounded to nearest, halves up.
     """
     if from_rate == to_rate:
         return waveform
@@ -342,14 +343,14 @@ def resample(
 
 
 def resampled_length(samples: int, from_rate: int, to_rate: int) -> int:
-    """samples * to_rate / from_rate, rounded to the nearest, halves up."""
+    """Returns samples * to_rate / from_rate, rounded to nearest, halves up."""
     return (2 * samples * to_rate + from_rate) // (2 * from_rate)
 
 
 def resample_blocks(
     blocks: Iterable[Float32[np.ndarray, "c _"]], from_rate: int, to_rate: int
 ) -> Iterator[Float32[np.ndarray, "c _"]]:
-    """Resamples a waveform that comes in pieces; the pieces together are `resample` of it all."""
+    """Resamples a waveform given in blocks; concatenated, the results equal `resample` of all."""
     if from_rate == to_rate:
         yield from blocks
         return
@@ -364,7 +365,7 @@ def resample_blocks(
     if stream is None:
         return
     rest = stream.resample_chunk(np.zeros((0, channels), np.float32), last=True)
-    # soxr keeps the same rule of length; this holds it to it.
+    # soxr rounds the length in the same way; this makes sure of it.
     wanted = max(resampled_length(taken, from_rate, to_rate) - given, 0)
     rest = rest[:wanted]
     yield np.pad(rest, ((0, wanted - len(rest)), (0, 0))).T.copy()
@@ -373,17 +374,16 @@ def resample_blocks(
 def write_wav(
     path: str | os.PathLike, waveform: Float32[np.ndarray, "c t"], sample_rate: int
 ) -> None:
-    """Writes a float32 WAV file, whole or not at all; samples beyond 1 are kept as they are."""
+    """Writes a float32 WAV file atomically; samples beyond [-1, 1] are kept."""
     with writing_audio(path, Format(sample_rate, *waveform.shape)) as write:
         write(waveform)
 
 
 class AudioWriter:
-    """Writes the next samples of a file when it is called.
+    """Callable that appends samples to a file.
 
     Attributes:
-      clipped: samples so far that lay outside the format's range and were cut to it; floats have
-        no such range.
+      clipped: number of samples clipped to [-1, 1] so far; always 0 for float files.
     """
 
     def __init__(self, file: soundfile.SoundFile):
@@ -400,16 +400,16 @@ class AudioWriter:
 def writing_audio(
     path: str | os.PathLike, form: Format, subtype: str = "FLOAT"
 ) -> Iterator[AudioWriter]:
-    """Yields what writes the next samples; the file appears whole or not at all.
+    """Yields a writer of blocks; the file appears whole or not at all.
 
     Args:
-      path: the file, WAV or, if its name says so, FLAC.
-      form: of what will be written.
-      subtype: libsndfile's name of the samples' form: FLOAT, PCM_24 or PCM_16.
+      path: the file, FLAC if its name ends in ".flac", otherwise WAV.
+      form: format of the samples that will be written.
+      subtype: libsndfile's name of the sample type: FLOAT, PCM_24 or PCM_16.
     """
     kind = "FLAC" if os.fspath(path).lower().endswith(".flac") else "WAV"
     if kind == "WAV" and form.samples * form.channels * 4 >= _LARGEST_WAV:
-        kind = "RF64"  # the same with 64-bit sizes
+        kind = "RF64"  # WAV with 64-bit sizes
     with replacing(path) as temporary:
         try:
             with soundfile.SoundFile(
@@ -425,7 +425,7 @@ def writing_audio(
 
 def _check_is_file(path: str | os.PathLike) -> None:
     try:
-        # Opening a pipe would wait for who writes into it.
+        # Opening a pipe would block until something writes to it.
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
             raise UserError(f"{path} is a folder; give an audio file")
@@ -444,7 +444,7 @@ def _check_is_file(path: str | os.PathLike) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """libsndfile's own words, without the path and the full stop."""
+    """Returns libsndfile's message in lower case, without the path and the full stop."""
     reason = getattr(error, "error_string", str(error)).strip().rstrip(".").lower()
-    # Of bytes named .mp3 that hold no MP3 frame; the file has been opened before.
+    # libsndfile says so of .mp3 files without an MP3 frame; the path is known to exist.
     return "its bytes are no audio" if "does not exist" in reason else reason

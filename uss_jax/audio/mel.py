@@ -1,4 +1,4 @@
-"""Log-mel spectrogram of PANNs (Slaney mel scale and normalisation, power, decibels).
+"""Log-mel spectrogram as in PANNs (Slaney mel scale and normalisation, power, decibels).
 
 Letters: `b` batch, `t` samples, `n` frames, `m` mel bands.
 """
@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 
 from uss_jax.audio.stft import stft
 
-# Slaney's scale is linear up to 1 kHz (15 mel at 200/3 Hz each), then 27 mel for a factor of 6.4.
+# Slaney's scale is linear up to 1 kHz (15 mel of 200/3 Hz each), then logarithmic: 27 mel per
+# factor of 6.4.
 _LINEAR_HZ = 200.0 / 3.0
 _BREAK_HZ = 1000.0
 _BREAK_MEL = _BREAK_HZ / _LINEAR_HZ
@@ -18,14 +19,14 @@ _LOG_STEP = np.log(6.4) / 27.0
 
 
 def hz_to_mel(hz: float | np.ndarray) -> np.ndarray:
-    """Slaney mel of frequencies in Hz."""
+    """Converts frequencies in Hz to Slaney mel."""
     hz = np.asarray(hz, np.float64)
     above = _BREAK_MEL + np.log(np.maximum(hz, 1.0) / _BREAK_HZ) / _LOG_STEP
     return np.where(hz < _BREAK_HZ, hz / _LINEAR_HZ, above)
 
 
 def mel_to_hz(mel: np.ndarray) -> np.ndarray:
-    """Frequencies in Hz of Slaney mel."""
+    """Converts Slaney mel to frequencies in Hz."""
     mel = np.asarray(mel, np.float64)
     return np.where(
         mel < _BREAK_MEL, mel * _LINEAR_HZ, _BREAK_HZ * np.exp(_LOG_STEP * (mel - _BREAK_MEL))
@@ -35,7 +36,7 @@ def mel_to_hz(mel: np.ndarray) -> np.ndarray:
 def mel_matrix(
     sample_rate: int, n_fft: int, mel_bins: int, f_min: float, f_max: float
 ) -> np.ndarray:
-    """Triangular filters of unit area per Hz, float64 [n_fft // 2 + 1, mel_bins]."""
+    """Returns triangular filters of unit area in Hz, float64 [n_fft // 2 + 1, mel_bins]."""
     bins = np.arange(n_fft // 2 + 1) * (sample_rate / n_fft)
     edges = mel_to_hz(np.linspace(hz_to_mel(f_min), hz_to_mel(f_max), mel_bins + 2))
     low, peak, high = edges[:-2], edges[1:-1], edges[2:]
@@ -54,16 +55,16 @@ def log_mel(
     f_min: float,
     f_max: float,
 ) -> Float[Array, "b n m"]:
-    """Mel power in dB, floored at -100 dB; float32 whatever the compute dtype of the net.
+    """Computes mel power in dB, floored at -100 dB; float32 whatever the net's compute dtype.
 
     Args:
       waveform: samples in [-1, 1].
-      sample_rate: Hz.
+      sample_rate: sampling rate in Hz.
       n_fft: window length in samples.
       hop_samples: samples between frames.
       mel_bins: number of bands.
       f_min: lower edge of the lowest band in Hz.
-      f_max: upper edge of the highest band in Hz, at most half the sample rate.
+      f_max: upper edge of the highest band in Hz, at most half the sampling rate.
     """
     spectrum = stft(waveform, n_fft, hop_samples)
     power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)

@@ -1,8 +1,8 @@
 """Opens recordings that libsndfile alone would not read, or not to their end.
 
-An MP3 or WAV file whose header is wrong about its length gets a right one in front; joined files
-are decoded one after the other; what libsndfile does not know (m4a, mp4, webm, ...) is decoded by
-ffmpeg where that is installed. The last two go through a temporary file of float samples.
+If the header of an MP3 or WAV file misstates the length, a corrected one replaces it. Concatenated
+files are decoded one after the other. Formats unknown to libsndfile (m4a, mp4, webm, ...) are
+decoded by ffmpeg if it is installed. The last two use a temporary file of float samples.
 """
 
 import contextlib
@@ -24,26 +24,26 @@ from jaxtyping import Float32
 
 from uss_jax.audio import containers
 
-# ffmpeg decodes these and no others: a playlist could name other files of this machine.
+# Allowlist for ffmpeg: a playlist, for instance, could name other files on this machine.
 _DEMUXERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,aac,asf,avi,flv,mpegts,mpeg,amr,ac3,eac3,ape,wv,tta,"
     "mp3,ogg,flac,wav,w64,aiff,au,caf,dsf,mpc,mpc8"
 )
 _BLOCK_SAMPLES = 1 << 16
 _KEPT_FILES = 4
-_UNKNOWN = 2**40  # libsndfile has a larger number of samples where a header leaves it open
+_UNKNOWN = 2**40  # libsndfile reports more samples than this if the header leaves their number open
 
 
 class FfmpegNeeded(Exception):
-    """A file that only ffmpeg could decode, and it is not installed."""
+    """Raised for a file that only ffmpeg could decode if ffmpeg is not installed."""
 
 
 class FfmpegFailed(Exception):
-    """ffmpeg could not decode a file; its words."""
+    """Raised if a file cannot be decoded by ffmpeg; the message is the reason."""
 
 
 class _Temporary:
-    """A temporary file; it goes with this object."""
+    """A temporary file, deleted with this object."""
 
     def __init__(self):
         descriptor, self.name = tempfile.mkstemp(prefix="uss-jax-", suffix=".w64")
@@ -55,8 +55,8 @@ class Opened(NamedTuple):
     """An open recording.
 
     Attributes:
-      file: libsndfile's view of it.
-      truncation: what tells that its end is missing; None where nothing does.
+      file: the recording as opened by libsndfile.
+      truncation: evidence that its end is missing; None if there is none.
     """
 
     file: soundfile.SoundFile
@@ -68,7 +68,8 @@ def opened(path: str | os.PathLike) -> Iterator[Opened]:
     """Opens a recording.
 
     Raises:
-      soundfile.SoundFileError: libsndfile knows the format and finds the file damaged.
+      soundfile.SoundFileError: libsndfile knows the format, but the file is damaged or joins
+        recordings of different sampling rates or channels.
       FfmpegNeeded, FfmpegFailed: libsndfile does not know the format.
     """
     with contextlib.ExitStack() as stack:
@@ -93,10 +94,10 @@ def _open(source: bytes | io.RawIOBase | _Temporary) -> soundfile.SoundFile:
 
 
 def mended_bytes(data: bytes) -> bytes:
-    """An audio file in memory, with a right header where its own is wrong about its length.
+    """Returns an audio file in memory with its header corrected if it misstates the length.
 
     Raises:
-      ValueError: it is cut off, or it is more than one file.
+      ValueError: the file is truncated, or there are several files.
     """
     if len(containers.read_parts(data)) > 1:
         raise ValueError("holds several audio files, one after the other")
@@ -109,19 +110,19 @@ def mended_bytes(data: bytes) -> bytes:
 def _source(
     path: str | os.PathLike, data: mmap.mmap
 ) -> tuple[bytes | io.RawIOBase | _Temporary, str | None]:
-    """What libsndfile shall open, and what tells that the file was cut off."""
+    """Returns the source for libsndfile to open, and evidence of truncation or None."""
     path = os.fspath(path)
     if len(containers.read_parts(data)) > 1 or containers.flac_samples(data) == 0:
         return _kept(path, _stamp(path))
     head, begin, cut = _right_head(data)
-    # soundfile takes bytes for names that are not UTF-8.
+    # As bytes, since soundfile rejects str names that are not UTF-8.
     return (_Spliced(path, head, begin, len(data)) if head else os.fsencode(path)), cut
 
 
 def _right_head(data: containers.Bytes) -> tuple[bytes, int, str | None]:
-    """What to put in place of a file's first bytes, how many, and what tells that it was cut off.
+    """Returns (header, bytes of the file that it replaces, evidence of truncation or None).
 
-    Nothing takes the place of nothing where the header is right.
+    If the file's own header is right, the first two are b"" and 0.
     """
     if head := containers.wav_without_length(data):
         return head, len(head), None
@@ -147,7 +148,7 @@ def _promise(promised: int, held: int, sample_rate: int) -> str:
 
 
 def cut_off(file: soundfile.SoundFile, held: int | None = None) -> str | None:
-    """What tells that a file's end is missing, of its header or of how many samples were read."""
+    """Returns evidence, from the header or `held` samples read, that a file's end is missing."""
     if held is not None and held < file.frames < _UNKNOWN:
         return _promise(file.frames, held, file.samplerate)
     share = containers.promised_share(file.extra_info)
@@ -161,7 +162,7 @@ def _mapped(path: str | os.PathLike) -> Iterator[mmap.mmap]:
 
 
 class _Spliced(io.RawIOBase):
-    """A file with other bytes in place of its beginning, or a part of one."""
+    """A file whose beginning is replaced by other bytes, or a section of a file."""
 
     def __init__(self, path: str, head: bytes, begin: int, end: int):
         self._head, self._begin = head, begin
@@ -203,7 +204,7 @@ def _stamp(path: str | os.PathLike) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=_KEPT_FILES)
 def _kept(path: str, stamp: tuple[int, int]) -> tuple[_Temporary, str | None]:
-    """A file decoded whole, which goes when others take its place; and whether it was cut off."""
+    """Decodes a file to a cached temporary one; returns it and evidence of truncation or None."""
     decoded = _Temporary()
     with _mapped(path) as data:
         if data[:4] in containers.JOINED:
@@ -214,7 +215,7 @@ def _kept(path: str, stamp: tuple[int, int]) -> tuple[_Temporary, str | None]:
 
 
 def _decode_in_turn(path: str, parts: list[containers.Part], out: str) -> str | None:
-    """Decodes the recordings in a file one after the other; says if the last was cut off."""
+    """Decodes joined recordings into one file; returns evidence that the last is truncated."""
     writer = cut = None
     with contextlib.ExitStack() as stack:
         for part in parts:
@@ -242,20 +243,20 @@ def _decode_in_turn(path: str, parts: list[containers.Part], out: str) -> str | 
 def read_block(
     file: soundfile.SoundFile, samples: int
 ) -> tuple[Float32[np.ndarray, "t c"], soundfile.SoundFileError | None]:
-    """Reads the next samples; fewer at the end.
+    """Reads the next `samples` samples, fewer at the end of the file.
 
     Returns:
-      The samples, and libsndfile's error when it came upon one after them: a FLAC file that was cut
-      off, or does not say its length, ends with one.
+      The samples, and libsndfile's error if one occurred after them: a FLAC file that is truncated
+      or does not state its length ends with one.
 
     Raises:
-      soundfile.SoundFileError: an error before any samples.
+      soundfile.SoundFileError: an error in a file of another format.
     """
     out = np.full((samples, file.channels), np.nan, np.float32)
     try:
         return file.read(out=out), None
     except soundfile.SoundFileError as error:
-        # What was read before the error is there, and how much only the untouched rest tells.
+        # Samples read before the error are in `out`; only the remaining NaN tell how many.
         untouched = np.isnan(out).all(axis=1)
         count = int(np.argmax(untouched)) if untouched.any() else samples
         if file.format != "FLAC":

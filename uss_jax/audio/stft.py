@@ -1,6 +1,6 @@
-"""Short-time Fourier transform and its inverse, by FFT, on any backend and any sharding.
+"""Short-time Fourier transform and its inverse, by FFT, for any backend and sharding.
 
-Conventions of the reference (torchlibrosa): periodic Hann window, centred frames, reflect padding.
+As in the reference (torchlibrosa): periodic Hann window, centred frames, reflect padding.
 
 Letters: `t` samples, `n` frames, `f` bins = n_fft / 2 + 1, `h` hop.
 """
@@ -17,24 +17,24 @@ BATCH_AXIS = "data"
 
 
 def hann_window(n_fft: int) -> np.ndarray:
-    """Periodic Hann window, float64 [n_fft]."""
+    """Returns the periodic Hann window, float64 [n_fft]."""
     return 0.5 - 0.5 * np.cos(2.0 * np.pi * np.arange(n_fft) / n_fft)
 
 
 def frame_count(samples: int, hop_samples: int) -> int:
-    """Frames of a centred transform of `samples` samples."""
+    """Returns the number of frames of a centred transform of `samples` samples."""
     return samples // hop_samples + 1
 
 
 def stft(
     waveform: Float[Array, "*batch t"], n_fft: int, hop_samples: int
 ) -> Complex[Array, "*batch n f"]:
-    """Spectrum of every frame; frame `i` is centred on sample `i * hop_samples`.
+    """Computes the spectrum of every frame; frame `i` is centred on sample `i * hop_samples`.
 
     Args:
-      waveform: any length from one sample on, any leading axes; computed in float32 (float64 for
-        float64 input), whatever the dtype. The first leading axis is the batch that may be sharded.
-      n_fft: window and transform length, even.
+      waveform: at least one sample, any leading axes, of which the first is the batch and may be
+        sharded. Computed in float32 (float64 for float64 input) whatever the dtype.
+      n_fft: window and transform length in samples, even.
       hop_samples: samples between frames.
 
     Returns:
@@ -46,8 +46,8 @@ def stft(
     lead = [(0, 0)] * (waveform.ndim - 1)
     padded = jnp.pad(waveform, [*lead, (n_fft // 2, n_fft // 2)], mode="reflect")
 
-    # A frame is `pieces` consecutive blocks of one hop: slices instead of a gather, whose gradient
-    # would be a scatter.
+    # A frame is `pieces` consecutive blocks of one hop. Slices avoid a gather, whose gradient would
+    # be a scatter.
     block_samples = (frames - 1 + pieces) * hop_samples
     excess = block_samples - padded.shape[-1]
     padded = jnp.pad(padded, [*lead, (0, excess)]) if excess > 0 else padded[..., :block_samples]
@@ -63,13 +63,13 @@ def istft(
     hop_samples: int,
     length: int | None = None,
 ) -> Float[Array, "*batch t"]:
-    """Inverse of `stft`: windowed overlap-add, divided by the sum of squared windows.
+    """Inverts `stft`: windowed overlap-add, divided by the sum of squared windows.
 
     Args:
       spectrum: complex [..., frames, n_fft // 2 + 1].
       n_fft: as given to `stft`.
       hop_samples: as given to `stft`.
-      length: samples wanted; all that the frames centre on, (frames - 1) * hop_samples, when None.
+      length: output length in samples; None for (frames - 1) * hop_samples.
     """
     frames = spectrum.shape[-2]
     pieces = -(-n_fft // hop_samples)
@@ -85,7 +85,7 @@ def istft(
         jnp.pad(framed[..., i, :], [*lead, (i, pieces - 1 - i), (0, 0)]) for i in range(pieces)
     )
 
-    # Which frames reach a block depends on the block alone: an iota, not a table of all samples.
+    # The overlapping frames depend on the block alone: an iota replaces a table of all samples.
     squares = np.pad(window**2, (0, tail)).reshape(pieces, hop_samples).astype(framed.dtype)
     block = jnp.arange(frames + pieces - 1)[:, None]
     overlap = sum(
@@ -105,11 +105,11 @@ def _at_least_float32(x: Array) -> Array:
 
 
 def _without_gathering(transform: Callable[[Array], Array], x: Array) -> Array:
-    """Applies a transform of the last axis where each device holds its rows of the batch.
+    """Applies a transform of the last axis on each device's own rows of the batch.
 
-    XLA's partitioner gathers the whole batch on every device for an FFT; inside `shard_map` it
-    cannot. Without a mesh (`jax.set_mesh`), inside a `shard_map` of the caller's, or where the
-    batch does not divide over the devices, the transform runs plainly.
+    For an FFT, XLA's partitioner gathers the whole batch on every device; inside `shard_map` it
+    cannot. The transform is called directly without a mesh (`jax.set_mesh`), inside the caller's
+    own `shard_map`, or if the batch is not divisible by the number of devices.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or BATCH_AXIS not in mesh.axis_names or x.ndim < 2:

@@ -1,6 +1,6 @@
 """The tagging net and the sound event detector of PANNs (Kong et al. 2020, arXiv:1912.10211).
 
-Both have the same parameters; they differ in how time is pooled. Letters: `b` batch, `t` samples,
+Both have the same parameters and differ in how they pool time. Letters: `b` batch, `t` samples,
 `n` frames, `m` mel bands, `s` segments (frames after pooling), `k` classes, `e` embedding.
 """
 
@@ -13,8 +13,8 @@ from uss_jax.models.norm import BatchNorm
 from uss_jax.models.tagging import TAGGING_MOMENTUM, Augment, front_end
 
 _INIT = nn.initializers.xavier_uniform()
-# Classes start as rare as they are: a clip of AudioSet has 2.6 of 527. PANNs starts them at 1/2 and
-# spends its first hundreds of steps on coming down.
+# Initialises the bias to the class prior: an AudioSet clip has 2.6 of 527 classes. PANNs starts at
+# a probability of 1/2 and needs hundreds of steps to come down.
 _RARE = nn.initializers.constant(-5.3)
 
 
@@ -35,20 +35,20 @@ class ConvBlock(nn.Module):
 
 
 class Cnn14(nn.Module):
-    """Audio tagging: class probabilities and an embedding of a waveform.
+    """Audio tagging net: class probabilities and an embedding of a waveform.
 
     Attributes:
-      sample_rate: Hz.
-      n_fft: window in samples.
-      hop_samples: hop; sample_rate / hop_samples frames a second, 100 in every config of ours.
-      mel_bins: mel bands.
+      sample_rate: sampling rate in Hz.
+      n_fft: STFT window length in samples.
+      hop_samples: STFT hop in samples; all shipped configs give 100 frames per second.
+      mel_bins: number of mel bands.
       f_min: lowest frequency in Hz.
       f_max: highest frequency in Hz.
-      channels: widths of the blocks, each but the last followed by 2x2 average pooling; the
-        embedding has the last width.
+      channels: widths of the blocks, each but the last followed by 2x2 average pooling; the last
+        one is also the width of the embedding.
       classes: k.
       dtype: compute dtype of the convolutions; log-mel, statistics and outputs are float32.
-      norm_momentum: weight of a batch in the running statistics of training.
+      norm_momentum: weight of a batch in the running statistics.
     """
 
     sample_rate: int = 32000
@@ -79,11 +79,11 @@ class Cnn14(nn.Module):
         train: bool = False,
         augment: Augment | None = None,
     ) -> dict[str, Array]:
-        """Tags.
+        """Tags clips.
 
         Args:
           waveform: samples in [-1, 1].
-          train: batch statistics and dropout (random keys "augment").
+          train: use batch statistics and dropout (random keys "augment").
           augment: applied to the normalised log-mel, [b, n, m] to [b', n, m].
 
         Returns:
@@ -94,13 +94,13 @@ class Cnn14(nn.Module):
         return {"clipwise": self.classify(embedding), "embedding": embedding}
 
     def log_mel(self, waveform: Float[Array, "b t"]) -> Float[Array, "b n m"]:
-        """The front end: mel power in dB; n = t // hop_samples + 1."""
+        """Computes the mel power in dB; n = t // hop_samples + 1."""
         return front_end(self, waveform)
 
     def features(
         self, mel: Float[Array, "b n m"], train: bool, augment: Augment | None
     ) -> Float[Array, "_ s e"]:
-        """The convolutions, averaged over frequency."""
+        """Runs the convolution blocks and averages over frequency."""
         x = self.bn0(mel, train)
         x = (augment(x) if augment else x)[..., None]
         for i, block in enumerate(self.conv_block):
@@ -111,12 +111,12 @@ class Cnn14(nn.Module):
         return jnp.mean(x, axis=2).astype(mel.dtype)
 
     def embed(self, features: Float[Array, "b s e"], train: bool) -> Float[Array, "b e"]:
-        """The embedding of a clip: maximum plus mean over time, then a hidden layer."""
+        """Embeds clips: maximum plus mean over time, then a dense layer with ReLU."""
         pooled = jnp.max(features, axis=1) + jnp.mean(features, axis=1)
         return nn.relu(self.fc1(self.dropout(pooled, deterministic=not train)))
 
     def classify(self, embedding: Float[Array, "*b e"]) -> Float[Array, "*b k"]:
-        """Probabilities of the classes."""
+        """Returns class probabilities."""
         return nn.sigmoid(self.fc_audioset(embedding))
 
     @property
@@ -126,20 +126,20 @@ class Cnn14(nn.Module):
 
     @property
     def frame_hop_samples(self) -> int:
-        """Samples between the frames of the log-mel, and of a detector's `framewise`."""
+        """Samples between frames of the log-mel, and of a detector's `framewise`."""
         return self.hop_samples
 
     @property
     def frame_stride(self) -> int:
-        """STFT frames to one segment of the convolutions."""
+        """STFT frames per segment."""
         return 2 ** (len(self.channels) - 1)
 
 
 class Cnn14DecisionLevelMax(Cnn14):
-    """Sound event detection: probabilities of every frame; a clip's are their maximum over time.
+    """Sound event detector: class probabilities per frame; the clip's are their maximum over time.
 
     The embedding is that of `Cnn14` with the same parameters, so that one net can serve as detector
-    and as query net.
+    and query net.
     """
 
     def __call__(
@@ -148,11 +148,11 @@ class Cnn14DecisionLevelMax(Cnn14):
         train: bool = False,
         augment: Augment | None = None,
     ) -> dict[str, Array]:
-        """Detects; arguments as for `Cnn14`.
+        """Detects sound events; arguments as for `Cnn14`.
 
         Returns:
           `clipwise` [b, k], `framewise` [b, n, k] for the n frames of the log-mel, `embedding`
-          [b, e], and `tagging` [b, k], the probabilities that `Cnn14` reads from that embedding.
+          [b, e], and `tagging` [b, k], the probabilities `Cnn14` computes from that embedding.
         """
         mel = self.log_mel(waveform)
         features = self.features(mel, train, augment)
@@ -166,7 +166,7 @@ class Cnn14DecisionLevelMax(Cnn14):
         }
 
     def detect(self, features: Float[Array, "b s e"], train: bool) -> Float[Array, "b s k"]:
-        """Probabilities of every segment of `frame_stride` frames."""
+        """Returns class probabilities of every segment of `frame_stride` frames."""
         window = dict(window_shape=(3,), strides=(1,), padding=((1, 1),))
         x = nn.max_pool(features, **window) + nn.avg_pool(features, **window)
         x = nn.relu(self.fc1(self.dropout(x, deterministic=not train)))
@@ -176,7 +176,7 @@ class Cnn14DecisionLevelMax(Cnn14):
 def repeat_to_frames(
     segmentwise: Float[Array, "b s k"], stride: int, frames: int
 ) -> Float[Array, "b n k"]:
-    """Each segment `stride` times, the last one up to `frames`."""
+    """Repeats each segment `stride` times, then extends the last one or cuts to `frames`."""
     repeated = jnp.repeat(segmentwise, stride, axis=1)
     missing = max(frames - repeated.shape[1], 0)
     return jnp.pad(repeated, ((0, 0), (0, missing), (0, 0)), mode="edge")[:, :frames]

@@ -1,4 +1,4 @@
-"""The convolutions of the nets, in forms whose gradients are fast on a CPU too.
+"""Convolution layers whose gradients are fast on CPUs as well as on accelerators.
 
 Letters: `b` batch, `n` frames, `f` bins, `c` channels in, `d` channels out.
 """
@@ -14,17 +14,17 @@ from jaxtyping import Array, Float
 from uss_jax.models.reductions import sum_places
 from uss_jax.models.vjp import custom_vjp
 
-# Below this many channels XLA's own filter gradient is as fast on a CPU.
+# With fewer channels than this, XLA's own filter gradient is as fast on a CPU.
 _NARROW = 32
-# Places of a feature map whose products are summed in one matrix product: they fit into cache. Of
-# wide maps it is the matrix that does not fit, and is better read for more places at once.
+# Positions of a feature map per matrix product, chosen to fit in cache. For wide maps the matrix
+# itself does not fit, so each read of it is amortised over more positions.
 _PLACES, _PLACES_OF_WIDE, _WIDE = 1024, 4096, 256
-# Wide maps so small are convolved faster on a CPU by one matrix product.
+# Wide maps of at most this many positions are convolved faster on a CPU as one matrix product.
 _SMALL = 256
 
-# Minimal filtering F(4, 3): four outputs of a filter of three taps by 6 products instead of 12
+# Minimal filtering F(4, 3): four outputs of a three-tap filter from 6 products instead of 12
 # (Winograd, Arithmetic complexity of computations, 1980; points 0, 1, -1, 2, -2, infinity). With
-# fewer channels than these, the sums around the products cost what the products save.
+# fewer channels than this, the extra additions cost as much as the saved products.
 _TILED = 64
 _TILE, _POINTS = 4, 6
 _INPUT = np.array(
@@ -44,7 +44,7 @@ _OUTPUT = np.array(
 
 
 class Conv3x3(nn.Module):
-    """Convolution over time and frequency, "same" zero padding, no bias.
+    """3x3 convolution over time and frequency with "same" zero padding and no bias.
 
     The parameter is `kernel` [3, 3, c, d], as `flax.linen.Conv` would name it.
     """
@@ -61,7 +61,7 @@ class Conv3x3(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Transposed convolution whose kernel is as large as its stride: one matrix product.
+    """Transposed convolution with kernel size equal to its stride: one matrix product.
 
     The parameter is `kernel` [*stride, d, c], as `flax.linen.ConvTranspose` with
     `transpose_kernel=True` would name it.
@@ -81,7 +81,7 @@ class Upsample(nn.Module):
 
 
 class Conv1x1(nn.Module):
-    """A linear map of the channels; parameters `kernel` [1, 1, c, d] and `bias` [d]."""
+    """1x1 convolution; the parameters are `kernel` [1, 1, c, d] and `bias` [d]."""
 
     features: int
     dtype: str
@@ -92,12 +92,12 @@ class Conv1x1(nn.Module):
     def __call__(
         self, *maps: Float[Array, "b n f _"], onto: Float[Array, "b n f d"] | None = None
     ) -> Float[Array, "b n f d"]:
-        """Maps the channels of all maps one after the other, which need not lie together.
+        """Convolves the maps as if concatenated along the channels, without concatenating them.
 
         Args:
           *maps: feature maps.
-          onto: what the result is added to. A convolution that takes the bias along with what is
-            added spares a pass over the product.
+          onto: map that the result is added to. The bias is added to it first, which saves a pass
+            over the product.
         """
         widths = [x.shape[-1] for x in maps]
         shape = (1, 1, sum(widths), self.features)
@@ -109,9 +109,9 @@ class Conv1x1(nn.Module):
 
 
 def in_compute_dtype(dtype: str, *arrays: Array) -> tuple[Array, ...]:
-    """Arrays in the dtype that a layer computes in.
+    """Casts arrays to the dtype that a layer computes in.
 
-    "float32" asks for no lower precision than its parameters: float64 ones compute in float64.
+    "float32" means at least float32: with float64 arrays the layer computes in float64.
     """
     if dtype == "float32":
         dtype = jnp.result_type(jnp.float32, *arrays)
@@ -120,7 +120,7 @@ def in_compute_dtype(dtype: str, *arrays: Array) -> tuple[Array, ...]:
 
 @jax.custom_vjp
 def add_bias(x: Float[Array, "b n f d"], bias: Float[Array, " d"]) -> Float[Array, "b n f d"]:
-    """x + bias; the gradient of the bias is summed in float32, whatever the dtype."""
+    """Returns x + bias; the gradient of the bias is summed in float32 whatever the dtype."""
     return x + bias
 
 
@@ -135,13 +135,13 @@ add_bias.defvjp(lambda x, bias: (x + bias, bias), _add_bias_backward)
 def linear(
     x: Float[Array, "b n f c"] | tuple[Float[Array, "b n f _"], ...], matrix: Float[Array, "c d"]
 ) -> Float[Array, "b n f d"]:
-    """A linear map of the channels of a map, or of several maps that need not lie together."""
+    """Multiplies the channels of a map, or of several as if concatenated, by a matrix."""
     maps = x if isinstance(x, tuple) else (x,)
     return sum(map(jnp.matmul, maps, jnp.split(matrix, _borders(maps))))
 
 
 def _borders(maps: tuple[Array, ...]) -> np.ndarray:
-    """Where the channels of one map end and those of the next begin."""
+    """Returns the channel offsets at which the second and later maps begin."""
     return np.cumsum([x.shape[-1] for x in maps])[:-1]
 
 
@@ -168,8 +168,10 @@ def _matrix_gradient(x: Array, dy: Array) -> Array:
 
 
 def _matrix_gradient_by_rows(x: Array, dy: Array) -> Array:
-    """The matrix gradient over a few rows at a time: XLA's CPU backend would first turn whole maps
-    so that their channels come before their places."""
+    """Computes the matrix gradient a few rows at a time.
+
+    For all rows at once, XLA's CPU backend would first transpose whole maps to channels-first.
+    """
     (b, n, f, c), d = x.shape, dy.shape[-1]
     rows, steps = _rows(n, f, c, d)
     pad = ((0, 0), (0, steps * rows - n), (0, 0), (0, 0))
@@ -189,7 +191,7 @@ def _matrix_gradient_by_rows(x: Array, dy: Array) -> Array:
 
 @custom_vjp
 def conv3x3(x: Float[Array, "b n f c"], kernel: Float[Array, "3 3 c d"]) -> Array:
-    """Convolves; [b, n, f, d]. Its gradient is its own, so there is no forward-mode derivative."""
+    """Convolves to [b, n, f, d]. The custom VJP rules out forward-mode derivatives."""
     _, n, f, c = x.shape
     on_cpu = _convolve_by_xla
     if n * f <= _SMALL and c >= _WIDE:
@@ -202,7 +204,10 @@ def conv3x3(x: Float[Array, "b n f c"], kernel: Float[Array, "3 3 c d"]) -> Arra
 
 
 def _worth_tiles(x: Array, kernel: Array) -> bool:
-    """Not where few numbers are summed, nor where 24ths and eights would lose the few bits."""
+    """Tells whether minimal filtering pays.
+
+    Not with few channels, nor in bfloat16, where factors of 8 and 1/24 cost too much precision.
+    """
     return min(kernel.shape[2:]) >= _TILED and x.dtype != jnp.bfloat16
 
 
@@ -213,7 +218,10 @@ def _convolve_by_xla(x: Array, kernel: Array) -> Array:
 
 
 def _convolve_by_product(x: Array, kernel: Array) -> Array:
-    """Up to 1.7 times faster than XLA's own, which reads the kernel anew for every few places."""
+    """Convolves as one matrix product.
+
+    Up to 1.7 times faster than XLA's own, which re-reads the kernel every few positions.
+    """
     n, f = x.shape[1:3]
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     taps = [x[:, p : p + n, q : q + f] for p in range(3) for q in range(3)]
@@ -221,15 +229,16 @@ def _convolve_by_product(x: Array, kernel: Array) -> Array:
 
 
 def _convolve_by_tiles(x: Array, kernel: Array) -> Array:
-    """Minimal filtering over frames, a few rows at a time: up to twice as fast as XLA's own.
+    """Convolves by minimal filtering over frames, a few rows at a time.
 
-    The batch stays an axis of its own, so that devices keep to their rows of it.
+    Up to twice as fast as XLA's own. The batch stays a separate axis, so that each device computes
+    only its own rows of a sharded batch.
     """
     (b, n, f, c), d = x.shape, kernel.shape[3]
     tiles, steps = _rows(n, f, c, d, _TILE)
     filters = jnp.einsum("ip,pqcd->iqcd", _FILTER.astype(x.dtype), kernel)
     x = jnp.pad(x, ((0, 0), (1, 1 + steps * tiles * _TILE - n), (0, 0), (0, 0)))
-    x = jax.lax.optimization_barrier(x)  # else what comes before is computed for each point anew
+    x = jax.lax.optimization_barrier(x)  # else its producers are recomputed for each point
 
     def fill_rows(i, y):
         inputs = _tile_inputs(x, i, tiles)
@@ -245,7 +254,7 @@ def _convolve_by_tiles(x: Array, kernel: Array) -> Array:
 
 
 def _rows(n: int, f: int, c: int, d: int, tile: int = 1) -> tuple[int, int]:
-    """Rows, or tiles of so many rows, to take at a time, few of them beyond the map; how often."""
+    """Returns rows (or tiles of `tile` rows) per step, with little padding, and number of steps."""
     places = _PLACES if min(c, d) < _WIDE else _PLACES_OF_WIDE
     count = -(-n // tile)
     most = min(count, max(1, places // (tile * f)))
@@ -254,7 +263,7 @@ def _rows(n: int, f: int, c: int, d: int, tile: int = 1) -> tuple[int, int]:
 
 
 def _tile_inputs(x: Array, i: Array, tiles: int) -> list[Array]:
-    """Of each point, what the i-th so many tiles put in; `x` has a row of padding before."""
+    """Returns each point's input for the i-th run of `tiles` tiles; row 0 of `x` is padding."""
     rows = jax.lax.dynamic_slice_in_dim(x, i * tiles * _TILE, tiles * _TILE + 2, axis=1)
     rows = [rows[:, p : p + (tiles - 1) * _TILE + 1 : _TILE] for p in range(_POINTS)]
     return [_weighted_sum(weights, rows) for weights in _INPUT]
@@ -289,11 +298,11 @@ def _filter_gradient_by_xla(x: Array, dy: Array) -> Array:
 
 
 def _filter_gradient_by_products(x: Array, dy: Array) -> Array:
-    """The filter gradient as matrix products over a few rows at a time, summed for each item.
+    """Computes the filter gradient by matrix products over a few rows, summed per item.
 
-    XLA's CPU backend treats it as a convolution with a window as large as the map, 3 to 8 times
-    slower. The batch stays an axis of its own until the end, so that a sharded batch is reduced
-    over devices once.
+    XLA's CPU backend computes it as a convolution with a window as large as the map, 3 to 8 times
+    slower. The batch stays a separate axis until the end, so that a sharded batch is all-reduced
+    once.
     """
     (b, n, f, c), d = x.shape, dy.shape[-1]
     rows, steps = _rows(n, f, c, d)
@@ -324,7 +333,7 @@ def _filter_gradient_by_products(x: Array, dy: Array) -> Array:
 
 
 def _filter_gradient_by_tiles(x: Array, dy: Array) -> Array:
-    """As `_filter_gradient_by_products`, by minimal filtering: half the products."""
+    """Like `_filter_gradient_by_products`, by minimal filtering: half the products."""
     (b, n, f, c), d = x.shape, dy.shape[-1]
     tiles, steps = _rows(n, f, c, d, _TILE)
     spare = steps * tiles * _TILE - n
@@ -346,6 +355,6 @@ def _filter_gradient_by_tiles(x: Array, dy: Array) -> Array:
     total = [jnp.zeros((b, c, 3 * d), x.dtype)] * _POINTS
     total = jax.lax.fori_loop(0, steps, add_rows, total)
     total = jnp.stack(total, axis=1).reshape(b, _POINTS, c, 3, d)
-    # One product sums over items and points; XLA's own sum over items is slow.
+    # One matrix product sums over items and points; XLA's own sum over items is slow.
     weights = jnp.broadcast_to(_FILTER.astype(x.dtype), (b, *_FILTER.shape))
     return jnp.einsum("bip,bicqd->pqcd", weights, total)

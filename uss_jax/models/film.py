@@ -1,6 +1,6 @@
-"""Feature-wise linear modulation: what a condition adds to a batch norm's output.
+"""Feature-wise linear modulation (FiLM): conditions the output of a batch norm.
 
-The reference adds a bias only (paper, section III-D); the scale of the original FiLM is an option.
+The reference adds a shift only (paper, section III-D); the gain of the original FiLM is an option.
 Letters: `b` batch, `d` width of the condition, `c` channels.
 """
 
@@ -14,7 +14,7 @@ LEAK = 0.01
 
 
 class FiLM(nn.Module):
-    """A linear map from a condition to a shift per channel and, if asked, a gain."""
+    """Maps a condition linearly to a shift and, optionally, a gain per channel."""
 
     features: int
     with_gain: bool = False
@@ -23,7 +23,7 @@ class FiLM(nn.Module):
     def __call__(
         self, condition: Float[Array, "b d"]
     ) -> tuple[Float[Array, "b c"], Float[Array, "b c"] | None]:
-        """Returns (shift, gain); the gain is None without `with_gain`, float32 both."""
+        """Returns (shift, gain), both float32; the gain is None unless `with_gain`."""
         init = nn.initializers.xavier_uniform()
         shift = nn.Dense(self.features, kernel_init=init, name="shift")(condition)
         if not self.with_gain:
@@ -43,17 +43,18 @@ def modulated_activation(
     with_gain: bool,
     scope: str | int = "global",
 ) -> Float[Array, "b n f c"]:
-    """leaky_relu(FiLM(batch_norm(x))), the step before every convolution of a ResUNet.
+    """Returns leaky_relu(FiLM(batch_norm(x))), applied before every convolution of a ResUNet.
 
     Args:
-      module: the calling module, under which the parameters are made.
-      maps: feature maps whose channels follow each other; the result is one map, c channels wide.
+      module: the calling module, which owns the parameters.
+      maps: feature maps, normalised as if concatenated; the result is their concatenation, c
+        channels wide.
       condition: [b or 1, d].
       train: whether the batch norm uses and updates batch statistics.
       norm: name of the batch norm.
       film: name of the FiLM.
-      with_gain: whether FiLM scales too.
-      scope: of the batch norm.
+      with_gain: whether FiLM also scales.
+      scope: items that share batch statistics, see `BatchNorm.over`.
     """
     channels = sum(x.shape[-1] for x in maps)
     shift, gain = FiLM(channels, with_gain, parent=module, name=film)(condition)

@@ -1,18 +1,19 @@
 """HTS-AT, a shifted-window transformer for tagging and detection (Chen et al., arXiv:2202.00874).
 
-The log-mel spectrogram of a clip is brought to a fixed number of frames and folded into a square
-image, time in rows below each other. Windows of 8 x 8 tokens attend within themselves, every other
-block with the grid rolled by half a window; between stages 2 x 2 tokens merge into one. A
-convolution over the last stage's tokens gives logits of each time step.
+The log-mel spectrogram of a clip is resized to a fixed number of frames and folded into a square
+image of time segments stacked vertically. Attention runs within windows of 8 x 8 tokens; every
+other block rolls the grid by half a window. Between stages 2 x 2 tokens merge into one. A
+convolution over the last stage's tokens gives the logits of each time step.
 
-Nothing is gathered: windows are cut by reshape and transpose, rolls are two slices, so that XLA
-lays a block out as three batched matrix products with the rest fused into them. The bias of
-relative positions is expanded once per block from its table with a constant index, to
-[heads, tokens, tokens]; windows that a roll put together are masked by comparing constant labels.
+Activations are not gathered: windows are cut by reshape and transpose, and a roll is two slices, so
+that XLA compiles a block to three batched matrix products with the rest fused into them. The
+relative position bias is expanded once per block from its table with a constant index, to
+[heads, tokens, tokens]. Tokens that only the roll made neighbours are masked by comparing constant
+labels.
 
 Letters: `b` batch, `t` samples, `n` frames, `m` mel bands, `v` views of a clip (one, unless it is
-longer than the image), `y` and `x` rows and columns of a grid of tokens, `w` windows, `p` tokens of
-a window, `c` channels, `s` time steps, `k` classes, `e` embedding.
+longer than the image), `y` and `x` rows and columns of the token grid, `w` windows, `p` tokens of a
+window, `c` channels, `s` time steps, `k` classes, `e` embedding.
 """
 
 import flax.linen as nn
@@ -25,51 +26,52 @@ from uss_jax.models.conv import in_compute_dtype
 from uss_jax.models.norm import BatchNorm
 from uss_jax.models.tagging import TAGGING_MOMENTUM, Augment, front_end
 
-PATCH = 4  # pixels a side
-WINDOW = 8  # tokens a side
+PATCH = 4  # pixels per side
+WINDOW = 8  # tokens per side
 MLP_RATIO = 4
 EPSILON = 1e-5
-# Added to what may not see each other; the softmax makes it zero.
+# Added to the logits of masked token pairs; their weight after the softmax is zero.
 MASKED = -100.0
 _INIT = nn.initializers.truncated_normal(0.02)
 
 
 class HTSAT(nn.Module):
-    """Tagging and detection by a transformer; fits wherever a `TaggingNet` does.
+    """Transformer for tagging and detection; implements `TaggingNet`.
 
-    The image is `image_size` pixels a side and holds image_size^2 / mel_bins frames: 1024 as
-    published, 10.24 s. A clip of other length becomes 1024 frames as follows.
+    The image is `image_size` pixels per side and holds image_size^2 / mel_bins frames: 1024
+    (10.24 s) as published. Clips of other lengths are mapped to 1024 frames as follows.
 
-    - Shorter: its frames are repeated as often as they fit (`repeat_short`), then stretched by
+    - Shorter: the frames are repeated as often as they fit (`repeat_short`), then stretched by
       bicubic interpolation. The reference repeats in separation and only stretches in tagging; for
-      the 10 s of AudioSet's clips both are the same.
-    - Up to twice as long: three views of half the clip, a quarter of it apart, each stretched; the
-      results are averaged. The reference leaves the third view out where the frames less one are a
-      multiple of four, and never sees the last quarter of such a clip.
-    - Longer, where the reference fails: views of 1024 frames, half as many apart.
+      AudioSet's clips of 10 s both are the same.
+    - Up to twice as long: three views of half the clip, a quarter of the clip apart, are each
+      stretched, and their results averaged. The reference omits the third view if the number of
+      frames minus one is a multiple of four, and so never sees the last quarter of such a clip.
+    - Longer, where the reference fails: views of 1024 frames, 512 frames apart; the last one ends
+      with the clip.
 
-    In training a clip longer than the image is cut to 1024 frames that begin at a random one, each
-    item's own, as in the reference.
+    In training, a clip longer than the image is cut to 1024 frames from a random start, drawn per
+    item, as in the reference.
 
     Attributes:
-      sample_rate: Hz.
-      n_fft: window in samples.
-      hop_samples: hop.
-      mel_bins: mel bands; divides `image_size`.
+      sample_rate: sampling rate in Hz.
+      n_fft: STFT window length in samples.
+      hop_samples: STFT hop in samples.
+      mel_bins: number of mel bands; divides `image_size`.
       f_min: lowest frequency in Hz.
       f_max: highest frequency in Hz.
-      image_size: pixels a side.
+      image_size: pixels per side.
       token_width: channels of the first stage, doubled by every further one; 96 as published, 256
         in the query net of the authors' separator.
       depths: blocks of each stage.
       heads: attention heads of each stage.
       classes: k.
       repeat_short: see above.
-      stochastic_depth: share of the last block's results left out in training, rising linearly from
-        none in the first block.
+      stochastic_depth: drop rate of the last block's residual branches in training; the rate rises
+        linearly from 0 in the first block.
       dtype: compute dtype of the linear maps and of attention, "float32" or "bfloat16"; log-mel,
         residual sums, norms, softmax and outputs are float32.
-      norm_momentum: weight of a batch in the running statistics of training.
+      norm_momentum: weight of a batch in the running statistics.
     """
 
     sample_rate: int = 32000
@@ -116,17 +118,17 @@ class HTSAT(nn.Module):
         train: bool = False,
         augment: Augment | None = None,
     ) -> dict[str, Array]:
-        """Tags and detects.
+        """Tags clips and detects events.
 
         Args:
           waveform: samples in [-1, 1].
-          train: batch statistics, stochastic depth and random cuts (random keys "augment").
+          train: use batch statistics, stochastic depth and random cuts (random keys "augment").
           augment: applied to the normalised log-mel, [b, n, m] to [b', n, m].
 
         Returns:
-          `clipwise` [b, k] in [0, 1], from the mean logits of the time steps; `framewise` [b, n, k]
-          for the n frames of the log-mel, or of its cut; `embedding` [b, e], the mean over the last
-          tokens (`latent_output` in the reference).
+          `clipwise` [b, k] in [0, 1], from the logits averaged over time steps; `framewise`
+          [b, n, k] for the n frames of the log-mel, or of its cut; `embedding` [b, e], the mean of
+          the last stage's tokens (`latent_output` in the reference).
         """
         mel = front_end(self, waveform)
         x = self.bn0(mel, train)
@@ -148,7 +150,7 @@ class HTSAT(nn.Module):
         }
 
     def tokens(self, mel: Float[Array, "b n m"], train: bool) -> Float[Array, "b v y x e"]:
-        """The transformer: the last stage's tokens, of each view of a normalised log-mel."""
+        """Computes the last stage's tokens for each view of a normalised log-mel."""
         views = cut_views(mel, self.image_frames, self.repeat_short)
         image = fold(views.reshape(-1, *views.shape[2:]), self.image_size)
         x = self.patch_embedding(image)
@@ -158,10 +160,10 @@ class HTSAT(nn.Module):
         return x.reshape(*views.shape[:2], *x.shape[1:])
 
     def logits(self, tokens: Float[Array, "b v y x e"]) -> Float[Array, "b v s k"]:
-        """The token-semantic head: logits of each time step.
+        """Applies the token-semantic head: logits of each time step.
 
-        The rows of the grid are time, then frequency; unfolded, they are steps of time with all
-        frequencies below each other, which the convolution's kernel spans.
+        Grid rows are ordered by time segment, then frequency. Unfolded, the columns are time steps
+        and the rows frequencies, all spanned by the convolution's kernel.
         """
         b, v, _, columns, e = tokens.shape
         bands = self.mel_bins // self.token_pixels
@@ -171,32 +173,32 @@ class HTSAT(nn.Module):
 
     @property
     def embedding_width(self) -> int:
-        """Width of the embedding, that of the last stage's tokens."""
+        """Width of the embedding: channels of the last stage's tokens."""
         return self.token_width * 2 ** (len(self.depths) - 1)
 
     @property
     def frame_hop_samples(self) -> int:
-        """Samples between the frames of `framewise`."""
+        """Samples between frames of `framewise`."""
         return self.hop_samples
 
     @property
     def image_frames(self) -> int:
-        """Frames that an image holds."""
+        """Number of frames that an image holds."""
         return self.image_size * (self.image_size // self.mel_bins)
 
     @property
     def token_pixels(self) -> int:
-        """Side of what a token of the last stage stands for, in mel bands or frames."""
+        """Mel bands, and frames, covered by a token of the last stage."""
         return PATCH * 2 ** (len(self.depths) - 1)
 
     def frames_of_image(self, frames: int) -> np.ndarray:
-        """The frame of a clip whose `framewise` is that of each image frame, int [image_frames].
+        """Maps each image frame to a clip frame with the same `framewise`, int [image_frames].
 
-        The probability of image frames is constant over each token, so any frame of a token will
-        do.
+        The probability of image frames is constant over each token, so any frame of the token
+        serves.
 
         Args:
-          frames: of the clip.
+          frames: number of frames in the clip.
 
         Raises:
           ValueError: the image does not hold the clip exactly once.
@@ -230,9 +232,9 @@ class HTSAT(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """A token for each 4 x 4 pixels: one matrix product, and a norm.
+    """Maps each patch of 4 x 4 pixels to a token, by one matrix product and a layer norm.
 
-    The parameter `kernel` [4, 4, 1, c] is that of the convolution with as large a stride.
+    The parameter `kernel` [4, 4, 1, c] is that of the equivalent convolution with stride 4.
     """
 
     features: int
@@ -252,12 +254,12 @@ class PatchEmbedding(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks on a grid of tokens, every other one shifted; then 2 x 2 tokens merge into one.
+    """Blocks on a token grid, every other one shifted, then merging of 2 x 2 tokens into one.
 
     Attributes:
-      heads: attention heads.
-      drop_rates: stochastic depth of each block.
-      merges: whether tokens merge at the end, with twice the channels.
+      heads: number of attention heads.
+      drop_rates: stochastic depth rate of each block.
+      merges: whether tokens merge at the end, doubling the channels.
       dtype: compute dtype.
     """
 
@@ -274,19 +276,19 @@ class Stage(nn.Module):
         if not self.merges:
             return x
         b, height, width, c = x.shape
-        # The four tokens in the reference's order: the left two, upper before lower, come first.
+        # The reference's token order: left column first, upper before lower.
         y = x.reshape(b, height // 2, 2, width // 2, 2, c).transpose(0, 1, 3, 4, 2, 5)
         y = layer_norm(self.dtype, name="merge_norm")(y.reshape(b, height // 2, width // 2, 4 * c))
         return dense(2 * c, self.dtype, use_bias=False, name="merge")(y).astype(x.dtype)
 
 
 class Block(nn.Module):
-    """Attention within windows, then a hidden layer, each added to its input.
+    """Transformer block: window attention, then an MLP, each with a residual connection.
 
     Attributes:
-      heads: attention heads.
-      shifted: whether windows straddle those of an unshifted block; a grid of one window is not.
-      drop_rate: stochastic depth, for each item and each of the two sums.
+      heads: number of attention heads.
+      shifted: whether windows are shifted by half a window; ignored if the grid is one window.
+      drop_rate: stochastic depth rate, drawn per item for each of the two branches.
       dtype: compute dtype.
     """
 
@@ -320,11 +322,11 @@ class Block(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Multi-head attention within each window, with a bias for each relative position.
+    """Multi-head attention within each window, with a relative position bias.
 
     Attributes:
-      heads: attention heads.
-      window: tokens a side.
+      heads: number of attention heads.
+      window: tokens per side.
       dtype: compute dtype; the softmax is float32.
     """
 
@@ -336,11 +338,11 @@ class WindowAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "b w p c"], labels: np.ndarray | None
     ) -> Float[Array, "b w p c"]:
-        """Attends.
+        """Applies attention to the tokens of each window.
 
         Args:
-          x: tokens by windows.
-          labels: constant [w, p]; tokens of a window with other labels do not see each other.
+          x: tokens grouped by window.
+          labels: constant [w, p]; tokens attend only to tokens with the same label. None: to all.
         """
         b, w, p, c = x.shape
         table = self.param(
@@ -362,31 +364,31 @@ class WindowAttention(nn.Module):
 
 
 def flax_dtype(dtype: str) -> str | None:
-    """For Flax's layers; "float32" asks for no lower precision than the parameters'."""
+    """Returns the `dtype` for Flax layers: None for "float32", so that float64 stays float64."""
     return None if dtype == "float32" else dtype
 
 
 def dense(features: int, dtype: str, **arguments) -> nn.Dense:
-    """A linear map."""
+    """Returns a dense layer with truncated-normal initialisation."""
     return nn.Dense(features, dtype=flax_dtype(dtype), kernel_init=_INIT, **arguments)
 
 
 def layer_norm(dtype: str, **arguments) -> nn.LayerNorm:
-    """A norm of the channels, its statistics in two passes and float32."""
+    """Returns a layer norm over the channels, with two-pass float32 statistics."""
     return nn.LayerNorm(
         epsilon=EPSILON, dtype=flax_dtype(dtype), use_fast_variance=False, **arguments
     )
 
 
 def cut_windows(x: Float[Array, "b y x c"], window: int) -> Float[Array, "b w p c"]:
-    """A grid as windows, row by row, of tokens, row by row."""
+    """Cuts a grid into windows; windows, and tokens within them, are in row-major order."""
     b, height, width, c = x.shape
     x = x.reshape(b, height // window, window, width // window, window, c)
     return x.swapaxes(2, 3).reshape(b, -1, window * window, c)
 
 
 def join_windows(x: Float[Array, "b w p c"], side: int) -> Float[Array, "b y x c"]:
-    """The inverse of `cut_windows` for a square grid."""
+    """Inverts `cut_windows` for a square grid."""
     b, w, p, c = x.shape
     along, window = round(w**0.5), round(p**0.5)
     x = x.reshape(b, along, along, window, window, c)
@@ -394,7 +396,7 @@ def join_windows(x: Float[Array, "b w p c"], side: int) -> Float[Array, "b y x c
 
 
 def relative_positions(window: int) -> np.ndarray:
-    """The row of the bias table for each pair of tokens of a window, int [p, p]."""
+    """Returns the bias table row of each pair of tokens in a window, int [p, p]."""
     row, column = np.divmod(np.arange(window * window), window)
     down = row[:, None] - row + window - 1
     right = column[:, None] - column + window - 1
@@ -402,9 +404,9 @@ def relative_positions(window: int) -> np.ndarray:
 
 
 def side_labels(side: int, window: int, shift: int) -> np.ndarray:
-    """Labels of the tokens of a rolled grid, int [w, p]: equal where they were neighbours before.
+    """Labels the tokens of a rolled grid, int [w, p]: equal if contiguous before the roll.
 
-    The last `shift` rows came from the other end of the grid, and so did columns.
+    The last `shift` rows and columns were wrapped around from the other end of the grid.
     """
     came_round = (np.arange(side) >= side - shift).astype(np.int32)
     grid = 2 * came_round[:, None] + came_round
@@ -416,11 +418,11 @@ def side_labels(side: int, window: int, shift: int) -> np.ndarray:
 
 
 def view_frames(frames: int, capacity: int, repeat_short: bool) -> list[np.ndarray]:
-    """The frames of a clip that each of its views shows, before they are stretched.
+    """Returns, for each view, the indices of the clip frames it shows, before stretching.
 
     Args:
-      frames: of the clip.
-      capacity: of the image.
+      frames: number of frames in the clip.
+      capacity: number of frames in the image.
       repeat_short: whether a clip that fits more than once is repeated.
     """
     if frames <= capacity:
@@ -436,7 +438,7 @@ def view_frames(frames: int, capacity: int, repeat_short: bool) -> list[np.ndarr
 def cut_views(
     mel: Float[Array, "b n m"], capacity: int, repeat_short: bool
 ) -> Float[Array, "b v N m"]:
-    """The views of clips, each of `capacity` frames."""
+    """Cuts clips into views, each stretched to `capacity` frames."""
     frames = mel.shape[1]
     shown = view_frames(frames, capacity, repeat_short)
     if frames <= capacity:
@@ -451,19 +453,19 @@ def cut_views(
 
 
 def random_frames(key: Array, mel: Float[Array, "b n m"], count: int) -> Float[Array, "b N m"]:
-    """Cuts `count` adjacent frames out of each item, which has more, at a random place.
+    """Cuts `count` consecutive frames out of each item, from a random start.
 
-    As in the reference, the last frame is in none of the cuts.
+    Items must have more frames. As in the reference, no cut includes the last frame.
     """
     begin = jax.random.randint(key, (mel.shape[0],), 0, mel.shape[1] - count)
     return jnp.take_along_axis(mel, (begin[:, None] + jnp.arange(count))[:, :, None], axis=1)
 
 
 def bicubic_matrix(length: int, size: int) -> np.ndarray:
-    """Interpolation from `length` to `size` values, ends kept; float64 [size, length].
+    """Returns the interpolation from `length` to `size` values, float64 [size, length].
 
-    As the reference does it: a = -0.75, ends replicated, and positions in float32, of which the
-    rounding is the largest there is in the net.
+    End points are kept. As in the reference: a = -0.75, ends replicated, and positions in float32,
+    whose rounding is the largest rounding error in the net.
     """
     step = np.float32(length - 1) / np.float32(size - 1)
     position = step * np.arange(size, dtype=np.float32)
@@ -477,7 +479,7 @@ def bicubic_matrix(length: int, size: int) -> np.ndarray:
 
 
 def _cubic(distance: np.ndarray) -> np.ndarray:
-    """Weight of a value at this distance (Keys' kernel with a = -0.75)."""
+    """Returns the weight of a value at this distance (Keys' kernel with a = -0.75)."""
     a, u = -0.75, distance
     near = ((a + 2) * u - (a + 3)) * u * u + 1
     far = a * (((u - 5) * u + 8) * u - 4)
@@ -485,17 +487,16 @@ def _cubic(distance: np.ndarray) -> np.ndarray:
 
 
 def fold(views: Float[Array, "b N m"], image_size: int) -> Float[Array, "b Y X"]:
-    """Frames as an image: stretches of `image_size` frames below each other, low bands first."""
+    """Folds frames into an image: segments of `image_size` frames stacked, low bands first."""
     b, _, m = views.shape
     return views.reshape(b, -1, image_size, m).swapaxes(2, 3).reshape(b, image_size, image_size)
 
 
 def steps_of_frames(frames: int, capacity: int, steps: int, repeat_short: bool) -> np.ndarray:
-    """The share of each view's time steps in each frame of a clip, float32 [frames, views * steps].
+    """Returns the weight of each view's time steps per frame, float32 [frames, views * steps].
 
-    A frame has the nearest step's probability, averaged over the views and repetitions that show
-    it; the last frames of a clip, which the views of half of it may leave out, that of the frame
-    before.
+    A frame takes the probability of its nearest step, averaged over the views and repetitions that
+    show it. The last frames, which views of half a clip may omit, repeat the last frame shown.
     """
     shown = view_frames(frames, capacity, repeat_short)
     shares = np.zeros((frames, len(shown), steps), np.float32)

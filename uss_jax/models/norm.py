@@ -1,7 +1,8 @@
-"""Batch normalisation over the global batch or parts of it, modulated per item (FiLM).
+"""Batch normalisation over the global batch or groups of its items, modulated per item (FiLM).
 
-As in the reference: momentum 0.01 of the new value unless told otherwise, eps 1e-5, unbiased
-running variance, over all frames including padding. Letters: `b` batch, `g` groups, `c` channels.
+As in the reference: a batch has weight 0.01 in the running statistics by default, eps is 1e-5, the
+running variance is unbiased, and statistics include padding frames. Letters: `b` batch, `g` groups,
+`c` channels.
 """
 
 import functools
@@ -18,7 +19,7 @@ from uss_jax.models.reductions import places, sum_places
 
 EPSILON = 1e-5
 MOMENTUM = 0.01
-# Under this name a rematerialised block keeps its statistics: devices speak once about each.
+# Checkpoint name of the statistics: saved under remat, so that each is all-reduced only once.
 STATISTICS = "batch_norm_statistics"
 SCOPES = ("global", "replica")
 
@@ -30,10 +31,10 @@ class BatchNorm(nn.Module):
     normalisation itself are float32 whatever the input's dtype; the output has the input's dtype.
 
     Attributes:
-      over: what is normalised together in training: "global", the whole batch; "replica", the
-        items of one device, so that devices need not speak to each other; or a number of items,
-        which follow each other and, unlike replicas, are the same on any number of devices. The
-        running statistics take the mean over the parts.
+      over: items that share batch statistics in training: "global", the whole batch; "replica",
+        the items of one device, without communication; or a number n, groups of n consecutive
+        items, which unlike replicas do not depend on the number of devices. The running
+        statistics take the mean over the groups.
       momentum: weight of a batch in the running statistics, as in torch; only training reads it.
     """
 
@@ -52,12 +53,12 @@ class BatchNorm(nn.Module):
         """Returns leaky_relu((1 + gain) * batch_norm(x) + shift), in the structure of `x`.
 
         Args:
-          x: a map [b, ..., c], or several whose channels follow each other: each is normalised
-            where it lies, as their concatenation would be.
+          x: a map [b, ..., c], or several, normalised as their concatenation along the channels
+            would be, without concatenating them.
           train: use batch statistics and update the running ones.
-          shift, gain: per item and channel.
-          leak: slope of the activation below 0; 1 for no activation. Done here, its gradient needs
-            no further map: whether a value is below 0 is computed from `x` again.
+          shift, gain: FiLM per item and channel.
+          leak: slope of the activation below 0; 1 for no activation. Fused into the norm, its
+            gradient stores no further map: the sign is recomputed from `x`.
         """
         maps = x if isinstance(x, tuple) else (x,)
         channels = sum(part.shape[-1] for part in maps)
@@ -84,24 +85,24 @@ class BatchNorm(nn.Module):
 
 
 def _bessel(x: Float[Array, "b *space c"], rows: int) -> float:
-    """Unbiased over biased variance of `rows` items."""
+    """Returns the ratio of unbiased to biased variance over `rows` items."""
     count = places(x) * rows
     return count / max(count - 1, 1)
 
 
 def _per_item(v: Array, ndim: int) -> Array:
-    """[b, c] -> [b, 1, ..., 1, c]."""
+    """Reshapes [b, c] to [b, 1, ..., 1, c]."""
     return v.reshape(v.shape[0], *([1] * (ndim - 2)), v.shape[-1])
 
 
 def _replicas() -> int:
-    """Devices over which the batch is split."""
+    """Returns the number of devices that the batch is split over."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.shape[BATCH_AXIS] if not mesh.empty and BATCH_AXIS in mesh.axis_names else 1
 
 
 def _rows(over: str | int, batch: int) -> int:
-    """Items of a batch that are normalised together."""
+    """Returns the number of items per group, normalised together."""
     if over == "global":
         return batch
     rows = batch // _replicas() if over == "replica" else over
@@ -114,21 +115,21 @@ def _rows(over: str | int, batch: int) -> int:
 def _normalise(
     maps: tuple[Array, ...], scale: Array, bias: Array, pivot: Array, rows: int, leak: float
 ) -> tuple[tuple[Array, ...], Array, Array]:
-    """Training-mode batch norm and activation: (y of each map, mean [c], biased variance [c]).
+    """Training-mode batch norm and activation: returns (maps, mean [c], biased variance [c]).
 
-    One all-reduce forward and one backward on a sharded batch. Forward, each item's mean and
-    variance are taken where the item lies; only they are combined over the items that are
-    normalised together. The spread of the item means needs a second reduction when taken around
-    their mean, so it is taken around `pivot` [c], the running mean, which every device knows; its
-    rounding error, 1e-7 times (mean - pivot)^2, vanishes as the running mean settles. Where the
-    items lie on one device the second reduction is free, and the pivot is their own mean.
+    A sharded batch takes one all-reduce forward and one backward. Forward, mean and variance are
+    computed per item on its own device; only these are combined over a group. The variance of the
+    item means around their own mean would need a second all-reduce. It is therefore taken around
+    `pivot`, the running mean, which every device holds; the rounding error, 1e-7 times
+    (mean - pivot)^2, vanishes as the running mean settles. Where each group lies on one device the
+    second reduction is free, and the group's own mean is used instead of `pivot`.
 
     Args:
       maps: [b, ..., c_i] each; c is the sum of the c_i.
       scale: [b or 1, c].
       bias: [b or 1, c].
       pivot: [c].
-      rows: items normalised together; divides b.
+      rows: items per group, normalised together; divides b.
       leak: slope of the activation below 0.
     """
     return _normalise_forward(maps, scale, bias, pivot, rows, leak)[0]
@@ -190,11 +191,11 @@ def _normalise_backward(rows, leak, residuals, cotangents):
 
 
 def _item_statistics(x: Float[Array, "b *space c"]) -> tuple[Array, Array]:
-    """Mean and biased variance [b, c] of each item, float32, in one read of `x`.
+    """Returns mean and biased variance [b, c] of each item, float32, in one read of `x`.
 
-    Sums are taken around the mean of every 32nd frame. The mean of all lies within sqrt(31)
-    standard deviations of that of such a part, however the values are spread, so the variance,
-    E[(x - near)^2] - E[x - near]^2, loses a factor of 32 of float32's precision at most.
+    Sums are taken around `near`, the mean of every 32nd frame. The mean of all frames lies within
+    sqrt(31) standard deviations of it, whatever the distribution, so the variance,
+    E[(x - near)^2] - E[x - near]^2, loses at most a factor of 32 of float32's precision.
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if x.ndim == 2:
@@ -207,7 +208,7 @@ def _item_statistics(x: Float[Array, "b *space c"]) -> tuple[Array, Array]:
 
 
 def _affine(maps: tuple[Array, ...], slope: Array, offset: Array) -> tuple[Array, ...]:
-    """slope * x + offset of each map, in its dtype; slope and offset [b or 1, c]."""
+    """Returns slope * x + offset per map, in its dtype; slope and offset are [b or 1, c]."""
     widths = [x.shape[-1] for x in maps]
     return tuple(
         (x.astype(slope.dtype) * _per_item(a, x.ndim) + _per_item(b, x.ndim)).astype(x.dtype)
@@ -224,12 +225,12 @@ def _split(v: Float[Array, "#b c"], widths: list[int]) -> list[Array]:
 
 
 def _grouped(v: Array, rows: int) -> Array:
-    """[..., b, c] -> [..., g, rows, c]."""
+    """Reshapes [..., b, c] to [..., g, rows, c]."""
     return v.reshape(*v.shape[:-2], -1, rows, v.shape[-1])
 
 
 def _to_items(v: Array, rows: int) -> Array:
-    """[g, c] -> [b, c]; what all items have in common stays [1, c]."""
+    """Repeats [g, c] to [b, c]; the value of a single group stays [1, c]."""
     return v if v.shape[0] == 1 else jnp.repeat(v, rows, axis=0)
 
 

@@ -1,7 +1,7 @@
-"""The query net: what a separator is told about its target.
+"""The query net: computes the condition that describes the target to a separator.
 
-Kinds of condition: `one_hot` (the class), `soft` (tagging probabilities), `embedding` (the tagging
-net's hidden layer), the last two of the clean target. Letters: `b` batch, `s` samples, `d` width.
+Kinds of condition: `one_hot` (the class); `soft` (tagging probabilities) and `embedding` (hidden
+layer of the tagging net), both of the clean target. Letters: `b` batch, `s` samples, `d` width.
 """
 
 import dataclasses
@@ -42,9 +42,9 @@ KINDS = {
 
 
 class Adaptor(nn.Module):
-    """Two hidden layers between the tagging net and the separator (reference's adaptive query).
+    """Two dense layers between tagging net and separator (the reference's adaptive query).
 
-    Its parameters train; in the reference they never reach the optimiser.
+    Its parameters are trained; in the reference they never reach the optimiser.
     """
 
     width: int
@@ -60,20 +60,19 @@ class Adaptor(nn.Module):
 
 
 class QueryNet(nn.Module):
-    """Condition of a target waveform (or of a class, for `one_hot`).
+    """Computes the condition of a target waveform (of a class index, for `one_hot`).
 
     Attributes:
       tagger: the tagging net; its parameters are under `tagger`. None for `one_hot`.
       kind: one of KINDS.
       classes: width of `one_hot`.
-      adaptor_width: width of the condition behind an adaptor; 0 for no adaptor.
+      adaptor_width: width of the adaptor's output, the condition; 0 for no adaptor.
       adaptor_hidden: width of the adaptor's hidden layer.
       shortcut: add the adaptor's input to its output (needs equal widths).
-      dropout: share of what the tagging net gives that is left out in training, so that the
-        separator also takes vectors that no target of training gave, such as class averages; 0 in
-        the reference.
-      finetune: whether the tagging net trains; frozen, it always runs in evaluation mode and gives
-        no gradient.
+      dropout: dropout rate of the tagging net's output in training. It prepares the separator for
+        vectors that no training target produced, such as class averages; 0 in the reference.
+      finetune: whether the tagging net trains; a frozen one always runs in evaluation mode and
+        passes no gradient.
     """
 
     tagger: TaggingNet | None
@@ -117,7 +116,7 @@ class QueryNet(nn.Module):
 
     @nn.compact
     def adapt(self, x: Float[Array, "b _"], train: bool = False) -> Float[Array, "b d"]:
-        """The condition of what the tagging net gives, or of a vector made by hand."""
+        """Maps an output of the tagging net, or a vector made by hand, to the condition."""
         if self.dropout:
             x = nn.Dropout(self.dropout, rng_collection="augment")(x, deterministic=not train)
         if not self.adaptor_width:

@@ -1,4 +1,4 @@
-"""The separator: a U-Net of residual blocks on the magnitude, conditioned by FiLM.
+"""The ResUNet separator: a residual U-Net on the magnitude spectrogram, conditioned by FiLM.
 
 Letters: `b` batch, `a` audio channels, `t` samples, `n` frames, `f` bins, `c` channels, `d` width
 of the condition. Feature maps are [b, n, f, c].
@@ -21,7 +21,7 @@ _CONTEXT_FRAMES = 32
 
 
 class ConvBlock(nn.Module):
-    """Two 3x3 convolutions, each behind batch norm, FiLM and leaky ReLU, around a shortcut."""
+    """Residual block: twice (batch norm, FiLM, leaky ReLU, 3x3 convolution), and a shortcut."""
 
     features: int
     film_gain: bool
@@ -53,7 +53,7 @@ class ConvBlock(nn.Module):
         return Conv1x1(self.features, self.dtype, name="shortcut")(*maps, onto=branch[0])
 
 
-# Keeps its input for the backward pass, and the statistics that devices have spoken about.
+# Stores its input and, so that they are all-reduced only once, the batch statistics.
 _REMAT = nn.remat(
     ConvBlock,
     static_argnums=(3,),
@@ -75,7 +75,7 @@ def _conv_blocks(
 
 
 class Level(nn.Module):
-    """The residual blocks of one level of the encoder or of the centre."""
+    """The residual blocks of one encoder level or of the centre."""
 
     features: int
     blocks: int
@@ -95,7 +95,7 @@ class DecoderLevel(nn.Module):
     """Transposed convolution up to the skip connection's size, then residual blocks.
 
     Attributes:
-      frames: of the map, counted from the first, that are made.
+      frames: number of output frames to compute, from the first one on.
     """
 
     features: int
@@ -132,25 +132,25 @@ class DecoderLevel(nn.Module):
 
 
 class ResUNet(nn.Module):
-    """Estimates, from a mixture and a condition, the waveform of what the condition describes.
+    """Extracts the sound described by a condition from a mixture.
 
-    The magnitude is normalised per frequency bin, the U-Net gives a magnitude mask (sigmoid) and a
-    phase rotation (the direction of two tanh maps) for every bin but the Nyquist one, which the
-    reference leaves zero too. STFT, masks and batch statistics stay float32 (float64 for float64
+    The magnitude is normalised per frequency bin. The U-Net predicts a magnitude mask (sigmoid) and
+    a phase rotation (the direction of two tanh maps) for every bin but the Nyquist bin, which is
+    zero as in the reference. STFT, masks and batch statistics stay float32 (float64 for float64
     input); only the U-Net computes in `dtype`.
 
     Attributes:
-      n_fft: STFT window in samples; half of it must divide by 2 ** levels.
-      hop_samples: STFT hop.
-      channels: width of every level; each level halves time and frequency, the last one frequency
+      n_fft: STFT window length in samples; half of it must be divisible by 2 ** levels.
+      hop_samples: STFT hop in samples.
+      channels: width of each level. Each level halves time and frequency, the last one frequency
         only. The centre has the last level's width.
-      blocks_per_level: residual blocks in each level, the centre and each decoder level.
+      blocks_per_level: residual blocks in each encoder level, the centre and each decoder level.
       audio_channels: channels of mixture and estimate.
       condition_width: d.
       film_gain: whether FiLM also scales (the reference only shifts).
       dtype: compute dtype of the U-Net, "float32" or "bfloat16"; parameters stay float32.
-      norm_scope: of the batch norms in training, see BatchNorm.
-      remat: compute the residual blocks again in the backward pass instead of keeping their maps.
+      norm_scope: items that share batch statistics in training, see `BatchNorm.over`.
+      remat: recompute the residual blocks in the backward pass instead of storing their maps.
     """
 
     n_fft: int = 2048
@@ -166,7 +166,7 @@ class ResUNet(nn.Module):
 
     @property
     def grid_samples(self) -> int:
-        """Samples of a frame of the centre, where pooling has halved time the most often."""
+        """Samples per frame of the centre, the coarsest time resolution in the net."""
         return self.hop_samples * 2 ** (len(self.channels) - 1)
 
     @property
@@ -180,7 +180,7 @@ class ResUNet(nn.Module):
         return _CONTEXT_FRAMES * self.hop_samples
 
     def for_training(self, norm_scope: str | int, remat: bool) -> "ResUNet":
-        """Returns the net with these two fields."""
+        """Returns the net with these two fields set."""
         return self.clone(norm_scope=norm_scope, remat=remat)
 
     def __call__(
@@ -189,15 +189,15 @@ class ResUNet(nn.Module):
         condition: Float[Array, "#b d"],
         train: bool = False,
     ) -> Float[Array, "b a t"]:
-        """Separates.
+        """Returns the estimated target.
 
         Args:
-          mixture: samples, any length.
-          condition: one vector for each item, or one for all.
+          mixture: waveforms of any length.
+          condition: one vector per item, or one for all.
           train: use and update batch statistics ("batch_stats" must be mutable).
 
         Raises:
-          ValueError: a mixture or condition of another width than the net was made for.
+          ValueError: audio channels, condition width or n_fft do not fit the net.
         """
         spectrum = stft(mixture, self.n_fft, self.hop_samples)
         power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
@@ -207,11 +207,11 @@ class ResUNet(nn.Module):
     def separate_with_shared_mask(
         self, mixture: Float[Array, "b c t"], condition: Float[Array, "#b d"]
     ) -> Float[Array, "b c t"]:
-        """Separates any number of channels with a net of one, all by the same mask.
+        """Separates any number of channels with a one-channel net, all by the same mask.
 
-        The net sees the mean power of the channels, which for equal channels is that of each and,
-        unlike the power of their mean, does not vanish where they are out of phase. One mask for
-        all keeps levels and phases between channels, and so the place of every source.
+        The net sees the mean power over channels. For equal channels this is the power of each,
+        and unlike the power of their mean it does not vanish where they are out of phase. A shared
+        mask preserves level and phase differences between channels, hence the spatial image.
         """
         spectrum = stft(mixture, self.n_fft, self.hop_samples)
         power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
@@ -222,7 +222,7 @@ class ResUNet(nn.Module):
     def mask(
         self, power: Float[Array, "b a n f"], condition: Float[Array, "#b d"], train: bool
     ) -> Complex[Array, "b a n f"]:
-        """What to multiply the spectrum by, of its squared magnitude."""
+        """Computes the complex mask of a spectrum from its squared magnitude."""
         self._check(power, condition)
         x = BatchNorm(self.norm_scope, name="bn0")(jnp.sqrt(jnp.maximum(power, 1e-10)), train)
         x = jnp.moveaxis(x, 1, -1)  # [b, n, f, a]
@@ -257,7 +257,7 @@ class ResUNet(nn.Module):
         train: bool,
         frames: int,
     ) -> Float[Array, "b _ f c"]:
-        """The last level's maps, of which the first `frames` will be used."""
+        """Returns the last decoder level's maps; only the first `frames` are needed."""
         common = dict(
             blocks=self.blocks_per_level,
             film_gain=self.film_gain,
@@ -274,7 +274,7 @@ class ResUNet(nn.Module):
             skips.append(x)
             x = nn.avg_pool(x, stride, stride)
         x = Level(self.channels[-1], name="centre_block", **common)(x, condition, train)
-        # Batch statistics are of all frames.
+        # In training all frames are computed, since batch statistics include them.
         made = [skip.shape[1] for skip in skips] if train else self._frames_needed(frames, strides)
         for i in range(1, levels + 1):
             fields = dict(stride=strides[-i], frames=made[-i], name=f"decoder_block{i}", **common)
@@ -282,9 +282,9 @@ class ResUNet(nn.Module):
         return x
 
     def _frames_needed(self, frames: int, strides: Sequence[tuple[int, int]]) -> list[int]:
-        """How many frames of each decoder level, from the last one on, those of the mask come from.
+        """Returns the number of frames per decoder level, last first, that the mask depends on.
 
-        The rest are padding, that each 3x3 convolution lets in by one frame.
+        The remaining frames are padding; each 3x3 convolution reaches one frame into it.
         """
         needed = []
         for stride, _ in strides:
@@ -295,12 +295,12 @@ class ResUNet(nn.Module):
 
 
 class Head(nn.Module):
-    """The linear map from the U-Net's channels to the maps that masks are made of.
+    """Maps the U-Net's channels linearly to the maps that the masks are computed from.
 
     It computes in its input's dtype, float32 in every net: in bfloat16, product and bias would
-    cancel exactly now and then, and leave a mask without a direction. The result is computed as
-    one plane for each map, as the spectrum lies, and only called channels-last: then the masks
-    need no transposition, and the gradient of a bias is the sum of a plane.
+    sometimes cancel exactly and leave the phase undefined. The result is laid out as one plane per
+    map, like the spectrum, and channels-last only in shape. Masks then need no transposition, and
+    the gradient of a bias is the sum over a plane.
     """
 
     features: int
@@ -321,20 +321,20 @@ class Head(nn.Module):
 
 
 def _phase_of_the_mixture(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
-    """Initialises the bias of (magnitude, cosine, sine) of each audio channel to half the mixture.
+    """Initialises each channel's biases (magnitude, cosine, sine): it starts at half the mixture.
 
-    The reference starts with random phases; the easiest descent is then towards silence, and at a
-    high learning rate training stays there.
+    With the reference's random initial phases the easiest descent is towards silence, and at a high
+    learning rate training stays there.
     """
     del key
     return jnp.tile(jnp.array([0.0, 1.0, 0.0], dtype), shape[0] // 3)
 
 
 def _mask(x: Float[Array, "b n f c"], audio_channels: int) -> Complex[Array, "b a n F"]:
-    """Complex mask, of one bin more, from the head's maps, ordered (audio channel, kind).
+    """Computes the complex mask from the head's maps, ordered (audio channel, kind).
 
-    The reference splits the mixture into magnitude and phase, scales one and rotates the other;
-    multiplying the spectrum by one complex number is the same.
+    A zero Nyquist bin is appended. The reference scales the magnitude of the mixture and rotates
+    its phase; multiplying the spectrum by one complex number is equivalent.
     """
     planes = jnp.moveaxis(x, -1, 1).reshape(x.shape[0], audio_channels, 3, *x.shape[1:3])
     magnitude = nn.sigmoid(planes[:, :, 0])
@@ -343,7 +343,7 @@ def _mask(x: Float[Array, "b n f c"], audio_channels: int) -> Complex[Array, "b 
     return jnp.pad(mask, [(0, 0)] * 3 + [(0, 1)])
 
 
-# Largest derivative of a direction by either of the two maps that it is made of.
+# Bound on the derivative of a direction by either of its two input maps.
 _STEEPEST = 1e4
 
 
@@ -351,12 +351,12 @@ _STEEPEST = 1e4
 def _direction(
     real: Float[Array, "*any"], imag: Float[Array, "*any"]
 ) -> tuple[Float[Array, "*any"], Float[Array, "*any"]]:
-    """(real, imag) / max(|(real, imag)|, 1e-10): the direction, as the reference computes it.
+    """Returns (real, imag) / max(|(real, imag)|, 1e-10), the direction as in the reference.
 
-    Its derivative, that of the part across the direction divided by the length, grows without
-    bound where both are 0. Here it is at most 1e4 for any two numbers: exact for lengths of 1e-4
-    and more, below as steep as at 1e-4. One bin of exactly 0 would else end a run: a gradient 1e10
-    times too long, which amsgrad's maximum of second moments never forgets.
+    The true derivative, the tangent's part across the direction divided by the length, is unbounded
+    near 0. Here it is at most 1e4: exact for lengths of at least 1e-4, and for shorter ones as
+    steep as at 1e-4. Otherwise one bin of exactly 0 would ruin a run: its gradient is 1e10 times
+    too large, and amsgrad's maximum of second moments never forgets it.
     """
     scale = jax.lax.rsqrt(jnp.maximum(real**2 + imag**2, 1e-20))
     return real * scale, imag * scale
@@ -373,8 +373,9 @@ def _direction_jvp(primals, tangents):
 
 
 def resunet30(**overrides) -> ResUNet:
-    """The published separator: 25.7 M parameters with a condition of 527, 38.3 M with 2048.
+    """Returns the published separator, ResUNet30.
 
-    Its checkpoints hold 26.6 M and 41.6 M, some in layers that no forward pass uses.
+    It has 25.7 M parameters for a condition of width 527, 38.3 M for 2048. The published
+    checkpoints hold 26.6 M and 41.6 M, as some layers are in no forward pass.
     """
     return ResUNet(**overrides)

@@ -1,4 +1,4 @@
-"""The protocol of separators: what the rest of the program asks of one, whatever it is made of.
+"""The separator protocol: what the rest of the program requires of a separation net.
 
 Letters: `b` batch, `a` audio channels, `c` any number of channels, `t` samples, `d` width of the
 condition.
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 @runtime_checkable
 class SeparatorNet(Protocol):
-    """A Flax module that estimates, from a mixture, the sound that a condition describes.
+    """A Flax module that extracts the sound described by a condition from a mixture.
 
     Attributes:
       audio_channels: channels of mixture and estimate.
@@ -25,44 +25,44 @@ class SeparatorNet(Protocol):
 
     @property
     def grid_samples(self) -> int:
-        """A window that starts on a multiple of it is separated as in one pass over everything.
+        """Grid of window starts, in samples; a mixture of this length is valid input.
 
-        The net takes a mixture of this length.
+        A window that starts on a multiple is separated as in one pass over the whole recording.
         """
         ...
 
     @property
     def window_samples(self) -> int:
-        """Length of the windows that long recordings are cut into, before rounding to the grid."""
+        """Window length for long recordings, in samples, before rounding to the grid."""
         ...
 
     @property
     def context_samples(self) -> int:
-        """Overlap at either side of a window, separated but not kept, before rounding likewise."""
+        """Samples on either side of a window, separated but discarded, before rounding."""
         ...
 
     def for_training(self, norm_scope: str | int, remat: bool) -> "SeparatorNet":
-        """Returns the net as a training step runs it.
+        """Returns the net configured for the training step.
 
         Args:
-          norm_scope: items over which batch statistics are taken, see models/norm.py; a net
-            without batch norms ignores it.
-          remat: compute activations again in the backward pass instead of storing them.
+          norm_scope: items that share batch statistics, see models/norm.py; a net without batch
+            norms ignores it.
+          remat: recompute activations in the backward pass instead of storing them.
         """
         ...
 
     def __call__(
         self, mixture: Float[Array, "b a t"], condition: Float[Array, "#b d"], train: bool = False
     ) -> Float[Array, "b a t"]:
-        """Separates; in training, `batch_stats` is mutable."""
+        """Returns the estimate; in training, `batch_stats` must be mutable."""
         ...
 
     def separate_with_shared_mask(
         self, mixture: Float[Array, "b c t"], condition: Float[Array, "#b d"]
     ) -> Float[Array, "b c t"]:
-        """Separates any number of channels with a net of one, so that each source keeps its place.
+        """Separates any number of channels with a one-channel net, keeping the spatial image.
 
-        A single channel is separated as `__call__` does.
+        A single channel gives the result of `__call__`.
         """
         ...
 
@@ -77,7 +77,7 @@ def separate(
     """Separates one-channel mixtures.
 
     Returns:
-      The estimates, and the net's batch statistics: updated in training, else as given.
+      The estimates, and the net's batch statistics: updated in training, otherwise as given.
     """
     mixture = mixture[:, None]
     if train:

@@ -1,4 +1,4 @@
-"""What every tagging net is asked, whatever it is made of.
+"""The tagging net protocol, and the use of a tagging net as detector.
 
 Letters: `b` batch, `t` samples, `n` frames, `m` mel bands, `k` classes, `e` embedding.
 """
@@ -12,21 +12,21 @@ from uss_jax.audio.mel import log_mel
 from uss_jax.precision import HIGHEST, at_precision
 
 Augment = Callable[[Array], Array]
-# Of the batch norms of PANNs and HTS-AT in training: PyTorch's default.
+# Batch norm momentum of PANNs and HTS-AT in training: PyTorch's default.
 TAGGING_MOMENTUM = 0.1
 
 
 @runtime_checkable
 class TaggingNet(Protocol):
-    """A Flax module that tells what sounds in a waveform, and when.
+    """A Flax module that estimates class probabilities of a clip and, optionally, its frames.
 
     Called with a waveform [b, t], `train` and an `augment` of the normalised log-mel, it returns
-    `clipwise` [b, k], probabilities of the clip, and `embedding` [b, e]. One that can serve as
-    detector also returns `framewise` [b, n, k], probabilities of n = t // frame_hop_samples + 1
-    frames, the first one centred on sample 0.
+    `clipwise` [b, k], class probabilities of the clip, and `embedding` [b, e]. A net that can
+    serve as detector also returns `framewise` [b, n, k], class probabilities of
+    n = t // frame_hop_samples + 1 frames, the first centred on sample 0.
 
     Attributes:
-      sample_rate: Hz.
+      sample_rate: sampling rate in Hz.
       classes: k.
       embedding_width: e.
       frame_hop_samples: samples between frames.
@@ -49,7 +49,7 @@ class TaggingNet(Protocol):
 
 
 def front_end(net: Any, waveform: Float[Array, "b t"]) -> Float[Array, "b n m"]:
-    """The log-mel spectrogram that a net's fields describe; n = t // hop_samples + 1."""
+    """Computes the log-mel with the settings in the net's fields; n = t // hop_samples + 1."""
     return log_mel(
         waveform,
         sample_rate=net.sample_rate,
@@ -62,13 +62,13 @@ def front_end(net: Any, waveform: Float[Array, "b t"]) -> Float[Array, "b n m"]:
 
 
 def as_detector(net: TaggingNet) -> TaggingNet:
-    """Returns the net computing in float32, whatever dtype it was trained in."""
+    """Returns the net with compute dtype float32, whatever dtype it was trained in."""
     return net.clone(dtype="float32")
 
 
 def detect(net: TaggingNet, variables: Any, waveform: Float[Array, "b t"]) -> dict[str, Array]:
-    """Runs a net as detector: in float32 at highest precision, whatever surrounds the call.
+    """Runs a net as detector, in float32 at highest precision whatever the caller's settings.
 
-    An anchor is where a maximum lies, so probabilities must not depend on the device.
+    Anchors are placed at maxima of the probabilities, which must not depend on the device.
     """
     return at_precision(HIGHEST, as_detector(net).apply)(variables, waveform)

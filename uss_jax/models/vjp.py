@@ -1,4 +1,4 @@
-"""Functions with gradients of their own that keep their precision."""
+"""Custom gradients that compute at the matmul precision of the call."""
 
 import functools
 from collections.abc import Callable
@@ -8,15 +8,15 @@ import jax
 
 
 class custom_vjp:
-    """`jax.custom_vjp` whose rules compute at the precision that is in force at the call.
+    """A `jax.custom_vjp` whose rules compute at the matmul precision in force at the call.
 
-    JAX traces the rules when it differentiates, which may be after a `jax.default_matmul_precision`
-    around the call has ended: the gradients of JAX's own products would have the precision of the
-    call, and those of these functions another.
+    JAX traces the rules when it differentiates, possibly after a `jax.default_matmul_precision`
+    around the call has ended. Gradients of JAX's own products keep the precision of the call; with
+    plain `jax.custom_vjp`, gradients of these functions would not.
     """
 
     def __init__(self, function: Callable):
-        """Takes a function of arrays; `defvjp` must follow, as for `jax.custom_vjp`."""
+        """Wraps a function of arrays; `defvjp` must follow, as for `jax.custom_vjp`."""
         functools.update_wrapper(self, function)
         self._at = jax.custom_vjp(_at_given_precision(function), nondiff_argnums=(0,))
 
@@ -29,7 +29,7 @@ class custom_vjp:
 
 
 def _at_given_precision(function: Callable) -> Callable:
-    """The function with the precision as first argument; None for JAX's own choice."""
+    """Adds the precision as first argument; None for JAX's default."""
 
     def at(precision: str | None, *args: Any) -> Any:
         with jax.default_matmul_precision(precision):

@@ -54,7 +54,10 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def _temporary(path: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
-    """Yields a temporary path `name` beside `path` and removes it on exit."""
+    """Yields the path `name` beside `path` and removes it on exit.
+
+    `name` must hold the process id, so that concurrent runs do not collide.
+    """
     temporary = path.with_name(name)
     _unfinished.add(temporary)
     try:

@@ -45,8 +45,9 @@ def decode(data: bytes | memoryview, encoding: str) -> Int16[np.ndarray, " t"]:
 def decode_into(
     out: Int16[np.ndarray, " t"], data: bytes | memoryview, encoding: str, begin: int = 0
 ) -> None:
-    """Fills `out` with the samples from `begin` on; 16-bit mono WAV and FLAC decode only these.
+    """Fills `out` with the samples from `begin` on.
 
+    Of 16-bit mono WAV and FLAC files, only these samples are decoded.
     Raises:
       ValueError: the bytes are not an audio file, or hold too few samples.
     """
@@ -111,7 +112,7 @@ def count_samples(data: bytes, encoding: str, sample_rate: int | None) -> int:
 
 
 def varints(data: bytes | memoryview) -> Int64[np.ndarray, " t"]:
-    """Decodes protobuf varints: seven bits per byte, lowest first; a set high bit continues."""
+    """Decodes protobuf varints: seven bits per byte, lowest first; a set high bit: more follow."""
     octets = np.frombuffer(data, np.uint8)
     last = np.flatnonzero(octets < 128)
     first = np.concatenate([[0], last[:-1] + 1]) if last.size else last

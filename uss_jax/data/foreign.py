@@ -19,7 +19,7 @@ from uss_jax.errors import UserError
 def find_schema(
     directory: str | os.PathLike, split: str, given: Mapping[str, Any]
 ) -> tuple[Schema, bool]:
-    """Finds the schema of a split's records, and whether it needs more than metadata.json.
+    """Finds the schema of a split's records.
 
     Attributes not given are taken from metadata.json and TFDS's features.json, or guessed from the
     first record.
@@ -29,6 +29,8 @@ def find_schema(
       split: split name, such as "train".
       given: known attributes of the Schema.
 
+    Returns:
+      The schema, and False if metadata.json alone describes the records, else True.
     Raises:
       UserError: an attribute cannot be found; says what to write into a schema.
     """

@@ -215,7 +215,7 @@ def build_index(
             # it loses its workers prints a traceback.
             cancel = True
             try:
-                with _interrupt_ignored():  # inherited by starting workers
+                with _interrupt_ignored():  # inherited by workers that start here
                     done = [pool.submit(_index_shard, *job) for job in jobs]
                 for future in done:
                     future.result()

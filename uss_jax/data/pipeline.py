@@ -41,7 +41,7 @@ class Order(Protocol):
 
 @runtime_checkable
 class Places(Protocol):
-    """Maps positions to the first samples of their anchors and scores; see anchors/table.py."""
+    """Maps positions to the begin samples and scores of anchors; see anchors/table.py."""
 
     def place(
         self, positions: np.ndarray, records: np.ndarray, classes: np.ndarray
@@ -73,7 +73,7 @@ def batches(
       batch_size: global batch size over all hosts.
       clip_samples: length of a row, in samples; shorter clips are zero-padded, longer ones cut at
         the end. With `places`, the length of an anchor.
-      host, hosts: number of this host, and of hosts; each gets one contiguous block of rows.
+      host, hosts: index of this host and number of hosts; each gets a contiguous block of rows.
       threads: batches read concurrently in each process, which holds up to `threads` + 1 batches;
         a worker holds two more in shared memory.
       workers: processes that read, for when one is too slow (FLAC); 0: this process reads.
@@ -156,7 +156,7 @@ class _MakeBatch:
             attempt += 1
             for row, error in damaged.items():
                 self.corrupt.note(int(drawn["record"][row]), error)
-            # Replaced by a distant position of the same order, so still a function of position.
+            # Replaced by the clip at a distant position of the order: still a function of position.
             some = np.fromiter(damaged, np.int64)
             others = self.draws.at(positions[some] + attempt * _FAR)
             their_audio = audio[some]

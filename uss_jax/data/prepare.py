@@ -1,6 +1,6 @@
 """Converts audio files and labels to records: shards, index, metadata, and a list of skipped clips.
 
-One pure function, `prepare_clip`, makes a clip a record. The shards are the same for every engine,
+One pure function, `prepare_clip`, converts a clip. The shards are the same for every engine,
 a local thread pool or Apache Beam on many machines: records are in the order of the label file, and
 a shard holds the clips of one block of its lines. A block is the unit of work: its file is written
 atomically, and a finished block is not done again.
@@ -51,7 +51,7 @@ class ClipSettings:
 
     Attributes:
       sample_rate: sampling rate, in Hz.
-      clip_seconds: maximum length, in seconds; longer recordings are cut at the end.
+      clip_seconds: maximum length, in seconds; longer recordings keep only their beginning.
       encoding: `pcm_s16le`, which allows partial reads, or `flac`, half the size and slower.
       accept_truncated: use the readable part of truncated recordings; False: skip them.
     """
@@ -332,8 +332,8 @@ class Outcome(NamedTuple):
     """The result of a block, by the clips' numbers in it.
 
     Attributes:
-      skipped: reasons of skipped clips.
-      clipped: shares of clipped samples, where above 0.1 %.
+      skipped: reason for each skipped clip.
+      clipped: share of clipped samples, where above 0.1 %.
     """
 
     skipped: dict[int, Skipped]
@@ -430,10 +430,9 @@ def _map_in_order(
 
 
 def _publish(unfinished: pathlib.Path, directory: pathlib.Path, split: str) -> None:
-    """Replaces a split's old shards and index by the finished ones.
+    """Replaces a split's old shards and index with the finished ones.
 
-    Removes the old index first and adds the new one last, so that an index always matches the
-    shards.
+    Removes the old index first and adds the new one last: an index, if present, is valid.
     """
     index = f"index-{split}.npz"
     (directory / index).unlink(missing_ok=True)

@@ -18,7 +18,7 @@ class ClipReader:
     """Random access to the samples of indexed clips; thread-safe.
 
     Attributes:
-      index: the index of the split.
+      index: index of the split.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class ClipReader:
         """
         Args:
           directory: directory of the shards.
-          index: the index of a split.
+          index: index of the split.
           verify_parts: on partial reads, read the whole record and verify its checksum.
         """
         self.index = index

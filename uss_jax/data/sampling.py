@@ -115,7 +115,7 @@ class BalancedOrder:
         self._seed = seed
         labels = np.diff(label_row.astype(np.int64))  # np.repeat rejects the index's uint64
         records = np.repeat(np.arange(len(labels), dtype=np.uint32), labels)
-        self._records = records[np.argsort(label_class, kind="stable")]  # by class
+        self._records = records[np.argsort(label_class, kind="stable")]  # sorted by class
         self._clips = np.bincount(label_class, minlength=classes)
         self._first_clip = np.cumsum(self._clips) - self._clips
         self.missing = np.flatnonzero((self._clips == 0) & (weights > 0))

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, also when the power fails."""
+"""Atomic writes of files and folders, safe against power cuts."""
 
 import contextlib
 import errno
@@ -10,23 +10,25 @@ from collections.abc import Iterator
 from uss_jax.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# Temporary files and folders of blocks that have not ended.
+# Temporary files and folders of `with` blocks still running.
 _unfinished: set[pathlib.Path] = set()
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, flush: bool = True) -> Iterator[pathlib.Path]:
-    """Yields a temporary path beside `path`; it takes `path`'s place when the block succeeds.
+    """Yields a temporary path beside `path`, which replaces `path` when the block succeeds.
 
-    When the block fails, the temporary file goes and what was at `path` stays as it was. An
-    operating system's refusal (no space, no permission, no such folder) becomes a UserError.
+    When the block fails, the temporary file is removed and `path` is left unchanged.
 
     Args:
-      path: of the file to write.
-      flush: whether the file must be whole after a power cut too, see `move`.
+      path: file to write.
+      flush: whether the file must also survive a power cut, see `move`.
+
+    Raises:
+      UserError: in place of an OSError (no space, no permission, no such folder).
     """
     path = pathlib.Path(path)
-    # Writers choose their format by the suffix.
+    # Keeps the suffix, from which some writers choose their format.
     with _temporary(path, f".{path.stem}.{os.getpid()}{path.suffix}") as temporary:
         yield temporary
         if flush:
@@ -37,9 +39,9 @@ def replacing(path: str | os.PathLike, flush: bool = True) -> Iterator[pathlib.P
 
 @contextlib.contextmanager
 def replacing_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Yields a path beside `path`, of no folder yet; what the block makes there takes its place.
+    """Yields an unused path beside `path`; the folder that the block makes there replaces `path`.
 
-    As `replacing`; a folder that is at `path` is removed just before.
+    Like `replacing`, but an old folder at `path` is removed just before the replacement.
     """
     path = pathlib.Path(path)
     with _temporary(path, f".{path.name}.{os.getpid()}") as temporary:
@@ -52,7 +54,10 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def _temporary(path: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
-    """Yields a path beside another, which is gone in the end; its name keeps two runs apart."""
+    """Yields the path `name` beside `path` and removes it on exit.
+
+    `name` must hold the process id, so that concurrent runs do not collide.
+    """
     temporary = path.with_name(name)
     _unfinished.add(temporary)
     try:
@@ -70,20 +75,20 @@ def _temporary(path: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
 
 
 def is_full(error: Exception) -> bool:
-    """Whether an error says that the disk is full, or the user's share of it."""
-    said = str(error)  # libraries have their own kinds of errors, and keep these words
+    """Returns whether an error reports a full disk or an exceeded quota."""
+    said = str(error)  # libraries raise their own exception types, but keep this text
     return getattr(error, "errno", None) in _FULL or any(os.strerror(x) in said for x in _FULL)
 
 
 def full(path: str | os.PathLike | None) -> str:
-    """The sentence for a full disk."""
+    """Returns the error message for a full disk."""
     return (
         f"no space is left to write {path or 'a file'}; free some and give the same command again"
     )
 
 
 def remove_unfinished() -> None:
-    """Removes all that is half written, for a process that ends without ending its blocks."""
+    """Removes all temporary files, for a process that exits without leaving its `with` blocks."""
     for temporary in list(_unfinished):
         _remove(temporary)
 
@@ -93,16 +98,15 @@ def _remove(path: pathlib.Path) -> None:
         path.unlink()
     except FileNotFoundError:
         pass
-    except OSError:  # a folder, or a name that cannot be one
+    except OSError:  # a folder, or an invalid name
         shutil.rmtree(path, ignore_errors=True)
 
 
 def move(source: str | os.PathLike, target: str | os.PathLike) -> None:
-    """Moves a file, or a folder with all below it, once its bytes are on the disk.
+    """Moves a file or a folder durably: on return, its bytes and its new name are on disk.
 
-    File systems may put a new name on the disk before the bytes behind it: after a power cut the
-    name would then lead to an empty file. So the bytes are flushed first, and the new name after
-    them; when this returns, both are there to stay.
+    File systems may write a new name to disk before the file's bytes, and a power cut would then
+    leave an empty file. So the bytes are flushed first, and the name after them.
     """
     if os.path.isdir(source):
         flush_below(source)
@@ -113,7 +117,7 @@ def move(source: str | os.PathLike, target: str | os.PathLike) -> None:
 
 
 def flush_below(folder: str | os.PathLike) -> None:
-    """Flushes all files and folders below a folder, and itself."""
+    """Flushes a folder and everything below it to disk."""
     for inner, _, names in os.walk(folder):
         for name in names:
             flush(os.path.join(inner, name))
@@ -121,12 +125,12 @@ def flush_below(folder: str | os.PathLike) -> None:
 
 
 def flush(path: str | os.PathLike) -> None:
-    """Has the disk keep the bytes of a file, or the names in a folder, before it returns."""
+    """Flushes the bytes of a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems keep names by themselves and refuse to be told to.
+        # Some network file systems persist names by themselves and reject fsync of a folder.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not os.path.isdir(path):
             raise
     finally:

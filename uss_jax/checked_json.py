@@ -1,8 +1,8 @@
-"""JSON from files that others may have written: bounded in size and depth, checked against a rule.
+"""Reads untrusted JSON: bounded in size and depth, and checked against a rule.
 
-A rule says which values are right: `whole(1, 8)`, `text("a", "b")`, or, of an object with keys,
-`record({"rate": whole(1, 8)})`. It returns nothing, or raises a ValueError that names the key, what
-was found and what was expected; whoever opened the file adds its name and the remedy.
+A rule defines the valid values: `whole(1, 8)`, `text("a", "b")`, or, for an object with keys,
+`record({"rate": whole(1, 8)})`. It returns nothing, or raises a ValueError that names the key, the
+value found and the one expected; the caller adds the file name and the remedy.
 
 Memory: parsed values take at most 32 times the bytes of the text (`[[],[],...]` is the worst case).
 """
@@ -17,9 +17,9 @@ from typing import Any
 MAX_BYTES = 1 << 24
 MAX_DEPTH = 32
 _BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+"|([\[{])|([\]}])', re.DOTALL)
-_MOST_SHOWN = 60  # characters of a wrong value
+_MOST_SHOWN = 60  # characters of a value in an error message
 
-# Checks a value; the text is the name of its place in the file, "" at the top.
+# Checks a value; the string is its key path in the file, "" at the top level.
 Rule = Callable[[Any, str], None]
 
 
@@ -27,13 +27,13 @@ def parse_json(data: bytes | str, rule: Rule | None = None, *, max_bytes: int = 
     """Parses JSON and checks it against a rule.
 
     Args:
-      data: the text; bytes are UTF-8.
-      rule: what the value must be; None: anything.
-      max_bytes: longer texts are refused.
+      data: JSON text; bytes are UTF-8.
+      rule: rule for the value; None: accept any.
+      max_bytes: maximum length of `data`.
 
     Raises:
-      ValueError: the text is too long, nested deeper than MAX_DEPTH, no JSON, holds a key twice, or
-        breaks the rule.
+      ValueError: the text is too long, nested deeper than MAX_DEPTH, not JSON, has a duplicate key,
+        or breaks the rule.
     """
     if len(data) > max_bytes:
         raise ValueError(f"holds more than {max_bytes:,} bytes of JSON")
@@ -46,7 +46,7 @@ def parse_json(data: bytes | str, rule: Rule | None = None, *, max_bytes: int = 
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON ({error})") from None
     except ValueError as error:
-        if "integer string conversion" not in str(error):  # Python's own bound
+        if "integer string conversion" not in str(error):  # Python's limit on digits
             raise
         raise ValueError("has a number of thousands of digits") from None
     if rule is not None:
@@ -55,7 +55,7 @@ def parse_json(data: bytes | str, rule: Rule | None = None, *, max_bytes: int = 
 
 
 def read_json(file: io.IOBase, rule: Rule | None = None, *, max_bytes: int = MAX_BYTES) -> Any:
-    """Like `parse_json`, of an open file; reads no more than `max_bytes` of it."""
+    """Like `parse_json` for an open file; reads at most `max_bytes` + 1 bytes of it."""
     return parse_json(file.read(max_bytes + 1), rule, max_bytes=max_bytes)
 
 
@@ -79,8 +79,8 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """A value as an error may show it: one line, cut where it is long."""
-    # Of large containers and numbers not even the whole text is made.
+    """Formats a value for an error message: one line, truncated if long."""
+    # Large containers and integers are never converted to text as a whole.
     if isinstance(value, dict | list):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     if isinstance(value, int) and abs(value) >= 10**_MOST_SHOWN:
@@ -94,7 +94,7 @@ def _wrong(value: Any, key: str, expected: str) -> ValueError:
 
 
 def whole(least: int, most: int) -> Rule:
-    """A whole number in a range, both ends included."""
+    """Accepts an integer from `least` to `most`, both included."""
 
     def check(value: Any, key: str) -> None:
         if type(value) is not int or not least <= value <= most:
@@ -104,7 +104,7 @@ def whole(least: int, most: int) -> Rule:
 
 
 def number(least: float | int = -math.inf, most: float | int = math.inf) -> Rule:
-    """A finite number, whole or not, in a range, both ends included."""
+    """Accepts a finite integer or float from `least` to `most`, both included."""
 
     def check(value: Any, key: str) -> None:
         right = type(value) in (int, float) and least <= value <= most
@@ -116,7 +116,7 @@ def number(least: float | int = -math.inf, most: float | int = math.inf) -> Rule
 
 
 def text(*choices: str) -> Rule:
-    """A text; if choices are given, one of them."""
+    """Accepts a string; with `choices`, one of them."""
 
     def check(value: Any, key: str) -> None:
         if not isinstance(value, str):
@@ -128,7 +128,7 @@ def text(*choices: str) -> Rule:
 
 
 def flag() -> Rule:
-    """True or false."""
+    """Accepts true or false."""
 
     def check(value: Any, key: str) -> None:
         if type(value) is not bool:
@@ -138,7 +138,7 @@ def flag() -> Rule:
 
 
 def either(*rules: Rule) -> Rule:
-    """Whatever one of the rules takes; where none does, the last one's error is raised."""
+    """Accepts values that pass any of the rules; else raises the last rule's error."""
 
     def check(value: Any, key: str) -> None:
         for rule in rules[:-1]:
@@ -152,7 +152,7 @@ def either(*rules: Rule) -> Rule:
 
 
 def nothing() -> Rule:
-    """Only null: a part of `either`."""
+    """Accepts only null, for use in `either`."""
 
     def check(value: Any, key: str) -> None:
         if value is not None:
@@ -162,12 +162,12 @@ def nothing() -> Rule:
 
 
 def anything() -> Rule:
-    """Any JSON value."""
+    """Accepts any JSON value."""
     return lambda value, key: None
 
 
 def list_of(item: Rule, least: int = 0, most: int | None = None) -> Rule:
-    """A list whose items all follow a rule, with a bounded number of them."""
+    """Accepts a list of `least` to `most` items that all pass a rule."""
 
     def check(value: Any, key: str) -> None:
         if not isinstance(value, list) or not least <= len(value) <= (most or len(value)):
@@ -180,7 +180,7 @@ def list_of(item: Rule, least: int = 0, most: int | None = None) -> Rule:
 
 
 def mapping_of(item: Rule) -> Rule:
-    """An object of any keys, whose values all follow a rule."""
+    """Accepts an object with any keys whose values all pass a rule."""
 
     def check(value: Any, key: str) -> None:
         if not isinstance(value, dict):
@@ -197,12 +197,12 @@ def record(
     *,
     others: bool = False,
 ) -> Rule:
-    """An object with certain keys.
+    """Accepts an object with given keys.
 
     Args:
-      required: keys that must be there, with the rules of their values.
-      optional: keys that may be there.
-      others: keys that are in neither are passed over; False: they are refused.
+      required: required keys, with the rules of their values.
+      optional: optional keys, likewise.
+      others: ignore all other keys; False: reject them.
     """
     known = {**required, **(optional or {})}
 

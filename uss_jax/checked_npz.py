@@ -1,8 +1,8 @@
-"""Arrays from .npz files that others may have written: sizes, types and shapes are checked first.
+"""Reads arrays from untrusted .npz files: sizes, types and shapes are checked first.
 
-Nothing is unpickled, and no array is allocated before its member of the archive was found to have
-the size, type and shape that were declared. Memory: the arrays that are asked for take at most
-INFLATION times the bytes of the file.
+Nothing is unpickled, and an array is only allocated once its archive member is known to have the
+declared size, type and shape. Memory: the requested arrays take at most INFLATION times the bytes
+of the file.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
-# What zipfile and numpy raise on archives that are damaged or not of their kind.
+# Exceptions of zipfile and numpy for damaged or invalid archives.
 _DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
@@ -38,13 +38,13 @@ _DAMAGE = (
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """What an array must be.
+    """The declared type and shape of an array.
 
     Attributes:
-      dtype: such as "u4"; "U" and "S" stand for texts and bytes of any width.
-      shape: a letter or a number for each axis; axes of the same letter, in all columns of a file,
-        have the same length. "" is a scalar, "r k" a matrix.
-      optional: the file may be without it.
+      dtype: NumPy dtype, such as "u4"; "U" and "S" stand for strings and bytes of any width.
+      shape: a letter or a number for each axis; axes with the same letter, in all columns of a
+        file, have the same length. "" is a scalar, "r k" a matrix.
+      optional: whether the array may be missing.
     """
 
     dtype: str
@@ -56,11 +56,12 @@ def read_npz(file: io.IOBase, columns: Mapping[str, Column]) -> dict[str, np.nda
     """Reads the declared arrays of an .npz file; other members are left unread.
 
     Args:
-      file: opened to be read, seekable.
-      columns: name and kind of each array.
+      file: binary file open for reading, seekable.
+      columns: declaration of each array, by name.
 
     Raises:
-      ValueError: it is no .npz file, is damaged, or an array is missing or of another kind.
+      ValueError: the file is not an .npz file or is damaged, or an array is missing or not as
+        declared.
       OSError: reading failed.
     """
     try:
@@ -68,13 +69,13 @@ def read_npz(file: io.IOBase, columns: Mapping[str, Column]) -> dict[str, np.nda
     except OSError:
         raise
     except _DAMAGE as error:
-        # Their texts may hold parts of the file.
+        # Truncated, as their messages may quote the file's contents.
         words = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(words) from error
 
 
 def names_in_npz(file: io.IOBase) -> set[str]:
-    """The names of the arrays in an .npz file; a ValueError where it is none."""
+    """Returns the names of the arrays in an .npz file; raises a ValueError for other files."""
     try:
         with zipfile.ZipFile(file) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}
@@ -119,7 +120,7 @@ def _check_sizes(members: Mapping[str, zipfile.ZipInfo], file_size: int) -> None
 def _check_header(
     stream: io.IOBase, name: str, size: int, column: Column, lengths: dict[str, int]
 ) -> None:
-    """Compares an array's header with what was declared and with the bytes that are there."""
+    """Checks an array's header against its declaration and the size of its archive member."""
     version = np.lib.format.read_magic(stream)
     if version not in _HEADERS:
         raise ValueError(f"has the array {name!r} in the format {version}")
@@ -138,7 +139,7 @@ def _check_header(
             + (f" with {known}" if known else "")
         )
     bytes_there = size - stream.tell()
-    # Items of no bytes would let a shape of any size through.
+    # With zero-byte items, a shape of any size would pass.
     sound = min(shape, default=0) >= 0 and (dtype.itemsize or not math.prod(shape))
     if not sound or math.prod(shape) * dtype.itemsize != bytes_there:
         raise ValueError(f"has {bytes_there} bytes for the array {name!r} of shape {shape}")

@@ -1,14 +1,13 @@
-"""The exceptions that the command line turns into a sentence and an exit status."""
+"""Exceptions that the command line reports as one sentence and an exit status."""
 
 import unicodedata
 
 
 class UserError(Exception):
-    """Bad input, said in one sentence: what was wrong with which file or key, and what to do.
+    """Invalid input, in one sentence: the file or key, what is wrong with it, and what to do.
 
-    The command line prints the sentence on standard error and exits with 1; a traceback is for
-    our own mistakes only. Line breaks and other control characters, which names and values of the
-    input may hold, are shown as escapes.
+    The command line prints the sentence on standard error and exits with 1; tracebacks are only
+    for bugs. Line breaks and other control characters, which may come from the input, are escaped.
     """
 
     def __init__(self, sentence: str):
@@ -16,32 +15,32 @@ class UserError(Exception):
 
 
 def _visible(character: str) -> str:
-    # Names that are not UTF-8 keep their bytes, as surrogates.
+    # Surrogates stand for the bytes of names that are not UTF-8; they are kept.
     if character.isprintable() or "\ud800" <= character <= "\udfff":
         return character
     return character.encode("unicode_escape").decode()
 
 
 class Stopped(Exception):
-    """A run was asked to stop by SIGTERM and has saved all; the same command goes on.
+    """A run has saved its state and stopped on SIGTERM; the same command resumes it.
 
-    The command line prints the sentence and exits with 143, as a process does that SIGTERM ends:
-    schedulers then start it again.
+    The command line prints the sentence and exits with 143, the status of a process that SIGTERM
+    ends, so that schedulers restart it.
     """
 
 
 class NotHeard(Exception):
-    """All was written, but a sound that was asked for by its class is not heard in a recording.
+    """All output was written, but a requested class was not detected in a recording.
 
-    The command line prints the sentence and exits with 3, so that a script can tell.
+    The command line prints the sentence and exits with 3, for scripts to check.
     """
 
 
 def one_line(text: str) -> str:
-    """Returns a text that prints on one line and can be written as UTF-8.
+    """Escapes a text so that it prints on one line and can be encoded as UTF-8.
 
-    Control characters become escapes such as "\\n", and so do bytes of a file name that are not
-    UTF-8, which Python holds as surrogates.
+    Escapes control characters, such as "\\n", and surrogates, which stand for the bytes of a file
+    name that are not UTF-8.
     """
     return "".join(
         character

@@ -1,4 +1,4 @@
-"""Ending the process at once."""
+"""Immediate exit of the process."""
 
 import contextlib
 import multiprocessing
@@ -10,9 +10,9 @@ from uss_jax.atomic import remove_unfinished
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process at once: nothing half written stays, and no destructors run.
+    """Removes unfinished files, kills child processes and exits without running destructors.
 
-    Those of a device's runtime crash where another thread still computes or compiles.
+    The destructors of a device runtime crash if another thread is still computing or compiling.
     """
     remove_unfinished()
     for child in multiprocessing.active_children():

@@ -1,4 +1,4 @@
-"""A folder in which one process works at a time."""
+"""Locks a folder for one process at a time."""
 
 import contextlib
 import errno
@@ -11,28 +11,29 @@ from collections.abc import Iterator
 
 from uss_jax.errors import UserError
 
-LOCK = ".lock"  # its name
-# File systems that know no locks.
+LOCK = ".lock"  # file name
+# Errors of file systems without locks.
 _UNKNOWN = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
 @contextlib.contextmanager
 def only_one(folder: str | os.PathLike, remedy: str) -> Iterator[None]:
-    """Holds a folder's lock; the operating system gives it back when the process ends, however.
+    """Holds a folder's lock, which the operating system releases whenever the process ends.
 
-    A POSIX lock of a record, not `flock`: children do not inherit it, so that workers that outlive
-    a killed run do not keep it, and NFS passes it on to other machines. It does not part threads of
-    one process. Where the file system has no locks, none is held.
+    A POSIX record lock rather than `flock`: children do not inherit it, so workers that outlive a
+    killed run do not keep it, and NFS shares it between machines. It does not exclude threads of
+    the same process. On a file system without locks, none is held.
 
     Args:
-      folder: that exists.
-      remedy: what to do when another process has it, for the message.
+      folder: an existing folder.
+      remedy: advice for the error message if another process holds the lock.
 
     Raises:
-      UserError: another process has it; names the process. Or something else has the lock's name.
+      UserError: another process holds the lock (the message names it), or the lock's path is not a
+        file.
     """
     path = pathlib.Path(folder) / LOCK
-    # Never removed: who opened it before would then hold the lock of a file that nobody sees.
+    # Never removed: a process that already has it open would then lock a deleted file.
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is no file, where the lock would be; remove it")
     with open(path, "a+", encoding="utf-8", errors="replace") as file:

@@ -1,8 +1,8 @@
-"""The AudioSet ontology: 632 kinds of sound, of which 527 are classes, numbered 0..526.
+"""The AudioSet ontology: 632 nodes, of which 527 are classes, numbered 0..526.
 
-The ontology is a graph: 38 sounds have two or more parents ("Children shouting" is a shout and a
-human group action). `Ontology` keeps all of them. `reference_tree` is the tree that bytedance/uss
-builds from the same table, where every sound hangs under one parent only.
+The ontology is a graph, not a tree: 38 nodes have two or more parents ("Children shouting" is both
+a shout and a human group action). `Ontology` keeps all parents. `reference_tree` builds the tree of
+bytedance/uss from the same table, where every node has a single parent.
 """
 
 import csv
@@ -18,14 +18,14 @@ _LABEL_SHOWN = 80  # characters
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """A kind of sound.
+    """A sound category of the ontology.
 
     Attributes:
-      mid: its id in the ontology, such as "/m/09x0r".
-      name: its display name, such as "Speech".
-      class_index: its number among the 527 classes, None for the others.
+      mid: id in the ontology, such as "/m/09x0r".
+      name: display name, such as "Speech".
+      class_index: index among the 527 classes; None for other nodes.
       children, parents: mids, in the order of the table.
-      level: 1 for the seven top nodes, else one more than its highest parent's.
+      level: 1 for the seven top nodes, else one more than the lowest level of a parent.
       restrictions: "abstract" and "blacklist" as in the ontology; mostly empty.
     """
 
@@ -39,13 +39,13 @@ class Node:
 
 
 def whole_number(text: str) -> int | None:
-    """The number that ASCII digits mean, up to nine of them; None for any other text."""
+    """Parses up to nine ASCII digits as an integer; returns None for any other text."""
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Ontology:
-    """All nodes with all their parents; mids, names and class indexes lead to each other."""
+    """All nodes with all their parents; converts between mids, names and class indexes."""
 
     nodes: dict[str, Node]
 
@@ -62,30 +62,34 @@ class Ontology:
 
     @functools.cached_property
     def levels(self) -> dict[int, tuple[str, ...]]:
-        """The mids of every level, top level 1 first, each in the order of the table."""
+        """Maps each level, from 1, to its mids in the order of the table."""
         levels: dict[int, list[str]] = {}
         for node in self.nodes.values():
             levels.setdefault(node.level, []).append(node.mid)
         return {level: tuple(levels[level]) for level in sorted(levels)}
 
     def descendants(self, mid: str) -> frozenset[str]:
-        """The node itself and everything below it, through all parents."""
+        """Returns the mids of the node and all its descendants."""
         return self._reach(mid, "children")
 
     def ancestors(self, mid: str) -> frozenset[str]:
-        """The node itself and everything above it, through all parents."""
+        """Returns the mids of the node and all its ancestors."""
         return self._reach(mid, "parents")
 
     def class_indexes(self, mid: str) -> tuple[int, ...]:
-        """The class indexes of a node and everything below it, ascending."""
+        """Returns the class indexes of a node and its descendants, ascending."""
         return tuple(sorted(self._classes(self.descendants(mid))))
 
     def relatives(self, class_index: int) -> frozenset[int]:
-        """The class indexes of a class, its ancestors and its descendants."""
+        """Returns the class indexes of a class, its ancestors and its descendants."""
         return self._relatives[class_index]
 
     def resolve(self, label: str) -> int:
-        """The class index of a label: a name or mid in any case, or an index written as text."""
+        """Returns the class index of a label: a name or mid in any case, or an index as text.
+
+        Raises:
+          UserError: the label is not a class; suggests others.
+        """
         text = label.strip()
         if (index := whole_number(text)) is not None and index < len(self.class_mids):
             return index
@@ -153,7 +157,7 @@ def _split(text: str) -> tuple[str, ...]:
 
 @functools.cache
 def load_ontology() -> Ontology:
-    """The bundled ontology; read once."""
+    """Returns the bundled ontology, read on the first call."""
     rows = _read_table()
     children = {row["mid"]: _split(row["children"]) for row in rows}
     parents: dict[str, list[str]] = {mid: [] for mid in children}
@@ -163,7 +167,7 @@ def load_ontology() -> Ontology:
 
     levels: dict[str, int] = {}
     frontier, level = [mid for mid in parents if not parents[mid]], 1
-    while frontier:  # breadth first, so that a node gets the level of its highest parent
+    while frontier:  # breadth first, so that a node's level follows its topmost parent
         levels.update(dict.fromkeys(frontier, level))
         below = dict.fromkeys(child for mid in frontier for child in children[mid])
         frontier, level = [mid for mid in below if mid not in levels], level + 1
@@ -186,13 +190,13 @@ def load_ontology() -> Ontology:
 
 @dataclasses.dataclass
 class TreeNode:
-    """A node of the reference's tree.
+    """A node of the reference tree.
 
     Attributes:
-      mid, name: as in the ontology; the artificial top is called "root" twice.
-      level: 0 for the artificial top.
-      children: the nodes attached here, in the order of the table.
-      class_index: its number among the 527 classes, None for the others.
+      mid, name: as in the ontology; both are "root" for the artificial root.
+      level: depth; 0 for the artificial root.
+      class_index: index among the 527 classes; None for other nodes.
+      children: child nodes, in the order of the table.
     """
 
     mid: str
@@ -202,20 +206,20 @@ class TreeNode:
     children: list["TreeNode"] = dataclasses.field(default_factory=list)
 
     def walk(self) -> list["TreeNode"]:
-        """This node and all below it, depth first, a parent before its children."""
+        """Returns this node and its descendants in depth-first pre-order."""
         return [self] + [node for child in self.children for node in child.walk()]
 
     def class_indexes(self) -> list[int]:
-        """The class indexes of this node and all below it, in the order of `walk`."""
+        """Returns the class indexes of this node and its descendants, in the order of `walk`."""
         return [node.class_index for node in self.walk() if node.class_index is not None]
 
 
 def reference_tree() -> TreeNode:
-    """The tree that bytedance/uss builds, for results that must equal its own.
+    """Builds the tree of bytedance/uss, for results that must equal the reference's.
 
-    Nodes join in the order of the table; each hangs under the first node of the tree so far (depth
-    first) that names it as a child, other parents are forgotten. A node that comes before all of
-    its parents hangs under the artificial top.
+    Nodes are added in the order of the table. Each becomes a child of its first parent found in the
+    tree so far, depth first; other parents are dropped. A node that precedes all its parents
+    becomes a child of the artificial root.
     """
     root = TreeNode("root", "root", level=0, class_index=None)
     ontology = load_ontology()

@@ -1,4 +1,4 @@
-"""Opening files that people name: nothing that is read waits for ever or never ends."""
+"""Opens files named by users, without blocking on pipes or reading devices without end."""
 
 import errno
 import os
@@ -6,13 +6,13 @@ import stat
 
 
 def at_once(path: str | os.PathLike, flags: int) -> int:
-    """Opens a file to read it, as the `opener` of `open`.
+    """Opens a file for reading; use as the `opener` of `open`.
 
-    A pipe may be named too, such as a shell's `<(find sounds)`; one that nobody writes to is empty,
-    where opening it would otherwise wait for a writer.
+    Also opens pipes, such as a shell's `<(find sounds)`; a pipe without a writer reads as empty,
+    where a plain `open` would wait for one.
 
     Raises:
-      OSError: there is no such file, it may not be read, or it is a device, which may have no end.
+      OSError: the file does not exist, is not readable, or is a device, which may be endless.
     """
     descriptor = os.open(path, flags | os.O_NONBLOCK)
     try:

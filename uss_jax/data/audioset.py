@@ -1,12 +1,11 @@
-"""AudioSet and its like as a TFDS data set, of the same records that `prepare` makes.
+"""AudioSet and similar collections as a TFDS data set, with the same records as `prepare`.
 
     tfds build uss_jax/data/audioset.py --manual_dir DIR
 
-DIR holds `audio/` and a label file for each split, <split>_segments.csv as AudioSet publishes them
-or <split>.csv with the columns file and labels. TFDS writes TFRecords where TensorFlow is
-installed, else with `--file_format=array_record` (extra `tfds`). It shuffles clips and cannot go on
-after a kill: for large collections there is `uss-jax prepare`, whose directories `tfds.load` reads
-as well.
+DIR holds `audio/` and a label file for each split: <split>_segments.csv as AudioSet publishes them,
+or <split>.csv with the columns file and labels. TFDS needs TensorFlow to write TFRecords; without
+it, give `--file_format=array_record` (extra `tfds`). It shuffles clips and cannot resume: for large
+collections use `uss-jax prepare`, whose directories `tfds.load` reads as well.
 """
 
 import logging
@@ -27,7 +26,7 @@ SETTINGS = ClipSettings()
 
 
 class AudioSet(tfds.core.GeneratorBasedBuilder):
-    """Weakly labelled clips, 10 s of mono at 32 kHz."""
+    """Weakly labelled mono clips of at most 10 s at 32 kHz."""
 
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = (

@@ -1,8 +1,8 @@
-"""Preparing records on many machines. The only importer of Apache Beam (extra `beam`).
+"""Prepares records on many machines. The only importer of Apache Beam (extra `beam`).
 
-Each block of clips is an element of the pipeline and one shard; workers write it where the program
-that launched them reads it, so they need the recordings and the output under the same paths (a
-network file system, or a mounted bucket).
+Each block of clips is one element of the pipeline and becomes one shard. Workers and the launching
+program share files, so recordings and output need the same paths on all of them (a network file
+system, or a mounted bucket).
 """
 
 import concurrent.futures
@@ -15,7 +15,7 @@ from uss_jax.errors import UserError
 
 
 def beam_engine(options: list[str]) -> Engine:
-    """An engine for `prepare` that runs a Beam pipeline with these options.
+    """Returns an engine for `prepare` that runs a Beam pipeline with these options.
 
     Raises:
       UserError: Apache Beam is not installed.
@@ -29,7 +29,7 @@ def beam_engine(options: list[str]) -> Engine:
         ) from None
 
     def run(blocks: list[Block]) -> None:
-        if not blocks:  # a runner would still be started
+        if not blocks:  # an empty pipeline would still start a runner
             return
         blocks = [_absolute(block) for block in blocks]
         with beam.Pipeline(options=PipelineOptions(options)) as pipeline:
@@ -40,13 +40,13 @@ def beam_engine(options: list[str]) -> Engine:
 
 
 def _absolute(block: Block) -> Block:
-    """Workers have another current folder."""
+    """Makes the paths of a block absolute, as workers have another working directory."""
     audio = os.path.abspath(block.audio)
     return dataclasses.replace(block, folder=block.folder.absolute(), audio=audio)
 
 
 def _make(block: Block) -> int:
-    # A worker may be given a block twice; what is there stays.
+    # Beam may retry a finished block; keep its shard.
     if block.outcome() is None:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             block.make(pool, lambda: None)

@@ -1,11 +1,11 @@
-"""How samples stand in a record, and back to int16.
+"""Encodings of samples in a record, and their decoding to int16.
 
-    pcm_s16le   bytes: little-endian int16 PCM, one channel
-    wav, flac   bytes: a whole audio file (any other that libsndfile knows will do too)
+    pcm_s16le   bytes: little-endian int16 PCM, mono
+    wav, flac   bytes: a whole audio file (any format that libsndfile reads)
     float       a list of floats in [-1, 1], packed: little-endian float32
     int64       a list of integers, packed: varints; TFDS's default for audio, and the slowest
 
-Of `pcm_s16le` and `float` a part can be read without the rest.
+`pcm_s16le` and `float` allow partial reads.
 """
 
 import numpy as np
@@ -22,17 +22,17 @@ from uss_jax.audio.files import (
 )
 
 ENCODINGS = ("pcm_s16le", "flac", "wav", "float", "int64")
-# Bytes of a sample, where all have the same.
+# Bytes per sample, for encodings of fixed sample width.
 SAMPLE_BYTES = {"pcm_s16le": 2, "float": 4}
 
 
 def to_int16(waveform: Float32[np.ndarray, " t"]) -> Int16[np.ndarray, " t"]:
-    """Rounds [-1, 1] to 16 bits: 1 is 32768, which is cut to 32767. Divide by 32768 to go back."""
+    """Quantises [-1, 1] to int16 at a scale of 32768; 1 clips to 32767."""
     return np.clip(np.rint(waveform * 32768), -32768, 32767).astype(np.int16)
 
 
 def decode(data: bytes | memoryview, encoding: str) -> Int16[np.ndarray, " t"]:
-    """The samples in these bytes: whole, or of an encoding that can be cut between samples."""
+    """Decodes all samples of a record, or a part of them in an encoding of fixed sample width."""
     if encoding == "pcm_s16le":
         return np.frombuffer(data, "<i2")
     if encoding == "float":
@@ -45,10 +45,11 @@ def decode(data: bytes | memoryview, encoding: str) -> Int16[np.ndarray, " t"]:
 def decode_into(
     out: Int16[np.ndarray, " t"], data: bytes | memoryview, encoding: str, begin: int = 0
 ) -> None:
-    """Fills `out` with the samples from `begin` on; of WAV and FLAC no others are decoded.
+    """Fills `out` with the samples from `begin` on.
 
+    Of 16-bit mono WAV and FLAC files, only these samples are decoded.
     Raises:
-      ValueError: the bytes are no audio file, or hold fewer samples.
+      ValueError: the bytes are not an audio file, or hold too few samples.
     """
     if encoding in ("flac", "wav") and decode_pcm16(data, begin, out):
         return
@@ -59,10 +60,10 @@ def decode_into(
 
 
 def clipped_share(data: bytes, encoding: str) -> float:
-    """The share of samples that lie outside of 16 bits and are cut when these bytes are decoded.
+    """Returns the share of samples above full scale, which are clipped when decoded to int16.
 
     Raises:
-      ValueError: a sample is no number, or the samples are of another scale than [-1, 1].
+      ValueError: a sample is NaN or infinite, or far outside the expected range.
     """
     if encoding == "float":
         waveform = np.frombuffer(data, "<f4")
@@ -81,10 +82,11 @@ def clipped_share(data: bytes, encoding: str) -> float:
 
 
 def count_samples(data: bytes, encoding: str, sample_rate: int | None) -> int:
-    """How many samples are in these bytes.
+    """Counts the samples in encoded audio.
 
     Raises:
-      ValueError: they are not of this encoding, or a file of another sample rate.
+      ValueError: the bytes are not in this encoding, hold no samples, or have another sampling
+        rate.
     """
     if encoding == "pcm_s16le" and begins_file(data):
         raise ValueError(
@@ -110,7 +112,7 @@ def count_samples(data: bytes, encoding: str, sample_rate: int | None) -> int:
 
 
 def varints(data: bytes | memoryview) -> Int64[np.ndarray, " t"]:
-    """Protocol buffers' integers: seven bits a byte, the lowest first; the last has no high bit."""
+    """Decodes protobuf varints: seven bits per byte, lowest first; a set high bit: more follow."""
     octets = np.frombuffer(data, np.uint8)
     last = np.flatnonzero(octets < 128)
     first = np.concatenate([[0], last[:-1] + 1]) if last.size else last

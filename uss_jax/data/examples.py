@@ -1,11 +1,11 @@
 """The record schema: a clip as a `tf.train.Example`, without TensorFlow.
 
-    id      bytes   name of the clip, UTF-8
-    audio   bytes   little-endian int16 PCM, one channel; or a FLAC file
+    id      bytes   clip name, UTF-8
+    audio   bytes   little-endian int16 PCM, mono; or a FLAC file
     labels  int64   class indexes, ascending
 
-Sample rate and encoding are the same for all records of a directory: see data/metadata.py. How
-records of others differ from this is said in data/schema.py.
+Sampling rate and encoding are the same for all records of a directory, see data/metadata.py.
+data/schema.py describes records that differ from this layout.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from uss_jax.data.schema import Schema
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 
-# Feature names that others use, tried in this order.
+# Feature names common in other data sets, in the order they are tried.
 _GUESSES = {
     "id": ("id", "clip_id", "video_id", "ytid", "YTID", "audio_id", "fname", "filename", "key"),
     "audio": ("audio", "waveform", "samples", "pcm", "wav", "flac", "audio/encoded", "signal"),
@@ -29,14 +29,14 @@ _GUESSES = {
 
 
 def guess_schema(payload: bytes, given: Mapping[str, Any]) -> Schema:
-    """The schema of a record, of which some is given, by the names and kinds of its features.
+    """Guesses the schema of a record from the names and types of its features.
 
     Args:
-      payload: the record.
-      given: attributes of the schema that need no guess.
+      payload: the serialised record.
+      given: known attributes of the schema, which are not guessed.
 
     Raises:
-      ValueError: what cannot be found.
+      ValueError: a feature cannot be found; names it.
     """
     feature = _features(payload)
     found = {}
@@ -72,12 +72,12 @@ def _guess_label_form(labels: Any) -> str:
 
 
 class Clip(NamedTuple):
-    """What a record holds.
+    """The contents of a record.
 
     Attributes:
-      id: name of the clip.
-      audio: its samples, still as bytes.
-      labels: class indexes, as stored.
+      id: clip name.
+      audio: encoded samples.
+      labels: class indexes, in stored order.
     """
 
     id: bytes
@@ -86,7 +86,7 @@ class Clip(NamedTuple):
 
 
 def serialise(id: bytes, samples: Int16[np.ndarray, " t"] | bytes, labels: Sequence[int]) -> bytes:
-    """A clip as bytes; equal clips give equal bytes. Samples that are bytes are a FLAC file."""
+    """Serialises a clip deterministically; `samples` given as bytes are a FLAC file."""
     example = tf_example_pb2.Example()
     feature = example.features.feature
     feature["id"].bytes_list.value.append(id)
@@ -97,9 +97,10 @@ def serialise(id: bytes, samples: Int16[np.ndarray, " t"] | bytes, labels: Seque
 
 
 def parse(payload: bytes, schema: Schema | None = None) -> Clip:
-    """The clip in a record; a ValueError says what is not as the schema has it.
+    """Parses a record; `audio` of the clip holds the bytes as stored.
 
-    `audio` holds the samples as they stand in the payload.
+    Raises:
+      ValueError: the record does not match the schema.
     """
     schema = schema or Schema()
     feature = _features(payload)
@@ -123,7 +124,7 @@ def _features(payload: bytes) -> Mapping[str, Any]:
     example = tf_example_pb2.Example()
     try:
         example.ParseFromString(payload)
-    except Exception as error:  # protobuf's DecodeError has moved between its versions
+    except Exception as error:  # DecodeError is in different modules across protobuf versions
         raise ValueError("is not a tf.train.Example") from error
     return example.features.feature
 
@@ -135,11 +136,11 @@ def _one_bytes(feature: Mapping[str, Any], name: str) -> bytes:
 
 
 def _packed(feature: Mapping[str, Any], name: str, kind: str) -> bytes:
-    """A list of numbers as protocol buffers pack it."""
+    """Returns the packed protobuf bytes of a numeric list."""
     if feature[name].WhichOneof("kind") != kind:
         raise ValueError(f"needs a {kind} in feature {name!r}")
     data = getattr(feature[name], kind).SerializeToString()
-    # Before it stand a byte for the field and its length, seven bits a byte.
+    # Skip the field tag (one byte) and the length, a varint.
     at = 1
     while at < len(data) and data[at] >= 128:
         at += 1

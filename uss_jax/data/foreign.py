@@ -1,4 +1,4 @@
-"""What a directory of TFRecords holds that `prepare` did not write."""
+"""Recognises the schema of TFRecords that `prepare` did not write."""
 
 import dataclasses
 import os
@@ -19,18 +19,20 @@ from uss_jax.errors import UserError
 def find_schema(
     directory: str | os.PathLike, split: str, given: Mapping[str, Any]
 ) -> tuple[Schema, bool]:
-    """How the records of a split hold a clip, and whether that is news to the directory.
+    """Finds the schema of a split's records.
 
-    What is not given is taken from metadata.json and TFDS's features.json, or recognised in the
+    Attributes not given are taken from metadata.json and TFDS's features.json, or guessed from the
     first record.
 
     Args:
-      directory: where the shards are.
-      split: such as "train".
-      given: attributes of a Schema.
+      directory: directory of the shards.
+      split: split name, such as "train".
+      given: known attributes of the Schema.
 
+    Returns:
+      The schema, and False if metadata.json alone describes the records, else True.
     Raises:
-      UserError: it cannot be found out; says what to write into a schema.
+      UserError: an attribute cannot be found; says what to write into a schema.
     """
     folder = open_folder(directory)
     names = shards_of_split(directory, split, Schema(**given))
@@ -67,7 +69,7 @@ def find_schema(
 
 
 def _tfds_sample_rate(folder: Folder) -> int | None:
-    """What TFDS's own description of an audio feature says, if there is one."""
+    """Returns the sampling rate of an audio feature in TFDS's features.json, in Hz, or None."""
     try:
         with folder.open("features.json") as file:
             described = read_json(file)

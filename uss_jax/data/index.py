@@ -1,7 +1,7 @@
-"""The index beside the shards of a split: where each clip is, and what is labelled.
+"""The index of a split: location and labels of each clip, stored beside the shards.
 
-It says where in which shard each clip's samples are, so that a clip, or two seconds of it, is one
-read; see data/reader.py.
+It gives the shard and byte offset of each clip's samples, so that a clip, or two seconds of it, is
+one read; see data/reader.py.
 """
 
 import concurrent.futures
@@ -36,20 +36,20 @@ FORMAT_VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class RecordIndex:
-    """Where every clip of a split is. Letters: s shards, r records, l labels.
+    """Locations and labels of all clips of a split. Letters: s shards, r records, l labels.
 
     Attributes:
       shards: [s] file names, in order.
-      shard_bytes: [s] file sizes.
+      shard_bytes: [s] file sizes, in bytes.
       shard_digest: [s] SHA-256 over every frame's offset, length and checksum.
-      record_shard: [r] which shard a record is in.
-      record_offset, record_bytes: [r] where in the shard its payload (a tf.train.Example) is.
-      audio_offset, audio_bytes: [r] where in the shard its samples are.
-      samples: [r] how many they are.
-      ids: [r] names of the clips, fixed-width bytes.
+      record_shard: [r] shard number of each record.
+      record_offset, record_bytes: [r] byte range of its payload (a tf.train.Example) in the shard.
+      audio_offset, audio_bytes: [r] byte range of its samples in the shard.
+      samples: [r] number of samples.
+      ids: [r] clip names, fixed-width bytes.
       label_row: [r + 1] record i has the labels label_class[label_row[i]:label_row[i + 1]].
       label_class: [l] class indexes, ascending within a record.
-      encoding: of the samples, see data/encodings.py.
+      encoding: encoding of the samples, see data/encodings.py.
     """
 
     shards: np.ndarray
@@ -70,12 +70,12 @@ class RecordIndex:
         return len(self.record_shard)
 
     def labels(self, record: int) -> np.ndarray:
-        """The class indexes of a record."""
+        """Returns the class indexes of a record."""
         return self.label_class[self.label_row[record] : self.label_row[record + 1]]
 
     @functools.cached_property
     def digest(self) -> str:
-        """Identifies the index: it differs when any column does."""
+        """SHA-256 over the encoding and all columns; identifies the index."""
         digest = hashlib.sha256(self.encoding.encode())
         for name in COLUMNS:
             column = np.ascontiguousarray(getattr(self, name))
@@ -84,9 +84,9 @@ class RecordIndex:
         return digest.hexdigest()
 
     def has_digest(self, digest: str) -> bool:
-        """Whether a digest that was stored with a run or a table is of this index.
+        """Returns whether a digest stored with a run or a table is that of this index.
 
-        Those made before `digest` covered all columns hold one of the shards alone.
+        Also accepts the older digest, which covered only the shards.
         """
         return digest in (self.digest, self._digest_of_shards)
 
@@ -118,7 +118,7 @@ _PART = {
     "label_class": Column("u2", "l"),
     "clipped": Column("f4", "r"),
 }
-# A shorter encoding of a sample than this many bytes is not known: silence in FLAC is the shortest.
+# Upper bound for a valid index; the densest known encoding is silence in FLAC.
 _MOST_SAMPLES_A_BYTE = 8192
 _CLIPPED_TOLD = 0.001
 _PER_RECORD = ("record_offset", "record_bytes", "audio_offset", "audio_bytes", "samples", "ids")
@@ -126,7 +126,7 @@ _SHARD_NAME = re.compile(r"(?P<name>.+)-(?P<split>[^-]+)\.tfrecord-(?P<at>\d{5})
 
 
 def splits(directory: str | os.PathLike) -> list[str]:
-    """The splits that have shards in a directory."""
+    """Returns the splits that have shards in a directory."""
     return sorted({match["split"] for match in _shard_names(directory)})
 
 
@@ -146,7 +146,11 @@ def _names(directory: str | os.PathLike) -> list[str]:
 def shards_of_split(
     directory: str | os.PathLike, split: str, schema: Schema | None = None
 ) -> list[str]:
-    """The names of a split's shards, in order; a UserError when the set has holes."""
+    """Returns the names of a split's shards, in order.
+
+    Raises:
+      UserError: there are no shards, the set is incomplete, or there are several sets.
+    """
     if schema is not None and schema.shards is not None:
         found = fnmatch.filter(_names(directory), schema.shards)
         if not found:
@@ -186,13 +190,13 @@ def build_index(
 ) -> RecordIndex:
     """Reads every shard of a split, verifies every checksum and writes `index-<split>.npz`.
 
-    What was read of a shard is kept until all are, so that a job that was stopped goes on.
+    Finished shards are saved until the index is complete, so that an interrupted job resumes.
 
     Args:
-      directory: where the shards are.
-      split: such as "train".
-      schema: how the records hold a clip; None: as `prepare` writes them.
-      workers: processes that read shards.
+      directory: directory of the shards.
+      split: split name, such as "train".
+      schema: schema of the records; None: that of `prepare`.
+      workers: number of processes that read shards.
     """
     folder = open_folder(directory)
     shards = shards_of_split(directory, split, schema)
@@ -204,14 +208,14 @@ def build_index(
                 _index_shard(*job)
                 progress.update()
         else:
-            # Fresh processes: a fork of one in which threads run may hang.
+            # Spawned: forking a process with running threads may deadlock.
             context = multiprocessing.get_context("spawn")
             pool = concurrent.futures.ProcessPoolExecutor(workers, context, _die_of_interrupt)
-            # Ctrl-C ends the workers too, so what is left needs no cancelling; a pool that cancels
-            # and loses its workers at the same time prints a traceback.
+            # Ctrl-C also ends the workers, so nothing needs cancelling; a pool that cancels while
+            # it loses its workers prints a traceback.
             cancel = True
             try:
-                with _interrupt_ignored():  # by processes that start, too
+                with _interrupt_ignored():  # inherited by workers that start here
                     done = [pool.submit(_index_shard, *job) for job in jobs]
                 for future in done:
                     future.result()
@@ -241,12 +245,12 @@ def _interrupt_ignored() -> Iterator[None]:
 
 
 def _die_of_interrupt() -> None:
-    """In a worker: Ctrl-C, which reaches all processes, ends it without a traceback."""
+    """Makes Ctrl-C, which reaches all processes, end a worker without a traceback."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _index_shard(directory: str, shard: str, part: str, schema: Schema | None) -> None:
-    """Writes a shard's part of the index, if there is none of the shard as it is now."""
+    """Writes a shard's part of the index, unless an up-to-date one exists."""
     folder = open_folder(directory)
     made_of = _stamp(folder, shard, schema)
     if _read_part(folder, part, made_of) is not None:
@@ -347,7 +351,7 @@ def _refuse_duplicates(folder: Folder, index: RecordIndex) -> None:
 
 
 def _index_record(path: str, offset: int, payload: bytes, schema: Schema | None) -> dict:
-    # Reading records through an index needs no protobuf; making one does.
+    # Imported here: only building an index needs protobuf, not reading through one.
     from uss_jax.data.examples import parse
 
     schema = schema or Schema()
@@ -379,7 +383,7 @@ def _index_record(path: str, offset: int, payload: bytes, schema: Schema | None)
 
 
 def _find(payload: bytes, value: bytes) -> int:
-    """Where `value` is in `payload`. A search for its beginning is far faster than for it all."""
+    """Returns the offset of `value` in `payload`; searches for its beginning, which is faster."""
     beginning = value[:64]
     at = payload.find(beginning)
     while at >= 0 and not payload.startswith(value, at):
@@ -394,12 +398,15 @@ def _index_name(split: str) -> str:
 
 
 def load_index(directory: str | os.PathLike, split: str, verify: bool = False) -> RecordIndex:
-    """Loads a split's index and checks that the shards still have the size they were indexed with.
+    """Loads a split's index and checks that the shards still have their indexed sizes.
 
     Args:
-      directory: where the shards are.
-      split: such as "train".
-      verify: read every shard and compare its digest and checksums too.
+      directory: directory of the shards.
+      split: split name, such as "train".
+      verify: also read every shard, verify its checksums and compare its digest.
+
+    Raises:
+      UserError: the index is missing or damaged, or does not match the shards.
     """
     folder = open_folder(directory)
     path = f"{folder}/{_index_name(split)}"
@@ -415,7 +422,7 @@ def load_index(directory: str | os.PathLike, split: str, verify: bool = False) -
         index = RecordIndex(**{**stored, "encoding": str(stored.get("encoding", "pcm_s16le"))})
         _check(index)
     except (FileNotFoundError, NotADirectoryError):
-        shards_of_split(directory, split)  # says so when there is nothing to index either
+        shards_of_split(directory, split)  # raises its own error if there are no shards
         raise UserError(f"{path} does not exist; {again}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); {again}") from error
@@ -433,14 +440,14 @@ def load_index(directory: str | os.PathLike, split: str, verify: bool = False) -
 
 
 def _check(index: RecordIndex) -> None:
-    """Raises a ValueError where an index of right types and shapes says what cannot be."""
+    """Raises a ValueError if an index of valid types and shapes is inconsistent."""
     records, row = len(index), index.label_row.astype(np.int64)
     width = SAMPLE_BYTES.get(index.encoding)
     if not len(index.shards) or len(set(index.shards.tolist())) < len(index.shards):
         raise ValueError("its shards cannot be right")
     order = index.record_shard.astype(np.int64)
     sized = index.shard_bytes[np.minimum(order, len(index.shards) - 1)]
-    # Cannot wrap around: offsets below the size of a real file, and sizes of 32 bits.
+    # Cannot overflow: offsets are below the size of a real file, sizes have 32 bits.
     end = index.record_offset + index.record_bytes
     into_record = index.audio_offset - index.record_offset
     frame = HEADER.size + CHECKSUM.size
@@ -478,7 +485,7 @@ def _check(index: RecordIndex) -> None:
 
 
 def check_size(folder: Folder, shard: str, size: int | None, expected: int) -> None:
-    """Raises a UserError where a shard has not the size that it was indexed with."""
+    """Raises a UserError if a shard is missing or its size differs from the indexed one."""
     if size is None:
         raise UserError(
             f"{folder}/{shard} is in the index but is not there; copy the shard there or run "

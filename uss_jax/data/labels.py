@@ -1,4 +1,4 @@
-"""Label files: which clip has which classes. Two forms are read, told apart by their beginning.
+"""Label files: the classes of each clip. Two forms are read, recognised by their first line.
 
 file,labels                       a header line; more columns may follow, `split` selects rows
 dogs/a.wav,Bark;Dog               labels separated by ";": names, mids or class indexes
@@ -28,11 +28,11 @@ class LabelledFile(NamedTuple):
     """A line of a label file.
 
     Attributes:
-      file: path of the recording, relative to the folder of the recordings.
-      labels: class indexes, ascending; none where all are unknown and skipped.
-      line: where in the label file it stands, from 1.
-      segment: begin and end in seconds of what is labelled, where the file may be the whole video
-        that it is part of; None where the file is what is labelled.
+      file: path of the recording, relative to the folder of recordings.
+      labels: class indexes, ascending; empty if all are unknown and skipped.
+      line: line number in the label file, from 1.
+      segment: begin and end of the labelled part, in seconds, if the file may be the whole video;
+        None: the whole file is labelled.
     """
 
     file: str
@@ -43,13 +43,13 @@ class LabelledFile(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """What a label file says.
+    """The contents of a label file.
 
     Attributes:
-      clips: its lines.
-      unknown: labels that were skipped, with the lines they stand in.
-      unlisted: recordings in the folder that no line names.
-      others: files in the folder that are no recordings by their names.
+      clips: selected lines.
+      unknown: skipped labels, with their line numbers.
+      unlisted: recordings in the folder that are not in the label file.
+      others: files in the folder whose names are not those of recordings.
     """
 
     clips: list[LabelledFile]
@@ -70,12 +70,15 @@ def read_labels(
     """Reads a label file of either form.
 
     Args:
-      path: the CSV file.
-      audio: the folder of the recordings.
-      split: when the file has a column `split`, only lines with this value count.
-      label_map: own name of a label -> the classes it stands for, separated by ";".
-      skip_unknown: labels that are no classes are passed over; False: they are an error.
-      files: only the lines of these files count; None: all do.
+      path: CSV file.
+      audio: folder of recordings.
+      split: if the file has a column `split`, only lines with this value are read.
+      label_map: maps custom label names to classes, separated by ";".
+      skip_unknown: skip labels that are not classes; False: raise an error.
+      files: read only the lines of these files; None: all.
+
+    Raises:
+      UserError: the file is invalid or lists no clips, or has an unknown label.
     """
     if not os.path.isdir(audio):
         raise UserError(f"{audio} is not a folder; give the folder that holds the recordings")
@@ -110,9 +113,9 @@ def read_labels(
 
 
 def read_label_map(path: str | os.PathLike) -> dict[str, str]:
-    """Reads a CSV file with the columns `name` and `class`: what own names of labels stand for.
+    """Reads a CSV file that maps custom label names to classes, with columns `name` and `class`.
 
-    The classes, if several, are separated by ";"; a name without any is passed over.
+    Several classes are separated by ";"; labels mapped to none are ignored.
     """
     rows = _read_rows(path)
     line, header = next(rows, (1, []))
@@ -137,7 +140,7 @@ def read_label_map(path: str | os.PathLike) -> dict[str, str]:
 
 
 def read_file_list(path: str | os.PathLike) -> list[str]:
-    """The lines of a text file that are not blank: names of files."""
+    """Reads file names from a text file, one a line; blank lines are ignored."""
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", opener=at_once) as file:
             lines = [line for line in map(str.strip, file) if line]
@@ -151,7 +154,7 @@ def read_file_list(path: str | os.PathLike) -> list[str]:
 
 
 class _Resolver:
-    """Labels to class indexes; keeps those that are no classes, with their lines."""
+    """Maps labels to class indexes and records the unknown labels, with their lines."""
 
     def __init__(self, label_map: Mapping[str, str]):
         self._map = label_map
@@ -182,7 +185,7 @@ class _Resolver:
             return ()
 
     def complaint(self) -> str:
-        """What is wrong: the line of the first unknown label, and all of them with counts."""
+        """Returns an error text: the line of the first unknown label, and counts of all."""
         (first, lines), *rest = self.unknown.items()
         said = f"line {lines[0]}: {self._advice[first]}"
         if rest:
@@ -204,7 +207,7 @@ def _is_class(label: str) -> bool:
 
 
 def _checked_header(path: str | os.PathLike, line: int, header: list[str]) -> list[str]:
-    """The names of the columns, in lower case."""
+    """Returns the column names in lower case, or raises a UserError."""
     names = [name.strip().lower() for name in header]
     if {"file", "labels"} <= set(names) and len(set(names)) == len(names):
         return names
@@ -221,7 +224,7 @@ def _checked_header(path: str | os.PathLike, line: int, header: list[str]) -> li
 
 
 def _read_rows(path: str | os.PathLike) -> Iterator[tuple[int, list[str]]]:
-    """Yields (line number, fields) of every line that is not blank."""
+    """Yields (line number, fields) of every non-blank line."""
     try:
         with open(path, encoding="utf-8-sig", newline="", opener=at_once) as file:
             reader = csv.reader(file, skipinitialspace=True, strict=True)
@@ -292,7 +295,7 @@ def _audioset_segments(
                 "as in AudioSet's segments"
             ) from None
         labels = resolve(line, mids.split(","))
-        # A file with the times in its name is the segment; another may be the whole video.
+        # A file with the times in its name is the segment; one without may be the whole video.
         whole = next((files[name] for name in _whole_stems(video) if name in files), None)
         cut = next((files[name] for name in _segment_stems(video, *segment) if name in files), None)
         if cut or not whole:
@@ -308,7 +311,7 @@ def _whole_stems(video: str) -> tuple[str, str]:
 
 
 def _segment_stems(video: str, begin: float, end: float) -> list[str]:
-    """How common downloaders name a segment's file, without its suffix."""
+    """Returns the names that common downloaders give a segment's file, without suffix."""
     return [head + tail for tail in _tails(begin, end) for head in _whole_stems(video)]
 
 

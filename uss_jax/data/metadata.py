@@ -1,8 +1,8 @@
-"""What a records directory says about itself: TFDS metadata, and sample rate and encoding.
+"""Metadata of a records directory: TFDS files, and sampling rate and encoding.
 
 dataset_info.json   splits, shards, counts: read by `tfds.builder_from_directory` and `tfds.load`
-features.json       the schema, with labels.labels.txt: the names of the classes
-metadata.json       {"sample_rate": 32000, "encoding": "pcm_s16le"}, or "flac" and others
+features.json       the schema, with the class names in labels.labels.txt
+metadata.json       {"sample_rate": 32000, "encoding": "pcm_s16le"}, or another encoding
 """
 
 import json
@@ -31,12 +31,12 @@ _SPLITS = record({}, {"splits": list_of(record({"name": text()}, others=True))},
 
 
 def read_sample_rate(directory: str | os.PathLike) -> int:
-    """The sample rate of a directory's records, in Hz."""
+    """Returns the sampling rate of a directory's records, in Hz."""
     return _format(directory)[0]
 
 
 def read_encoding(directory: str | os.PathLike) -> str:
-    """How the samples of a directory's records are stored, see data/encodings.py."""
+    """Returns the encoding of a directory's records, see data/encodings.py."""
     return _format(directory)[1]
 
 
@@ -54,7 +54,7 @@ def _format(directory: str | os.PathLike) -> tuple[int, str]:
 
 
 def check_format(directory: pathlib.Path, split: str, sample_rate: int, encoding: str) -> None:
-    """Refuses to add a split of another sample rate or encoding than the other splits'."""
+    """Raises a UserError if a split's sampling rate or encoding differs from the other splits'."""
     info = _read(open_folder(directory), _INFO, _SPLITS) or {}
     others = [other["name"] for other in info.get("splits", []) if other["name"] != split]
     if others and (there := read_sample_rate(directory)) != sample_rate:
@@ -80,15 +80,15 @@ def write_metadata(
     sample_rate: int,
     encoding: str = "pcm_s16le",
 ) -> None:
-    """Adds a split, or what changed in it, to the directory's metadata; other splits stay.
+    """Adds or replaces a split in the directory's metadata; other splits are kept.
 
     Args:
-      directory: where the shards are.
-      name, version, split: of the data set, as in the shards' names and path.
-      shard_records: records in each shard, in order.
-      shard_bytes: of all shards together.
-      sample_rate: in Hz.
-      encoding: of the samples, `pcm_s16le` or `flac`.
+      directory: directory of the shards.
+      name, version, split: data set name, version and split, as in the shard names and path.
+      shard_records: number of records in each shard, in order.
+      shard_bytes: total size of the shards, in bytes.
+      sample_rate: sampling rate, in Hz.
+      encoding: encoding of the samples, `pcm_s16le` or `flac`.
     """
     _write_features(directory, sample_rate, encoding)
     write_format(directory, sample_rate, encoding)
@@ -97,7 +97,7 @@ def write_metadata(
     ours = {
         "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
         "name": split,
-        "numBytes": str(shard_bytes),  # protobuf's JSON writes 64-bit numbers as text
+        "numBytes": str(shard_bytes),  # protobuf's JSON writes 64-bit integers as strings
         "shardLengths": [str(records) for records in shard_records],
     }
     _write(
@@ -114,19 +114,19 @@ def write_metadata(
 
 
 def write_format(directory: str | os.PathLike, sample_rate: int, encoding: str) -> None:
-    """Says sample rate and encoding of a directory's records."""
+    """Writes the sampling rate and encoding of a directory's records to metadata.json."""
     _write(open_folder(directory), _OURS, {"sample_rate": sample_rate, "encoding": encoding})
 
 
 def tfds_features(sample_rate: int, encoding: str) -> Any:
-    """The record schema as TFDS knows it, a FeaturesDict."""
+    """Returns the record schema as a TFDS FeaturesDict."""
     import numpy as np
     import tensorflow_datasets as tfds
 
     if encoding == "flac":
         audio = tfds.features.Scalar(dtype=np.object_, doc=f"a mono FLAC file at {sample_rate} Hz")
     else:
-        # Bytes: TFDS's default would store every sample as an int64.
+        # Encoded as bytes: by default TFDS stores every sample as an int64.
         audio = tfds.features.Tensor(
             shape=(None,),
             dtype=np.int16,

@@ -1,9 +1,9 @@
-"""Batches of clips or of their anchors, read ahead. The only importer of grain.
+"""Batches of clips or anchors, read ahead. The only importer of grain.
 
-Batch n is a pure function of the order and n, for any number of hosts, workers and threads:
-position n of the data is step n of the training, and there is no iterator state to save.
+Batch n, the batch of training step n, is a pure function of the order and n for any number of
+hosts, workers and threads, so there is no iterator state to save.
 
-Letters: b clips of this host, t samples, k classes.
+Shape letters: b clips of this host, t samples, k classes, s steps, n positions.
 """
 
 import dataclasses
@@ -27,21 +27,21 @@ from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 
 _FAR = 2**44
-_DRAWN_AT_ONCE = 256  # positions: a few milliseconds
-_BLOCKS_KEPT = 4  # threads are at most a few steps apart
+_DRAWN_AT_ONCE = 256  # positions; drawing them takes a few milliseconds
+_BLOCKS_KEPT = 4  # enough, as threads are at most a few steps apart
 _OF_RECORD = {"record", "class_index", "begin_sample", "score"}
 
 
 @runtime_checkable
 class Order(Protocol):
-    """Which record and which class stand at each position; see data/sampling.py."""
+    """Maps positions to records and class indexes; see data/sampling.py."""
 
     def draw(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 @runtime_checkable
 class Places(Protocol):
-    """Where in its clip the anchor at a position begins, and its score; see anchors/table.py."""
+    """Maps positions to the begin samples and scores of anchors; see anchors/table.py."""
 
     def place(
         self, positions: np.ndarray, records: np.ndarray, classes: np.ndarray
@@ -64,29 +64,32 @@ def batches(
     places: Places | None = None,
     max_corrupt: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This host's part of the batches of steps start_step..stop_step - 1.
+    """Returns an iterator over this host's part of the batches of steps start_step..stop_step - 1.
 
     Args:
-      reader: of the records.
-      order: what stands at which position; step n takes positions n * batch_size and on.
-      start_step, stop_step: steps of training.
-      batch_size: clips in the batch of all hosts together.
-      clip_samples: shorter clips are followed by zeros, longer ones cut to their beginning; of an
-        anchor, how long it is.
-      host, hosts: of the batch, this host gets the block of rows number `host` of `hosts`.
-      threads: how many batches are read at a time, in each process, which holds up to `threads` + 1
-        of them; a worker two more, in shared memory.
-      workers: processes that read, where one is too slow (FLAC); 0: only this one.
-      labels: also give all labels of the clips.
-      places: read the anchors that begin there, not the clips.
-      max_corrupt: so many damaged records are said and replaced by other clips; one more is an
-        error.
+      reader: reads the clips.
+      order: the sampling order; step n uses the `batch_size` positions from n * batch_size on.
+      start_step, stop_step: range of training steps.
+      batch_size: global batch size over all hosts.
+      clip_samples: length of a row, in samples; shorter clips are zero-padded, longer ones cut at
+        the end. With `places`, the length of an anchor.
+      host, hosts: index of this host and number of hosts; each gets a contiguous block of rows.
+      threads: batches read concurrently in each process, which holds up to `threads` + 1 batches;
+        a worker holds two more in shared memory.
+      workers: processes that read, for when one is too slow (FLAC); 0: this process reads.
+      labels: whether to yield all labels of the clips.
+      places: where the anchors to read begin; None: read clips from their beginning.
+      max_corrupt: number of damaged records that are reported and replaced by other clips; one more
+        raises an error.
 
     Yields:
-      audio [b, t] int16, samples [b] int32 (true length, at most t), class_index [b] int32 (what
-      was drawn), record [b] int32; with `places` begin_sample [b] int32 and score [b] float32; of a
-      GroupedOrder conflict and absent [b] uint8 (see its draw_marked); if asked for, labels [b, k]
-      uint8 of 0 and 1.
+      audio [b, t] int16, samples [b] int32 (true length, at most t), class_index [b] int32 (the
+      drawn class), record [b] int32; with `places`, begin_sample [b] int32 and score [b] float32;
+      for a GroupedOrder, conflict and absent [b] uint8 (see its draw_marked); with `labels`, labels
+      [b, k] uint8 of 0 and 1.
+
+    Raises:
+      UserError: `batch_size` is not a multiple of `hosts`.
     """
     if batch_size % hosts:
         raise UserError(
@@ -101,16 +104,16 @@ def batches(
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
     dataset = dataset.to_iter_dataset(ahead)
     if workers:
-        if not flags.FLAGS.is_parsed():  # grain reads flags of its own, ours are no absl program
+        if not flags.FLAGS.is_parsed():  # grain reads absl flags, which only absl programs parse
             flags.FLAGS.mark_as_parsed()
-        # Each takes every `workers`-th step; the steps come in order all the same.
+        # Each worker takes every `workers`-th step; steps are still yielded in order.
         options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=1)
         dataset = dataset.mp_prefetch(options, _end_with_parent)
     return _until_closed(dataset)
 
 
 def _until_closed(dataset: grain.IterDataset) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the elements; when closed or done, the threads and processes that made them end."""
+    """Yields the elements, and ends the reading threads and processes when closed or done."""
     iterator = iter(dataset)
     try:
         yield from iterator
@@ -119,9 +122,9 @@ def _until_closed(dataset: grain.IterDataset) -> Iterator[dict[str, np.ndarray]]
 
 
 def _end_with_parent(worker: int, workers: int) -> None:
-    """In a worker: a run that is killed leaves none behind, waiting for it."""
+    """Makes a worker exit when its parent process has been killed."""
     del worker, workers
-    # A terminal or scheduler that signals all processes of a run means the run; it closes these.
+    # Terminals and schedulers signal all processes; the main process handles it and ends workers.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()
@@ -136,7 +139,7 @@ def _end_with_parent(worker: int, workers: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _MakeBatch:
-    """Makes the batch of a step, in whatever thread or process; see `batches`."""
+    """Makes the batch of a step, in any thread or process; see `batches`."""
 
     reader: ClipReader
     draws: "_Draws"
@@ -153,7 +156,7 @@ class _MakeBatch:
             attempt += 1
             for row, error in damaged.items():
                 self.corrupt.note(int(drawn["record"][row]), error)
-            # A far position of the same order stands in: still a function of the position.
+            # Replaced by the clip at a distant position of the order: still a function of position.
             some = np.fromiter(damaged, np.int64)
             others = self.draws.at(positions[some] + attempt * _FAR)
             their_audio = audio[some]
@@ -168,10 +171,10 @@ class _MakeBatch:
 
 
 class _Draws:
-    """What stands at a host's positions, drawn for the steps of a block together.
+    """Caches the draws at a host's positions, made for blocks of several steps.
 
-    Drawing is a thousand small operations of numpy that keep the interpreter's lock, and takes
-    hardly longer for a few hundred positions than for 16.
+    A draw makes a thousand small numpy calls that hold the GIL, and takes hardly longer for a few
+    hundred positions than for 16.
     """
 
     def __init__(
@@ -185,7 +188,7 @@ class _Draws:
         """
         Args:
           order, places, batch_size, stop_step: see `batches`.
-          rows: of each batch, which are this host's.
+          rows: this host's rows of each global batch.
         """
         self._arguments = order, places, batch_size, rows, stop_step
         self._steps = max(1, _DRAWN_AT_ONCE // len(rows))
@@ -196,7 +199,7 @@ class _Draws:
         return _Draws, self._arguments  # another process draws for itself
 
     def of_step(self, step: int) -> tuple[Integer[np.ndarray, " b"], dict[str, np.ndarray]]:
-        """A step's positions and columns of its batch, see `at`, which are the caller's own."""
+        """Returns a step's positions, and copies of the columns of its batch, see `at`."""
         number, at = divmod(step, self._steps)
         with self._lock:
             block = self._blocks.get(number)
@@ -218,7 +221,7 @@ class _Draws:
         return (steps[:, None] * batch_size + rows).ravel()
 
     def at(self, positions: Integer[np.ndarray, " n"]) -> dict[str, np.ndarray]:
-        """The columns of a batch that need no reading, at any positions; see `batches`."""
+        """Returns the columns of a batch that need no reading, at any positions; see `batches`."""
         order, places = self._arguments[:2]
         drawn = {}
         if isinstance(order, GroupedOrder):
@@ -235,7 +238,7 @@ class _Draws:
 def _read(
     reader: ClipReader, drawn: dict[str, np.ndarray], audio: Int16[np.ndarray, "b t"]
 ) -> tuple[Int32[np.ndarray, " b"], dict[int, DamagedRecord]]:
-    """Reads what was drawn into the rows of `audio`; returns true lengths and damaged rows."""
+    """Reads the drawn clips or anchors into `audio`; returns true lengths and damaged rows."""
     records = drawn["record"]
     begin = drawn.get("begin_sample", np.zeros_like(records))
     rest = reader.index.samples[records].astype(np.int64) - begin
@@ -245,7 +248,7 @@ def _read(
 
 
 class _Corrupt:
-    """Counts the damaged records of this process and says each once."""
+    """Counts the damaged records of this process and reports each once."""
 
     def __init__(self, limit: int):
         self._limit, self._records, self._lock = limit, set(), threading.Lock()
@@ -254,7 +257,7 @@ class _Corrupt:
         return _Corrupt, (self._limit,)  # another process counts for itself
 
     def note(self, record: int, error: DamagedRecord) -> None:
-        """Raises the error when it is one more than allowed."""
+        """Reports a damaged record, or raises its error if the limit is exceeded."""
         with self._lock:
             if record in self._records:
                 return

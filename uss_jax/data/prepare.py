@@ -1,9 +1,9 @@
-"""Audio files and labels to records: shards, index, metadata, and a list of what was left out.
+"""Converts audio files and labels to records: shards, index, metadata, and a list of skipped clips.
 
-A clip becomes a record by one pure function, `prepare_clip`. Whatever runs it, a thread pool here
-or Apache Beam on many machines, the shards are the same: record order is the label file's order,
-and a shard holds the clips of one block of its lines. A block is the unit of work: its file appears
-whole, and a finished one is not done again.
+One pure function, `prepare_clip`, converts a clip. The shards are the same for every engine,
+a local thread pool or Apache Beam on many machines: records are in the order of the label file, and
+a shard holds the clips of one block of its lines. A block is the unit of work: its file is written
+atomically, and a finished block is not done again.
 """
 
 import concurrent.futures
@@ -37,23 +37,23 @@ from uss_jax.data.tfrecord import RecordWriter
 from uss_jax.errors import UserError
 from uss_jax.lock import LOCK, only_one
 
-# No sample of a silent clip reaches -60 dBFS, below which anchors are not drawn.
+# A clip is silent if no sample reaches -60 dBFS, the level below which anchors are not drawn.
 _SILENT_PEAK = 1e-3
 _SHARD_BYTES = 200e6
 _CLIPS_IN_FLIGHT = 256
-_SEGMENT_SLACK = 1.0  # seconds that downloaders cut too much or too little
+_SEGMENT_SLACK = 1.0  # seconds; downloaders cut imprecisely
 _CLIPPED_TOLD = 0.001
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipSettings:
-    """What a clip is made into.
+    """Settings for the conversion of a clip.
 
     Attributes:
-      sample_rate: in Hz.
-      clip_seconds: longer recordings are cut to their first so many seconds; shorter keep theirs.
-      encoding: `pcm_s16le`, of which a part can be read, or `flac`, half as large and slower.
-      accept_truncated: take what there is of recordings that are cut off; False: leave them out.
+      sample_rate: sampling rate, in Hz.
+      clip_seconds: maximum length, in seconds; longer recordings keep only their beginning.
+      encoding: `pcm_s16le`, which allows partial reads, or `flac`, half the size and slower.
+      accept_truncated: use the readable part of truncated recordings; False: skip them.
     """
 
     sample_rate: int = 32000
@@ -63,10 +63,10 @@ class ClipSettings:
 
 
 class Skipped(NamedTuple):
-    """Why there is no record of a clip.
+    """The reason why a clip has no record.
 
     Attributes:
-      kind: in a word or two, to be counted: "missing", "unreadable", "cut off", ...
+      kind: category, for counting: "missing", "unreadable", "cut off", ...
       reason: a sentence.
     """
 
@@ -78,8 +78,8 @@ class Record(NamedTuple):
     """A clip as a record.
 
     Attributes:
-      data: its bytes.
-      clipped: the share of its samples that were above full scale and are cut to 16 bits.
+      data: the serialised record.
+      clipped: share of samples above full scale, which were clipped.
     """
 
     data: bytes
@@ -93,13 +93,13 @@ def prepare_clip(
     settings: ClipSettings,
     segment: tuple[float, float] | None = None,
 ) -> Record | Skipped:
-    """A recording as a record, or why it cannot be one. Pure but for reading `path`.
+    """Converts a recording to a record, or returns why it is skipped. Pure but for reading `path`.
 
     Args:
-      path: the recording.
-      id: its name in the records.
+      path: audio file.
+      id: clip name in the records.
       labels: class indexes.
-      settings: what to make of it.
+      settings: conversion settings.
       segment: see LabelledFile.
     """
     try:
@@ -126,7 +126,7 @@ def prepare_clip(
 
 
 class _LeftOut(UserError):
-    """A clip is left out; `kind` as in Skipped."""
+    """A clip is skipped; `kind` as in Skipped."""
 
     def __init__(self, kind: str, sentence: str):
         super().__init__(sentence)
@@ -136,13 +136,13 @@ class _LeftOut(UserError):
 def _place(
     path: str | os.PathLike, segment: tuple[float, float] | None, clip_seconds: float
 ) -> tuple[float, float]:
-    """Where in a file the clip begins, and how long it may be, in seconds."""
+    """Returns where in the file the clip begins, and its maximum length, in seconds."""
     if segment is None:
         return 0.0, clip_seconds
     begin, end = segment
     form = audio_format(path)
     seconds = form.samples / form.sample_rate
-    if seconds <= end - begin + _SEGMENT_SLACK:  # it was cut out already
+    if seconds <= end - begin + _SEGMENT_SLACK:  # the file is the segment itself
         return 0.0, clip_seconds
     if seconds < end - _SEGMENT_SLACK:
         raise _LeftOut(
@@ -155,15 +155,15 @@ def _place(
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What `prepare` made.
+    """The result of `prepare`.
 
     Attributes:
-      directory: where it is.
-      index: of the split's records.
-      skipped: the clips without a record, with the reason.
-      clipped: the clips of which more than 0.1 % of the samples were above full scale and are cut
-        to 16 bits, with that share.
-      report: the CSV file that lists those that were skipped.
+      directory: directory of the records.
+      index: index of the split.
+      skipped: clips without a record, with the reason.
+      clipped: clips with more than 0.1 % of their samples above full scale, which were clipped,
+        with that share.
+      report: CSV file that lists the skipped clips.
     """
 
     directory: pathlib.Path
@@ -192,19 +192,22 @@ def prepare(
 ) -> Prepared:
     """Makes a split of records in `out`/`name`/`version`, whole or not at all.
 
-    Called again after it was stopped, with the same arguments, it goes on with the shards that were
-    not yet finished.
+    After an interruption, a call with the same arguments resumes with the unfinished shards.
 
     Args:
       labelled: clips with their labels; at least one.
-      audio: the folder their paths are relative to.
-      out: the folder of data sets.
-      name, version, split: letters, digits and "_"; three numbers with dots; letters, digits, "_".
-      settings: what to make of a clip.
-      shards: at most so many files; None: about 200 MB each.
-      workers: threads that read and convert.
+      audio: folder that the clips' paths are relative to.
+      out: folder of data sets.
+      name, split: data set and split names: a letter, then letters, digits and "_".
+      version: three numbers separated by dots.
+      settings: conversion settings.
+      shards: maximum number of shards; None: about 200 MB each.
+      workers: number of threads that read and convert.
       engine: runs the blocks; None: threads of this process.
-      overwrite: replace a split that is there already; False: that is an error.
+      overwrite: replace an existing split; False: raise an error.
+
+    Raises:
+      UserError: an argument is invalid, no clip can be used, or the output cannot be written.
     """
     _check_names(name, version, split)
     directory = pathlib.Path(out) / name / version
@@ -259,7 +262,7 @@ def prepare(
             )
             report = directory / f"skipped-{split}.csv"
             _write_report(report, skipped)
-            # Last, so that a command that is stopped before knows that it made what is there.
+            # Removed last: a rerun after an interruption then recognises the split as its own.
             shutil.rmtree(unfinished, ignore_errors=True)
             return Prepared(directory, index, skipped, clipped, report)
     except OSError as error:
@@ -270,7 +273,7 @@ def prepare(
 
 
 def _check_names(name: str, version: str, split: str) -> None:
-    """TFDS and the shards' names know only these."""
+    """Raises a UserError for names that TFDS or the shard names do not allow."""
     for option, value, pattern, example in (
         ("--name", name, r"[a-zA-Z][a-zA-Z0-9_]*", "my_sounds"),
         ("--version", version, r"[0-9]{1,9}(\.[0-9]{1,9}){2}", "1.0.0"),
@@ -284,7 +287,7 @@ def _check_names(name: str, version: str, split: str) -> None:
 def _blocks(
     labelled: list[LabelledFile], shards: int | None, settings: ClipSettings
 ) -> list[list[LabelledFile]]:
-    """The label file's lines in even, contiguous blocks, one for each shard."""
+    """Splits the label file's lines into even, contiguous blocks, one for each shard."""
     if shards is None:
         clip_bytes = 2 * settings.sample_rate * settings.clip_seconds
         shards = int(np.ceil(len(labelled) * clip_bytes / _SHARD_BYTES))
@@ -294,7 +297,7 @@ def _blocks(
 
 
 def _refuse_existing(directory: pathlib.Path, split: str) -> None:
-    """Raises a UserError where the split is there already."""
+    """Raises a UserError if the split exists."""
     index = directory / f"index-{split}.npz"
     shards = list(directory.glob(f"*-{split}.tfrecord-?????-of-?????"))
     if shards or index.exists():
@@ -305,7 +308,7 @@ def _refuse_existing(directory: pathlib.Path, split: str) -> None:
 
 
 def _is_of_plan(unfinished: pathlib.Path, plan: str) -> bool:
-    """Whether the folder of unfinished work is part of the same plan."""
+    """Returns whether the folder of unfinished work belongs to this plan."""
     try:
         return (unfinished / ".plan").read_text() == _digest(plan)
     except (OSError, ValueError):
@@ -317,7 +320,7 @@ def _digest(plan: str) -> str:
 
 
 def _keep_if_same(unfinished: pathlib.Path, plan: str) -> None:
-    """Empties the folder of unfinished work, unless that is part of the same plan."""
+    """Empties the folder of unfinished work, unless it belongs to this plan."""
     if not _is_of_plan(unfinished, plan):
         for old in unfinished.iterdir():
             if old.name != LOCK:
@@ -326,11 +329,11 @@ def _keep_if_same(unfinished: pathlib.Path, plan: str) -> None:
 
 
 class Outcome(NamedTuple):
-    """What became of the clips of a block, by their number.
+    """The result of a block, by the clips' numbers in it.
 
     Attributes:
-      skipped: why clips were left out.
-      clipped: the share of cut samples, where it is more than 0.1 %.
+      skipped: reason for each skipped clip.
+      clipped: share of clipped samples, where above 0.1 %.
     """
 
     skipped: dict[int, Skipped]
@@ -347,14 +350,14 @@ _OUTCOME = record(
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A shard to be made, on whatever machine sees the folders.
+    """A block of clips to convert to one shard, on any machine that sees the folders.
 
     Attributes:
-      folder: of unfinished work.
-      number: of the block.
-      items: its clips.
-      audio: the folder their paths are relative to.
-      settings: what to make of a clip.
+      folder: folder of unfinished work.
+      number: block number.
+      items: clips of the block.
+      audio: folder that the clips' paths are relative to.
+      settings: conversion settings.
     """
 
     folder: pathlib.Path
@@ -365,7 +368,7 @@ class Block:
 
     @property
     def path(self) -> pathlib.Path:
-        """The shard; there is none if no clip of the block can be used."""
+        """Path of the shard, which does not exist if no clip of the block can be used."""
         return self.folder / f"block-{self.number:05d}"
 
     @property
@@ -373,7 +376,7 @@ class Block:
         return self.folder / f".block-{self.number:05d}.json"
 
     def outcome(self) -> Outcome | None:
-        """What became of its clips; None when the block is not finished."""
+        """Returns the result of the block, or None if it is not finished."""
         try:
             stored = parse_json(self._done.read_bytes(), _OUTCOME)
             skipped = {int(at): Skipped(*why) for at, why in stored["skipped"].items()}
@@ -421,15 +424,15 @@ def _map_in_order(
     make: Callable[[LabelledFile], Record | Skipped],
     items: list[LabelledFile],
 ) -> Iterator[Record | Skipped]:
-    """Like `pool.map`, with few results in memory at once."""
+    """Like `pool.map`, but limits the results held in memory."""
     for begin in range(0, len(items), _CLIPS_IN_FLIGHT):
         yield from pool.map(make, items[begin : begin + _CLIPS_IN_FLIGHT])
 
 
 def _publish(unfinished: pathlib.Path, directory: pathlib.Path, split: str) -> None:
-    """Puts finished shards and their index in place of older ones.
+    """Replaces a split's old shards and index with the finished ones.
 
-    The old index goes first and the new one comes last: whenever there is one, it is right.
+    Removes the old index first and adds the new one last: an index, if present, is valid.
     """
     index = f"index-{split}.npz"
     (directory / index).unlink(missing_ok=True)
@@ -451,7 +454,7 @@ def _remove_if_empty(*folders: pathlib.Path) -> None:
 def _write_report(path: pathlib.Path, skipped: list[tuple[LabelledFile, Skipped]]) -> None:
     with (
         replacing(path) as temporary,
-        # Names of files need not be UTF-8.
+        # File names need not be UTF-8.
         open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
     ):
         writer = csv.writer(file)

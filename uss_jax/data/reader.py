@@ -15,10 +15,10 @@ from uss_jax.errors import UserError
 
 
 class ClipReader:
-    """Random access to the samples of indexed clips; many threads may read at once.
+    """Random access to the samples of indexed clips; thread-safe.
 
     Attributes:
-      index: the index it reads through.
+      index: index of the split.
     """
 
     def __init__(
@@ -26,9 +26,9 @@ class ClipReader:
     ):
         """
         Args:
-          directory: where the shards are.
-          index: of a split.
-          verify_parts: read all of a record and check it where only a part is asked for.
+          directory: directory of the shards.
+          index: index of the split.
+          verify_parts: on partial reads, read the whole record and verify its checksum.
         """
         self.index = index
         self._verify_parts = verify_parts
@@ -39,7 +39,7 @@ class ClipReader:
     def read(
         self, record: int, begin: int = 0, length: int | None = None
     ) -> Int16[np.ndarray, " t"]:
-        """Returns the samples of a clip, or `length` of them from `begin`; see `read_into`."""
+        """Returns `length` samples of a clip from `begin`, by default all; see `read_into`."""
         length = int(self.index.samples[record]) - begin if length is None else length
         row = np.empty((1, max(length, 0)), np.int16)
         for error in self.read_into(row, [record], [begin], [length]).values():
@@ -53,21 +53,23 @@ class ClipReader:
         begin: Sequence[int],
         length: Sequence[int],
     ) -> dict[int, DamagedRecord]:
-        """Reads a part of a clip into each row, and zeros into the rest of the row.
+        """Reads a part of a clip into each row and fills the rest of the row with zeros.
 
-        Whole clips are checked against their checksum; parts cannot be, unless all is read (as is
-        needed for FLAC and the like); they are checked against the size of the file.
+        The checksum is verified where the whole record is read: for whole clips, for encodings
+        without partial reads such as FLAC, and with `verify_parts`. Other partial reads are only
+        checked against the size of the file.
 
         Args:
-          rows: where the samples go.
-          records: the clip of each row.
-          begin, length: the first sample and the number of samples of each row.
+          rows: output buffer.
+          records: record number of each row.
+          begin, length: first sample and number of samples of each row.
 
         Returns:
-          The rows whose record is damaged, each with an error that names shard and byte.
+          Maps the rows whose record is damaged to an error that names shard and byte.
 
         Raises:
-          UserError: a shard cannot be read, or has changed since it was indexed.
+          UserError: a shard cannot be read, or its size differs from the indexed one.
+          ValueError: a part exceeds its clip or the row.
         """
         parts = [
             self._part(row, *of_row)
@@ -88,7 +90,7 @@ class ClipReader:
         return damaged
 
     def _part(self, row: Int16[np.ndarray, " t"], record: int, begin: int, length: int) -> "_Part":
-        """What to read for a row, and into which buffers."""
+        """Plans the read for a row: the byte range and its buffers."""
         index, encoding = self.index, self.index.encoding
         clip = int(index.samples[record])
         if not 0 <= begin <= begin + length <= clip:
@@ -98,7 +100,7 @@ class ClipReader:
         shard, samples = int(index.record_shard[record]), row[:length]
         audio, width = int(index.audio_offset[record]), SAMPLE_BYTES.get(encoding)
         whole = width is None or length == clip or self._verify_parts
-        # PCM goes straight to where it belongs.
+        # PCM is read directly into the output row.
         in_place = encoding == "pcm_s16le" and (length == clip or not whole)
         if not whole:
             offset = audio + begin * width
@@ -117,7 +119,7 @@ class ClipReader:
         return _Part(record, shard, begin, samples, reads, whole, in_place)
 
     def _finish(self, part: "_Part") -> str | None:
-        """Checks and decodes what was read; returns what is wrong with it, None if nothing is."""
+        """Verifies and decodes a part after reading; returns the defect, None if there is none."""
         data = part.range.buffers[-1]
         if part.whole:
             checksum = CHECKSUM.unpack(data[-CHECKSUM.size :])[0]
@@ -136,7 +138,7 @@ class ClipReader:
         return None
 
     def _check_size(self, shard: int) -> None:
-        """Raises a UserError where a shard has not the size that it was indexed with."""
+        """Raises a UserError if a shard's size differs from the indexed one."""
         name = self._shards[shard]
         try:
             size = self._folder.size(name)
@@ -158,15 +160,15 @@ class ClipReader:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """Part of a clip that is being read.
+    """The part of a clip that fills one row.
 
     Attributes:
-      record, shard: where it is.
-      begin: its first sample.
-      samples: where they go.
+      record, shard: record and shard numbers.
+      begin: first sample.
+      samples: output buffer.
       range: bytes to read.
-      whole: these are the whole record and its checksum.
-      in_place: reading puts the samples where they go.
+      whole: whether `range` covers the whole record and its checksum.
+      in_place: whether the read fills `samples` directly, without decoding.
     """
 
     record: int

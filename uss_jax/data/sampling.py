@@ -1,10 +1,10 @@
-"""Which clip and which class stand at a position of the training order.
+"""Sampling orders: map a training position to a clip and a class.
 
 An order is a pure function of (seed, position), where position counts examples from the start of
-training. Nothing is drawn in advance and nothing is remembered: resuming at a position, or giving
-every host its own positions, needs no state.
+training. It has no state, so a run can resume at any position and every host can draw its own
+positions.
 
-Letters: n positions, r records, l labels, k classes, g groups, i items of a group.
+Shape letters: n positions, r records, l labels, k classes, g groups, i items of a group.
 """
 
 import functools
@@ -18,9 +18,9 @@ from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 
 _GOLDEN = 0x9E3779B97F4A7C15
-# A round sends an index anywhere with probability 1/2, else leaves it: 2**-40 never move.
+# Each round moves an index with probability 1/2: after 40 rounds, 2**-40 of them never moved.
 _ROUND_KEYS = np.arange(1, 41, dtype=np.uint64) * np.uint64(_GOLDEN)
-# What a key is for, so that no two permutations share one.
+# Purpose of a key, hashed into it so that no two permutations share one.
 _PLACES, _CLIPS, _LABELS = 1, 2, 3
 ANCHORS, JITTER, _ARRANGEMENTS = 4, 5, 6
 _RESTARTS = 8
@@ -34,7 +34,7 @@ def _mixed(x: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
 
 
 def _key(seed: int, *parts: int | np.ndarray) -> UInt64[np.ndarray, " n"]:
-    """64 bits that depend on the seed and on every part."""
+    """Hashes the seed and all parts to 64 bits."""
     key = np.array([seed % 2**64], np.uint64)
     for part in parts:
         key = _mixed((key + np.uint64(_GOLDEN)) ^ _mixed(np.atleast_1d(part).astype(np.uint64)))
@@ -44,7 +44,7 @@ def _key(seed: int, *parts: int | np.ndarray) -> UInt64[np.ndarray, " n"]:
 def uniform(
     seed: int, what_for: int, positions: Integer[np.ndarray, " n"]
 ) -> Float[np.ndarray, " n"]:
-    """A number in [0, 1) for each position."""
+    """Returns a pseudo-random number in [0, 1) for each position."""
     key = _key(seed, what_for, positions)
     return (key >> np.uint64(11)) * 2.0**-53
 
@@ -55,17 +55,17 @@ def permute(
     key: UInt64[np.ndarray, "_"],
     inverse: bool = False,
 ) -> UInt64[np.ndarray, " n"]:
-    """Where a keyed pseudo-random permutation of 0..size-1 sends `index`.
+    """Maps `index` through a keyed pseudo-random permutation of 0..size-1.
 
     A swap-or-not shuffle (Hoang, Morris, Rogaway 2012, arxiv.org/abs/1208.1176): each round pairs
-    x with (offset - x) mod size and swaps the pair or leaves it, as a hash of the pair says. So it
-    is a permutation of any size, and costs the same for 3 clips and 3 million.
+    x with (offset - x) mod size and swaps the pair if a hash of it says so. It permutes ranges of
+    any size, at the same cost for 3 clips and 3 million.
 
     Args:
-      index: what to send, below `size`.
-      size: of the permuted range; one for all or one for each index.
-      key: chooses the permutation; one for all or one for each index.
-      inverse: go back instead.
+      index: indexes to map, below `size`.
+      size: length of the permuted range; one for all or one per index.
+      key: selects the permutation; one for all or one per index.
+      inverse: apply the inverse permutation.
     """
     x = index.astype(np.uint64)
     size = np.broadcast_to(size, x.shape).astype(np.uint64)
@@ -79,13 +79,14 @@ def permute(
 
 
 class BalancedOrder:
-    """Every class once a round, every clip of a class once before any twice, in ever new orders.
+    """Draws every class once per round, and all clips of a class before any repeats.
 
-    A class of weight w has w places in each round. Classes without clips are left out.
+    A class of weight w is drawn w times per round. Every round, and every pass through the clips
+    of a class, has a new order. Classes without clips are left out.
 
     Attributes:
-      missing: the class indexes that were left out.
-      round_length: examples in a round.
+      missing: class indexes of positive weight that have no clips.
+      round_length: number of examples in a round.
     """
 
     def __init__(
@@ -98,10 +99,13 @@ class BalancedOrder:
     ):
         """
         Args:
-          label_row, label_class: the labels of each record, as in RecordIndex.
-          seed: of the order.
-          weights: places in a round of each class, whole numbers from 0; None: one each.
-          classes: how many there are.
+          label_row, label_class: labels of each record, as in RecordIndex.
+          seed: seed of the order.
+          weights: draws of each class per round, non-negative integers; None: one each.
+          classes: number of classes.
+
+        Raises:
+          UserError: the weights are invalid, or no class can be drawn.
         """
         weights = np.ones(classes, np.int64) if weights is None else np.asarray(weights)
         if weights.shape != (classes,) or weights.dtype.kind not in "iu" or (weights < 0).any():
@@ -109,9 +113,9 @@ class BalancedOrder:
                 f"class weights must be {classes} whole numbers from 0, one for each class"
             )
         self._seed = seed
-        labels = np.diff(label_row.astype(np.int64))  # repeat refuses the index's unsigned ones
+        labels = np.diff(label_row.astype(np.int64))  # np.repeat rejects the index's uint64
         records = np.repeat(np.arange(len(labels), dtype=np.uint32), labels)
-        self._records = records[np.argsort(label_class, kind="stable")]  # by class
+        self._records = records[np.argsort(label_class, kind="stable")]  # sorted by class
         self._clips = np.bincount(label_class, minlength=classes)
         self._first_clip = np.cumsum(self._clips) - self._clips
         self.missing = np.flatnonzero((self._clips == 0) & (weights > 0))
@@ -125,12 +129,12 @@ class BalancedOrder:
     def draw(
         self, positions: Integer[np.ndarray, " n"]
     ) -> tuple[Integer[np.ndarray, " n"], Integer[np.ndarray, " n"]]:
-        """The record and the class index at each position."""
+        """Returns the record and the class index at each position."""
         number, place = np.divmod(positions.astype(np.int64), self.round_length)
         key = _key(self._seed, _PLACES, number)
         chosen = self._slot_class[permute(place, self.round_length, key)]
 
-        # How many clips of the class were drawn before: w each round, and earlier in this one.
+        # Clips of the class drawn so far: w in each earlier round, plus those in this one.
         drawn = number * self._weights[chosen]
         if self._weights.max() > 1:
             drawn += self._earlier_in_round(chosen, place, key)
@@ -150,7 +154,10 @@ class BalancedOrder:
 
 
 class UniformOrder:
-    """Every labelled clip once an epoch, in a new order each epoch, with one of its labels."""
+    """Draws every labelled clip once per epoch, with a random one of its labels.
+
+    Every epoch has a new order.
+    """
 
     def __init__(
         self,
@@ -158,7 +165,14 @@ class UniformOrder:
         label_class: Integer[np.ndarray, " l"],
         seed: int,
     ):
-        """Takes the labels of each record, as in RecordIndex, and the seed of the order."""
+        """
+        Args:
+          label_row, label_class: labels of each record, as in RecordIndex.
+          seed: seed of the order.
+
+        Raises:
+          UserError: no record has a label.
+        """
         self._seed = seed
         self._label_row, self._label_class = label_row.astype(np.int64), label_class
         self._records = np.flatnonzero(np.diff(self._label_row))
@@ -168,7 +182,7 @@ class UniformOrder:
     def draw(
         self, positions: Integer[np.ndarray, " n"]
     ) -> tuple[Integer[np.ndarray, " n"], Integer[np.ndarray, " n"]]:
-        """The record and the class index at each position."""
+        """Returns the record and the class index at each position."""
         epoch, at = np.divmod(positions.astype(np.int64), len(self._records))
         record = self._records[permute(at, len(self._records), _key(self._seed, _CLIPS, epoch))]
         begin = self._label_row[record]
@@ -183,11 +197,11 @@ class _Order(Protocol):
 
 
 class GroupedOrder:
-    """An order seen in mixing groups: which items are mixed with one they conflict with.
+    """Splits an order into mixing groups and marks the mixtures whose clips conflict.
 
-    Item i of a group is mixed with items i + 1 ... i + sources - 1, modulo the group. Two clips
-    conflict when a label of one is a label of the other, above it or below it in the ontology: then
-    the mixture holds a sound twice, and which of the two is asked for cannot be told.
+    Item i of a group is mixed with items i + 1 ... i + sources - 1, modulo the group size. Two
+    clips conflict when a label of one equals a label of the other, or is its ancestor or descendant
+    in the ontology: the mixture then holds the queried class twice, and the target is ambiguous.
     """
 
     def __init__(
@@ -204,14 +218,14 @@ class GroupedOrder:
     ):
         """
         Args:
-          order: what it is made of.
+          order: the order to split into groups.
           label_row, label_class: all labels of each record, as in RecordIndex.
-          seed: of the arrangements.
-          group_size: items of a group, which begin at multiples of it.
-          sources: of a mixture.
-          conflict_free: arrange the items of each group so that few are mixed with one they
-            conflict with, mostly none; otherwise they stay where the order has them.
-          sets: every `sources` items that follow each other share one mixture, instead.
+          seed: seed of the arrangements.
+          group_size: items per group; groups begin at multiples of it.
+          sources: clips per mixture.
+          conflict_free: rearrange the items of each group to leave few conflicts, mostly none;
+            False: keep them in the order's positions.
+          sets: every `sources` consecutive items share one mixture; False: as above.
         """
         self._order, self._seed = order, seed
         self._label_row, self._label_class = label_row.astype(np.int64), label_class
@@ -221,7 +235,7 @@ class GroupedOrder:
     def draw(
         self, positions: Integer[np.ndarray, " n"]
     ) -> tuple[Integer[np.ndarray, " n"], Integer[np.ndarray, " n"]]:
-        """The record and the class index at each position."""
+        """Returns the record and the class index at each position."""
         return self.draw_marked(positions)[:2]
 
     def draw_marked(
@@ -232,12 +246,12 @@ class GroupedOrder:
         Bool[np.ndarray, " n"],
         Bool[np.ndarray, " n"],
     ]:
-        """The record and class index at each position, and two marks.
+        """Returns the record and class index at each position, and two marks.
 
         Returns:
-          record, class index, whether the mixture has a conflict, and whether it is without the
-          class of the item `sources` further in the group: no label of the mixture is that class,
-          above it or below it.
+          record; class index; conflict: whether the mixture has a conflict; absent: whether the
+          class of the item `sources` further in the group is absent from the mixture, as are its
+          ancestors and descendants.
         """
         groups, of_group = np.unique(positions // self._group_size, return_inverse=True)
         whole = groups[:, None] * self._group_size + np.arange(self._group_size)
@@ -256,14 +270,14 @@ class GroupedOrder:
         return tuple(x[of_group, at] for x in (records, classes, marked, absent))
 
     def _first(self, of_mixture: Shaped[np.ndarray, " i"]) -> Shaped[np.ndarray, " i"]:
-        """What is said of the mixture that begins at each item, said of each item's mixture."""
+        """Broadcasts a per-mixture value to the items of that mixture."""
         return np.repeat(of_mixture[:: self._sources], self._sources) if self._sets else of_mixture
 
     def _holds_further(self, held: Bool[np.ndarray, "i i"]) -> Bool[np.ndarray, " i"]:
-        """Whether the mixture of each item holds the class of the item `sources` further.
+        """Returns whether each item's mixture holds the class of the item `sources` further.
 
         Args:
-          held: whether the class of the first is related to a label of the second.
+          held: [i, j] whether the class of item i is related to a label of item j.
         """
         item = np.arange(self._group_size)
         further = (item + self._sources) % self._group_size
@@ -274,12 +288,15 @@ class GroupedOrder:
     def _related(
         self, records: Integer[np.ndarray, " i"], classes: Integer[np.ndarray, " i"]
     ) -> tuple[Bool[np.ndarray, "i i"], Bool[np.ndarray, "i i"]]:
-        """Whether a class, or else any label, of one item is related to a label of another."""
+        """Returns two [i, j] matrices: whether item i is related to a label of item j.
+
+        The first compares the drawn class of item i, the second any of its labels.
+        """
         counts = self._label_row[records + 1] - self._label_row[records]
         first = np.cumsum(counts) - counts
         place = np.repeat(self._label_row[records] - first, counts) + np.arange(counts.sum())
         labels = self._label_class[place]
-        # Every drawn record has a label, so that no stretch is empty.
+        # Every drawn record has a label, so no segment of reduceat is empty.
         of_items = lambda related: np.logical_or.reduceat(related, first, axis=1)  # noqa: E731
         held = of_items(_relatives()[classes[:, None], labels])
         related = of_items(_relatives()[labels[:, None], labels])
@@ -289,10 +306,10 @@ class GroupedOrder:
 def arrange(
     conflict: Bool[np.ndarray, "i i"], sources: int, key: UInt64[np.ndarray, "1"]
 ) -> Integer[np.ndarray, " i"]:
-    """An order of a group's items in which few conflict with the next `sources` - 1.
+    """Orders a group's items so that few conflict with the next `sources` - 1.
 
-    The best swap of two items, until there is none; where that ends with conflicts, again from
-    shuffled items, and the best of all. Items that do not conflict stay where they are.
+    Greedy search: applies the best swap of two items until none helps. If conflicts remain,
+    restarts from shuffled items and keeps the best result. A group without conflicts is unchanged.
     """
     size = len(conflict)
     first, second = np.triu_indices(size, 1)
@@ -319,30 +336,30 @@ def arrange(
 
 
 def _shuffled(size: int, key: UInt64[np.ndarray, "1"]) -> Integer[np.ndarray, "r i"]:
-    """The items in the random sequence of each restart."""
+    """Returns a random order of the items for each restart."""
     keys = _mixed(key + np.arange(1, _RESTARTS, dtype=np.uint64))
     items = np.tile(np.arange(size), len(keys))
     return permute(items, size, np.repeat(keys, size)).astype(np.int64).reshape(-1, size)
 
 
 def _swap_changes(conflict: Bool[np.ndarray, "i i"], sources: int) -> Integer[np.ndarray, "i i"]:
-    """How many more conflicts there are if the items at two places change places.
+    """Returns the change in the number of conflicts for each swap of two items.
 
     Args:
-      conflict: of the items in their places; symmetric.
-      sources: of a mixture.
+      conflict: whether the items at two places conflict; symmetric.
+      sources: clips per mixture.
     """
     held, mixed = conflict.astype(np.int64), _mixed_together(len(conflict), sources)
-    # The conflicts are sum(mixed * held) / 2; a swap exchanges two rows and two columns of `held`.
+    # There are sum(mixed * held) / 2 conflicts; a swap exchanges two rows and columns of `held`.
     moved = mixed @ held
     own, alone = np.diag(moved), np.diag(held)
-    stays = (mixed[0, 0] - mixed) * (2 * held - alone - alone[:, None])  # between the two
+    stays = (mixed[0, 0] - mixed) * (2 * held - alone - alone[:, None])  # the swapped pair itself
     return moved + moved.T - own - own[:, None] - stays
 
 
 @functools.cache
 def _mixed_together(size: int, sources: int) -> Integer[np.ndarray, "i i"]:
-    """In how many mixtures of a group two places meet; the same for each by their distance."""
+    """Returns the number of mixtures that two places share; it depends on their distance only."""
     together = np.zeros((size, size), np.int64)
     for far in range(1, sources):
         together += (sources - far) * np.roll(np.eye(size, dtype=np.int64), far, axis=1)
@@ -352,7 +369,7 @@ def _mixed_together(size: int, sources: int) -> Integer[np.ndarray, "i i"]:
 def _mixed_conflicts(
     conflict: Bool[np.ndarray, "i i"], items: Integer[np.ndarray, "g i"], sources: int
 ) -> Integer[np.ndarray, "g i"]:
-    """How many pairs of the mixture at each place conflict, in several orders of the items."""
+    """Counts the conflicting pairs in the mixture at each place, for each of g item orders."""
     counts = np.zeros(items.shape, np.int64)
     for far in range(1, sources):
         for near in range(far):
@@ -362,7 +379,7 @@ def _mixed_conflicts(
 
 @functools.cache
 def _relatives() -> Bool[np.ndarray, "k k"]:
-    """Whether two classes are the same, or one is above the other in the ontology."""
+    """Returns whether two classes are equal, or one is an ancestor of the other."""
     ontology = load_ontology()
     matrix = np.zeros((len(ontology.class_mids),) * 2, bool)
     for index in range(len(matrix)):

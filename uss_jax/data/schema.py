@@ -1,4 +1,4 @@
-"""How a directory's records hold a clip, where it is not as `prepare` writes them."""
+"""The schema of records that `prepare` did not write: feature names, encoding, label form."""
 
 import dataclasses
 import os
@@ -16,15 +16,15 @@ LABEL_FORMS = ("index", "mid", "name", "multi_hot")
 
 @dataclasses.dataclass(frozen=True)
 class Schema:
-    """How a directory's records hold a clip; the defaults are what `prepare` writes.
+    """The schema of a directory's records; the defaults are those of `prepare`.
 
     Attributes:
-      id, audio, labels: names of the features.
-      encoding: of the samples, see data/encodings.py.
+      id, audio, labels: feature names.
+      encoding: encoding of the samples, see data/encodings.py.
       label_form: `index` (int64), `mid` or `name` (bytes), `multi_hot` (a 0 or 1 for each class).
-      sample_rate: in Hz; None where metadata.json says it.
-      shards: a pattern of the shards' names; None: as TFDS names them.
-      split: what to call the records of `shards`.
+      sample_rate: sampling rate, in Hz; None if metadata.json gives it.
+      shards: glob pattern of the shard names; None: TFDS's naming.
+      split: name of the split that `shards` forms.
     """
 
     id: str = "id"
@@ -38,7 +38,7 @@ class Schema:
 
 
 _LONGEST_NAME = 200
-# It becomes part of the index's name.
+# The split is part of the index's file name.
 _SPLIT = re.compile(r"[A-Za-z0-9_.]{1,100}")
 
 
@@ -67,7 +67,11 @@ _RULE = record(
 
 
 def read_schema(path: str | os.PathLike) -> dict[str, Any]:
-    """The attributes of a Schema that a JSON file gives; a UserError says what is wrong."""
+    """Reads from a JSON file the attributes of a Schema that it sets.
+
+    Raises:
+      UserError: the file cannot be read or is invalid.
+    """
     try:
         with open(path, "rb", opener=at_once) as file:
             return read_json(file, _RULE)

@@ -1,8 +1,8 @@
 """Folders of shards, on disk or in a bucket (gs://, s3://, ...). The only importer of fsspec.
 
-fsspec, not etils.epath: it can ask for bytes a to b of an object in one request, and for many such
-ranges at once; epath opens an object and seeks, which fetches whole blocks ahead and needs a handle
-a thread.
+fsspec rather than etils.epath: it requests a byte range of an object in one call, and many ranges
+concurrently. epath opens an object and seeks, which reads whole blocks ahead and needs one handle
+per thread.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ from uss_jax.atomic import replacing
 from uss_jax.errors import UserError
 from uss_jax.opening import at_once
 
-_OPEN_FILES = 512  # an ordinary process may open 1024
+_OPEN_FILES = 512  # the usual limit per process is 1024
 _READ_AHEAD = 1 << 20
 
 
 class Range(NamedTuple):
-    """Bytes of a file from `offset` on, and the buffers that they fill one after the other."""
+    """A byte range of a file that starts at `offset`, and the buffers that it fills in turn."""
 
     name: str
     offset: int
@@ -35,68 +35,71 @@ class Range(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Number of bytes."""
+        """Length, in bytes."""
         return sum(map(len, self.buffers))
 
 
 @runtime_checkable
 class Folder(Protocol):
-    """A folder of files. Failures are OSErrors, with a `strerror` for people; its text its path."""
+    """A folder of files.
+
+    Failures are OSErrors with a readable `strerror`. `str()` of a folder is its path.
+    """
 
     def sizes(self) -> dict[str, int]:
-        """The files right inside, by name, with their sizes in bytes."""
+        """Maps the name of each file directly in the folder to its size, in bytes."""
         ...
 
     def size(self, name: str) -> int:
-        """Of a file, in bytes."""
+        """Returns the size of a file, in bytes."""
         ...
 
     def stamp(self, name: str) -> str:
-        """Differs when a file was changed."""
+        """Returns a string that changes when the file does."""
         ...
 
     def open(self, name: str) -> io.IOBase:
-        """A file, to be read from its beginning."""
+        """Opens a file for reading."""
         ...
 
     def read_into(self, ranges: Sequence[Range]) -> list[int | OSError]:
-        """Fills the buffers of each range. Many threads may read at once.
+        """Fills the buffers of each range. Thread-safe.
 
         Returns:
-          For each the number of bytes read, fewer where the file ends, or why it cannot be read.
+          For each range, the number of bytes read (fewer where the file ends), or the error.
         """
         ...
 
     def replacing(self, name: str) -> contextlib.AbstractContextManager[pathlib.Path]:
-        """Yields a local path to write; `name` appears whole when the block succeeds."""
+        """Yields a local path to write; `name` is replaced atomically when the block succeeds."""
         ...
 
     def remove(self, name: str) -> None:
-        """Removes a folder inside, if it is there."""
+        """Removes a subfolder, if it exists."""
         ...
 
     def close(self) -> None:
-        """Gives back what is open; reading opens it again."""
+        """Closes open files; reading opens them again."""
         ...
 
 
 def open_folder(path: str | os.PathLike) -> Folder:
-    """The folder at a path, or at a URL such as gs://bucket/records.
+    """Opens the folder at a path, or at a URL such as gs://bucket/records.
 
     Raises:
-      UserError: the URL is of a kind that nothing installed here can read.
+      UserError: no installed package can read this kind of URL.
     """
     return BucketFolder(os.fspath(path)) if "://" in os.fspath(path) else DiskFolder(path)
 
 
 def split_path(path: str | os.PathLike) -> tuple[str, str]:
-    """(folder, name) of a file."""
+    """Splits a path or URL into (folder, name)."""
     folder, _, name = os.fspath(path).rpartition("/")
     return folder or ("/" if os.fspath(path).startswith("/") else "."), name
 
 
 def versions_below(path: str | os.PathLike) -> str:
-    """A question for an error, where records are one or two folders below; else nothing."""
+    """Returns a hint for an error message if records lie one or two folders below, else ""."""
     if "://" in os.fspath(path):
         return ""
     found = [
@@ -108,7 +111,7 @@ def versions_below(path: str | os.PathLike) -> str:
 
 
 class DiskFolder:
-    """A folder of this machine; files stay open between reads."""
+    """A local folder; files stay open between reads."""
 
     def __init__(self, path: str | os.PathLike):
         self._path = pathlib.Path(path)
@@ -145,7 +148,7 @@ class DiskFolder:
         try:
             descriptor, keep = self._descriptor(some.name)
             try:
-                # Straight into the buffers, and without the interpreter's lock.
+                # Reads directly into the buffers, with the GIL released.
                 return os.preadv(descriptor, some.buffers, some.offset)
             finally:
                 if not keep:
@@ -154,7 +157,7 @@ class DiskFolder:
             return error
 
     def _descriptor(self, name: str) -> tuple[int, bool]:
-        """A file descriptor, and whether it stays open for the next read."""
+        """Returns a file descriptor, and whether it stays open for the next read."""
         with self._lock:
             if name in self._descriptors:
                 return self._descriptors[name], True
@@ -184,7 +187,7 @@ class DiskFolder:
 
 
 class BucketFolder:
-    """A folder of an object store; every read is a request of just its bytes."""
+    """A folder of an object store; every read requests exactly the bytes it needs."""
 
     def __init__(self, url: str):
         import fsspec
@@ -223,7 +226,7 @@ class BucketFolder:
             return self._files.open(f"{self._path}/{name}", "rb", block_size=8 * _READ_AHEAD)
 
     def read_into(self, ranges: Sequence[Range]) -> list[int | OSError]:
-        # Stores whose client is asynchronous (GCS, S3, HTTP) get all requests at once.
+        # Stores with an asynchronous client (GCS, S3, HTTP) get all requests concurrently.
         found = self._files.cat_ranges(
             [f"{self._path}/{some.name}" for some in ranges],
             [some.offset for some in ranges],
@@ -265,14 +268,14 @@ class BucketFolder:
 
 
 def _as_os_error(error: Exception) -> OSError:
-    """The error of a store, each of which has its own kinds, as one with a `strerror`."""
+    """Converts a store's own exception to an OSError with a `strerror`."""
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(2, "No such file or directory", str(error))
     return error if isinstance(error, OSError) else OSError(5, f"{type(error).__name__}: {error}")
 
 
 def _scatter(data: bytes, buffers: Sequence[UInt8[np.ndarray, " _"]]) -> int:
-    """Copies bytes into buffers, one after the other; returns how many there were."""
+    """Copies bytes into buffers, one after the other; returns the number copied."""
     found, at = np.frombuffer(data, np.uint8), 0
     for buffer in buffers:
         piece = found[at : at + len(buffer)]

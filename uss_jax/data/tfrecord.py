@@ -1,7 +1,7 @@
 """TFRecord shards: framing with checksums.
 
-A shard is a row of frames: length (8 bytes), checksum of the length (4), payload, checksum of the
-payload (4), all little-endian; the checksum is a masked crc32c.
+A shard is a sequence of frames: length (8 bytes), checksum of the length (4), payload, checksum of
+the payload (4), all little-endian. The checksum is a masked crc32c.
 """
 
 import os
@@ -19,10 +19,10 @@ CHECKSUM = struct.Struct("<I")
 
 
 def masked_crc(*parts: bytes | np.ndarray) -> int:
-    """TFRecord's checksum: crc32c, rotated and shifted so that data may hold checksums itself.
+    """Returns TFRecord's checksum: crc32c, rotated and offset so that data may contain checksums.
 
     Args:
-      *parts: the data, in one piece or several: bytes or contiguous arrays.
+      *parts: the data, in one or more pieces: bytes or contiguous arrays.
     """
     crc = 0
     for part in parts:
@@ -31,7 +31,7 @@ def masked_crc(*parts: bytes | np.ndarray) -> int:
 
 
 class RecordWriter:
-    """Writes payloads to a shard, one frame each. A context manager."""
+    """Writes payloads to a shard, one frame each; a context manager."""
 
     def __init__(self, path: str | os.PathLike):
         self._file = open(path, "wb", buffering=1 << 20)  # noqa: SIM115, closed in __exit__
@@ -50,9 +50,11 @@ class RecordWriter:
 
 
 def scan_records(path: str | os.PathLike) -> Iterator[tuple[int, int, bytes]]:
-    """Yields (byte offset of the payload, its length, payload), every checksum verified.
+    """Yields (byte offset of the payload, its length, payload) and verifies every checksum.
 
-    Damage is a UserError that names the shard and the byte where the bad frame begins.
+    Raises:
+      DamagedRecord: a frame is damaged; names the shard and the byte where the frame begins.
+      UserError: the shard is empty or cannot be read.
     """
     directory, name = split_path(path)
     folder = open_folder(directory)
@@ -85,11 +87,11 @@ def scan_records(path: str | os.PathLike) -> Iterator[tuple[int, int, bytes]]:
 
 
 class DamagedRecord(UserError):
-    """One record cannot be used; others can."""
+    """A single record is damaged; others may be intact."""
 
 
 def damage(path: str | os.PathLike, begin: int, what: str) -> DamagedRecord:
-    """The error of a record whose frame begins at a byte."""
+    """Returns the error for a damaged record whose frame begins at byte `begin`."""
     return DamagedRecord(
         f"{path}: the record at byte {begin} {what}; copy or prepare the shard again"
     )

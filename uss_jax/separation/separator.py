@@ -1,9 +1,9 @@
 """Separates recordings of any length in constant memory, and any number of sounds at once.
 
-A recording is cut into windows of one shape. Adjacent windows overlap by a context that both
-separate and only one keeps. Pooling makes a net's output depend on where a window starts, so
-windows start on multiples of the net's grid, where they agree with one pass over the whole
-recording. `Layout.blocks` gives the adjacent blocks of bytedance/uss instead.
+A recording is cut into overlapping windows of one shape; the context at each end of a window is
+discarded, since its neighbour keeps those samples. Pooling makes a net's output depend on where a
+window starts, so windows start on multiples of the net's grid, where they agree with one pass over
+the whole recording. `Layout.blocks` gives the adjacent blocks of bytedance/uss instead.
 
 A `Target` is defined on the tagging grid of segments (2 s as published). A window is separated with
 the mean condition of the active segments that overlap its kept part; its estimate is gated to

@@ -95,7 +95,7 @@ def _opened(bundle: Bundle) -> Iterator[str]:
             yield f"cannot be used: {error}"
             continue
         if part == "query" and bundle.config["kind"] == "separator":
-            taken = f"those made with query net {net_hash(variables)}"  # `query list` shows the same hash
+            taken = f"those made with query net {net_hash(variables)}"  # as `query list` prints
             yield f"query banks: {'none, it is asked by class' if net.tagger is None else taken}"
 
 

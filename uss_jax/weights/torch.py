@@ -32,8 +32,8 @@ StateDict = dict[str, np.ndarray]
 Fields = dict[str, Any]
 Leaves = dict[str, tuple[str, tuple[int, ...]]]
 
-# Leaves of a layer: torch leaf -> (collection, Flax leaf, permutation of the axes). Convolutions are
-# OIHW in torch and HWIO here. Transposed ones are IOHW in torch and HWOI here, as
+# Leaves of a layer: torch leaf -> (collection, Flax leaf, permutation of the axes). Convolutions
+# are OIHW in torch and HWIO here. Transposed ones are IOHW in torch and HWOI here, as
 # `transpose_kernel` requires: the same permutation.
 _NORM = {
     "weight": ("params", "scale", (0,)),
@@ -48,10 +48,9 @@ _POSITIONS = {
     "relative_position_bias_table": ("params", "relative_position_bias", (0, 1)),
 }
 
-# Porting tables: torch layer, Flax layer, leaves. {i} is the level and {j} the block of a level, from
-# 1; {from0[i]} and {from0[j]} are the same from 0; {k} is 1 or 2. Rows for layers that a net does
-# not have (a shortcut between equal widths, the bias of a convolution before batch norm) are
-# skipped.
+# Porting tables: torch layer, Flax layer, leaves. {i} is the level and {j} the block of a level,
+# from 1; {from0[i]} and {from0[j]} are the same from 0; {k} is 1 or 2. Rows of what a net lacks (a
+# shortcut between equal widths, the bias of a convolution before batch norm) are skipped.
 _CNN14_TABLE = (
     ("bn0", "bn0", _NORM),
     ("conv_block{i}.conv{k}", "conv_block{i}/conv{k}", _CONV),
@@ -231,7 +230,7 @@ def convert_lightning(state_dict: StateDict) -> dict[str, Converted]:
     problems += [f"{name} is unexpected" for name in state_dict if name not in known]
     for part in parts:
         _finish(parts[part], problems)
-    # Every foreign tensor needs an owner; the smoothing filter goes with the detector if there is one.
+    # Every foreign tensor belongs to a part; the smoothing filter to the detector if there is one.
     owner = parts.get("sed", parts["separator"])
     owner.foreign.update({n: state_dict[n] for n in (SMOOTHING,) if n in state_dict})
     return parts

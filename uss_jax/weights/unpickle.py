@@ -167,7 +167,7 @@ def _restricted_pickle(torch: types.ModuleType, file_size: int) -> types.SimpleN
     entries = 0
 
     class Mapping(dict):
-        """Replaces OrderedDict; limits the total of entries, which a pickle could copy repeatedly."""
+        """Replaces OrderedDict; limits the entries, which a pickle could copy again and again."""
 
         __slots__ = ()
 

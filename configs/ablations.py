@@ -15,18 +15,18 @@ from ml_collections import ConfigDict
 
 _NARROW, _WIDE = (16, 32, 64, 128, 192, 192), (48, 96, 192, 384, 576, 576)
 
-# name -> leaf of the config -> value
+# name -> {config key: value}
 ABLATIONS = {
-    # What the separator is told.
+    # The condition.
     "condition=one_hot": {"query.kind": "one_hot"},
     "condition=soft": {},
     "condition=embedding": {"query.kind": "embedding"},
-    # What becomes of the query net.
+    # Training of the query net.
     "query=frozen": {},
     "query=finetuned": {"query.finetune": True},
     "query=adaptor": {"query.adaptor_width": 512},
     "query=shortcut": {"query.adaptor_width": 527, "query.shortcut": True},
-    # Where anchors come from, and how long they are.
+    # Source and length of anchors.
     "anchors=device": {},
     "anchors=random": {"anchors.source": "random"},
     "segment=0.5": {"segment_seconds": 0.5},
@@ -36,7 +36,7 @@ ABLATIONS = {
     "segment=6": {"segment_seconds": 6.0},
     "segment=8": {"segment_seconds": 8.0},
     "segment=10": {"segment_seconds": 10.0},
-    # What is mixed.
+    # Mixtures.
     "sources=2": {},
     "sources=3": {"mixing.sources": 3},
     "sources=4": {"mixing.sources": 4},
@@ -44,13 +44,13 @@ ABLATIONS = {
     "energy=as_recorded": {"mixing.match_energy": False},
     "energy=random_gain": {"mixing.gain_db": 10.0},
     "order=conflict_free": {"mixing.order": "conflict_free"},
-    # The net.
+    # The separator.
     "depth=30": {},
     "depth=60": {"separator.blocks_per_level": 2},
     "width=half": {"separator.channels": _NARROW},
     "width=1.5": {"separator.channels": _WIDE},
     "film=gain": {"separator.film_gain": True},
-    # What is learnt from.
+    # Loss and training data.
     "loss=l1_wav": {},
     "loss=l1_wav_l1_sp": {"loss": "l1_wav_l1_sp"},
     "loss=si_sdr": {"loss": "si_sdr"},
@@ -61,7 +61,7 @@ ABLATIONS = {
 
 
 def get_config(argument: str = "condition=soft") -> ConfigDict:
-    """The base config with the changes of one ablation."""
+    """Returns the base config with the changes of one ablation."""
     if argument not in ABLATIONS:
         raise ValueError(f"{argument!r}: expected one of {', '.join(ABLATIONS)}")
     base = runpy.run_path(str(pathlib.Path(__file__).with_name("resunet30.py")))

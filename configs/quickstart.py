@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 
 def get_config(argument: str = "part=separator") -> ConfigDict:
-    """The config of the tagger or of the separator."""
+    """Returns the config of the tagger or of the separator."""
     parts = {"part=tagger": _tagger, "part=separator": _separator}
     if argument not in parts:
         raise ValueError(f"{argument!r}: expected {' or '.join(parts)}")
@@ -41,9 +41,9 @@ def _tagger() -> ConfigDict:
     config.tagger.f_max = 7500.0
     config.tagger.channels = (16, 32, 64, 128)
     config.outputs = ("clipwise", "tagging")
-    # The bundled clips are cleaner than the world, and short ones end in digital silence.
+    # The bundled clips are cleaner than most recordings, and short ones end in digital silence.
     config.noise = ConfigDict(dict(least_snr_db=10.0, most_snr_db=60.0))
-    config.norm_momentum = 0.01  # eight clips are a poor sample of all
+    config.norm_momentum = 0.01  # low, since statistics of 8 clips are noisy
     config.mixup_alpha = 0.2
     config.spec_augment.time_width = 16
     config.spec_augment.mel_width = 4
@@ -58,10 +58,10 @@ def _separator() -> ConfigDict:
     config.total_steps = 500
     config.global_batch = 6
     config.mixing.group_size = 6
-    # Eight minutes of sound need other help than five thousand hours.
+    # Speed change augments the data, 8 minutes of sound instead of 5000 hours.
     config.speed = ConfigDict(dict(least=0.7, most=1.4))
     config.query.kind = "embedding"
-    config.query.dropout = 0.3  # 3 clips a class make averages unlike any of them
+    config.query.dropout = 0.3  # an average over 3 clips a class resembles none of them
     config.separator.n_fft = 512
     config.separator.hop_samples = 256
     config.separator.channels = (8, 16, 32, 64)

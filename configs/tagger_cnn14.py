@@ -12,27 +12,27 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = ConfigDict()
     config.seed = 1234
     config.sample_rate = 32000
-    config.segment_seconds = 2.0  # of anchors, for those who use the net
+    config.segment_seconds = 2.0  # length of anchors for users of the net as detector
     config.total_steps = 600_000
-    config.global_batch = 32  # after mixup; twice as many clips are read
+    config.global_batch = 32  # after mixup, which reads twice as many clips
 
     config.data = ConfigDict()
     config.data.records = ""
     config.data.split = "full_train"
     config.data.order = "balanced"
-    config.data.share = 1.0  # of the clips; a larger share holds those of a smaller one
+    config.data.share = 1.0  # fraction of the clips used; larger fractions contain smaller ones
     config.data.clip_seconds = 10.0
-    # Threads that read, a batch each. One reads 16 clips of PCM in the page cache in 5 ms, and more
-    # do no harm; four make up for a bucket that takes 40 ms to answer. Decoding FLAC takes 4 ms of
-    # a core for a clip, 1 ms for an anchor.
+    # Reader threads, one batch each. One reads 16 PCM clips from the page cache in 5 ms; four hide
+    # a bucket's latency of 40 ms; more do no harm. Decoding FLAC takes 4 ms of a core per clip,
+    # 1 ms per anchor.
     config.data.threads = 4
-    config.data.workers = 0  # processes that read, where threads are not enough
-    config.data.class_weights = ConfigDict()  # class name -> places a round; 1 if not said
-    config.data.max_corrupt = 0  # so many damaged records are said and left out
+    config.data.workers = 0  # reader processes, for when threads are not enough
+    config.data.class_weights = ConfigDict()  # class name -> draws per round; default 1
+    config.data.max_corrupt = 0  # damaged records to report and replace before failing
 
     config.tagger = ConfigDict()
     config.tagger.net = "cnn14"
@@ -44,18 +44,18 @@ def get_config() -> ConfigDict:
     config.tagger.channels = (64, 128, 256, 512, 1024, 2048)
     config.tagger.classes = 527
     config.tagger.dtype = "float32"
-    # Precision of float32 products and convolutions: "default" is TF32 on NVIDIA GPUs, PyTorch's
-    # own choice for convolutions, and one bfloat16 pass on TPUs; "high" is TF32, or three passes;
-    # "highest" is float32, or six passes. By its maker's figures an H100 multiplies 7 times as fast
-    # at "default" as at "highest", a TPU 6 times. On a CPU they are the same. The net that detects
-    # is always at the highest, however it was trained.
+    # Precision of float32 products and convolutions. NVIDIA GPUs: "default" and "high" are TF32
+    # (PyTorch's default for convolutions), "highest" is float32. TPUs: 1, 3 and 6 bfloat16 passes.
+    # By its maker's figures an H100 multiplies 7 times as fast at "default" as at "highest", a TPU
+    # 6 times. On a CPU all are the same. Detection always runs at "highest", however the net was
+    # trained.
     config.precision = "default"
 
-    # Which probabilities are trained: "clipwise" (decision-level maximum, for detection) and
-    # "tagging" (pooled over time first, for conditions). With both, one net serves as both.
+    # Outputs to train: "clipwise" (decision-level maximum, for detection) or "tagging" (pooled over
+    # time first, for conditions). A net trained on both serves both purposes.
     config.outputs = ("clipwise",)
-    config.speed = None  # or arguments of training/augment.py's change_speed
-    config.noise = None  # or arguments of training/augment.py's add_noise
+    config.speed = None  # or arguments of change_speed in training/augment.py
+    config.noise = None  # or arguments of add_noise in training/augment.py
     config.mixup_alpha = 1.0
     config.spec_augment = ConfigDict()
     config.spec_augment.time_width = 64
@@ -63,27 +63,27 @@ def get_config() -> ConfigDict:
     config.spec_augment.mel_width = 8
     config.spec_augment.mel_stripes = 2
 
-    config.norm_momentum = 0.1  # weight of a batch in the running statistics
+    config.norm_momentum = 0.1  # weight of a batch in the running statistics of batch norm
     config.optimizer = "adamw_amsgrad"  # or "adamw"
     config.weight_decay = 0.0
-    config.clip_norm = 0.0  # greatest global norm of a gradient; 0 for any
+    config.clip_norm = 0.0  # maximum global norm of the gradient; 0 for no limit
     config.schedule = ConfigDict()
     config.schedule.name = "constant_warm_up"
     config.schedule.learning_rate = 1e-3
     config.schedule.warm_up_steps = 0
 
-    # Updates are left out where loss or gradient is NaN or infinite, or the gradient longer than
-    # `max_norm_ratio` times its running median (0 for no limit); `max_skipped_steps` of them in a
-    # row stop the run.
+    # An update is skipped if the loss or gradient is NaN or infinite, or the gradient norm exceeds
+    # `max_norm_ratio` times its running median (0 for no limit). `max_skipped_steps` skips in a row
+    # stop the run.
     config.max_norm_ratio = 100.0
     config.max_skipped_steps = 10
 
     config.log_every_steps = 100
     config.checkpoint_every_steps = 10_000
     config.keep_checkpoints = 3
-    # A newest checkpoint found damaged is set aside for the one before it; or "stop".
+    # If the newest checkpoint is damaged: "set_aside" to resume from the one before, or "stop".
     config.damaged_checkpoint = "set_aside"
 
     config.profile = ConfigDict()
-    config.profile.steps = ()  # (first, last): the profiler's trace of them goes to the workdir
+    config.profile.steps = ()  # (first, last) steps to profile; the trace goes to the workdir
     return config

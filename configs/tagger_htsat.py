@@ -17,27 +17,27 @@ EPOCH_STEPS = 15_600  # 2 M clips
 
 
 def get_config() -> ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = ConfigDict()
     config.seed = 1234
     config.sample_rate = 32000
-    config.segment_seconds = 2.0  # of anchors, for those who use the net
+    config.segment_seconds = 2.0  # length of anchors for users of the net as detector
     config.total_steps = 30 * EPOCH_STEPS
-    config.global_batch = 128  # after mixup; twice as many clips are read
+    config.global_batch = 128  # after mixup, which reads twice as many clips
 
     config.data = ConfigDict()
     config.data.records = ""
     config.data.split = "full_train"
     config.data.order = "balanced"
-    config.data.share = 1.0  # of the clips; a larger share holds those of a smaller one
+    config.data.share = 1.0  # fraction of the clips used; larger fractions contain smaller ones
     config.data.clip_seconds = 10.0
-    config.data.class_weights = ConfigDict()  # class name -> places a round; 1 if not said
-    config.data.max_corrupt = 0  # so many damaged records are said and left out
-    # Threads that read, a batch each. One reads 16 clips of PCM in the page cache in 5 ms, and more
-    # do no harm; four make up for a bucket that takes 40 ms to answer. Decoding FLAC takes 4 ms of
-    # a core for a clip, 1 ms for an anchor.
+    config.data.class_weights = ConfigDict()  # class name -> draws per round; default 1
+    config.data.max_corrupt = 0  # damaged records to report and replace before failing
+    # Reader threads, one batch each. One reads 16 PCM clips from the page cache in 5 ms; four hide
+    # a bucket's latency of 40 ms; more do no harm. Decoding FLAC takes 4 ms of a core per clip,
+    # 1 ms per anchor.
     config.data.threads = 4
-    config.data.workers = 0  # processes that read, where threads are not enough
+    config.data.workers = 0  # reader processes, for when threads are not enough
 
     config.tagger = ConfigDict()
     config.tagger.net = "htsat"
@@ -47,23 +47,23 @@ def get_config() -> ConfigDict:
     config.tagger.f_min = 50.0
     config.tagger.f_max = 14000.0
     config.tagger.image_size = 256
-    config.tagger.token_width = 96  # 256 for embeddings of 2048
+    config.tagger.token_width = 96  # 256 gives embeddings of width 2048
     config.tagger.depths = (2, 2, 6, 2)
     config.tagger.heads = (4, 8, 16, 32)
     config.tagger.classes = 527
-    config.tagger.repeat_short = True  # clips that fit more than once; False stretches them
+    config.tagger.repeat_short = True  # repeat clips that fit more than once; False: stretch them
     config.tagger.stochastic_depth = 0.1
     config.tagger.dtype = "float32"
-    # Precision of float32 products and convolutions: "default" is TF32 on NVIDIA GPUs, PyTorch's
-    # own choice for convolutions, and one bfloat16 pass on TPUs; "high" is TF32, or three passes;
-    # "highest" is float32, or six passes. By its maker's figures an H100 multiplies 7 times as fast
-    # at "default" as at "highest", a TPU 6 times. On a CPU they are the same. The net that detects
-    # is always at the highest, however it was trained.
+    # Precision of float32 products and convolutions. NVIDIA GPUs: "default" and "high" are TF32
+    # (PyTorch's default for convolutions), "highest" is float32. TPUs: 1, 3 and 6 bfloat16 passes.
+    # By its maker's figures an H100 multiplies 7 times as fast at "default" as at "highest", a TPU
+    # 6 times. On a CPU all are the same. Detection always runs at "highest", however the net was
+    # trained.
     config.precision = "default"
 
     config.outputs = ("clipwise",)
-    config.speed = None  # or arguments of training/augment.py's change_speed
-    config.noise = None  # or arguments of training/augment.py's add_noise
+    config.speed = None  # or arguments of change_speed in training/augment.py
+    config.noise = None  # or arguments of add_noise in training/augment.py
     config.mixup_alpha = 0.5
     config.spec_augment = ConfigDict()
     config.spec_augment.time_width = 64
@@ -71,28 +71,28 @@ def get_config() -> ConfigDict:
     config.spec_augment.mel_width = 8
     config.spec_augment.mel_stripes = 2
 
-    config.norm_momentum = 0.1  # weight of a batch in the running statistics
+    config.norm_momentum = 0.1  # weight of a batch in the running statistics of batch norm
     config.optimizer = "adamw"
     config.weight_decay = 0.05
-    config.clip_norm = 1.0  # greatest global norm of a gradient; 0 for any
+    config.clip_norm = 1.0  # maximum global norm of the gradient; 0 for no limit
     config.schedule = ConfigDict()
     config.schedule.name = "stepped"
     config.schedule.learning_rate = 1e-3
     config.schedule.boundaries = tuple(epoch * EPOCH_STEPS for epoch in (1, 2, 11, 21))
     config.schedule.scales = (0.05, 0.1, 0.2, 0.1, 0.05)
 
-    # Updates are left out where loss or gradient is NaN or infinite, or the gradient longer than
-    # `max_norm_ratio` times its running median (0 for no limit); `max_skipped_steps` of them in a
-    # row stop the run.
+    # An update is skipped if the loss or gradient is NaN or infinite, or the gradient norm exceeds
+    # `max_norm_ratio` times its running median (0 for no limit). `max_skipped_steps` skips in a row
+    # stop the run.
     config.max_norm_ratio = 100.0
     config.max_skipped_steps = 10
 
     config.log_every_steps = 100
     config.checkpoint_every_steps = 10_000
     config.keep_checkpoints = 3
-    # A newest checkpoint found damaged is set aside for the one before it; or "stop".
+    # If the newest checkpoint is damaged: "set_aside" to resume from the one before, or "stop".
     config.damaged_checkpoint = "set_aside"
 
     config.profile = ConfigDict()
-    config.profile.steps = ()  # (first, last): the profiler's trace of them goes to the workdir
+    config.profile.steps = ()  # (first, last) steps to profile; the trace goes to the workdir
     return config

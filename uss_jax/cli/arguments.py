@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterable
 from uss_jax.errors import UserError
 from uss_jax.precision import HIGHEST, PRECISIONS
 
-_MOST = 2**31 - 1  # where nothing smaller is known
+_MOST = 2**31 - 1  # default upper limit
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:
-    """A whole number in a range, both ends included."""
+    """Returns a parser of integers in [least, most]."""
 
     def parse(text: str) -> int:
-        # int() would take signs, "_" and digits of other scripts, and thousands of digits.
+        # int() would accept signs, "_", digits of other scripts and thousands of digits.
         if text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) <= most:
             return int(text)
         raise argparse.ArgumentTypeError(
@@ -26,14 +26,14 @@ def whole(least: int, most: int) -> Callable[[str], int]:
 
 
 def number(least: float | int, most: float | int) -> Callable[[str], float]:
-    """A number in a range, both ends included."""
+    """Returns a parser of numbers in [least, most]."""
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if least <= value <= most:  # which NaN is not
+        if least <= value <= most:  # false for NaN
             return value
         raise argparse.ArgumentTypeError(
             f"expected a number from {least:g} to {most:g}, not {text[:60]!r}"
@@ -47,12 +47,12 @@ positive = whole(1, _MOST)
 
 
 def path(text: str) -> str:
-    """A path; "~" is the home folder, also after "=", where a shell leaves it."""
+    """Expands "~" in a path; shells leave it unexpanded after "="."""
     return os.path.expanduser(text)
 
 
 def add_precision(parser: argparse.ArgumentParser, of: str = "") -> None:
-    """Adds --precision; `of` begins its help."""
+    """Adds --precision; `of` is put before its help."""
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
@@ -65,7 +65,7 @@ def add_precision(parser: argparse.ArgumentParser, of: str = "") -> None:
 
 
 def add_detector_precision(parser: argparse.ArgumentParser) -> None:
-    """Adds --precision to a command in which only the detector computes."""
+    """Adds --precision, without effect, to a command that runs only the detector."""
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
@@ -76,18 +76,18 @@ def add_detector_precision(parser: argparse.ArgumentParser) -> None:
 
 
 def say_detector_precision(args: argparse.Namespace) -> None:
-    """Prints that a lower --precision than the detector's was not followed."""
+    """Prints a notice if --precision is not the detector's, and so has no effect."""
     if args.precision != HIGHEST:
         print(f"--precision {args.precision}: the detector computes at {HIGHEST} all the same")
 
 
 def refuse_idle(args: argparse.Namespace, options: Iterable[str], why: str) -> None:
-    """Raises a UserError where an option is given that would have no effect.
+    """Raises a UserError if an option is given that would have no effect.
 
     Args:
-      args: parsed, with None or False for options that are not given.
-      options: their names, such as "out_dir".
-      why: for people, such as "with --query".
+      args: parsed arguments; None or False if an option is not given.
+      options: names of the options, such as "out_dir".
+      why: end of the message, such as "with --query".
     """
     for option in options:
         if getattr(args, option) not in (None, False):

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 _EVENT = "/jax/core/compile/backend_compile_duration"
-# Most programs are a single operation and compile at once; only those that do not are reported.
+# Most programs are a single operation and compile instantly; only slow ones are reported.
 _PATIENCE_SECONDS = 2.0
-# By the names of the jitted functions.
+# Jitted function name -> description.
 _PROGRAMS = {
     "step": "the training step",
     "_fresh_state": "the initial state",
@@ -23,11 +23,11 @@ _PROGRAMS = {
 
 @contextlib.contextmanager
 def long_compilations_reported() -> Iterator[None]:
-    """Inside, prints a line on standard error for each program that takes seconds to compile.
+    """Prints a line on standard error for each program that compiles for over _PATIENCE_SECONDS.
 
-    The line comes while the program compiles. Of several hosts only the first prints.
+    The line is printed while the program compiles, by the first host only.
     """
-    import jax  # here, so that --help answers at once
+    import jax  # imported late to keep --help fast
 
     timers: dict[int, threading.Timer] = {}  # by thread
     hint = "JAX_COMPILATION_CACHE_DIR=DIR keeps programs for the next start"

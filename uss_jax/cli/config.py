@@ -24,7 +24,7 @@ _SHOWN = 60  # characters of a value that an error message shows
 def add_config_arguments(
     parser: argparse.ArgumentParser, example: str, *, workdir_required: bool = True
 ) -> None:
-    """Adds the arguments every training command has; `example` is one to show."""
+    """Adds the arguments of training commands; `example` is shown in the help."""
     parser.add_argument(
         "--config",
         type=path,
@@ -54,18 +54,17 @@ def add_config_arguments(
 
 
 def load_config(location: str, overrides: list[str]) -> ConfigDict:
-    """Returns the config of a file, with the values that the command line sets.
+    """Loads a config file and applies the overrides from the command line.
 
-    Values that begin with "~" are taken for paths below the home folder.
+    "~" at the start of a value is expanded to the home folder.
 
     Args:
-      location: path of a config file, or the name of a shipped one; then `:argument` for its
+      location: path of a config file or name of a shipped one, then `:argument` for its
         get_config() if it takes one.
       overrides: words of the form `--config.key=value`.
 
     Raises:
-      UserError: no such config, an argument it does not know, a key it does not have, or a value of
-        another type.
+      UserError: the config, its argument or a key is unknown, or a value has the wrong type.
     """
     config = _get_config(location)
     free = {name for name, value in _walk(config) if value is None or _is_empty(value)}
@@ -79,7 +78,7 @@ def load_config(location: str, overrides: list[str]) -> ConfigDict:
 
 
 def shipped_configs() -> dict[str, pathlib.Path]:
-    """Returns the files of configs/ by name; a wheel holds them inside the package."""
+    """Maps shipped config names to files; a wheel holds them inside the package."""
     package = pathlib.Path(uss_jax.__file__).parent
     packaged, checkout = package / "configs", package.parent / "configs"
     folder = packaged if packaged.is_dir() else checkout
@@ -87,8 +86,8 @@ def shipped_configs() -> dict[str, pathlib.Path]:
 
 
 def _find_config(name: str) -> str:
-    """Returns the path of a config file, given by its path or by a shipped config's name."""
-    if os.path.isfile(name):  # which takes names that cannot be one, too
+    """Returns the path of a config file, given its path or a shipped config's name."""
+    if os.path.isfile(name):  # false for names that no file can have, too
         return name
     shipped = shipped_configs()
     if name in shipped:
@@ -109,7 +108,7 @@ def _get_config(location: str) -> ConfigDict:
         config = get_config(argument) if argument else get_config()
     except UserError:
         raise
-    except (Exception, SystemExit) as error:  # whatever it does wrong is the user's to mend
+    except (Exception, SystemExit) as error:  # the file is the user's and can raise anything
         raise UserError(f"--config {location}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(
@@ -121,14 +120,14 @@ def _get_config(location: str) -> ConfigDict:
 def _override(
     config: ConfigDict, free: Set[str], names: list[str], text: str | None, option: str
 ) -> None:
-    """Sets one value of a config, or several where the text is a dict.
+    """Sets one value of a config, or several if the text is a dict.
 
     Args:
-      config: is changed.
-      free: dotted names of the sections to which keys may be added: those that are empty or None.
-      names: of the sections on the way, and of the key.
-      text: the value; None where there is no "=".
-      option: what was typed, for errors.
+      config: config to change.
+      free: dotted names of the sections that accept new keys: those that are empty or None.
+      names: path of the key: names of its sections, then its own.
+      text: value as text; None if the option has no "=".
+      option: option as typed, for error messages.
     """
     node, key = _locate(config, free, names, option)
     now = node.get(key)
@@ -138,7 +137,7 @@ def _override(
     if not isinstance(value, dict):
         node[key] = value
     elif isinstance(now, ConfigDict) and "name" in now:
-        # Which keys there are depends on the name.
+        # A section's valid keys depend on its name, so it is replaced whole.
         if not all(isinstance(part, str) and part.isidentifier() for part in value):
             raise UserError(f"{option}: expected keys that are words, not {list(value)}")
         node[key] = ConfigDict(value)
@@ -150,7 +149,7 @@ def _override(
 def _locate(
     config: ConfigDict, free: Set[str], names: list[str], option: str
 ) -> tuple[ConfigDict, str]:
-    """Returns the section of a key, and the key; a section on the way that is None becomes one."""
+    """Returns the section of a key, and the key; makes sections of those that are None."""
     node, where = config, ""
     for name in names[:-1]:
         if where in free:
@@ -173,7 +172,7 @@ def _locate(
 
 
 def _require_key(node: ConfigDict, key: str, where: str, option: str) -> None:
-    """Raises a UserError that offers the nearest key where a section has no such key."""
+    """Raises a UserError that suggests the nearest key if a section lacks the key."""
     if key in node:
         return
     section = f"--config.{where}" if where else "--config"
@@ -187,10 +186,10 @@ def _require_key(node: ConfigDict, key: str, where: str, option: str) -> None:
 
 
 def _parse(text: str, now: Any, option: str) -> Any:
-    """Returns a text as a value of the same type as the one it replaces, or None for "None".
+    """Parses a text to the type of the value it replaces, or "None" to None.
 
     Raises:
-      UserError: it is of another type.
+      UserError: the text is of another type.
     """
     if isinstance(now, str):
         return text
@@ -214,7 +213,7 @@ def _parse(text: str, now: Any, option: str) -> Any:
 
 
 def _literal(text: str) -> Any:
-    """Returns the value that a Python literal stands for; the text itself where it is none."""
+    """Evaluates a Python literal; returns other text unchanged."""
     try:
         return ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
@@ -227,8 +226,8 @@ def _finite(value: Any) -> float | None:
 
 
 def _sequence(value: Any, text: str, now: Sequence[Any]) -> Sequence[Any] | None:
-    """Returns a value as a sequence of the type of another one, None where its elements differ."""
-    if value is text:  # no literal: words, which need no quotes
+    """Converts a value to a sequence of the type of `now`; None if element types differ."""
+    if value is text:  # not a literal: words without quotes
         if _BRACKETS & set(text):
             return None
         value = [part.strip() for part in text.split(",")]

@@ -17,13 +17,13 @@ import pathlib
 from uss_jax.cli.arguments import path, refuse_idle
 
 KINDS = ("cnn14", "decision-level-max", "htsat", "uss")
-# Licences of published files, by their MD5 sums as the publisher gives them.
+# Licences of published files, by the MD5 sums that the publisher gives.
 _PANNS = "PANNs, https://zenodo.org/records/3987831: CC BY 4.0"
 _LICENCES = {
     "541141fa2ee191a88f24a3219fff024e": _PANNS,  # Cnn14_mAP=0.431.pth
     "70539c43c18b6a289b3199c503a82c5a": _PANNS,  # Cnn14_DecisionLevelMax_mAP=0.385.pth
 }
-# The length of the reference's anchors, and of the segments it separates.
+# Length of anchors and of separated segments in bytedance/uss.
 _SEGMENT_SECONDS = 2.0
 
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         parts |= found
         licences[_licence(source)] = None
     config = {**_bundle_config(parts), "licence": "; ".join(licences)}
-    foreign = {  # two files may use the same names
+    foreign = {  # prefixed, since two files may use the same names
         f"{part}/{name}": array
         for part, converted in parts.items()
         for name, array in converted.foreign.items()
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _write_back(path: str, out: str) -> None:
-    """A bundle to a Lightning checkpoint."""
+    """Writes a bundle as a Lightning checkpoint."""
     from uss_jax.errors import UserError
     from uss_jax.training.bundle import read_bundle
     from uss_jax.weights.lightning import lightning_state_dict, write_lightning
@@ -97,7 +97,7 @@ def _write_back(path: str, out: str) -> None:
 
 
 def _guess_kind(path: str, state_dict: dict) -> str:
-    """One of KINDS, from the tensors' names and, for PANNs, the published file names."""
+    """Returns one of KINDS, from the tensor names and, for PANNs, the published file names."""
     from uss_jax.errors import UserError
 
     if any(name.startswith(("ss_model.", "base.")) for name in state_dict):
@@ -114,7 +114,7 @@ def _guess_kind(path: str, state_dict: dict) -> str:
 
 
 def _convert(state_dict: dict, kind: str) -> dict:
-    """Part of a bundle -> Converted."""
+    """Converts a state dict; returns part of a bundle -> Converted."""
     from uss_jax.weights.torch import (
         convert_cnn14,
         convert_htsat,
@@ -133,7 +133,7 @@ def _convert(state_dict: dict, kind: str) -> dict:
 
 
 def _licence(path: str) -> str:
-    """The licence of a published file; of others nothing is known but what they are called."""
+    """Returns the licence of a published file; refers to the source for other files."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "md5").hexdigest()
     unknown = f"not known: as the source of {pathlib.Path(path).name} (MD5 {digest}) says"
@@ -141,7 +141,7 @@ def _licence(path: str) -> str:
 
 
 def _bundle_config(parts: dict) -> dict:
-    """The bundle's config.json, less its licence and what `write_bundle` adds."""
+    """Returns the bundle's config, without its licence and what `write_bundle` adds."""
     from uss_jax.errors import UserError
     from uss_jax.training.nets import fields_of, require_classes
 
@@ -166,7 +166,7 @@ def _bundle_config(parts: dict) -> dict:
 
 
 def _query_kind(parts: dict) -> str:
-    """What of the query net the separator sees: told by the width of its condition."""
+    """Returns the kind of the condition, "soft" or "embedding", by its width."""
     from uss_jax.errors import UserError
 
     net = parts["query"].build()

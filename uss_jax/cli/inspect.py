@@ -18,4 +18,4 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.errors import one_line
     from uss_jax.weights.inspection import inspect
 
-    print("\n".join(map(one_line, inspect(args.path))))  # names and licences are the input's
+    print("\n".join(map(one_line, inspect(args.path))))  # names and licences come from the input

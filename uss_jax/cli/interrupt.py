@@ -9,19 +9,19 @@ from typing import Any, NoReturn
 
 from uss_jax.leaving import leave
 
-# So long the main thread may take to hear of Ctrl-C before the process ends without it.
+# Time for the main thread to react to Ctrl-C before the second thread ends the process.
 _PATIENCE_SECONDS = 2.0
 
 
 def end_on_interrupt() -> None:
-    """Sees to it that SIGINT ends the process, whatever its main thread is doing.
+    """Makes SIGINT end the process, whatever its main thread is doing.
 
-    Python tells the main thread of a signal between two of its own instructions, which during a
-    compilation can be minutes away. So a second thread listens too. When the main thread hears of
-    the signal, KeyboardInterrupt ends its blocks as usual; when it does not, or on a second Ctrl-C,
-    the second thread removes what is half written and ends the process.
+    Python handles signals in the main thread, between bytecode instructions, which can be minutes
+    apart during a compilation. So a second thread listens too. If the main thread reacts in
+    time, KeyboardInterrupt unwinds it as usual; if not, or on a second Ctrl-C, the second thread
+    removes unfinished files and ends the process. An ignored SIGINT stays ignored.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started so, as in the background
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # inherited by background jobs
         return
     heard = threading.Event()
     report = sys.unraisablehook
@@ -34,7 +34,7 @@ def end_on_interrupt() -> None:
         raise KeyboardInterrupt
 
     def raise_again(unraisable: Any) -> None:
-        # Raised in a destructor or a callback of the garbage collector, it got no further.
+        # Python swallows exceptions from destructors and GC callbacks: send the signal again.
         if unraisable.exc_type is not KeyboardInterrupt:
             report(unraisable)
             return
@@ -54,7 +54,7 @@ def _listen(listening: int, heard: threading.Event) -> NoReturn:
     while True:
         if signal.SIGINT not in os.read(listening, 64):
             continue
-        # One press can arrive twice, from the terminal and from a parent process.
+        # One key press can arrive twice: from the terminal and from a parent process.
         again = first is not None and time.monotonic() - first > 1.0
         first = first or time.monotonic()
         if again or not heard.wait(_PATIENCE_SECONDS):
@@ -62,10 +62,10 @@ def _listen(listening: int, heard: threading.Event) -> NoReturn:
 
 
 def _compiles(frame: Any) -> bool:
-    """Tells whether JAX's compiler is among the calls that a frame is in.
+    """Returns whether JAX's compiler is among a frame's callers.
 
-    It looks for signals now and then. An exception would unwind it while its own threads still
-    work for it, and they would crash the process.
+    The compiler polls for signals. An exception would unwind it while its threads are running,
+    which would crash the process.
     """
     while frame is not None:
         if frame.f_globals.get("__name__") == "jax._src.compiler":

@@ -38,9 +38,9 @@ _COMPILING |= {"export"}
 
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:
-    """The parser of one command, or the overview when there is none.
+    """Returns the parser of one command, or of the overview when None or unknown.
 
-    Only the command asked for is imported, so that `--help` answers at once.
+    Only that command's module is imported, to keep `--help` fast.
     """
     if command not in COMMANDS:
         parser = argparse.ArgumentParser(
@@ -67,13 +67,14 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; the exit status is 0 only on success.
+    """Runs one command and returns its exit status.
 
-    1 is an error that the sentence tells how to mend, 2 wrong words, 3 a sound that was asked for
-    and not heard, 130 Ctrl-C, 143 a run that SIGTERM stopped, saved.
+    0 is success, 1 an error whose message says how to fix it, 2 wrong arguments (SystemExit), 3 a
+    queried class that is not heard, 130 Ctrl-C, 141 a broken pipe, 143 a run saved and stopped by
+    SIGTERM.
 
     Args:
-      argv: the words after `uss-jax`; the process's own when None.
+      argv: arguments after `uss-jax`; those of the process when None.
     """
     argv = sys.argv[1:] if argv is None else argv
     command = argv[0] if argv and argv[0] in COMMANDS else None
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         parser = build_parser(command)
         if command is None:
             parser.parse_args(argv)
-        # Overrides of config leaves go to the config's own parser, which knows their types.
+        # Config overrides are parsed later, against the types in the config.
         overrides = [word for word in argv[1:] if word.startswith("--config.")]
         args = parser.parse_args([word for word in argv[1:] if word not in overrides])
         args.config_overrides = overrides
@@ -118,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def command() -> NoReturn:
-    """Runs one command as a process of its own."""
+    """Runs one command as the process's entry point."""
     end_on_interrupt()
     status = main()
     if status == 130:
@@ -127,7 +128,7 @@ def command() -> NoReturn:
 
 
 def _print_any_name() -> None:
-    """Lets standard output take names that its encoding has no letters for, as escapes."""
+    """Makes standard output escape characters that its encoding lacks."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 

@@ -5,27 +5,26 @@ import ctypes
 import importlib.util
 import os
 
-# Of glibc's malloc.h: parameters of mallopt and what they are set to.
+# Parameters of mallopt (glibc's malloc.h) -> values.
 _KEEP = {
-    -8: 1,  # M_ARENA_MAX: what one thread frees, another takes
-    -4: 0,  # M_MMAP_MAX: large blocks too come from what is kept
-    -1: -1,  # M_TRIM_THRESHOLD: nothing goes back
+    -8: 1,  # M_ARENA_MAX: threads share freed memory
+    -4: 0,  # M_MMAP_MAX: large blocks come from the heap too
+    -1: -1,  # M_TRIM_THRESHOLD: the heap never shrinks
 }
 _PLUGINS = "jax_plugins", "libtpu"
 
 
 def keep_freed_memory() -> None:
-    """Has a process that computes on a CPU keep the memory it frees, unless MALLOC_* is set.
+    """Makes a process that computes on a CPU keep freed memory, unless MALLOC_* is set.
 
-    XLA allocates every feature map anew. glibc gives blocks of this size back to the kernel, which
-    hands them out again zeroed and page by page: up to 45 % of a training step, 15 % of a
-    separation. The process then stays as large as it ever was. Without effect with another C
-    library or where JAX may find an accelerator. To be called before JAX looks for devices, whose
-    threads choose their arenas then.
+    XLA allocates every feature map anew. glibc returns blocks of this size to the kernel, which
+    zeroes and maps them again page by page: up to 45 % of a training step, 15 % of a separation.
+    The cost is that the process stays at its peak size. No effect with another C library or if JAX
+    may find an accelerator. Call before JAX initialises devices: their threads choose arenas then.
     """
     if _may_have_accelerator() or any(name.startswith("MALLOC_") for name in os.environ):
         return
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # the C library is not glibc
         mallopt = ctypes.CDLL(None).mallopt
         for parameter, value in _KEEP.items():
             mallopt(parameter, value)

@@ -21,7 +21,7 @@ from uss_jax.cli.arguments import (
     whole,
 )
 
-# A median score below this says that the detector does not know the classes.
+# A median score below this means that the detector does not know the classes.
 _GUESSING = 0.02
 
 

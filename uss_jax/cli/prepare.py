@@ -179,7 +179,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _tell_passed_over(labels: "Labels", audio: str) -> None:
-    """Prints what is in the folder or the label file and will not be used."""
+    """Prints which files of the folder and labels of the label file are not used."""
     if labels.unknown:
         first = list(labels.unknown.items())[:10]
         counts = ", ".join(f'"{name}" ({len(lines)})' for name, lines in first)

@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-# Name -> suffix and form of samples. Only floats keep what goes beyond full scale.
+# Name -> suffix, libsndfile subtype. Only floats hold samples beyond full scale.
 _FORMATS = {
     "wav": (".wav", "FLOAT"),
     "wav24": (".wav", "PCM_24"),

@@ -23,14 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains."""
+    """Runs the command."""
     from uss_jax.cli.config import load_config
     from uss_jax.train import dry_run, train
     from uss_jax.training.hosts import join_hosts
 
     if args.workdir is None and not args.dry_run:
         raise UserError("--workdir is missing; give the folder where the run is to live")
-    # Joined first: the others hear of what is wrong on one host.
+    # Joined first, so that an error on one host stops the others too.
     with join_hosts(args.coordinator, args.processes, args.process, workdir=args.workdir):
         config = load_config(args.config, args.config_overrides)
         if args.dry_run:

@@ -15,12 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains."""
+    """Runs the command."""
     from uss_jax.cli.config import load_config
     from uss_jax.train_tagger import train_tagger
     from uss_jax.training.hosts import join_hosts
 
-    # Joined first: the others hear of what is wrong on one host.
+    # Joined first, so that an error on one host stops the others too.
     with join_hosts(args.coordinator, args.processes, args.process, workdir=args.workdir):
         config = load_config(args.config, args.config_overrides)
         train_tagger(config, args.workdir)

@@ -1,4 +1,4 @@
-"""Many recordings, one after another: what `uss-jax separate` does."""
+"""Separates many recordings one after another; the body of `uss-jax separate`."""
 
 import dataclasses
 import glob
@@ -34,9 +34,9 @@ from uss_jax.training.model import Model
 
 _HEARD_SHOWN = 20
 _NAMED = 3
-# In a recording's folder while its files take their places.
+# Present in a recording's folder until its sounds and reports are complete.
 _UNFINISHED = ".unfinished"
-# What must be right in the report.json of an earlier run.
+# Fields of an earlier run's report.json that are validated.
 _SOUND = record(
     {
         "name": text(),
@@ -52,7 +52,7 @@ _FINISHED = record(
     {"threshold": number(0, 1), "truncated": text()},
     others=True,
 )
-_MOST_BYTES = 1 << 28  # hours of recordings have many segments
+_MOST_BYTES = 1 << 28  # limit for report.json: hours of audio have many segments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Recording:
     """A recording to separate.
 
     Attributes:
-      path: its file.
-      place: the folder of its sounds, below the folder of all of them.
+      path: audio file.
+      place: folder for its sounds, relative to the output folder.
     """
 
     path: pathlib.Path
@@ -70,12 +70,12 @@ class Recording:
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """What became of the recordings.
+    """Counts of recordings by outcome.
 
     Attributes:
-      failed: how many could not be separated.
-      not_heard: how many do not hold a class that was asked for.
-      earlier: how many an earlier run had separated in the same way.
+      failed: recordings that could not be separated.
+      not_heard: recordings that lack a queried class.
+      earlier: recordings that an earlier run had separated in the same way.
     """
 
     failed: int
@@ -86,15 +86,19 @@ class Done:
 def find_recordings(
     words: Sequence[str], lists: Sequence[str | os.PathLike] = ()
 ) -> list[Recording]:
-    """The recordings that files, folders, patterns and lists name, each once.
+    """Returns the recordings named by files, folders, patterns and lists, without duplicates.
 
-    Of folders these are all audio files below; what else is there is reported. A recording's place
-    is its path as it was given, without suffix; of an absolute path it is the name alone, behind
-    the name of the folder that was given and what lies between.
+    A folder stands for all audio files below it; other files in it are reported. A recording's
+    place is its path as given, without suffix. If the path is absolute, the place starts at the
+    folder that was given, or is the file's name.
 
     Args:
-      words: files, folders and patterns.
-      lists: text files with a path in each line, relative to the working directory.
+      words: files, folders and glob patterns.
+      lists: text files with one path per line, relative to the working directory.
+
+    Raises:
+      UserError: a list cannot be read or is empty, a pattern matches nothing, a folder has no
+        audio files, or a word is "-".
     """
     found: dict[str, Recording] = {}
     for word in (*words, *_listed(lists)):
@@ -132,7 +136,7 @@ def _named_by(word: str) -> list[pathlib.Path]:
 
 def _recordings_at(path: pathlib.Path) -> list[pathlib.Path]:
     if not path.is_dir():
-        return [path]  # a missing one is reported when its turn comes
+        return [path]  # a missing file is reported when it is separated
     below, others = recordings_below(path)
     if not below:
         suffixes = ", ".join(sorted(AUDIO_SUFFIXES))
@@ -143,7 +147,7 @@ def _recordings_at(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def passed_over(others: Sequence[pathlib.Path]) -> str:
-    """Says which files of a folder are no recordings by their names."""
+    """Returns a remark on the files of a folder that were skipped for their suffixes."""
     names = ", ".join(path.name for path in others[:_NAMED])
     more = ", ..." if len(others) > _NAMED else ""
     return f"{len(others)} files that are no recordings passed over ({names}{more})"
@@ -169,17 +173,20 @@ def separate_all(
     query: Query,
     settings: dict[str, Any],
 ) -> Done:
-    """Separates recordings into a folder each; a bad one is reported, and the rest goes on.
+    """Separates each recording into its own folder; failures are reported and skipped.
 
-    What an earlier run has made of the same recording with the same model, query and settings is
-    kept as it is. What it was killed over is made again.
+    Results of an earlier run with the same recording, model, query and settings are kept. A
+    recording during which that run was killed is separated again.
 
     Args:
-      separator: with its settings.
-      recordings: what to separate.
-      out: the folder of the folders.
-      query: what to ask for.
-      settings: what the reports say of how it was asked.
+      separator: separator with its settings.
+      recordings: recordings to separate.
+      out: output folder, parent of the recordings' folders.
+      query: sounds to separate.
+      settings: options to record in the reports.
+
+    Raises:
+      UserError: the query does not fit the model.
     """
     query.require_fit(separator.model)
     run = _digest_of_run(separator, query, settings)
@@ -217,7 +224,7 @@ def separate_all(
 
 
 def for_each(recordings: Sequence[Recording], act: Callable[[Recording], None]) -> int:
-    """Acts on each recording; reports those where it fails and returns their number."""
+    """Calls `act` on each recording, reports failures and returns their number."""
     failed = 0
     for recording in recordings:
         try:
@@ -236,7 +243,7 @@ def _separate_one(
     settings: dict[str, Any],
     digest: str,
 ) -> dict[str, Any]:
-    """Writes the sounds of a recording and its reports; returns what report.json holds."""
+    """Writes a recording's sounds and reports; returns the contents of report.json."""
     plan = separator.plan(path, query)
     mark = folder / _UNFINISHED
     killed = mark.is_file() and mark.read_text() == digest
@@ -266,7 +273,7 @@ def _separate_one(
 
 
 def _sounds(made: Separated, folder: pathlib.Path, query: Query) -> list[dict[str, Any]]:
-    """What the report says of each file."""
+    """Returns the report's entry for each file."""
     active = {target.name: float(target.active.mean()) for target in made.targets}
     peaks = query.peaks(made.probabilities) if isinstance(query, Classes) else {}
     return [
@@ -283,7 +290,7 @@ def _sounds(made: Separated, folder: pathlib.Path, query: Query) -> list[dict[st
 
 
 def _remarks(facts: dict[str, Any]) -> Iterator[str]:
-    """What a person should know of the sounds that were written."""
+    """Yields warnings about the sounds that were written."""
     if not facts["sounds"]:
         yield "none of the classes asked for is heard"
     if why := facts.get("truncated"):
@@ -299,7 +306,7 @@ def _remarks(facts: dict[str, Any]) -> Iterator[str]:
 
 
 def _digest_of_run(separator: Separator, query: Query, settings: dict[str, Any]) -> str:
-    """Identifies the model, the query and the settings."""
+    """Returns a SHA-256 digest of the model, the query and the settings."""
     digest = hashlib.sha256()
     model = separator.model
     asked = query.sets if isinstance(query, Classes) else sorted(query.vectors)
@@ -312,20 +319,20 @@ def _digest_of_run(separator: Separator, query: Query, settings: dict[str, Any])
 
 
 def _digest_of_recording(run: str, path: pathlib.Path) -> str:
-    """Identifies a run and what a recording is, as far as its file's size and time tell."""
+    """Returns a digest of the run and of the recording's file size and modification time."""
     try:
         about = path.stat()
     except OSError:
-        return run  # reported when it is read
+        return run  # the error is reported when the file is read
     return hashlib.sha256(f"{run} {about.st_size} {about.st_mtime_ns}".encode()).hexdigest()
 
 
 def finished_facts(folder: pathlib.Path, digest: str) -> dict[str, Any] | None:
-    """What an earlier run has written of the same, if all of it is there."""
+    """Returns report.json of an earlier run with this digest if it is complete, else None."""
     try:
         with open(folder / REPORT, "rb", opener=at_once) as file:
             facts = read_json(file, _FINISHED, max_bytes=_MOST_BYTES)
-    except (OSError, ValueError):  # none, or another program's
+    except (OSError, ValueError):  # absent, or written by another program
         return None
     if facts["made_of"] != digest or (folder / _UNFINISHED).exists():
         return None
@@ -333,7 +340,7 @@ def finished_facts(folder: pathlib.Path, digest: str) -> dict[str, Any] | None:
 
 
 def heard(model: Model, path: pathlib.Path, threshold: float) -> str:
-    """Which classes sound in a recording, and where, without separating anything."""
+    """Returns text that lists the classes heard in a recording and where, without separating."""
     form = audio_format(path)
     blocks = resample_blocks(read_blocks(path), form.sample_rate, model.sample_rate)
     probabilities = tag_segments(model, blocks)

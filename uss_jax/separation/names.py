@@ -1,22 +1,22 @@
-"""File names from what people call sounds: different names give different file names."""
+"""File names from names of sounds; different names give different file names."""
 
 import hashlib
 import re
 import unicodedata
 
-# What some file system forbids in a name, and device names that Windows reserves.
+# Characters that some file systems forbid, and device names that Windows reserves.
 _FORBIDDEN = frozenset('<>:"/\\|?*')
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
-# File systems take 255 bytes; suffixes and names of temporary files are added to these.
+# File systems allow 255 bytes; this leaves room for suffixes and names of temporary files.
 _MOST_BYTES = 180
 
 
 def file_name(text: str) -> str:
-    """Returns a file name, without suffix, that every file system takes.
+    """Returns a file name, without suffix, that is valid on every file system.
 
-    Letters of every script, digits, spaces and most signs are kept. Where anything had to be
-    replaced or cut, a digest of the text follows. The result depends on the text alone, so that no
-    file is named differently because of what lies beside it.
+    Letters of every script, digits, spaces and most punctuation are kept. If anything was replaced
+    or cut, a digest of the text is appended. The result depends on the text alone, not on other
+    files in the folder.
     """
     name = "".join(character if _is_kept(character) else "_" for character in text)
     name = name.encode()[:_MOST_BYTES].decode(errors="ignore").strip(" .")

@@ -1,7 +1,6 @@
-"""What to ask a separator for: classes, vectors made of example recordings, banks of such vectors.
+"""Queries: classes, condition vectors from example recordings, and banks of such vectors.
 
-Letters: `t` samples of a recording, `s` segments of it, `k` classes, `d` width of the condition,
-`n` vectors.
+Letters: `t` samples and `s` segments of a recording, `k` classes, `d` condition width, `n` vectors.
 """
 
 import dataclasses
@@ -24,22 +23,22 @@ from uss_jax.opening import at_once
 from uss_jax.separation.separator import Target
 from uss_jax.training.model import Model
 
-# A class sounds in a segment where its probability is at least this (the reference's).
+# A class is active in a segment if its probability is at least this (as in bytedance/uss).
 THRESHOLD = 0.2
 
-# The reference's: a frame of a tenth of a second is silent if no sample is above this.
+# As in bytedance/uss: a frame of 0.1 s is silent if no sample's magnitude exceeds this.
 _SILENT_PEAK = 0.02
-# Below it, 80 dB under full scale, nothing sounds in a recording at all.
+# A recording whose peak is below this, -80 dBFS, is wholly silent.
 _NOTHING = 1e-4
 _FRAMES_A_SECOND = 10
 _BATCH_SIZE = 8
-# Conditions are probabilities, activations or what an adaptor makes of them; a net's arithmetic
-# overflows long before the largest float32.
+# Conditions are probabilities, activations or an adaptor's output; a net overflows long before the
+# largest float32.
 _LARGEST_VALUE = 1e6
 
 
 def parse_classes(words: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Name -> class indexes of what was asked for: classes, or sets of them joined by "+"."""
+    """Parses classes, or sets of them joined by "+", into a dict of name -> class indexes."""
     ontology, sets = load_ontology(), {}
     for word in words:
         indexes = tuple(ontology.resolve(part) for part in word.split("+"))
@@ -51,12 +50,15 @@ def parse_classes(words: Sequence[str]) -> dict[str, tuple[int, ...]]:
 
 
 def level_sets(levels: Sequence[int], first_parent_only: bool) -> dict[str, tuple[int, ...]]:
-    """ "level=L/Name" -> class indexes, for the nodes of some levels that have any class.
+    """Maps "level=L/Name" to class indexes, for the nodes with classes at the given levels.
 
     Args:
-      levels: of the ontology, from 1 at the top.
-      first_parent_only: use the reference's tree, where a sound with several parents counts under
-        one of them.
+      levels: levels of the ontology; 1 is the top.
+      first_parent_only: use the tree of bytedance/uss, where a sound with several parents counts
+        under one of them.
+
+    Raises:
+      UserError: a level that the ontology does not have.
     """
     if first_parent_only:
         nodes = [(n.level, n.name, n.class_indexes()) for n in reference_tree().walk()]
@@ -78,15 +80,16 @@ def level_sets(levels: Sequence[int], first_parent_only: bool) -> dict[str, tupl
 
 @dataclasses.dataclass(frozen=True)
 class Classes:
-    """Asks for sets of classes, where they sound (the reference's way).
+    """Queries sets of classes in the segments where they are heard, as bytedance/uss does.
 
-    The condition of a segment is its tagging probabilities with those of other classes set to zero;
-    it is active where one of the set's is at least the threshold.
+    The condition of a segment is its tagging probabilities with those outside the set zeroed, or
+    the set's indicator vector if the model's condition is one-hot. A segment is active if any
+    probability of the set reaches the threshold.
 
     Attributes:
       sets: name -> class indexes.
-      threshold: probability, 0..1.
-      only_active: leave out the sets that sound nowhere.
+      threshold: probability in [0, 1].
+      only_active: leave out sets that are active in no segment.
     """
 
     sets: Mapping[str, Sequence[int]]
@@ -95,7 +98,7 @@ class Classes:
     needs_tags: ClassVar[bool] = True
 
     def require_fit(self, model: Model) -> None:
-        """Raises a UserError where the model does not take classes, or has none of this number."""
+        """Raises a UserError if the model does not take classes or an index is out of range."""
         takes = model.query.module.takes
         if not (takes.classes or takes.probabilities):
             raise UserError(
@@ -111,14 +114,14 @@ class Classes:
                 )
 
     def peaks(self, probabilities: Float32[np.ndarray, "s k"]) -> dict[str, float]:
-        """Returns the highest probability of each set in a recording."""
+        """Returns each set's highest probability in the recording."""
         return {
             name: float(probabilities[:, list(indexes)].max())
             for name, indexes in self.sets.items()
         }
 
     def targets(self, model: Model, probabilities: Float32[np.ndarray, "s k"]) -> list[Target]:
-        """The targets of a recording with these tagging probabilities of its segments."""
+        """Returns the targets of a recording, given its segments' tagging probabilities."""
         self.require_fit(model)
         targets = []
         for name, indexes in self.sets.items():
@@ -138,17 +141,17 @@ class Classes:
 
 @dataclasses.dataclass(frozen=True)
 class Vectors:
-    """Asks with one condition for all of a recording.
+    """Queries with condition vectors, each constant over the recording.
 
     Attributes:
-      vectors: name -> condition, [d].
+      vectors: name -> condition [d].
     """
 
     vectors: Mapping[str, Float32[np.ndarray, " d"]]
     needs_tags: ClassVar[bool] = False
 
     def require_fit(self, model: Model) -> None:
-        """Raises a UserError where a vector is not one that the model takes."""
+        """Raises a UserError if a vector has the wrong width, or is NaN or too large."""
         width = model.separator.module.condition_width
         for name, vector in self.vectors.items():
             if vector.shape != (width,):
@@ -156,14 +159,14 @@ class Vectors:
                     f'the vector "{name}" has {vector.size} values, {model.path} takes conditions '
                     f"of width {width}"
                 )
-            if not np.abs(vector).max(initial=0) <= _LARGEST_VALUE:  # a NaN is not, either
+            if not np.abs(vector).max(initial=0) <= _LARGEST_VALUE:  # also false for NaN
                 raise UserError(
                     f'the vector "{name}" has a value that is not finite or beyond '
                     f"{_LARGEST_VALUE:g}; make it again"
                 )
 
     def targets(self, model: Model, probabilities: Any) -> list[Target]:
-        """The targets, whatever the recording."""
+        """Returns the targets; `probabilities` is unused."""
         self.require_fit(model)
         always = np.ones(1, bool)
         return [Target(name, vector[None], always) for name, vector in self.vectors.items()]
@@ -175,17 +178,18 @@ Query = Classes | Vectors
 def remove_silence(
     waveform: Float32[np.ndarray, " t"], sample_rate: int, silent_peak: float = _SILENT_PEAK
 ) -> Float32[np.ndarray, "_"]:
-    """Drops the silent frames of 0.1 s, and what is left after the last whole frame."""
+    """Drops silent frames of 0.1 s, and the samples after the last whole frame."""
     frame = sample_rate // _FRAMES_A_SECOND
     frames = waveform[: len(waveform) // frame * frame].reshape(-1, frame)
     return frames[np.abs(frames).max(axis=1) > silent_peak].reshape(-1)
 
 
 def sounding(waveform: Float32[np.ndarray, " t"], sample_rate: int) -> Float32[np.ndarray, "_"]:
-    """Returns what sounds in an example: `remove_silence`, of quiet and short ones too.
+    """Returns an example without its silence; handles quiet and short recordings too.
 
-    In a quiet recording a frame is silent that stays 20 dB below the peak; a recording without a
-    whole frame that sounds is taken as it is. An offset is removed first: it is no sound.
+    In a quiet recording the silence threshold is 20 dB below the peak. A recording without a whole
+    sounding frame is returned whole; one with a peak below -80 dBFS yields no samples. A DC offset
+    is removed first.
     """
     if abs(offset := waveform.mean()) > _SILENT_PEAK / 2:
         waveform = waveform - offset
@@ -199,11 +203,13 @@ def sounding(waveform: Float32[np.ndarray, " t"], sample_rate: int) -> Float32[n
 def recording_vector(
     model: Model, waveform: Float32[np.ndarray, " t"]
 ) -> Float32[np.ndarray, " d"]:
-    """The mean condition of a recording's segments; a last short one is repeated to full length.
+    """Returns the mean condition of a recording's segments.
+
+    A short last segment is repeated to full length.
 
     Args:
-      model: gives the condition.
-      waveform: at the model's sample rate, at least one sample.
+      model: model whose query net computes the condition.
+      waveform: at least one sample, at the model's sample rate.
     """
     length = model.segment_samples
     segments = [waveform[begin : begin + length] for begin in range(0, len(waveform), length)]
@@ -218,17 +224,20 @@ def recording_vector(
 
 
 def name_of_examples(path: str | os.PathLike) -> str:
-    """Returns what examples are called: their folder's whole name, or a file's without suffix."""
+    """Returns the name of examples: the folder's full name, or the file's without suffix."""
     path = pathlib.Path(os.path.abspath(path))
     return path.name if path.is_dir() else path.stem
 
 
 def vector_of_recordings(model: Model, path: str | os.PathLike) -> Float32[np.ndarray, " d"]:
-    """The mean over recordings of their vectors, silence removed (the reference's query mode).
+    """Averages `recording_vector` over recordings without silence, as bytedance/uss queries.
 
     Args:
-      model: gives the condition, `soft` or `embedding`.
-      path: a recording, or a folder of them. Wholly silent ones are passed over.
+      model: model with a `soft` or `embedding` condition.
+      path: a recording or a folder of them; silent recordings are skipped.
+
+    Raises:
+      UserError: the model's condition is one-hot, or nothing sounds in the recordings.
     """
     if not model.query.module.takes.recordings:
         raise UserError(
@@ -256,14 +265,14 @@ def _recordings(path: pathlib.Path) -> list[pathlib.Path]:
 
 @dataclasses.dataclass(frozen=True)
 class Bank:
-    """Stored vectors.
+    """Stored condition vectors.
 
     Attributes:
-      name: [n] what each asks for.
-      vectors: [n, d].
+      name: [n] names of the sounds.
+      vectors: [n, d] conditions.
       kind: `one_hot`, `soft` or `embedding`.
-      net_hash: of the query net that made them.
-      how: in words, for people.
+      net_hash: hash of the query net that computed them.
+      how: how they were made, in words.
     """
 
     name: tuple[str, ...]
@@ -275,11 +284,10 @@ class Bank:
     def select(self, names: Sequence[str], where: str) -> list[int]:
         """Returns the rows of the vectors with these names.
 
-        A name that is not there as it is written is also found in other case, or with "_" for
-        spaces, if only one vector is meant.
+        Without an exact match, case and "_" for spaces are ignored.
 
         Raises:
-          UserError: a name that is not there, is several vectors', or comes twice.
+          UserError: a name is missing, ambiguous or given twice.
         """
         rows = [self._row(name, where) for name in names]
         for row in rows:
@@ -318,7 +326,7 @@ def write_bank(path: str | os.PathLike, bank: Bank) -> None:
 
 
 def require_npz(path: str | os.PathLike) -> None:
-    """Refuses a name that numpy would add to."""
+    """Raises a UserError if a path lacks the suffix .npz, which numpy would append."""
     if not os.fspath(path).endswith(".npz"):
         raise UserError(f"{path}: name a query bank something.npz")
 
@@ -333,7 +341,7 @@ _COLUMNS = {
 
 
 def load_bank(path: str | os.PathLike) -> Bank:
-    """Reads a bank, whatever model it was made with."""
+    """Reads a bank, without checking that it fits a model."""
     try:
         with open(path, "rb", opener=at_once) as file:
             stored = read_npz(file, _COLUMNS)
@@ -354,7 +362,7 @@ def load_bank(path: str | os.PathLike) -> Bank:
 
 
 def read_bank(path: str | os.PathLike, model: Model) -> Bank:
-    """Reads a bank whose vectors the model understands."""
+    """Reads a bank; raises a UserError unless this model's query net made its vectors."""
     bank = load_bank(path)
     width = model.separator.module.condition_width
     if bank.vectors.shape[1] != width:

@@ -1,4 +1,4 @@
-"""Separating recordings: files in, files out, whatever their length, rate and channels.
+"""Separates audio files and waveforms of any length, sampling rate and number of channels.
 
 Letters: `n` targets, `c` channels, `t` samples.
 """
@@ -51,15 +51,15 @@ class Settings:
     """How recordings are separated and written.
 
     Attributes:
-      reference_blocks: cut as the reference does, for comparison with it.
-      mono: mix the channels of a file down to one first, as the reference does. Otherwise one mask,
-        of the channels' mean power, is for all of them. Waveforms are mixed by whoever gives them.
-      residual: also write what is left of the mixture.
-      sum_to_mixture: give each estimate an equal share of what is left, so that together they are
-        the mixture (mixture consistency, arXiv:1811.08521).
+      reference_blocks: cut into adjacent blocks as bytedance/uss does, for comparison with it.
+      mono: mix a file down to one channel first, as bytedance/uss does. Otherwise all channels
+        share one mask, computed from their mean power. Not applied to waveforms.
+      residual: also write the mixture minus the sum of the estimates.
+      sum_to_mixture: divide the residual equally among the estimates, so that they add up to the
+        mixture (mixture consistency, arXiv:1811.08521).
       suffix: ".wav" or ".flac".
-      subtype: libsndfile's name of the form of samples.
-      overwrite: replace files that are there.
+      subtype: libsndfile's name of the sample format.
+      overwrite: replace existing files.
     """
 
     reference_blocks: bool = False
@@ -73,16 +73,16 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Separated:
-    """What was made of a recording.
+    """The files separated from a recording.
 
     Attributes:
-      form: of the recording and of every file.
+      form: format of the recording and of every file.
       files: target name -> file.
-      targets: what was separated; the residual is none of them.
+      targets: the separated targets, without the residual.
       rms: target name -> root mean square of the estimate's samples.
-      clipped: target name -> share of the samples that lie beyond full scale, which a file of
-        whole numbers does not hold.
-      probabilities: of each segment, [s, k]; None where the query needs none.
+      clipped: target name -> share of the samples that were beyond full scale and clipped; 0 for
+        floating-point files.
+      probabilities: [s, k] tagging probabilities of segments; None if the query needs none.
     """
 
     form: Format
@@ -95,15 +95,15 @@ class Separated:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What will be made of a recording.
+    """The targets of a recording, and how to read it.
 
     Attributes:
       path: the recording.
-      form: of what is separated and of every file.
-      recorded: gives what is separated at its own rate, in pieces, as often as it is called.
-      blocks: the same at the model's rate.
-      targets: what to separate.
-      probabilities: of each segment, [s, k]; None where the query needs none.
+      form: format of the mixture and of every file.
+      recorded: starts a new iteration over the mixture's blocks, at the recording's rate.
+      blocks: the same, at the model's rate.
+      targets: targets to separate.
+      probabilities: [s, k] tagging probabilities of segments; None if the query needs none.
     """
 
     path: pathlib.Path
@@ -124,13 +124,13 @@ class Separator:
     """
 
     def __init__(self, model: Model, settings: Settings | None = None, mesh: Mesh | None = None):
-        """Takes an opened model.
+        """Wraps an opened model.
 
         Args:
-          model: with the nets.
-          settings: those of files do not matter for waveforms.
-          mesh: the devices that share the windows of a recording; all accelerators, or one CPU,
-            when None.
+          model: model with a separator.
+          settings: settings; those of files have no effect on waveforms.
+          mesh: devices over which a recording's windows are split; if None, all local
+            accelerators, or one CPU device.
         """
         self.model = model
         self.settings = settings or Settings()
@@ -138,28 +138,27 @@ class Separator:
         if mesh is None and not on_cpu:
             mesh = make_mesh(jax.local_devices())
         self._mesh = mesh
-        # A CPU is busy with one window; an accelerator wants many.
+        # One window keeps a CPU busy; an accelerator needs many.
         self._batch_size = (1 if on_cpu else 16) * (mesh.size if mesh else 1)
 
     @classmethod
     def load(cls, path: str | os.PathLike, precision: str = HIGHEST) -> "Separator":
-        """Opens a bundle or workdir, to compute at a precision: see uss_jax/precision.py."""
+        """Opens a bundle or workdir at a precision of uss_jax/precision.py."""
         return cls(Model(path, precision))
 
     def separate(
         self, waveform: Any, sample_rate: int, query: Query
     ) -> dict[str, Float32[np.ndarray, "*c t"]]:
-        """The estimates of what is asked for, as long as the waveform and in its place.
+        """Returns target name -> estimate, in the waveform's shape and aligned with it.
 
         Args:
-          waveform: [samples] or [channels, samples], one sample or more: floats in [-1, 1], or
-            integers, of which the largest of their type stand for 1.
-          sample_rate: Hz.
-          query: what to separate.
+          waveform: [samples] or [channels, samples], at least one sample: floats in [-1, 1], or
+            integers, scaled by the full scale of their type.
+          sample_rate: sampling rate, in Hz.
+          query: sounds to separate.
 
         Raises:
-          UserError: samples or a rate that are none of this, or a query that the model does not
-            take.
+          UserError: invalid samples or rate, or a query that does not fit the model.
         """
         given = as_waveform(waveform)
         rows = np.atleast_2d(given)
@@ -179,19 +178,19 @@ class Separator:
     def find_targets(
         self, blocks: Callable[[], Blocks], query: Query
     ) -> tuple[list[Target], Float32[np.ndarray, "s k"] | None]:
-        """The targets of a query in a recording, and the probabilities that they follow from."""
+        """Returns a query's targets in a recording, and the probabilities they are based on."""
         probabilities = tag_segments(self.model, blocks()) if query.needs_tags else None
         return query.targets(self.model, probabilities), probabilities
 
     def estimates(
         self, blocks: Blocks, samples: int, targets: Sequence[Target]
     ) -> Iterator[Float32[np.ndarray, "n c _"]]:
-        """Yields pieces of all estimates of a recording.
+        """Yields all estimates of a recording, piece by piece.
 
         Args:
           blocks: the recording at the model's rate.
-          samples: about how many it has.
-          targets: what to separate.
+          samples: approximate length of the recording, in samples.
+          targets: targets to separate.
 
         Raises:
           UserError: an estimate is not finite.
@@ -218,14 +217,14 @@ class Separator:
 
         Args:
           path: the recording.
-          folder: where to write a file for each target, named after it.
-          query: what to separate.
+          folder: output folder; each target's file is named after it.
+          query: sounds to separate.
         """
         plan = self.plan(path, query)
         return self.write(plan, self.make_room(plan, folder, replace=self.settings.overwrite))
 
     def plan(self, path: str | os.PathLike, query: Query) -> Plan:
-        """Finds what to separate in a recording; reads it once where the query needs tags."""
+        """Finds the targets in a recording; reads it once if the query needs tags."""
         form = audio_format(path)
         if self.settings.mono:
             form = dataclasses.replace(form, channels=1)
@@ -248,12 +247,16 @@ class Separator:
     def make_room(
         self, plan: Plan, folder: str | os.PathLike, *, replace: bool
     ) -> dict[str, pathlib.Path]:
-        """Returns the file of each target by name, and makes their folders.
+        """Maps target names to output files, and makes the files' folders.
 
         Args:
-          plan: of the recording.
-          folder: where to.
-          replace: whether files may be there already.
+          plan: plan of the recording.
+          folder: output folder.
+          replace: allow existing files.
+
+        Raises:
+          UserError: a file exists, would be that of two targets or is the recording itself, or a
+            folder cannot be made.
         """
         folder = pathlib.Path(folder)
         files: dict[str, pathlib.Path] = {}
@@ -278,7 +281,7 @@ class Separator:
         return files
 
     def write(self, plan: Plan, files: dict[str, pathlib.Path]) -> Separated:
-        """Separates the planned targets into their files, each of which appears whole."""
+        """Separates the planned targets into their files; each file appears only when complete."""
         form, subtype = plan.form, self.settings.subtype
         energy = np.zeros(len(files))
         done = 0
@@ -307,7 +310,7 @@ class Separator:
     def _pieces(
         self, plan: Plan
     ) -> Iterator[tuple[Float32[np.ndarray, "c t"], Float32[np.ndarray, "n c t"]]]:
-        """Yields pieces of the recording and of all its files, at the recording's rate."""
+        """Yields pieces of the mixture and of all output files, at the recording's rate."""
         rate, targets = self.model.sample_rate, plan.targets
         samples = resampled_length(plan.form.samples, plan.form.sample_rate, rate)
         pieces: Iterator[np.ndarray] = iter(())
@@ -325,15 +328,14 @@ class Separator:
 
 
 def as_waveform(given: Any) -> Float32[np.ndarray, "*c t"]:
-    """Returns samples as float32 in [-1, 1], [samples] or [channels, samples].
+    """Converts samples to float32 in [-1, 1], [samples] or [channels, samples].
 
     Args:
-      given: floats are taken as they are; int8, int16 and int32 are divided by what their type's
-        full scale is.
+      given: floats are not scaled; int8, int16 and int32 are divided by their type's full scale.
 
     Raises:
-      UserError: another type or shape, more channels than samples, a sample that is not finite, or
-        one beyond what audio in [-1, 1] can plausibly hold.
+      UserError: another type or shape, more channels than samples, or a sample that is not finite
+        or implausibly large for audio in [-1, 1].
     """
     try:
         array = np.asarray(given)
@@ -355,7 +357,7 @@ def as_waveform(given: Any) -> Float32[np.ndarray, "*c t"]:
             f"a waveform of shape {array.shape} has more channels than samples; it must be "
             "[channels, samples], so transpose it"
         )
-    with np.errstate(over="ignore"):  # what overflows is refused
+    with np.errstate(over="ignore"):  # overflow gives inf, which is refused below
         array = array.astype(np.float32)
     try:
         check_scale(array)
@@ -365,7 +367,7 @@ def as_waveform(given: Any) -> Float32[np.ndarray, "*c t"]:
 
 
 def require_rate(sample_rate: Any) -> int:
-    """Returns a sample rate as a whole number of Hz; a UserError where it is none."""
+    """Returns a sampling rate as int, in Hz; raises a UserError if not whole or out of range."""
     is_whole = isinstance(sample_rate, numbers.Real) and sample_rate % 1 == 0
     if is_whole and LOWEST_SAMPLE_RATE <= sample_rate <= HIGHEST_SAMPLE_RATE:
         return int(sample_rate)
@@ -378,7 +380,7 @@ def require_rate(sample_rate: Any) -> int:
 def consistent(
     estimates: Float32[np.ndarray, "n c t"], mixture: Float32[np.ndarray, "c t"]
 ) -> Float32[np.ndarray, "n c t"]:
-    """Estimates that add up to the mixture: each with an equal share of what was left."""
+    """Adds an equal share of the residual to each estimate, so that they sum to the mixture."""
     if not len(estimates):
         return estimates
     return estimates + (mixture - estimates.sum(axis=0)) / np.float32(len(estimates))
@@ -387,7 +389,7 @@ def consistent(
 def _beside(
     mixture: Blocks, estimates: Iterator[Float32[np.ndarray, "m _"]], targets: int
 ) -> Iterator[tuple[Float32[np.ndarray, "c t"], Float32[np.ndarray, "n c t"]]]:
-    """Yields equally long pieces of the mixture and of all estimates, to the mixture's end."""
+    """Yields pieces of the mixture and of all estimates, of equal length, to the mixture's end."""
     held = None
     for block in mixture:
         channels, length = block.shape
@@ -395,7 +397,7 @@ def _beside(
             held = np.zeros((targets * channels, 0), np.float32)
         while held.shape[1] < length:
             piece = next(estimates, None)
-            if piece is None:  # resampled there and back, a sample or two may be missing
+            if piece is None:  # resampling back and forth may lose a sample or two
                 piece = np.zeros((len(held), length - held.shape[1]), np.float32)
             held = np.concatenate([held, piece], axis=1)
         yield block, held[:, :length].reshape(targets, channels, length)

@@ -1,9 +1,9 @@
-"""What was found in a recording and what was made of it: report.json, and report.html to look at.
+"""Writes the report on a separated recording: report.json and the page report.html.
 
 The page is one file that opens offline: spectrograms, activity over time of every class heard, and
-the beginning of every sound to listen to. It is made from the written files, read piece by piece.
+a player with the beginning of every sound. It is made from the written files, in constant memory.
 
-Letters: `c` channels, `t` samples, `f` bands, `x` columns of a picture, `s` segments, `k` classes.
+Letters: `c` channels, `t` samples, `f` bands, `x` picture columns, `s` segments, `k` classes.
 """
 
 import base64
@@ -34,7 +34,7 @@ REPORT = "report.json"
 _N_FFT = 2048
 _BANDS, _COLUMNS = 80, 900
 _RANGE_DB = 70.0
-# A minute of every sound is kept in the page; the files have it all.
+# The page holds the first minute of every sound; the files hold all of it.
 _PLAYED_SECONDS = 60.0
 _CLASSES_SHOWN = 40
 _MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
@@ -46,15 +46,15 @@ def write_report(
     """Writes report.json and report.html.
 
     Args:
-      folder: where to.
-      facts: what to say, as `recording_facts` gives it.
-      files: names and audio files, the recording itself first.
+      folder: output folder.
+      facts: report contents, from `recording_facts`.
+      files: names and audio files; the recording comes first.
     """
     page = _page(folder, facts, files)
     with replacing(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
-    # Last, since it says that the recording is done. Bytes of names that are not UTF-8 become
-    # escapes, which JSON has too.
+    # report.json comes last: it marks the recording as done. Bytes of names that are not UTF-8 are
+    # written as escapes, which are valid JSON too.
     with replacing(folder / REPORT) as temporary:
         text = json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
@@ -69,15 +69,16 @@ def recording_facts(
     threshold: float,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """What report.json holds.
+    """Returns the contents of report.json.
 
     Args:
       path: the recording.
-      sounds: what was made of it, a dict each.
-      probabilities: of each segment; classes that reach `threshold` anywhere are kept.
-      segment_seconds: length of a segment.
-      threshold: 0..1.
-      settings: how it was made.
+      sounds: one dict per separated sound.
+      probabilities: [s, k] tagging probabilities; classes that reach `threshold` in any segment
+        are kept.
+      segment_seconds: length of a segment, in seconds.
+      threshold: probability in [0, 1].
+      settings: options of the run.
     """
     form = audio_format(path)
     facts: dict[str, Any] = {
@@ -145,7 +146,7 @@ _ROW = string.Template(
 
 
 def not_heard(sound: dict[str, Any], facts: dict[str, Any]) -> str:
-    """Says how far a class's probability stays below the threshold; empty where it does not."""
+    """Returns a remark on a class that is below the threshold everywhere, else an empty text."""
     if "peak" not in sound or sound["active_share"] > 0:
         return ""
     peak, threshold = 100 * sound["peak"], 100 * facts["threshold"]
@@ -164,7 +165,7 @@ def _note(sound: dict[str, Any], facts: dict[str, Any]) -> str:
 
 
 def _classes(facts: dict[str, Any]) -> str:
-    """A strip for each class heard, darker where it is more probable."""
+    """Returns an HTML strip for each class heard, darker where it is more probable."""
     if "classes" not in facts:
         return ""
     strips = []
@@ -183,11 +184,11 @@ def _classes(facts: dict[str, Any]) -> str:
 
 
 def band_levels(path: str | os.PathLike) -> Float[np.ndarray, "f x"]:
-    """Level in dB of mel bands over a file's length, mean of channels; in constant memory."""
+    """Returns mel band levels over a file's length, in dB, averaged over channels."""
     form = audio_format(path)
     top = form.sample_rate / 2
     weights = mel_matrix(form.sample_rate, _N_FFT, _BANDS, min(40.0, top / 4), top)
-    weights /= np.maximum(weights.sum(axis=0), 1e-12)  # the mean power of a band, not its density
+    weights /= np.maximum(weights.sum(axis=0), 1e-12)  # mean of a band's bins, not their sum
     frames = max(-(-form.samples // _N_FFT), 1)
     columns = min(frames, _COLUMNS)
     power, counts = np.zeros((columns, _BANDS)), np.zeros(columns)
@@ -204,14 +205,14 @@ def band_levels(path: str | os.PathLike) -> Float[np.ndarray, "f x"]:
 
 
 def _png(values: Float[np.ndarray, "f x"], low: float, high: float, colours: str) -> str:
-    """A picture as a data URL, the first row at the bottom."""
+    """Returns a PNG picture as a data URL; the first row is at the bottom."""
     file = io.BytesIO()
     imsave(file, values, vmin=low, vmax=high, cmap=colours, origin="lower", format="png")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _player(path: pathlib.Path) -> tuple[str, bool]:
-    """The beginning of a file as an MP3 data URL, and whether that is all of it."""
+    """Returns the beginning of a file as an MP3 data URL, and whether it is the whole file."""
     form = audio_format(path)
     block = next(read_blocks(path, max(round(_PLAYED_SECONDS * form.sample_rate), 1)))
     rate = form.sample_rate

@@ -1,16 +1,17 @@
-"""Separating recordings of any length in constant memory, and any number of sounds at once.
+"""Separates recordings of any length in constant memory, and any number of sounds at once.
 
-A recording is cut into windows of one shape, which overlap by a context that is separated twice
-and kept once. Nets are not shift-invariant (pooling makes them depend on where a window starts), so
-windows start on multiples of the net's grid, where they agree with one pass over everything.
-`Layout.blocks` is the reference's way instead: blocks side by side.
+A recording is cut into overlapping windows of one shape; the context at each end of a window is
+discarded, since its neighbour keeps those samples. Pooling makes a net's output depend on where a
+window starts, so windows start on multiples of the net's grid, where they agree with one pass over
+the whole recording. `Layout.blocks` gives the adjacent blocks of bytedance/uss instead.
 
-What is asked for lives on the tagging grid of 2-second segments (`Target`): a window is separated
-with the mean of the conditions of the active segments that it keeps a part of, and its estimate is
-silenced, fading over 50 ms, where no segment is active. Windows without an active one cost nothing.
+A `Target` is defined on the tagging grid of segments (2 s as published). A window is separated with
+the mean condition of the active segments that overlap its kept part; its estimate is gated to
+silence, with a fade of 50 ms, where no segment is active. Windows without an active segment are not
+computed.
 
-Letters: `b` batch, `c` channels, `t` samples, `s` segments, `k` classes, `d` width of the
-condition, `n` targets.
+Letters: `b` batch, `c` channels, `t` samples, `s` segments, `k` classes, `d` condition width, `n`
+targets.
 """
 
 import contextlib
@@ -37,9 +38,9 @@ class Target:
     """A sound to separate.
 
     Attributes:
-      name: for people and files.
-      conditions: [s, d] for each segment, or [1, d] for all.
-      active: [s] or [1] where there is anything to separate.
+      name: display name, from which the file name is made.
+      conditions: [s, d], one per segment, or [1, d] for all.
+      active: [s] or [1], whether the target sounds in a segment.
     """
 
     name: str
@@ -49,13 +50,13 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a recording is cut, in samples.
+    """How a recording is cut; all lengths in samples.
 
     Attributes:
-      window: of one pass of the net.
-      context: at both sides of a window, separated but not kept.
-      segment: of the tagging grid.
-      fade: of the gates between active and silent segments.
+      window: input length of the net.
+      context: length at each end of a window that is separated but not kept.
+      segment: step of the tagging grid.
+      fade: length of a gate's transition between active and silent segments.
     """
 
     window: int
@@ -65,19 +66,19 @@ class Layout:
 
     @property
     def step(self) -> int:
-        """From the start of a window to that of the next."""
+        """Distance between the starts of adjacent windows, in samples."""
         return self.window - 2 * self.context
 
     @classmethod
     def windows(cls, model: Model, samples: int) -> "Layout":
-        """The window and context that the net asks for, rounded up to its grid.
+        """Returns the net's window and context, rounded up to its grid.
 
-        Recordings that need less get half, a quarter or an eighth of it: so few shapes that a
-        folder of files compiles a handful of programs.
+        Short recordings get half, a quarter or an eighth of the window, so that a folder of files
+        compiles only a few programs.
 
         Args:
-          model: whose separator.
-          samples: of the recording, as far as is known.
+          model: model with the separator.
+          samples: approximate length of the recording, in samples.
         """
         net = model.separator.module
         grid = net.grid_samples
@@ -91,16 +92,16 @@ class Layout:
 
     @classmethod
     def blocks(cls, model: Model) -> "Layout":
-        """The reference's: one block a segment, no context, no fading."""
+        """Returns the layout of bytedance/uss: one block per segment, no context, no fade."""
         return cls(model.segment_samples, 0, model.segment_samples, 0)
 
 
 def tag_segments(model: Model, blocks: Blocks) -> Float32[np.ndarray, "s k"]:
-    """Tagging probabilities of each segment of a recording, the last one followed by zeros.
+    """Returns the tagging probabilities of each segment; the last segment is zero-padded.
 
     Args:
-      model: whose tagging net to ask.
-      blocks: the recording at the model's sample rate, in pieces; of its channels, see `mono`.
+      model: model with a tagging net.
+      blocks: the recording at the model's rate, in pieces; `mono` mixes its channels.
     """
     cut = Layout.blocks(model)
     probabilities = []
@@ -118,19 +119,20 @@ def separate_blocks(
     batch_size: int,
     mesh: Mesh | None = None,
 ) -> Iterator[Float32[np.ndarray, "n c _"]]:
-    """Yields the estimates of all targets piece by piece, as long together as the recording.
+    """Yields the estimates of all targets in pieces that together have the recording's length.
 
     Args:
-      model: whose separator to use.
-      layout: how to cut.
-      blocks: the recording at the model's sample rate, in pieces.
-      targets: what to separate.
-      batch_size: windows (of one target each) in one run of the net.
-      mesh: the devices that share them, whose number divides the batch size; None for one.
+      model: model with the separator.
+      layout: how to cut the recording.
+      blocks: the recording at the model's rate, in pieces.
+      targets: targets to separate.
+      batch_size: number of (window, target) pairs in one run of the net.
+      mesh: devices over which a batch is split; their number divides `batch_size`. None for one
+        device.
     """
     net = model.separator if mesh is None else model.separator_on(mesh)
-    pending: list[tuple[int, np.ndarray, int]] = []  # index, samples, how many of them are true
-    jobs: list[tuple[int, int, np.ndarray]] = []  # place in pending, number of target, condition
+    pending: list[tuple[int, np.ndarray, int]] = []  # index, samples, true length
+    jobs: list[tuple[int, int, np.ndarray]] = []  # place in pending, target number, condition
 
     def flush() -> Iterator[np.ndarray]:
         estimates = {}
@@ -176,11 +178,14 @@ def _separate(
 
 
 def _windows(blocks: Blocks, layout: Layout) -> Iterator[tuple[int, Float32[np.ndarray, "c t"]]]:
-    """Yields (true samples, samples) of every window, the last ones followed by zeros."""
+    """Yields (true length, samples) of every window; the last windows are zero-padded.
+
+    The true length is more than a window if the recording goes on after it.
+    """
     held, first = None, True
     for block in blocks:
         held = block if held is None else np.concatenate([held, block], axis=1)
-        # One more sample than a window: whether more follow decides what the window keeps.
+        # Waits for a sample beyond the window: the last window keeps its end, others do not.
         while held.shape[1] > layout.window:
             yield layout.window + 1, held[:, : layout.window]
             held, first = held[:, layout.step :], False
@@ -192,7 +197,7 @@ def _windows(blocks: Blocks, layout: Layout) -> Iterator[tuple[int, Float32[np.n
 
 
 def _kept(layout: Layout, index: int, true: int) -> tuple[int, int]:
-    """The part of a window that is kept; its first and last keep what lies outside of others."""
+    """Returns (first, last) of a window's kept samples; no context is cut at a recording's ends."""
     return (layout.context if index else 0), min(true, layout.window - layout.context)
 
 
@@ -208,7 +213,7 @@ def _in_batches(items: Iterable[np.ndarray], size: int) -> Iterator[Float32[np.n
 
 
 def _active_rows(layout: Layout, target: Target, index: int) -> np.ndarray:
-    """The active segments that a window keeps a part of or, if none, a part of the fade to one."""
+    """Returns the active segments in a window's kept part or, if none, within a fade of it."""
     start = index * layout.step
     first, last = _kept(layout, index, layout.window)
     for margin in (0, layout.fade):
@@ -227,9 +232,9 @@ def _condition(target: Target, rows: np.ndarray) -> Float[np.ndarray, " d"]:
 
 
 def _gate(layout: Layout, target: Target, begin: int, samples: int) -> Float32[np.ndarray, " t"]:
-    """1 where a target's segments are active and 0 elsewhere, from `begin` on.
+    """Returns the gain from sample `begin` on: 1 in active segments, 0 elsewhere.
 
-    The fade lies inside the silent segment, so that active ones are whole.
+    The fade lies inside the silent segment, so that active segments are not attenuated.
     """
     if target.active.all():
         return np.ones(samples, np.float32)
@@ -238,7 +243,7 @@ def _gate(layout: Layout, target: Target, begin: int, samples: int) -> Float32[n
     active = target.active[segment].astype(np.float64)
     if not layout.fade:
         return active.astype(np.float32)
-    # Distance in samples to the nearest active one.
+    # Distance to the nearest active sample.
     ones = np.flatnonzero(active)
     if not ones.size:
         return np.zeros(samples, np.float32)

@@ -1,9 +1,9 @@
-"""Other forms of a model: orbax (whole or sharded), safetensors, StableHLO.
+"""Exports a model as orbax (whole or sharded), safetensors or StableHLO.
 
-Each is written beside its place, read back, run on noise and held to the live model, and only then
-takes its place. Each carries the model's config with its licence, and how to load it.
+An export is written to a temporary folder, read back, run on noise, compared with the live model,
+and only then moved into place. It includes the model's config, licence and loading instructions.
 
-Letters: `b` batch, `t` samples of a window, `d` width of the condition.
+Letters: `b` batch, `t` samples of a window, `d` condition width.
 """
 
 import functools
@@ -40,7 +40,7 @@ from uss_jax.training.mesh import lay_out, make_mesh
 
 FORMATS = ("orbax", "safetensors", "stablehlo")
 DTYPES = ("float32", "bfloat16")
-# Of the largest sample: what another order of float32 sums leaves.
+# Relative to the largest sample: what another order of float32 summation may change.
 _TOLERANCE = 1e-4
 _PARTS = ("separator", "query", "adaptor", "sed")
 _ROWS = 2
@@ -66,7 +66,7 @@ _CONDITION = {
     "sound asked for, [b, {samples}].",
 }
 
-# Runs an exported function in a bare process.
+# Runs an exported function in a process that imports neither uss_jax nor flax.
 _RUN = """
 import sys, numpy, jax
 inputs = numpy.load(sys.argv[2])
@@ -86,20 +86,23 @@ def export(
     window_seconds: float | None = None,
     precision: str = HIGHEST,
 ) -> str:
-    """Writes another form of a model; the folder appears whole, and only if it runs as the model.
+    """Exports a model; the folder appears complete, and only if its outputs match the model's.
 
     Args:
-      bundle: a separator's.
+      bundle: bundle of a separator.
       form: one of FORMATS.
       out: a folder that does not exist yet.
-      dtype: of stored parameters; batch statistics stay float32.
-      shards: for orbax: pieces over which every large array is divided, as on so many devices.
-      window_seconds: for stablehlo: length of a window; that of a segment when None.
-      precision: for stablehlo: of the function's products, see uss_jax/precision.py. Other forms
-        hold no products.
+      dtype: dtype of stored parameters; batch statistics stay float32.
+      shards: orbax only: number of devices over which every large array is sharded.
+      window_seconds: stablehlo only: window length, in seconds; a segment's when None.
+      precision: stablehlo only: precision of the function, see uss_jax/precision.py.
 
     Returns:
-      What was checked, for people.
+      A sentence on what was checked.
+
+    Raises:
+      UserError: the folder exists, an argument does not apply to the form, or the export differs
+        from the model.
     """
     out = pathlib.Path(out)
     if out.exists():
@@ -146,7 +149,7 @@ def _has(bundle: Bundle, part: str) -> bool:
 
 
 def _config(bundle: Bundle) -> dict[str, Any]:
-    """The bundle's config and, of a run, how far it had come."""
+    """Returns the bundle's config, with the latest step if it is a workdir."""
     step = latest_step(bundle.path / "checkpoints")
     return bundle.config if step is None else {**bundle.config, "step": step}
 
@@ -157,12 +160,12 @@ def _rate(bundle: Bundle) -> int:
 
 def _cast(variables: Variables, dtype: str) -> Variables:
     params = jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype)), variables["params"])
-    statistics = variables.get("batch_stats")  # an adaptor has none
+    statistics = variables.get("batch_stats")  # adaptors have none
     return {"params": params, "batch_stats": statistics} if statistics else {"params": params}
 
 
 def _inputs(separator: SeparatorNet, window: int) -> dict[str, np.ndarray]:
-    """A mixture of every channel as a row, and conditions; named in the order of arguments."""
+    """Returns random mixtures and conditions, keyed by argument position."""
     rng = np.random.default_rng(0)
     shape = (_ROWS, separator.audio_channels, window)
     mixture = 0.1 * rng.standard_normal(shape).astype(np.float32)
@@ -171,7 +174,7 @@ def _inputs(separator: SeparatorNet, window: int) -> dict[str, np.ndarray]:
 
 
 def _separate(separator: SeparatorNet, variables: Variables, mixture: Any, condition: Any) -> Any:
-    """Mixtures [b, t], or [b, channels, t] of a net of several channels, to estimates alike."""
+    """Separates mixtures [b, t], or [b, channels, t] if the net has several channels."""
     if separator.audio_channels == 1:
         return separate(separator, variables, mixture, condition)[0]
     return separator.apply(variables, mixture, condition)
@@ -180,16 +183,16 @@ def _separate(separator: SeparatorNet, variables: Variables, mixture: Any, condi
 def _live(
     separator: SeparatorNet, variables: Variables, inputs: Mapping[str, np.ndarray]
 ) -> Float[np.ndarray, "..."]:
-    """The estimates that a form is held to, at highest precision.
+    """Returns the live model's estimates, at highest precision.
 
-    An exported function runs on the CPU then, where every precision is the highest.
+    Exported functions are checked on the CPU, where all precisions are the same.
     """
     run = jax.jit(at_precision(HIGHEST, functools.partial(_separate, separator)))
     return np.asarray(run(variables, inputs["0"], inputs["1"]))
 
 
 def _require_same(live: np.ndarray, exported: np.ndarray, what: str) -> float:
-    """The largest difference as a share of the largest sample; refuses more than rounding."""
+    """Returns the largest difference relative to the largest sample; raises above _TOLERANCE."""
     peak = float(np.abs(live).max())
     difference = float(np.abs(live - exported).max()) / max(peak, 1e-10)
     if not difference <= _TOLERANCE:
@@ -204,7 +207,7 @@ def _orbax(
     shards: int,
     inputs: Mapping[str, np.ndarray],
 ) -> np.ndarray:
-    """A bundle, read back and run."""
+    """Writes a bundle; returns estimates from what is read back."""
     if shards > jax.device_count():
         raise UserError(
             f"--shards {shards} needs as many devices, there are {jax.device_count()}; without "
@@ -227,7 +230,7 @@ def _safetensors(
     folder: pathlib.Path,
     inputs: Mapping[str, np.ndarray],
 ) -> np.ndarray:
-    """One file of all parts, read back and run."""
+    """Writes one file with all parts; returns estimates from what is read back."""
     path = folder / "model.safetensors"
     flat = flatten_dict(dict(parts), sep="/")
     write_tensors(path, flat)
@@ -243,7 +246,7 @@ def _stablehlo(
     inputs: Mapping[str, np.ndarray],
     precision: str,
 ) -> np.ndarray:
-    """The functions themselves, parameters included, run in a process without this package."""
+    """Writes functions with their parameters; returns estimates from a bare process."""
     separator, _ = bundle.separator()
     constants = jax.tree.map(jnp.asarray, parts["separator"])
     (b,) = jax.export.symbolic_shape("b")
@@ -275,7 +278,7 @@ def _stablehlo(
 
 
 def _condition(query: QueryNet, variables: Variables, recording: Any) -> Any:
-    classes = jnp.zeros(recording.shape[0], jnp.int32)  # a recording tells by itself
+    classes = jnp.zeros(recording.shape[0], jnp.int32)  # unused: a recording is its own query
     return query.apply(variables, recording, classes)
 
 
@@ -287,10 +290,10 @@ def _write_function(
 
 
 def _run_alone(path: pathlib.Path, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The output of an exported function in a fresh process on the CPU."""
+    """Returns the output of an exported function, run in a new process on the CPU."""
     given, given_back = path.with_suffix(".in.npz"), path.with_suffix(".out.npy")
     np.savez(given, **inputs)
-    # -I: neither the working directory nor PYTHONPATH can bring this package in.
+    # -I keeps this package from being imported through the working directory or PYTHONPATH.
     command = [sys.executable, "-I", "-c", _RUN, str(path), str(given), str(given_back)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

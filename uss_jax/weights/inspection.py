@@ -1,4 +1,4 @@
-"""What a path is: a bundle, workdir, checkpoint, query bank, records directory or anchor table."""
+"""Describes a bundle, workdir, export, checkpoint, query bank, records folder or anchor table."""
 
 import os
 import pathlib
@@ -21,17 +21,17 @@ from uss_jax.training import nets
 from uss_jax.training.bundle import Bundle, net_hash, read_bundle, read_tensors
 from uss_jax.training.checkpoints import latest_step
 
-_TAIL_BYTES = 1 << 16  # of metrics.jsonl: many lines
+_TAIL_BYTES = 1 << 16  # read from the end of metrics.jsonl: many lines
 _PARTS = ("separator", "query", "adaptor", "sed")
 _OPENED = ("separator", "query", "sed")
 _KINDS = "a bundle, workdir, export, checkpoint, folder of records, anchor table or query bank"
 
 
 def inspect(path: str | os.PathLike) -> list[str]:
-    """Lines for people.
+    """Returns lines of text that describe a path.
 
     Raises:
-      UserError: it is none of what this program writes.
+      UserError: the path is missing, unreadable, or not written by this program.
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -85,7 +85,7 @@ def _of_model(path: pathlib.Path) -> list[str]:
 
 
 def _opened(bundle: Bundle) -> Iterator[str]:
-    """Why nets cannot be opened, and which query banks go with the query net."""
+    """Yields why nets cannot be opened, and which query banks fit the query net."""
     for part in _OPENED:
         if bundle.config.get(part) is None:
             continue
@@ -95,7 +95,7 @@ def _opened(bundle: Bundle) -> Iterator[str]:
             yield f"cannot be used: {error}"
             continue
         if part == "query" and bundle.config["kind"] == "separator":
-            taken = f"those made with query net {net_hash(variables)}"  # as `query list` shows it
+            taken = f"those made with query net {net_hash(variables)}"  # as `query list` prints
             yield f"query banks: {'none, it is asked by class' if net.tagger is None else taken}"
 
 
@@ -105,7 +105,7 @@ def _adaptor(config: dict[str, Any]) -> str:
 
 
 def _of_part(bundle: Bundle, part: str) -> Iterator[str]:
-    """A part's size, its modules, and its hash, held to the one in the config."""
+    """Yields a part's parameter counts by module, and its hash, compared with the config's."""
     section = bundle.config.get("query" if part == "adaptor" else part)
     absent = section is None or (part == "query" and section.get("model") is None)
     if absent or (part == "adaptor" and not section.get("adaptor_width")):
@@ -148,7 +148,7 @@ _METRICS = record({"step": whole(0, 1 << 53)}, others=True)
 
 
 def _last_metrics(path: pathlib.Path) -> dict[str, int | float] | None:
-    """The last whole line of a run's metrics; what a kill has left of another is passed over."""
+    """Returns the last valid line of metrics.jsonl; skips a line cut off when a run was killed."""
     with path.open("rb") as file:
         file.seek(max(file.seek(0, 2) - _TAIL_BYTES, 0))
         lines = file.read().splitlines()

@@ -1,4 +1,4 @@
-"""A bundle of a bytedance/uss checkpoint as such a checkpoint again, tensor for tensor."""
+"""Converts a bundle back to the bytedance/uss checkpoint it was made from, tensor for tensor."""
 
 import os
 import pathlib
@@ -13,8 +13,8 @@ from uss_jax.training.bundle import Bundle, read_tensors
 from uss_jax.weights.torch import LIGHTNING_PREFIXES, SMOOTHING, StateDict, state_dict_of
 
 FOREIGN = "foreign.safetensors"
-# Lightning brings files of older versions up to date: those before 1.6.5 must hold the state of its
-# loops, which this one lacks. Of a file newer than itself it warns.
+# Lightning migrates checkpoints of older versions, and those before 1.6.5 must then hold the state
+# of its loops, which is absent here. It warns of checkpoints newer than itself.
 _LIGHTNING_VERSION = "1.9.0"
 _SEPARATOR_BUFFERS = (
     "base.stft.conv_real.weight",
@@ -31,11 +31,11 @@ _TAGGER_BUFFERS = (
 
 
 def lightning_state_dict(bundle: Bundle) -> StateDict:
-    """All tensors of the checkpoint that the original program loads with strict=True.
+    """Returns all tensors that bytedance/uss needs to load a checkpoint with strict=True.
 
     Raises:
-      UserError: the bundle lacks a part, or a tensor that has no counterpart here and that
-        `uss-jax convert` would have kept.
+      UserError: the bundle lacks a part, or a foreign tensor that `uss-jax convert` keeps; or it
+        has an adaptor or another tagging net than Cnn14.
     """
     parts = [part for part in LIGHTNING_PREFIXES if part not in bundle.config]
     if parts:
@@ -66,7 +66,7 @@ def lightning_state_dict(bundle: Bundle) -> StateDict:
 
 
 def _foreign(bundle: Bundle) -> StateDict:
-    """The kept tensors by their names in the checkpoint."""
+    """Returns the bundle's foreign tensors by their names in the checkpoint."""
     path = bundle.path / FOREIGN
     if not path.is_file():
         raise UserError(
@@ -78,7 +78,7 @@ def _foreign(bundle: Bundle) -> StateDict:
 
 
 def _wanted(part: str, prefix: str, fields: Mapping[str, Any], trained: StateDict) -> Iterator[str]:
-    """Names of the tensors without a counterpart that a net of these fields has."""
+    """Yields the names of the foreign tensors that a net with these fields has."""
     for name in trained:
         if name.endswith(".running_mean"):
             yield name.replace("running_mean", "num_batches_tracked")
@@ -93,15 +93,15 @@ def _wanted(part: str, prefix: str, fields: Mapping[str, Any], trained: StateDic
 
 
 def write_lightning(path: str | os.PathLike, state_dict: StateDict, steps: int = 0) -> None:
-    """Writes a .ckpt as PyTorch Lightning does, whole or not at all.
+    """Writes a PyTorch Lightning checkpoint atomically.
 
     Args:
-      path: the file.
-      state_dict: names and arrays.
-      steps: that the parameters were trained for.
+      path: .ckpt file to write.
+      state_dict: torch names and arrays.
+      steps: training steps of the parameters.
 
     Raises:
-      UserError: PyTorch is not installed, or there is a file already.
+      UserError: PyTorch is not installed, or the file exists.
     """
     try:
         import torch

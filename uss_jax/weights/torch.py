@@ -1,9 +1,10 @@
-"""PyTorch state dicts of foreign checkpoints to Flax variables and back, as tables of names.
+"""Converts PyTorch state dicts of foreign checkpoints to Flax variables and back, by name tables.
 
 The nets are PANNs' tagging net `Cnn14` and detector `Cnn14_DecisionLevelMax` (the same tensors),
-HTS-AT, which is both, the separator `ResUNet30` of bytedance/uss and its relatives with other
-widths and depths, and a whole training checkpoint that holds a separator and PANNs' nets. Arrays
-only: `uss_jax.weights.unpickle` reads the files.
+HTS-AT, which is both, the separator `ResUNet30` of bytedance/uss and variants with other widths and
+depths, and whole training checkpoints that hold a separator and PANNs' nets. This module handles
+arrays only: `uss_jax.weights.unpickle` reads the files. A foreign tensor is one without a Flax
+counterpart.
 """
 
 import dataclasses
@@ -31,9 +32,9 @@ StateDict = dict[str, np.ndarray]
 Fields = dict[str, Any]
 Leaves = dict[str, tuple[str, tuple[int, ...]]]
 
-# What a layer holds: torch leaf -> (collection, Flax leaf, permutation of the axes). Convolutions
-# are OIHW in torch and HWIO here; a transposed one is IOHW there and, as `transpose_kernel` wants
-# it, HWOI here: the same permutation.
+# Leaves of a layer: torch leaf -> (collection, Flax leaf, permutation of the axes). Convolutions
+# are OIHW in torch and HWIO here. Transposed ones are IOHW in torch and HWOI here, as
+# `transpose_kernel` requires: the same permutation.
 _NORM = {
     "weight": ("params", "scale", (0,)),
     "bias": ("params", "bias", (0,)),
@@ -47,10 +48,9 @@ _POSITIONS = {
     "relative_position_bias_table": ("params", "relative_position_bias", (0, 1)),
 }
 
-# The porting tables: torch layer, Flax layer, what it holds. {i} counts levels and {j} the blocks
-# of a level, from 1; so do {from0[i]} and {from0[j]}, from 0; {k} is 1 or 2. A row without a
-# counterpart in a given net (a shortcut between equal widths, a bias of a convolution before a
-# batch norm) does not apply to it.
+# Porting tables: torch layer, Flax layer, leaves. {i} is the level and {j} the block of a level,
+# from 1; {from0[i]} and {from0[j]} are the same from 0; {k} is 1 or 2. Rows of what a net lacks (a
+# shortcut between equal widths, the bias of a convolution before batch norm) are skipped.
 _CNN14_TABLE = (
     ("bn0", "bn0", _NORM),
     ("conv_block{i}.conv{k}", "conv_block{i}/conv{k}", _CONV),
@@ -58,7 +58,7 @@ _CNN14_TABLE = (
     ("fc1", "fc1", _DENSE),
     ("fc_audioset", "fc_audioset", _DENSE),
 )
-_BLOCKS = (  # the same rows for encoder, centre and decoder
+_BLOCKS = (  # shared by encoder, centre and decoder
     ("base.{torch}.bn{k}", "{flax}/bn{k}", _NORM),
     ("base.{torch}.conv{k}", "{flax}/conv{k}", _CONV),
     ("base.{torch}.shortcut", "{flax}/shortcut", _CONV),
@@ -111,7 +111,7 @@ _HTSAT_TABLE = (
     ("tscam_conv", "token_semantic", _CONV),
 )
 
-# Tensors that need no counterpart: counters, formulas, and layers that no forward pass uses.
+# Foreign tensors: counters, buffers that follow from formulas, and layers no forward pass uses.
 _CNN14_FOREIGN = re.compile(
     r".*\.num_batches_tracked|(spectrogram_extractor|logmel_extractor)\..*",
 )
@@ -123,20 +123,20 @@ _HTSAT_FOREIGN = re.compile(
     r".*\.num_batches_tracked|(spectrogram_extractor|logmel_extractor)\..*"
     r"|layers\..*\.(relative_position_index|attn_mask)|head\.(weight|bias)",
 )
-# The detector's moving average, a tensor of the whole checkpoint.
+# The detector's smoothing filter; only whole training checkpoints hold it.
 SMOOTHING = "anchor_segment_detector.anchor_segment_scorer.smooth_filter"
 
-# What the arrays of a tagging net do not tell: the front ends that PANNs published, by n_fft.
+# Settings that do not follow from a tagging net's arrays: PANNs' published front ends, by n_fft.
 _FRONT_ENDS = {
     1024: dict(sample_rate=32000, hop_samples=320, f_min=50.0, f_max=14000.0),
     512: dict(sample_rate=16000, hop_samples=160, f_min=50.0, f_max=8000.0),
     256: dict(sample_rate=8000, hop_samples=80, f_min=50.0, f_max=4000.0),
 }
 
-# HTS-AT's checkpoints name its tensors under this.
+# Prefix of the tensor names in HTS-AT's checkpoints.
 HTSAT_PREFIX = "sed_model."
 
-# Parts of a whole checkpoint: part of a bundle -> prefix of its tensors.
+# Whole training checkpoints: part of a bundle -> prefix of its tensors.
 LIGHTNING_PREFIXES = {
     "separator": "ss_model.",
     "sed": "anchor_segment_detector.sed_model.",
@@ -146,13 +146,13 @@ LIGHTNING_PREFIXES = {
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
-    """A net from a foreign checkpoint.
+    """A net converted from a foreign checkpoint.
 
     Attributes:
-      module: the Flax module's class.
-      fields: its keyword arguments.
+      module: class of the Flax module.
+      fields: keyword arguments of the module.
       variables: {"params": ..., "batch_stats": ...} of numpy arrays.
-      foreign: the tensors without a counterpart, under their full names, as they were.
+      foreign: foreign tensors, unchanged, by full name.
     """
 
     module: type[nn.Module]
@@ -161,23 +161,24 @@ class Converted:
     foreign: StateDict
 
     def build(self) -> nn.Module:
-        """The Flax module."""
+        """Builds the Flax module."""
         return self.module(**self.fields)
 
 
 @dataclasses.dataclass(frozen=True)
 class Net:
-    """How one kind of net is named in torch and in Flax.
+    """The porting rules of one kind of net.
 
     Attributes:
-      name: for messages.
-      module: the Flax module.
-      table: rows of (torch layer, Flax layer, what it holds).
-      foreign: names of the tensors without a counterpart.
-      counts: levels, and blocks of the deepest of them, that the table's rows are repeated for.
-      infer: fields of the module from a state dict.
-      inputs: shapes of arguments to initialise a module with.
-      formulas: names and values of fixed buffers that follow from the fields.
+      name: name in messages.
+      module: class of the Flax module.
+      table: rows of (torch layer, Flax layer, leaves).
+      foreign: pattern of the names of foreign tensors.
+      counts: from fields, the numbers of levels and of blocks in the deepest level, for which rows
+        are repeated.
+      infer: from a state dict, the fields of the module.
+      inputs: from a module, the shapes of the arguments that initialise it.
+      formulas: from fields, names and values of the fixed buffers that follow from them.
     """
 
     name: str
@@ -191,20 +192,20 @@ class Net:
 
 
 def convert_cnn14(state_dict: StateDict, fields: Fields | None = None) -> Converted:
-    """`Cnn14` or `Cnn14_DecisionLevelMax`, which hold the same tensors.
+    """Converts `Cnn14` or `Cnn14_DecisionLevelMax`, which hold the same tensors.
 
     Args:
       state_dict: torch names and arrays.
-      fields: fields of `uss_jax.models.cnn14.Cnn14`; inferred from the arrays when None.
+      fields: fields of the Flax module; inferred from the arrays when None.
 
     Raises:
-      UserError: lists every tensor that is missing, unexpected or misshapen.
+      UserError: tensors are missing, unexpected or invalid; all of them are listed.
     """
     return _finish(*_convert(CNN14, state_dict, "", fields))
 
 
 def convert_htsat(state_dict: StateDict, fields: Fields | None = None) -> Converted:
-    """HTS-AT, with or without `HTSAT_PREFIX`; arguments and errors as for `convert_cnn14`."""
+    """Converts HTS-AT, with or without `HTSAT_PREFIX`; see `convert_cnn14`."""
     prefix = HTSAT_PREFIX if any(name.startswith(HTSAT_PREFIX) for name in state_dict) else ""
     members = {name: state_dict[name] for name in state_dict if name.startswith(prefix)}
     converted, problems = _convert(_HTSAT, members, prefix, fields)
@@ -213,12 +214,12 @@ def convert_htsat(state_dict: StateDict, fields: Fields | None = None) -> Conver
 
 
 def convert_resunet(state_dict: StateDict, fields: Fields | None = None) -> Converted:
-    """A separator (`base.*` and `film.*`); arguments and errors as for `convert_cnn14`."""
+    """Converts a separator (`base.*` and `film.*`); see `convert_cnn14`."""
     return _finish(*_convert(RESUNET, state_dict, "", fields))
 
 
 def convert_lightning(state_dict: StateDict) -> dict[str, Converted]:
-    """A whole training checkpoint: "separator", and "sed" and "query" where it holds them."""
+    """Converts a whole training checkpoint to "separator", and "sed" and "query" if present."""
     parts, problems, known = {}, [], {SMOOTHING}
     for part, prefix in LIGHTNING_PREFIXES.items():
         members = {name: state_dict[name] for name in state_dict if name.startswith(prefix)}
@@ -229,20 +230,23 @@ def convert_lightning(state_dict: StateDict) -> dict[str, Converted]:
     problems += [f"{name} is unexpected" for name in state_dict if name not in known]
     for part in parts:
         _finish(parts[part], problems)
-    # Every foreign tensor belongs to some part; the detector's smoothing goes with the detector.
+    # Every foreign tensor belongs to a part; the smoothing filter to the detector if there is one.
     owner = parts.get("sed", parts["separator"])
     owner.foreign.update({n: state_dict[n] for n in (SMOOTHING,) if n in state_dict})
     return parts
 
 
 def state_dict_of(part: str, fields: Fields, variables: dict, prefix: str = "") -> StateDict:
-    """Torch names and arrays of Flax variables: the inverse of the conversions.
+    """Converts Flax variables to a torch state dict, the inverse of the conversions above.
 
     Args:
       part: "separator", "sed" or "query".
-      fields: the module's fields, or those in a bundle's config, with `net` and lists for tuples.
+      fields: the module's fields, or a bundle config's, which have `net` and lists for tuples.
       variables: {"params": ..., "batch_stats": ...}.
-      prefix: put before every name, such as `LIGHTNING_PREFIXES[part]`.
+      prefix: prefix of every name, such as `LIGHTNING_PREFIXES[part]`.
+
+    Raises:
+      UserError: the net or one of its leaves has no PyTorch counterpart.
     """
     net = _net_of(part, fields.get("net"))
     fields = {
@@ -259,7 +263,7 @@ def state_dict_of(part: str, fields: Fields, variables: dict, prefix: str = "") 
 
 
 def _net_of(part: str, name: str | None = None) -> Net:
-    """The net of a part with this name; where it has none, the first of the part's."""
+    """Returns a part's porting rules by name of the net; the first of the part when None."""
     nets = {"resunet": RESUNET} if part == "separator" else {"cnn14": CNN14, "htsat": _HTSAT}
     name = name or next(iter(nets))
     if name not in nets:
@@ -271,7 +275,7 @@ def _net_of(part: str, name: str | None = None) -> Net:
 
 
 def _finish(converted: Converted | None, problems: list[str]) -> Converted:
-    """The converted net, if there is nothing wrong with it."""
+    """Returns the converted net; raises a UserError that lists any problems."""
     if problems or converted is None:
         raise UserError(f"{len(problems)} of the tensors do not fit: {'; '.join(problems)}")
     return converted
@@ -280,7 +284,7 @@ def _finish(converted: Converted | None, problems: list[str]) -> Converted:
 def _convert(
     net: Net, state_dict: StateDict, prefix: str, fields: Fields | None
 ) -> tuple[Converted | None, list[str]]:
-    """Converts the tensors under a prefix and lists what is wrong with them."""
+    """Converts the tensors under a prefix; returns the net and a list of problems."""
     plain = {name.removeprefix(prefix): array for name, array in state_dict.items()}
     try:
         fields = net.infer(plain) if fields is None else fields
@@ -315,7 +319,7 @@ def _convert(
 
 
 def _leaves(net: Net, fields: Fields, paths: Collection[str]) -> Leaves:
-    """Torch name -> (path of the Flax leaf, permutation), for all leaves that the net has."""
+    """Maps torch names to (path of the Flax leaf, permutation), for all leaves of the net."""
     levels, blocks = (range(1, count + 1) for count in net.counts(fields))
     leaves = {}
     for torch_layer, flax_layer, holds in net.table:
@@ -332,7 +336,7 @@ def _leaves(net: Net, fields: Fields, paths: Collection[str]) -> Leaves:
 
 
 def _shapes(net: Net, fields: Fields) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of every leaf of the Flax module."""
+    """Maps the path of every leaf of the Flax module to its shape."""
     check_fields(fields, net.name)
     module = net.module(**fields)
     inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in net.inputs(module)]
@@ -344,10 +348,10 @@ def _shapes(net: Net, fields: Fields) -> dict[str, tuple[int, ...]]:
 
 
 def _wrong_formulas(net: Net, fields: Fields, state_dict: StateDict) -> Iterator[str]:
-    """Fixed buffers that are not what this project computes, so that nothing differs in silence."""
+    """Yields a message for each fixed buffer that differs from what uss_jax computes instead."""
     for name, expected in net.formulas(fields).items():
         array = state_dict.get(name, expected)
-        # Published buffers differ by rounding, a window that is not periodic by 3e-3.
+        # Published buffers differ by rounding only; a symmetric window would differ by 3e-3.
         if array.shape != expected.shape or not _is_rounded(array, expected):
             yield (
                 f"{name} is not that of a periodic Hann window of {fields['n_fft']} samples"
@@ -356,10 +360,10 @@ def _wrong_formulas(net: Net, fields: Fields, state_dict: StateDict) -> Iterator
 
 
 def _is_rounded(array: np.ndarray, expected: np.ndarray) -> bool:
-    """Whether an array is another one in its own precision, which may once have been half."""
+    """Returns whether the arrays agree up to rounding, also if one was stored in 16 bits."""
     tolerance = np.full(expected.shape, 1e-4)
     for dtype, rounding in ((np.float16, 2**-11), (jnp.bfloat16, 2**-8)):
-        with np.errstate(over="ignore"):  # then it is another array
+        with np.errstate(over="ignore"):  # overflow gives inf, which is not equal
             is_half = np.array_equal(array.astype(dtype).astype(array.dtype), array)
         if is_half:
             tolerance += rounding * np.abs(expected)
@@ -405,7 +409,7 @@ def _infer_htsat(state_dict: StateDict) -> Fields:
 
 def _infer_resunet(state_dict: StateDict) -> Fields:
     levels = _count(state_dict, r"base\.encoder_block(\d{1,4})\.")
-    # Of many layers with the same condition, most are right.
+    # All FiLM layers share one condition width; the majority decides if some are misshapen.
     widths = Counter(
         array.shape[-1] for name, array in state_dict.items() if re.match(r"film\..*weight", name)
     )
@@ -424,17 +428,17 @@ def _infer_resunet(state_dict: StateDict) -> Fields:
 
 
 def _count(state_dict: StateDict, pattern: str) -> range:
-    """1 .. the highest number that the pattern's group matches, at least 1."""
+    """Returns range 1..n, where n is the highest number the group matches, at least 1."""
     return range(1, max(_numbers(state_dict, pattern), default=1) + 1)
 
 
 def _numbers(state_dict: StateDict, pattern: str) -> set[int]:
-    """What the pattern's group matches."""
+    """Returns the numbers that the pattern's group matches in tensor names."""
     return {int(m[1]) for m in (re.match(pattern, name) for name in state_dict) if m}
 
 
 def _cosine_kernel(n_fft: int) -> np.ndarray:
-    """Real half of a windowed DFT as torchlibrosa stores it, [n_fft // 2 + 1, 1, n_fft]."""
+    """Returns the real part of a windowed DFT as in torchlibrosa, [n_fft // 2 + 1, 1, n_fft]."""
     steps = np.outer(np.arange(n_fft // 2 + 1), np.arange(n_fft)) % n_fft
     return (np.cos(2 * np.pi * steps / n_fft) * hann_window(n_fft))[:, None]
 

@@ -1,13 +1,13 @@
-"""Reading PyTorch checkpoints of strangers without running anything they name.
+"""Reads untrusted PyTorch checkpoints without running any code they name.
 
-A checkpoint is a pickle, and a pickle is a program: it names functions and calls them. Here it gets
-tensors and plain containers only. Every other name becomes an inert placeholder, whatever it is,
-without being imported; training checkpoints hold many (configurations, loops, schedules).
+A checkpoint is a pickle, and a pickle is a program: it names functions and calls them. Here it can
+build tensors and plain containers only. Every other name becomes an inert placeholder and is not
+imported; training checkpoints hold many (configurations, loops, schedules).
 
-Nor can a small file ask for much memory: reading one takes at most six times its size (the file
-mapped, and the arrays, which take up to four times as much when half precision becomes float32 and
-tensors share storage) and half a gigabyte for what its pickle builds. A pickle is read through
-before it is run, and refused if it claims more than it holds.
+Memory is bounded too: reading takes at most six times the file's size (the file is mapped; the
+arrays take up to four times its size when half precision becomes float32 and tensors share
+storage), and half a gigabyte for the objects of its pickle. A pickle is scanned before it is run,
+and rejected if it claims more than it holds.
 """
 
 import io
@@ -26,24 +26,24 @@ import numpy as np
 
 from uss_jax.errors import UserError
 
-# Where a checkpoint keeps its tensors: Lightning, PANNs.
+# Keys of the state dict in a checkpoint: Lightning's, PANNs'.
 _STATE_DICT_KEYS = ("state_dict", "model")
-# What wrappers of modules put before all names: DataParallel and torch.compile.
+# Prefixes that module wrappers add to all names: DataParallel's, torch.compile's.
 _WRAPPERS = ("module.", "_orig_mod.")
 
-# Of a pickle: instructions, each of which makes an object of 250 bytes at most. A checkpoint has
-# some thirty for each tensor.
+# Limit on pickle instructions, each of which makes an object of at most 250 bytes. A checkpoint has
+# about thirty per tensor.
 _MOST_INSTRUCTIONS = 2_000_000
-# Bytes of all arrays for each byte of the file: see above.
+# Limit on the bytes of all arrays, as a multiple of the file's size; see above.
 _MOST_COPIES = 4
 _MOST_AXES = 16
 
 
 def read_checkpoint(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """The state dict of a `.pth` or `.ckpt`: torch names and arrays.
+    """Reads the state dict (torch names and arrays) of a `.pth` or `.ckpt` file.
 
-    Takes a file with the state dict under "state_dict" (Lightning) or "model" (PANNs), or one that
-    is a state dict itself. Half-precision tensors become float32.
+    The state dict may be under "state_dict" (Lightning) or "model" (PANNs), or be the whole file.
+    Half-precision tensors become float32. Prefixes of module wrappers are removed.
 
     Raises:
       UserError: PyTorch is not installed, or the file is missing, damaged or no such checkpoint.
@@ -84,20 +84,20 @@ def read_checkpoint(path: str | pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _load(torch: types.ModuleType, path: pathlib.Path) -> Any:
-    """The unpickled content of a file, with placeholders for all that is not a tensor."""
+    """Returns a file's unpickled content: tensors and containers, placeholders for the rest."""
     if not path.is_file():
         raise UserError(f"{path} is not a file")
     if path.suffix == ".safetensors":
         raise UserError(f"{path} is a safetensors file; give a .pth or .ckpt")
     size = path.stat().st_size
     with path.open("rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"  # as torch.load tells the two formats apart
+        is_zip = file.read(4) == b"PK\x03\x04"  # torch.load's own test of the format
     try:
         if not is_zip and tarfile.is_tarfile(path):
             raise UserError(f"{path} is in PyTorch's format from before 2017; save it again")
         if is_zip:
             _check_archive(torch, path, size)
-        # Mapped, so that the optimiser's moments, half of a training checkpoint, stay unread.
+        # mmap leaves the optimiser's moments, half of a training checkpoint, unread.
         return torch.load(
             os.fspath(path),
             map_location="cpu",
@@ -107,7 +107,7 @@ def _load(torch: types.ModuleType, path: pathlib.Path) -> Any:
         )
     except UserError:
         raise
-    except Exception as error:  # damaged files fail in many ways, all inside the reader
+    except Exception as error:  # a damaged file can raise anything inside torch
         reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
         raise UserError(
             f"{path} is no PyTorch checkpoint or is damaged ({reason}); get it again"
@@ -115,16 +115,16 @@ def _load(torch: types.ModuleType, path: pathlib.Path) -> Any:
 
 
 def _check_archive(torch: types.ModuleType, path: pathlib.Path, size: int) -> None:
-    """Refuses archives that are programs, or whose members are packed: PyTorch stores them."""
-    # Python's reader comes first, since torch's unpacks a member when it opens an archive. It then
-    # is asked the same, because it might see other members in a crafted archive.
+    """Rejects TorchScript archives and compressed members, which torch.save never writes."""
+    # Python's reader comes first because torch's unpacks a member when it opens an archive. Torch's
+    # is then checked too, since it might see other members in a crafted archive.
     with zipfile.ZipFile(path) as archive:
         sizes = [member.file_size for member in archive.infolist()]
     if sum(sizes) <= size:
         reader = torch._C.PyTorchFileReader(os.fspath(path))
         names = reader.get_all_records()
         if "constants.pkl" in names:
-            # torch.load would hand it on to its interpreter.
+            # torch.load would pass it to the TorchScript interpreter.
             raise UserError(f"{path} is a TorchScript program; a state dict is needed")
         sizes = [reader.get_record_size(name) for name in names]
     if sum(sizes) > size:
@@ -132,14 +132,14 @@ def _check_archive(torch: types.ModuleType, path: pathlib.Path, size: int) -> No
 
 
 def _to_numpy(torch: types.ModuleType, tensor: Any) -> np.ndarray:
-    """A copy that does not depend on the mapped file."""
+    """Copies a tensor out of the mapped file; half precision becomes float32."""
     if tensor.dtype in (torch.float16, torch.bfloat16):
         tensor = tensor.float()
     return tensor.detach().numpy().copy()
 
 
 class Placeholder:
-    """Stands for any object that is not a tensor; takes whatever a pickle does to it."""
+    """Stands for any object that is not a tensor; accepts everything a pickle does to it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -160,14 +160,14 @@ class Placeholder:
 
 
 def _restricted_pickle(torch: types.ModuleType, file_size: int) -> types.SimpleNamespace:
-    """What torch.load wants of a pickle module.
+    """Returns a replacement for the pickle module, to be passed to torch.load.
 
-    Its unpickler looks up no names, and makes nothing larger than a file of this size can fill.
+    Its unpickler imports nothing, and allocates no tensor larger than a file of this size can hold.
     """
     entries = 0
 
     class Mapping(dict):
-        """For OrderedDict; one that is made again and again of the same entries is refused."""
+        """Replaces OrderedDict; limits the entries, which a pickle could copy again and again."""
 
         __slots__ = ()
 
@@ -203,7 +203,7 @@ def _restricted_pickle(torch: types.ModuleType, file_size: int) -> types.SimpleN
 
         def load(self) -> Any:
             _check_pickle(self._file)
-            if storage_of := getattr(self, "persistent_load", None):  # torch sets it
+            if storage_of := getattr(self, "persistent_load", None):  # set by torch
                 self.persistent_load = _checking_storages(torch, storage_of, file_size)
             return super().load()
 
@@ -214,12 +214,12 @@ def _restricted_pickle(torch: types.ModuleType, file_size: int) -> types.SimpleN
 
 
 def _check_pickle(file: Any) -> None:
-    """Reads a pickle through without running it; leaves the file where it was.
+    """Scans a pickle without running it; restores the file's position.
 
     Raises:
-      ValueError: it has too many instructions, or claims more than there is in the file: texts
-        longer than that, or places of objects beyond the number of instructions, for which Python
-        would make a table.
+      ValueError: the pickle has too many instructions, or claims more than the file holds: strings
+        or frames beyond its end, or memo indexes beyond the number of instructions, for which
+        Python would allocate a table.
     """
     begin = file.tell()
     end = file.seek(0, io.SEEK_END)
@@ -239,7 +239,7 @@ _PLACES = ("PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET", "LONG_BINGET")
 
 
 class _Bounded:
-    """A file of which nobody can ask for more than there is: the room is made beforehand."""
+    """A file that limits reads to the bytes left, since Python allocates before it reads."""
 
     def __init__(self, file: Any, end: int):
         self._file, self._end = file, end
@@ -257,13 +257,13 @@ class _Bounded:
 def _checking_storages(
     torch: types.ModuleType, storage_of: Callable[[Any], Any], file_size: int
 ) -> Callable[[Any], Any]:
-    """torch's function from an identity in the pickle to a storage, held to the file's size."""
+    """Wraps torch's lookup of storages by persistent id to limit their total to the file's size."""
     seen: set[Any] = set()
     total = 0
 
     def checked(identity: Any) -> Any:
         nonlocal total
-        if identity[0] == "module":  # with its source code, which torch would look up
+        if identity[0] == "module":  # torch would look up its source
             return identity[1]
         _, kind, key, _, count, *_ = identity
         if not isinstance(count, int) or count < 0:
@@ -279,7 +279,7 @@ def _checking_storages(
 
 
 def _check_view(length: int, offset: int, size: Sequence[int], stride: Sequence[int]) -> None:
-    """Refuses tensors with elements outside their storage, or more of them than it has."""
+    """Raises a ValueError if a tensor exceeds its storage, or has more elements than it."""
     numbers = (offset, *size, *stride)
     sound = (
         len(size) == len(stride) <= _MOST_AXES

@@ -1,4 +1,4 @@
-"""Training a separator, from top to bottom: `uss-jax train` = `python -m uss_jax.train`."""
+"""Trains a separator, from top to bottom: `uss-jax train` = `python -m uss_jax.train`."""
 
 import dataclasses
 import functools
@@ -36,14 +36,14 @@ from uss_jax.training.step import Step
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
-    """Trains until `config.total_steps`, resuming what the workdir holds.
+    """Trains a separator until `config.total_steps`, resuming the workdir's run if it has one.
 
     Args:
-      config: see configs/resunet30.py, where every key is said.
-      workdir: config, frozen nets, checkpoints and metrics go there.
+      config: training config; configs/resunet30.py documents every key.
+      workdir: folder for config, frozen nets, checkpoints and metrics.
 
     Raises:
-      UserError: what would fail later, said before the first step.
+      UserError: config, records, nets or workdir are unusable; checked before the first step.
     """
     mesh = make_mesh()
     _check(config)
@@ -64,10 +64,10 @@ def _train(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> None:
         segment_samples=segment_samples,
     )
 
-    # The nets that find anchors and make conditions, and the separator that they serve.
+    # The detector, the query net and the separator.
     sed, query, frozen, trained_query = _condition_nets(config, workdir)
     step_sed = sed
-    if records.places is not None:  # the table holds what it found
+    if records.places is not None:  # the detector ran when the table was mined
         step_sed = None
         _require_its_detector(records.places.table, frozen.pop("sed", None), config)
     separator = nets.build_separator({**config.separator, "condition_width": query.width})
@@ -80,7 +80,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> None:
         run.say(f"batch norms see {part} items at a time: config.accumulate={config.accumulate}")
     step = _step(config, separator, query, step_sed, optimizer, mesh)
 
-    # Figures of pairs now and then.
+    # Periodic evaluation on pairs.
     pairs = find_pairs(config.eval.pairs) if config.eval.pairs else []
 
     def evaluation(frozen: Any) -> Evaluate:
@@ -103,7 +103,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> None:
             threads=config.data.threads,
         )
 
-    # The loop, from where the run stands.
+    # The training loop, from the last checkpoint if there is one.
     sections = {
         "separator": nets.fields_of(separator),
         "query": {**config.query, "model": query.tagger and nets.fields_of(query.tagger)},
@@ -131,13 +131,12 @@ def _train(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> None:
 
 
 def dry_run(config: ConfigDict) -> list[str]:
-    """Compiles the step that a config asks for, for the devices at hand, without data or workdir.
+    """Compiles a config's training step for the available devices, without data or workdir.
 
-    Where no bundle of a frozen net is given, the net that `sed_net` or `query_net` names is taken
-    as published.
+    A net without a bundle gets the published architecture named by `sed_net` or `query_net`.
 
     Returns:
-      Lines that say mesh, parameters, operations, memory and input.
+      Lines that report mesh, parameters, FLOPs, memory and input size.
     """
     mesh = make_mesh()
     _check(config)
@@ -167,7 +166,7 @@ def _fresh_state(
     key: jax.Array,
     trained_query: dict[str, Any],
 ) -> TrainState:
-    """The state before the first step; `trained_query` is what of the query net trains."""
+    """Returns the initial state; `trained_query` holds the query net's trainable variables."""
     variables = nets.init(separator, key)
     return create_state(
         {"separator": variables["params"], "query": trained_query["params"]},
@@ -180,7 +179,7 @@ def _fresh_state(
 def _optimizer(
     config: ConfigDict,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimiser and its learning rate."""
+    """Returns the optimiser and its learning-rate schedule."""
     schedule = make_schedule(**config.schedule)
     return clipped(adamw_amsgrad(schedule, config.weight_decay), config.clip_norm), schedule
 
@@ -194,7 +193,7 @@ def _step(
     mesh: Mesh,
     remat: bool | None = None,
 ) -> Step:
-    """The training step; `remat` instead of the config's."""
+    """Returns the training step; `remat` overrides the config's."""
     remat = config.remat if remat is None else remat
     gather = lambda params: params  # noqa: E731
     if config.sharding:
@@ -223,7 +222,7 @@ def _step(
 
 
 def _norm_scope(config: ConfigDict) -> str | int:
-    """What a batch norm is taken over."""
+    """Returns the scope of batch norms: one of SCOPES, or a number of items."""
     if config.batch_norm in SCOPES:
         return config.batch_norm
     part = config.global_batch // config.accumulate
@@ -244,7 +243,7 @@ def _check(config: ConfigDict) -> None:
         ("mixing.order", config.mixing.order, ("reference", "conflict_free")),
         ("data.verify", config.data.verify, ("whole", "always")),
         ("query.kind", config.query.kind, KINDS),
-        ("separator.audio_channels", config.separator.audio_channels, (1,)),  # as records have
+        ("separator.audio_channels", config.separator.audio_channels, (1,)),  # records are mono
     ):
         if value not in allowed:
             expected = " or ".join(map(str, allowed))
@@ -289,13 +288,13 @@ def _check(config: ConfigDict) -> None:
 def _condition_nets(
     config: ConfigDict, workdir: pathlib.Path
 ) -> tuple[TaggingNet | None, QueryNet, dict[str, Any], dict[str, Any]]:
-    """The detector, the query net, the variables that stay and the query's that train.
+    """Returns detector, query net, frozen variables and the query net's trainable variables.
 
-    At the start the frozen nets are copied into the workdir; once there is a checkpoint, the copies
-    are used, whatever has become of the bundles.
+    A new run copies the frozen nets into the workdir. A run with a checkpoint reads these copies,
+    so the bundles may have changed since.
     """
     sed, frozen = None, {}
-    # With a table the detector only goes into the workdir, for those who use it as a bundle.
+    # With an anchor table the detector is only stored, so that the workdir is a complete bundle.
     given = config.anchors.source == "table" and config.sed_bundle
     if config.anchors.source == "device" or given:
         sed, frozen["sed"] = _source_bundle(config, workdir, "sed").sed()
@@ -328,7 +327,7 @@ def _condition_nets(
 def _shapes_of_condition_nets(
     config: ConfigDict,
 ) -> tuple[TaggingNet | None, QueryNet, dict[str, Any], dict[str, Any]]:
-    """As `_condition_nets`, of shapes."""
+    """Returns what `_condition_nets` returns, with shapes instead of arrays."""
 
     def model(part: str) -> dict[str, Any]:
         location = config[f"{part}_bundle"]

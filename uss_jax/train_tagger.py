@@ -1,4 +1,4 @@
-"""Training a tagging and detection net on weak labels, from top to bottom."""
+"""Trains a tagging and detection net on weak labels, from top to bottom."""
 
 import os
 
@@ -18,19 +18,19 @@ from uss_jax.training.tagging_step import make_tagging_step
 
 
 def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
-    """Trains until `config.total_steps`, resuming what the workdir holds.
+    """Trains a tagging net until `config.total_steps`, resuming the workdir's run if it has one.
 
-    The workdir can then be used as a bundle with a detector and a query net, which share the
-    trained parameters.
+    The workdir can then serve as a bundle, whose detector and query net share the trained
+    parameters.
 
     Args:
-      config: see configs/tagger_cnn14.py and tagger_htsat.py, where every key is said.
-      workdir: config, checkpoints and metrics go there.
+      config: training config; configs/tagger_cnn14.py and tagger_htsat.py document every key.
+      workdir: folder for config, checkpoints and metrics.
 
     Raises:
-      UserError: what would fail later, said before the first step.
+      UserError: config, records or workdir are unusable; checked before the first step.
     """
-    # Devices, optimiser and records. Mixup blends two clips into one, so twice the batch is read.
+    # Devices, optimiser and records. Mixup blends pairs of clips, so twice the batch is read.
     mesh = make_mesh()
     run.check(config)
     if config.optimizer not in OPTIMIZERS:
@@ -69,7 +69,7 @@ def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
     )
     step = at_precision(run.precision_of(config), step)
 
-    # The loop, from where the run stands.
+    # The training loop, from the last checkpoint if there is one.
     model = {"model": nets.fields_of(tagger)}
     with run.open_workdir(workdir) as held:
         run.train_on(

@@ -1,7 +1,7 @@
-"""Anchors: the segment of a clip in which its class most likely sounds (paper, section III-B).
+"""Anchors: the segment of a clip most likely to contain its class (paper, section III-B).
 
 Pure functions of arrays. Letters: `b` batch, `t` samples of a clip, `n` frames of a clip, `s`
-samples of a segment, `i` frames of a detector's image. Frames of a clip are `hop` samples apart,
+samples of a segment, `i` frames of a detector's image. Frames of a clip are `hop_samples` apart,
 the first one centred on sample 0.
 """
 
@@ -11,9 +11,9 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int, Num
 
-# What finds anchors: bytedance/uss's rule, or that of HTS-AT's own separation program.
+# Rules that find anchors: that of bytedance/uss, or of HTS-AT's own separation program.
 RULES = ("uss", "htsat")
-# The framewise curve has plateaus of 32 frames, so that scores tie up to rounding.
+# Framewise probabilities have plateaus of 32 frames, so scores tie up to rounding.
 TIE = 1e-6
 
 
@@ -22,9 +22,9 @@ class Anchors:
     """Segments cut from clips.
 
     Attributes:
-      segment: [b, s] samples.
-      begin_sample: [b] where each begins in its clip.
-      samples: [b] true samples in it; what follows is padding.
+      segment: [b, s] waveforms.
+      begin_sample: [b] index of the first sample of each in its clip.
+      samples: [b] true samples of each; the rest is padding.
       score: [b] mean probability of the class over the segment.
     """
 
@@ -35,14 +35,14 @@ class Anchors:
 
 
 def anchor_scores(probability: Float[Array, "b n"], segment_frames: int) -> Float[Array, "b n"]:
-    """Mean probability over `segment_frames` (odd) frames around each, ends replicated."""
+    """Averages probability over `segment_frames` (odd) frames centred on each; replicates edges."""
     half = segment_frames // 2
     padded = jnp.pad(probability, ((0, 0), (half, half)), mode="edge")
     return _window_sum(padded, segment_frames) / segment_frames
 
 
 def image_scores(probability: Float[Array, "b i"], segment_frames: int) -> Float[Array, "b i"]:
-    """Mean probability over `segment_frames` frames, half of them before each; zero outside."""
+    """Averages probability over `segment_frames` frames, half of them before each, zero-padded."""
     half = segment_frames // 2
     padded = jnp.pad(probability, ((0, 0), (half, segment_frames - 1 - half)))
     return _window_sum(padded, segment_frames) / segment_frames
@@ -59,7 +59,7 @@ def choose_anchor(
     min_dbfs: float = -60.0,
     image: Int[Array | np.ndarray, "i"] | None = None,
 ) -> tuple[Int[Array, "b"], Float[Array, "b"]]:
-    """Begin sample and score of each clip's anchor: the first of `choose_anchors`."""
+    """Returns begin sample and score of each clip's anchor: the first of `choose_anchors`."""
     begin, score = choose_anchors(
         probability,
         samples,
@@ -86,30 +86,30 @@ def choose_anchors(
     min_dbfs: float = -60.0,
     image: Int[Array | np.ndarray, "i"] | None = None,
 ) -> tuple[Int[Array, "b count"], Float[Array, "b count"]]:
-    """Begin samples and scores of each clip's anchor and of runners-up that overlap none before.
+    """Returns begin samples and scores of each clip's anchor and its non-overlapping runners-up.
 
-    The anchor is the first frame whose score is within 1e-6 of the maximum, moved inside the clip.
-    Probability beyond the true end of a short clip counts as zero, and the anchor begins so that it
-    fits into the true samples where they are enough. Runners-up are chosen in the same way of what
-    is left; where nothing is, they repeat the anchor with the score -1.
+    The anchor is centred on the first frame whose score is within 1e-6 of the maximum, moved inside
+    the clip. Probability beyond the true end of a short clip counts as zero, and the anchor is kept
+    within the true samples if they suffice. Runners-up are chosen in the same way from what is
+    left; if nothing is, they repeat the anchor with the score -1.
 
     Given `image`, the rule is that of HTS-AT's own separation program: `image_scores` instead of
     `anchor_scores`, on the frames of the detector's image, of which frame j stands for frame
     floor(j * clip_samples / hop_samples / i) of the clip. That program takes the strict maximum and
-    has clips of one length only; here, too, scores within 1e-6 count as equal, and short and quiet
+    supports one clip length only; here, scores within 1e-6 count as equal, and short and quiet
     clips are treated as above.
 
     Args:
-      probability: framewise probability of the clip's class.
-      samples: true samples of each clip, the rest being padding.
-      count: how many.
+      probability: framewise probability of each clip's class.
+      samples: true samples of each clip; the rest is padding.
+      count: number of segments per clip.
       clip_samples: t.
       segment_samples: s.
       hop_samples: samples between frames.
-      loudness: `segment_loudness` of the clips; anchors below `min_dbfs` are then passed over.
-      min_dbfs: threshold in dB of full scale; where a clip has no louder segment, its first, with
-        the score -1.
-      image: the frame of `probability` that holds each image frame's value; None for
+      loudness: `segment_loudness` of the clips, to reject segments below `min_dbfs`; None for all.
+      min_dbfs: level threshold, in dB of full scale; a clip without a louder segment gets its
+        first, with the score -1.
+      image: for each image frame, the frame of `probability` that holds its value; None for
         bytedance/uss's rule.
     """
     half = segment_samples // hop_samples // 2
@@ -149,9 +149,9 @@ def segment_loudness(
     segment_samples: int,
     hop_samples: int,
 ) -> Float[Array, "b _"]:
-    """Level in dB of full scale of the segment beginning at each multiple of the hop.
+    """Returns the level, in dB of full scale, of the segment at each multiple of the hop.
 
-    The mean square is over the true samples of a segment, as in the mixing.
+    The mean square is over the true samples of a segment, as in mixing.
     """
     frames = clip.shape[1] // hop_samples
     width = segment_samples // hop_samples
@@ -163,9 +163,9 @@ def segment_loudness(
 
 
 def random_begin(key: Array, samples: Int[Array, "b"], *, segment_samples: int) -> Int[Array, "b"]:
-    """Begin samples uniform over what the true samples allow.
+    """Draws begin samples uniformly; segments stay within the true samples if these suffice.
 
-    The reference's `random` mode draws within the first second only; here it is the whole clip.
+    The reference's `random` mode draws within the first second only.
     """
     return jax.random.randint(
         key, samples.shape, 0, jnp.maximum(samples - segment_samples, 0) + 1
@@ -173,7 +173,7 @@ def random_begin(key: Array, samples: Int[Array, "b"], *, segment_samples: int) 
 
 
 def cut(clip: Num[Array, "b t"], begin_sample: Int[Array, "b"], segment_samples: int) -> Array:
-    """[b, s]: `segment_samples` samples of each clip from its begin."""
+    """Cuts `segment_samples` samples of each clip, from `begin_sample` on; returns [b, s]."""
     take = lambda row, begin: jax.lax.dynamic_slice(row, (begin,), (segment_samples,))  # noqa: E731
     return jax.vmap(take)(clip, begin_sample)
 

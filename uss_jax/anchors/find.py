@@ -1,4 +1,4 @@
-"""The anchor of every clip of a batch, by whatever the batch and the nets at hand allow.
+"""Finds the anchor of every clip of a batch: from a table, by the detector or at random.
 
 Letters: `b` batch, `t` samples of a clip, `i` frames of a detector's image.
 """
@@ -24,17 +24,17 @@ def find_anchors(
     min_dbfs: float | None,
     image: Int[Array | np.ndarray, "i"] | None = None,
 ) -> Anchors:
-    """Cuts each clip's anchor: where a table says, where the detector finds it, or at random.
+    """Cuts each clip's anchor: from a table, by the detector, or at random.
 
     Args:
       sed: the sound event detector; None for random anchors.
-      sed_variables: its parameters and statistics.
-      batch: `audio` [b, t], `samples` [b], `class_index` [b]. With `begin_sample` and `score` [b]
-        the host has looked the anchors up in a table, and `audio` holds nothing else.
-      key: of random anchors.
-      segment_samples: samples of an anchor.
-      min_dbfs: segments below this level, in dB of full scale, are passed over; None keeps them, as
-        the reference does.
+      sed_variables: its variables.
+      batch: `audio` [b, t], `samples` [b], `class_index` [b]. If it has `begin_sample` and `score`
+        [b], the host has looked the anchors up in a table, and `audio` holds only these.
+      key: random key, for random anchors.
+      segment_samples: length of an anchor, in samples.
+      min_dbfs: lowest level of an anchor found by the detector, in dB of full scale; None for no
+        limit, as in the reference.
       image: selects HTS-AT's own rule, see `choose_anchors`.
     """
     clip, samples = to_float(batch["audio"]), batch["samples"]

@@ -1,4 +1,4 @@
-"""Mixtures of anchors, inside groups of the batch (paper, section III-C).
+"""Mixes anchors within groups of the batch (paper, section III-C).
 
 Letters: `b` batch, `s` samples.
 """
@@ -10,7 +10,7 @@ GAIN_RANGE = (0.02, 50.0)
 
 
 def energy(segment: Float[Array, "b s"], samples: Int[Array, "b"] | None = None) -> Array:
-    """Mean square [b], over the true samples of padded segments."""
+    """Returns the mean square [b], over the true samples of padded segments."""
     if samples is None:
         return jnp.mean(jnp.square(segment), axis=1)
     return jnp.sum(jnp.square(segment), axis=1) / jnp.maximum(samples, 1)
@@ -24,18 +24,17 @@ def mix(
     group_size: int,
     match_energy: bool,
 ) -> Float[Array, "b s"]:
-    """Item i of a group plus items i + 1 ... i + sources - 1, modulo the group.
+    """Adds to item i of a group the items i + 1 ... i + sources - 1, modulo the group size.
 
     Groups make the mixtures independent of the number of devices; the reference's group is the 16
     items of one device. Mixtures are not normalised and may exceed 1.
 
     Args:
       segment: the targets.
-      segment_energy: their energies.
-      sources: sources of each mixture.
-      group_size: divides b.
-      match_energy: scale each added item to the energy of the item it is added to, the gain kept
-        within 0.02 ... 50.
+      segment_energy: energies of the targets.
+      sources: number of sources in a mixture.
+      group_size: items in a group; divides b.
+      match_energy: scale each added item to the target's energy, by a gain within 0.02 ... 50.
     """
     groups = segment.reshape(-1, group_size, segment.shape[1])
     energies = segment_energy.reshape(-1, group_size)
@@ -55,18 +54,18 @@ def mix_sets(
     sources: int,
     match_energy: bool,
 ) -> tuple[Float[Array, "b s"], Float[Array, "b s"]]:
-    """Every `sources` items that follow each other share one mixture, each of them a target of it.
+    """Mixes every `sources` consecutive items into one mixture, of which each is a target.
 
-    There are fewer different mixtures than by `mix`, but the targets of one add up to it.
+    There are fewer different mixtures than with `mix`, but the targets of one add up to it.
 
     Args:
       segment: the sources.
-      segment_energy: their energies.
-      sources: sources of each mixture; divides b.
+      segment_energy: energies of the sources.
+      sources: number of sources in a mixture; divides b.
       match_energy: scale the others to the energy of the first, as `mix` does.
 
     Returns:
-      The mixture of each item, and the items as they are in it.
+      The mixture of each item, and the items as scaled in it.
     """
     sets = segment.reshape(-1, sources, segment.shape[1])
     if match_energy:
@@ -78,6 +77,6 @@ def mix_sets(
 
 
 def _gain(wanted: Float[Array, "#g #i"], energies: Float[Array, "g i"]) -> Float[Array, "g i"]:
-    """What to multiply signals of these energies by to give them the wanted ones."""
+    """Returns the gains that scale signals of these energies to the wanted, within GAIN_RANGE."""
     ratio = wanted / jnp.maximum(energies, 1e-10)
     return jnp.clip(jnp.sqrt(ratio), *GAIN_RANGE)

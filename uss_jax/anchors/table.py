@@ -1,7 +1,7 @@
-"""Mined anchors: where in each clip each of its labels sounds, and which of these are drawn.
+"""Mined anchors: a table of the anchors of every label of every clip, and how they are drawn.
 
-A table has a row for each (clip, label), in the order of the index, so that the row of a label is
-its place in the index.
+A table has one row per (clip, label), in the order of the index, so that a label has the same
+position in both.
 
 Letters: `r` rows, `k` anchors of a row, `n` positions of the training order.
 """
@@ -60,11 +60,11 @@ class AnchorTable:
     Attributes:
       header: `sed_hash`, `index_digest`, `sample_rate` in Hz, `segment_samples`, `clip_samples` and
         further settings of the mining.
-      begin_sample: [r, k] the best anchor, then runners-up that overlap none before them.
-      score: [r, k] mean probability of the label; -1 where there is no such anchor.
-      purity: [r] in the best anchor, the largest mean probability of a class that is neither among
-        the clip's labels nor above or below one of them: small is pure.
-      rms_db: [r] level of the best anchor, dB of full scale.
+      begin_sample: [r, k] first sample of the best anchor, then of non-overlapping runners-up.
+      score: [r, k] mean probability of the label; -1 if there is no such anchor.
+      purity: [r] in the best anchor, the largest mean probability of a class that is no label of
+        the clip, nor an ancestor or descendant of one; small is pure.
+      rms_db: [r] level of the best anchor, in dB of full scale.
     """
 
     header: dict[str, Any]
@@ -78,7 +78,7 @@ class AnchorTable:
 
     @property
     def digest(self) -> str:
-        """Identifies what is in it: training that goes on needs the same anchors."""
+        """Hash of the header and all anchors; a resumed run must use the same."""
         digest = hashlib.sha256(json.dumps(self.header, sort_keys=True).encode())
         for column in (self.begin_sample, self.score, self.rms_db):
             digest.update(np.ascontiguousarray(column).tobytes())
@@ -86,14 +86,14 @@ class AnchorTable:
 
 
 def typed(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The columns of a table in the types in which it is stored."""
+    """Casts the columns of a table to the dtypes in which they are stored."""
     return {name: columns[name].astype(column.dtype) for name, column in COLUMNS.items()}
 
 
 def write_table(
     path: str | os.PathLike, header: dict[str, Any], columns: dict[str, np.ndarray]
 ) -> None:
-    """Writes a table, whole or not at all."""
+    """Writes a table atomically."""
     with replacing(path) as temporary:
         np.savez(
             temporary, format_version=FORMAT_VERSION, header=json.dumps(header), **typed(columns)
@@ -101,19 +101,19 @@ def write_table(
 
 
 def read_header(path: str | os.PathLike) -> dict[str, Any]:
-    """What a table says of itself.
+    """Reads the header of a table.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: the table cannot be read.
     """
     return _read(pathlib.Path(path))[0]
 
 
 def read_table(path: str | os.PathLike, index: RecordIndex, segment_samples: int) -> AnchorTable:
-    """Reads a table that was mined for these records and this length of segments.
+    """Reads a table that was mined for these records and this segment length.
 
     Raises:
-      UserError: it cannot be read, is damaged, or is for others.
+      UserError: the table cannot be read, is damaged, or has other records or segment length.
     """
     path = pathlib.Path(path)
     header, columns = _read(path)
@@ -135,7 +135,7 @@ def read_table(path: str | os.PathLike, index: RecordIndex, segment_samples: int
 def _check(
     path: pathlib.Path, columns: dict[str, np.ndarray], index: RecordIndex, segment_samples: int
 ) -> None:
-    """Raises a UserError where a row is not of the label in its place, or not inside its clip."""
+    """Raises a UserError if rows do not match the labels or values are out of range."""
     rows, labels = len(columns["record"]), len(index.label_class)
     if rows != labels:
         raise UserError(f"{path} is damaged: it has {rows} rows for {labels} labels; {_AGAIN}")
@@ -146,7 +146,7 @@ def _check(
         "record": columns["record"] == record,
         "class": columns["class"] == index.label_class,
         "begin_sample": columns["begin_sample"] <= latest[:, None],
-        # Means of probabilities, with room for rounding; -1 where there is no such anchor.
+        # Mean probabilities, with a margin for rounding; -1 if there is no such anchor.
         "score": (score == -1) | ((score >= 0) & (score <= 1.001)),
         "purity": (columns["purity"] >= 0) & (columns["purity"] <= 1.001),
         "rms_db": ~np.isnan(columns["rms_db"]),
@@ -175,7 +175,7 @@ def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 def usable(
     table: AnchorTable, *, min_score: float, min_dbfs: float | None
 ) -> Bool[np.ndarray, "r"]:
-    """The rows whose best anchor is likely and loud enough to be drawn."""
+    """Returns a mask of the rows whose best anchor is likely and loud enough to be drawn."""
     keep = table.score[:, 0] >= max(min_score, 0.0)
     return keep if min_dbfs is None else keep & (table.rms_db >= np.float16(min_dbfs))
 
@@ -183,22 +183,22 @@ def usable(
 def without(
     index: RecordIndex, keep: Bool[np.ndarray, "r"]
 ) -> tuple[Integer[np.ndarray, " _"], Integer[np.ndarray, " _"]]:
-    """The index's `label_row` and `label_class` less the labels that are not kept."""
+    """Returns the index's `label_row` and `label_class`, restricted to the labels kept."""
     kept_before = np.concatenate([[0], np.cumsum(keep)])
     return kept_before[index.label_row.astype(np.int64)], index.label_class[keep]
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Which of a label's anchors stands at a position: a function of seed and position.
+    """Draws a label's anchor at a position, as a function of seed and position.
 
     Attributes:
-      table: of the records.
-      index: of the records.
-      seed: of the run.
-      top_k: draw among so many best anchors, in proportion to their scores.
-      min_score: runners-up below it are not drawn.
-      jitter_samples: move the begin by up to so many samples either way, inside the clip.
+      table: anchors of the records.
+      index: index of the records.
+      seed: seed of the run.
+      top_k: number of best anchors to draw from, in proportion to their scores.
+      min_score: lowest score at which a runner-up is drawn.
+      jitter_samples: largest random shift, in samples, in either direction, inside the clip.
     """
 
     table: AnchorTable
@@ -214,14 +214,14 @@ class Placement:
         records: Integer[np.ndarray, " n"],
         classes: Integer[np.ndarray, " n"],
     ) -> tuple[Integer[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-        """Begin samples and scores of the anchors of a label of each record."""
+        """Returns begin sample and score of one anchor for each record and class."""
         rows = self._rows(records, classes)
         chosen = np.zeros(len(rows), np.int64)
         if self.top_k > 1:
             score = self.table.score[rows, : self.top_k].astype(np.float64)
             weight = np.where(score >= max(self.min_score, 1e-9), score, 0.0).cumsum(axis=1)
             drawn = uniform(self.seed, ANCHORS, positions) * weight[:, -1]
-            # A row without any weight keeps its best anchor.
+            # If all weights are 0, the best anchor is taken.
             chosen = np.where(weight[:, -1] > 0, (drawn[:, None] >= weight).sum(axis=1), 0)
         begin = self.table.begin_sample[rows, chosen].astype(np.int64)
         if self.jitter_samples:

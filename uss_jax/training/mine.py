@@ -1,8 +1,8 @@
-"""Mining: the detector over every clip once, for the anchors of all labels.
+"""Mining: runs the detector over every clip once to find the anchors of all its labels.
 
-A part is the clips of one TFRecord shard. Hosts take every `hosts`-th part, each with a mesh of its
-own devices, so that none waits for another; parts are files, and what is there is not done again.
-The last part to be finished makes the table.
+A part is the clips of one TFRecord shard. Each host mines every `hosts`-th part on a mesh of its
+own devices, so that no host waits for another. Parts are files; existing ones are not mined again.
+The host that finishes the last part writes the table.
 
 Letters: `b` clips of a batch, `t` samples, `n` frames, `k` classes, `l` labels of a clip, `c`
 anchors of a label, `i` frames of a detector's image.
@@ -44,15 +44,15 @@ from uss_jax.training.nets import image_of_rule
 
 @dataclasses.dataclass(frozen=True)
 class MiningSettings:
-    """What is mined.
+    """Settings of the mining.
 
     Attributes:
-      sample_rate: in Hz.
-      segment_samples: length of an anchor.
-      clip_samples: clips are padded or cut to so many, as in training.
-      candidates: anchors of each label.
-      min_dbfs: quieter segments are passed over; None to keep them.
-      rule: that finds anchors, "uss" or "htsat", see `choose_anchors`.
+      sample_rate: sampling rate, in Hz.
+      segment_samples: length of an anchor, in samples.
+      clip_samples: length to which clips are padded or cut, in samples, as in training.
+      candidates: number of anchors per label.
+      min_dbfs: lowest level of an anchor, in dB of full scale; None for no limit.
+      rule: rule that finds anchors, "uss" or "htsat", see `choose_anchors`.
     """
 
     sample_rate: int
@@ -76,18 +76,18 @@ def anchors_of_labels(
     min_dbfs: float | None,
     image: Int[Array, "i"] | None,
 ) -> dict[str, Array]:
-    """The anchors of every label of every clip, and how loud and pure the best ones are.
+    """Finds the anchors of every label of every clip; measures purity and level of the best ones.
 
     Args:
-      framewise: probabilities of all classes.
-      clip: the samples.
-      samples: how many of them are true.
-      labels: class indexes; clips with fewer labels repeat some.
-      related: whether a class is among a clip's labels, above one or below one.
+      framewise: framewise probabilities of all classes.
+      clip: waveforms.
+      samples: true samples of each clip; the rest is padding.
+      labels: class indices; rows of clips with fewer labels are filled with any class.
+      related: nonzero for a clip's labels, their ancestors and their descendants.
       hop_samples: samples between frames.
-      segment_samples: length of an anchor.
-      candidates: anchors of each label.
-      min_dbfs: as in MiningSettings.
+      segment_samples: length of an anchor, in samples.
+      candidates: number of anchors per label.
+      min_dbfs: see MiningSettings.
       image: for HTS-AT's own rule, see `choose_anchors`.
 
     Returns:
@@ -161,19 +161,19 @@ def mine(
     hosts: int = 1,
     threads: int = 2,
 ) -> bool:
-    """Mines this host's parts that are not there yet; the last host to finish writes the table.
+    """Mines this host's missing parts; the last host to finish writes the table.
 
     Args:
-      reader: of the records.
+      reader: reader of the records.
       sed: the detector.
-      out: the table's file; parts are in a folder beside it until then.
-      settings: what to mine.
-      batch_size: clips at a time on all devices of this host.
-      host, hosts: this is number `host` of so many that share `out`.
-      threads: that read batches.
+      out: path of the table; until it is written, parts are in a folder beside it.
+      settings: mining settings.
+      batch_size: clips per batch, over all devices of this host.
+      host, hosts: index of this host, from 0, and number of hosts that share `out`.
+      threads: number of threads that read batches.
 
     Returns:
-      Whether the table is written; if not, other hosts still have parts to do.
+      Whether the table is written; if not, other hosts still have parts to mine.
     """
     index, out = reader.index, pathlib.Path(out)
     mesh = make_mesh(jax.local_devices())
@@ -191,7 +191,7 @@ def mine(
         **dataclasses.asdict(settings),
     }
     if settings.rule == RULES[0]:
-        del header["rule"]  # not named, as in older tables
+        del header["rule"]  # omitted, to match tables older than the key
     if _is_made(out, header, index):
         return True
     parts = _make_parts_folder(out, header)
@@ -219,7 +219,7 @@ def mine(
             )
             with replacing(_part(parts, part)) as temporary:
                 np.savez(temporary, **typed(columns))
-            if progress.disable:  # a log gets lines instead of a bar
+            if progress.disable:  # not a terminal: print lines instead
                 done += len(records)
                 rate = done / (time.monotonic() - began)
                 left = (total - done) / rate
@@ -234,7 +234,7 @@ def mine(
 
 
 def _is_made(out: pathlib.Path, header: dict[str, Any], index: RecordIndex) -> bool:
-    """Whether the table of these settings is there already."""
+    """Returns whether a table with these settings already exists."""
     if not out.exists():
         return False
     there = read_header(out)
@@ -244,7 +244,7 @@ def _is_made(out: pathlib.Path, header: dict[str, Any], index: RecordIndex) -> b
 
 
 def _make_parts_folder(out: pathlib.Path, header: dict[str, Any]) -> pathlib.Path:
-    """The folder of the parts of these settings: those of others are not taken for them."""
+    """Creates the folder of parts, whose name includes a digest of the settings."""
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:12]
     parts = out.with_name(f".{out.name}.parts-{digest}")
     try:
@@ -262,7 +262,7 @@ def _part(parts: pathlib.Path, number: int) -> pathlib.Path:
 
 @dataclasses.dataclass(frozen=True)
 class _InOrder:
-    """Records one after the other; the last batch repeats the last one."""
+    """An order of records in sequence; the last record fills up the last batch."""
 
     records: Integer[np.ndarray, " r"]
 
@@ -283,7 +283,7 @@ def _mine_part(
     threads: int,
     progress: tqdm,
 ) -> dict[str, np.ndarray]:
-    """The rows of these records."""
+    """Mines some records and returns their table rows."""
     found: list[tuple[np.ndarray, Any]] = []
     rows: list[dict[str, np.ndarray]] = []
     for batch in _label_batches(reader, records, settings, batch_size, threads):
@@ -298,7 +298,7 @@ def _mine_part(
             settings.min_dbfs,
         )
         found.append((clips, mined))
-        # The batch before is fetched while this one runs.
+        # Fetch the previous batch's results while this one runs.
         if len(found) > 1:
             rows.append(_rows(reader.index, *found.pop(0)))
             progress.update(batch_size)
@@ -339,7 +339,7 @@ def _label_batches(
 
 @functools.lru_cache(maxsize=100_000)
 def _related(labels: tuple[int, ...]) -> Bool[np.ndarray, "k"]:
-    """Whether a class is among the labels, above one or below one."""
+    """Returns a mask of the labels, their ancestors and their descendants."""
     ontology = load_ontology()
     related = np.zeros(len(ontology.class_mids), bool)
     for label in labels:
@@ -350,7 +350,7 @@ def _related(labels: tuple[int, ...]) -> Bool[np.ndarray, "k"]:
 def _rows(
     index: RecordIndex, records: Integer[np.ndarray, " r"], mined: dict[str, Any]
 ) -> dict[str, np.ndarray]:
-    """Of each record as many rows as it has labels."""
+    """Flattens mined arrays to one row per label of each record."""
     counts = np.diff(index.label_row.astype(np.int64))[records]
     at = np.arange(mined["purity"].shape[1]) < counts[:, None]
     columns = {name: np.asarray(column)[: len(records)][at] for name, column in mined.items()}
@@ -370,7 +370,7 @@ def _assemble(
         for part in range(len(index.shards)):
             with open(_part(parts, part), "rb") as file:
                 rows.append(read_npz(file, COLUMNS))
-    except FileNotFoundError:  # another host has just made the table of them
+    except FileNotFoundError:  # another host has just assembled and removed them
         if _is_made(out, header, index):
             return
         raise

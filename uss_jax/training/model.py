@@ -1,6 +1,6 @@
-"""A bundle's nets, ready to be run on arrays.
+"""The nets of a bundle, callable on arrays.
 
-Letters: `b` batch, `s` samples of a segment, `d` width of the condition.
+Letters: `b` batch, `t` samples, `s` samples of a segment, `d` width of the condition.
 """
 
 import functools
@@ -25,14 +25,14 @@ from uss_jax.training.mesh import on_all_devices
 
 @struct.dataclass
 class Net:
-    """A module with its variables; calling it runs it, compiled, in evaluation mode.
+    """A module with its variables; calling it runs it, jitted, in evaluation mode.
 
-    Jitted functions take it as an argument.
+    It can be passed to jitted functions.
 
     Attributes:
       module: the Flax module.
-      variables: its parameters and statistics.
-      precision: of its products and convolutions, see uss_jax/precision.py.
+      variables: its parameters and batch statistics.
+      precision: precision of products and convolutions, see uss_jax/precision.py.
     """
 
     module: nn.Module = struct.field(pytree_node=False)
@@ -40,11 +40,11 @@ class Net:
     precision: str = struct.field(pytree_node=False, default=HIGHEST)
 
     def __call__(self, *arrays: Array | np.ndarray, method: str | None = None) -> Any:
-        """Runs a method of the module, `__call__` if none is named."""
+        """Runs a method of the module, by default `__call__`."""
         return _apply(self, method, *arrays)
 
     def on(self, mesh: Mesh) -> "Net":
-        """The net with its variables on every device."""
+        """Returns the net with its variables on every device."""
         return self.replace(variables=on_all_devices(self.variables, mesh))
 
 
@@ -57,7 +57,7 @@ def _apply(net: Net, method: str | None, *arrays: Array) -> Any:
 def separate_with(
     net: Net, mixture: Float[Array, "b t"], condition: Float[Array, "b d"]
 ) -> Float[Array, "b t"]:
-    """The estimates of a batch of one-channel mixtures."""
+    """Separates a batch of mono mixtures."""
     estimate, _ = at_precision(net.precision, functools.partial(separate, net.module))(
         net.variables, mixture, condition
     )
@@ -65,25 +65,25 @@ def separate_with(
 
 
 class Model:
-    """The nets of a bundle or training workdir, each read when first used.
+    """The nets of a bundle or training workdir, each loaded on first use.
 
     Attributes:
-      path: where it is.
-      precision: of the products of separator and query net; the detector's is always the highest.
-      config: its config.
-      sample_rate: in Hz.
-      segment_samples: length of the segments it was trained on.
+      path: path of the bundle or workdir.
+      precision: precision of separator and query net; the detector's is always "highest".
+      config: content of config.json.
+      sample_rate: sampling rate, in Hz.
+      segment_samples: length of the training segments, in samples.
     """
 
     def __init__(self, path: str | os.PathLike, precision: str = HIGHEST):
-        """Opens it.
+        """Reads the config.
 
         Args:
-          path: where it is.
-          precision: see uss_jax/precision.py. The highest gives the same figures on every device.
+          path: path of the bundle or workdir.
+          precision: see uss_jax/precision.py; "highest" gives the same metrics on every device.
 
         Raises:
-          UserError: there is neither a bundle nor a workdir, or no such precision.
+          UserError: the path is neither a bundle nor a workdir, or the precision is unknown.
         """
         self.path = os.fspath(path)
         self.precision = check_precision(precision, "precision")
@@ -95,7 +95,7 @@ class Model:
 
     @functools.cached_property
     def separator(self) -> Net:
-        """The separator: (mixture [b, 1, t], condition [b, d]) to the estimate."""
+        """Separator: maps mixture [b, 1, t] and condition [b, d] to the estimate [b, 1, t]."""
         module, variables = self._bundle.separator()
         if module.audio_channels != 1:
             raise UserError(
@@ -105,22 +105,22 @@ class Model:
         return Net(module, jax.device_put(variables), self.precision)
 
     def separator_on(self, mesh: Mesh) -> Net:
-        """The separator on every device, put there once: recordings come one by one."""
+        """Returns the separator on every device, cached for the recordings that follow."""
         if mesh not in self._separator_on:
             self._separator_on[mesh] = self.separator.on(mesh)
         return self._separator_on[mesh]
 
     @functools.cached_property
     def query(self) -> Net:
-        """QueryNet: (waveform [b, s], class_index [b]) to the condition [b, d]."""
+        """QueryNet: maps waveform [b, s] and class_index [b] to the condition [b, d]."""
         module, variables = self._bundle.query()
         return Net(module, jax.device_put(variables), self.precision)
 
     @functools.cached_property
     def tagger(self) -> Net:
-        """What tells which classes sound: waveform [b, t] to `clipwise` and `embedding`.
+        """Tagging net: maps waveform [b, t] to `clipwise` and `embedding`.
 
-        The query net's tagging net; where conditions are `one_hot`, the detector.
+        The query net's; if conditions are `one_hot`, the detector.
         """
         if self.query.module.tagger is None:
             return self.sed
@@ -130,23 +130,23 @@ class Model:
 
     @functools.cached_property
     def sed(self) -> Net:
-        """The detector, a tagging net: waveform [b, t] to `clipwise`, `framewise` and more."""
+        """Detector, a tagging net: maps waveform [b, t] to `clipwise`, `framewise` and more."""
         module, variables = self._bundle.sed()
         return Net(as_detector(module), jax.device_put(variables), HIGHEST)
 
     @functools.cached_property
     def query_hash(self) -> str:
-        """Identifies the query net: vectors of another one mean nothing to this separator."""
+        """Hash of the query net; vectors of another one are meaningless to this separator."""
         return net_hash(self.query.variables)
 
     def condition(
         self, waveform: Float[np.ndarray, "b s"], class_index: Int[np.ndarray, "b"]
     ) -> Float[Array, "b d"]:
-        """The conditions of clean targets and their classes."""
+        """Returns the conditions of clean targets and their classes."""
         return self.query(jnp.asarray(waveform), jnp.asarray(class_index))
 
     def adapt(self, vectors: Float[np.ndarray, "b _"]) -> Float[np.ndarray, "b d"]:
-        """The conditions of vectors such as the tagging net gives: behind the adaptor, if any."""
+        """Maps outputs of the tagging net to conditions, through the adaptor if there is one."""
         net = self.query
         adapt = at_precision(net.precision, net.module.apply)
         return np.asarray(adapt(net.variables, jnp.asarray(vectors), method="adapt"))
@@ -154,5 +154,5 @@ class Model:
     def separate(
         self, mixture: Float[np.ndarray, "b t"], condition: Float[Array | np.ndarray, "b d"]
     ) -> Float[Array, "b t"]:
-        """The estimates of a batch of one-channel mixtures."""
+        """Separates a batch of mono mixtures."""
         return separate_with(self.separator, jnp.asarray(mixture), jnp.asarray(condition))

@@ -1,4 +1,4 @@
-"""From what a config or bundle says of a net to the Flax module, checked."""
+"""Builds Flax modules from the sections of a config or bundle, and checks their fields."""
 
 import dataclasses
 import difflib
@@ -28,17 +28,16 @@ from uss_jax.ontology import load_ontology
 Net = TypeVar("Net", bound=nn.Module)
 Chosen = TypeVar("Chosen")
 
-# The nets by the name that a config gives them (`net`; where it gives none, the first).
+# Nets by their name in a config (`net`, by default the first).
 SEPARATORS: dict[str, type[SeparatorNet]] = {"resunet": ResUNet}
-# Of a tagging net, the class that makes conditions and the one that detects. Both have the same
-# variables.
+# Tagging nets: the class for each role. Both roles have the same variables.
 TAGGERS = {
     "cnn14": {"query": Cnn14, "sed": Cnn14DecisionLevelMax},
     "htsat": {"query": HTSAT, "sed": HTSAT},
 }
 
-# What each field of a net may be, in a config as in a bundle's config.json. The bounds are far
-# above any net that trains, and below what numpy, XLA or the memory of a host cannot take.
+# Rules for net fields, in a config or a bundle's config.json. The bounds are far above any net
+# that trains, and below what numpy, XLA or a host's memory cannot handle.
 FIELD_RULES: dict[str, Rule] = {
     "sample_rate": whole(LOWEST_SAMPLE_RATE, HIGHEST_SAMPLE_RATE),
     "n_fft": whole(16, 32768),
@@ -67,20 +66,20 @@ FIELD_RULES: dict[str, Rule] = {
     "finetune": flag(),
 }
 
-# No part of what a net is: the first say how it trains, the last where it stands.
+# Fields that do not define a net: the first three configure training, the others are Flax's.
 _NO_FIELDS = ("norm_scope", "norm_momentum", "remat", "parent", "name")
 
 
 def build(net: type[Net], fields: Mapping[str, Any], where: str) -> Net:
-    """The module with these fields.
+    """Builds a module from its fields.
 
     Args:
-      net: its class.
-      fields: values of its dataclass fields, lists for tuples allowed (JSON has no tuples).
+      net: class of the module.
+      fields: values of its dataclass fields; lists become tuples, which JSON lacks.
       where: name of the config section, for the message.
 
     Raises:
-      UserError: a field that the net does not have, or a value that breaks its rule.
+      UserError: a field is unknown, or its value breaks its rule.
     """
     known = [f.name for f in dataclasses.fields(net) if f.name not in _NO_FIELDS]
     for key in fields:
@@ -93,7 +92,7 @@ def build(net: type[Net], fields: Mapping[str, Any], where: str) -> Net:
 
 
 def check_fields(fields: Mapping[str, Any], where: str) -> None:
-    """Raises a UserError where a field's value breaks its rule, or fields do not fit each other."""
+    """Raises a UserError if a field breaks its rule or fields are inconsistent."""
     try:
         for key, value in fields.items():
             if key in FIELD_RULES:
@@ -112,7 +111,7 @@ def check_fields(fields: Mapping[str, Any], where: str) -> None:
 
 
 def fields_of(net: nn.Module) -> dict[str, Any]:
-    """The inverse of `build_separator` and `build_tagger`: fields and `net`, as JSON holds them."""
+    """Returns `net` and fields in JSON types; inverse of `build_separator` and `build_tagger`."""
     fields = {f.name: getattr(net, f.name) for f in dataclasses.fields(net)}
     classes = {name: tuple(roles.values()) for name, roles in TAGGERS.items()}
     classes |= {name: (separator,) for name, separator in SEPARATORS.items()}
@@ -125,16 +124,16 @@ def fields_of(net: nn.Module) -> dict[str, Any]:
 
 
 def build_separator(section: Mapping[str, Any]) -> SeparatorNet:
-    """The separator of a config's or bundle's `separator` section: its `net` and fields."""
+    """Builds the separator of a config's or bundle's `separator` section (`net` and fields)."""
     net, fields = _chosen(SEPARATORS, section, "separator")
     return build(net, fields, "separator")
 
 
 def build_tagger(model: Mapping[str, Any], role: str, where: str) -> TaggingNet:
-    """A tagging net.
+    """Builds a tagging net.
 
     Args:
-      model: its name in TAGGERS under `net`, and its fields.
+      model: `net`, a name in TAGGERS, and fields.
       role: "query" or "sed".
       where: name of the config section, for messages.
     """
@@ -143,14 +142,14 @@ def build_tagger(model: Mapping[str, Any], role: str, where: str) -> TaggingNet:
 
 
 def name_of(table: Mapping[str, Any], section: Mapping[str, Any]) -> str:
-    """The name in SEPARATORS or TAGGERS of the net that a section describes."""
+    """Returns the name of a section's net in SEPARATORS or TAGGERS."""
     return section.get("net", next(iter(table)))
 
 
 def _chosen(
     table: Mapping[str, Chosen], section: Mapping[str, Any], where: str
 ) -> tuple[Chosen, dict[str, Any]]:
-    """The row of a table that a section names under `net`, and the section's other entries."""
+    """Returns the table entry that a section's `net` selects, and the section's other entries."""
     name = name_of(table, section)
     if name not in table:
         raise UserError(f"{where}.net is {name!r}, expected {' or '.join(table)}")
@@ -158,15 +157,15 @@ def _chosen(
 
 
 def build_sed(model: Mapping[str, Any]) -> TaggingNet:
-    """The sound event detector of a bundle's `sed.model` section."""
+    """Builds the sound event detector of a bundle's `sed.model` section."""
     return build_tagger(model, "sed", "sed.model")
 
 
 def build_query(section: Mapping[str, Any], model: Mapping[str, Any] | None) -> QueryNet:
-    """The query net.
+    """Builds the query net.
 
     Args:
-      section: `kind` and the adaptor's fields, as in a config's `query` section.
+      section: `kind` and further fields, as in a config's `query` section.
       model: `net` and fields of the tagging net; None for `one_hot`.
     """
     fields = {k: v for k, v in section.items() if k != "model"}
@@ -175,7 +174,7 @@ def build_query(section: Mapping[str, Any], model: Mapping[str, Any] | None) -> 
     tagger = None
     if model is not None:
         tagger = build_tagger(model, "query", "query.model")
-        if fields.get("finetune"):  # it trains together with a separator, and takes its momentum
+        if fields.get("finetune"):  # trained with the separator, at the separator's momentum
             tagger = tagger.clone(norm_momentum=MOMENTUM)
     query = build(QueryNet, {**fields, "tagger": tagger}, "query")
     if query.shortcut and query.adaptor_width not in (0, width := query.source_width):
@@ -186,7 +185,7 @@ def build_query(section: Mapping[str, Any], model: Mapping[str, Any] | None) -> 
 
 
 def require_classes(net: TaggingNet | QueryNet, where: str) -> None:
-    """Raises a UserError where a net does not tell AudioSet's classes: labels are their numbers."""
+    """Raises a UserError unless a net has as many classes as AudioSet, since labels index them."""
     wanted = len(load_ontology().class_mids)
     if net.classes != wanted:
         raise UserError(
@@ -198,16 +197,16 @@ def require_classes(net: TaggingNet | QueryNet, where: str) -> None:
 def image_of_rule(
     rule: str, sed: TaggingNet | None, clip_samples: int, where: str
 ) -> np.ndarray | None:
-    """What `choose_anchors` takes as `image`: the rule's, for clips of this length.
+    """Returns the `image` argument of `choose_anchors` for a rule and a clip length.
 
     Args:
       rule: one of RULES.
-      sed: the detector; None where anchors are not looked for.
-      clip_samples: length of the clips.
-      where: name of the option that gives the rule, for messages.
+      sed: the detector; None if anchors are not detected.
+      clip_samples: length of the clips, in samples.
+      where: name of the option that sets the rule, for messages.
 
     Raises:
-      UserError: there is no such rule, or not for this detector or these clips.
+      UserError: the rule is unknown, or does not apply to this detector or clip length.
     """
     if rule not in RULES:
         raise UserError(f"{where} is {rule!r}, expected {' or '.join(RULES)}")
@@ -232,17 +231,17 @@ def image_of_rule(
         ) from None
 
 
-# What flax, jax and numpy raise of fields that do not fit each other.
+# Raised by flax, jax and numpy when fields are inconsistent.
 _MISFITS = (ValueError, TypeError, IndexError, ZeroDivisionError, AssertionError, FlaxError)
 
 
 def layout(net: TaggingNet | SeparatorNet) -> Any:
-    """Shapes of a net's variables."""
+    """Returns the shapes of a net's variables."""
     return jax.eval_shape(functools.partial(init, net), jax.random.key(0))
 
 
 def init(net: TaggingNet | SeparatorNet, key: jax.Array) -> dict[str, Any]:
-    """Fresh variables of a net (those of a tagging net are the same in both roles).
+    """Initialises a net's variables; a tagging net has the same in both roles.
 
     A net without batch norms has empty `batch_stats`.
     """
@@ -261,7 +260,7 @@ def _inputs(net: TaggingNet | SeparatorNet) -> tuple[jax.Array, ...]:
 
 
 def init_adaptor(net: QueryNet, key: jax.Array) -> Any:
-    """Fresh parameters of a query net's adaptor."""
+    """Initialises the parameters of a query net's adaptor."""
     adaptor = Adaptor(net.adaptor_width, net.adaptor_hidden)
     unadapted = jnp.zeros((1, net.source_width))
     return adaptor.init(key, unadapted, train=False)["params"]

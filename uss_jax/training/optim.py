@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules, the reference's first, as optax transformations."""
+"""Optimisers and learning-rate schedules for optax, those of the reference first."""
 
 import inspect
 import math
@@ -24,13 +24,13 @@ class AmsgradState(NamedTuple):
 def scale_by_torch_amsgrad(
     b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
 ) -> optax.GradientTransformation:
-    """AMSGrad in torch's order: the maximum is taken before the bias correction.
+    """Scales updates as PyTorch's AMSGrad: takes the maximum before the bias correction.
 
-    optax.amsgrad takes it after, which lets the large early corrections stay for ever.
+    optax.amsgrad takes it after, so the large early corrections stay in it forever.
     """
 
     def init(params: optax.Params) -> AmsgradState:
-        # Three trees of their own: a donated buffer may not appear twice.
+        # Three separate trees: a donated buffer may not appear twice.
         mu, nu, nu_max = (jax.tree.map(jnp.zeros_like, params) for _ in range(3))
         return AmsgradState(jnp.zeros((), jnp.int32), mu, nu, nu_max)
 
@@ -51,10 +51,10 @@ def scale_by_torch_amsgrad(
 
 
 def _bias_correction(decay: float, count: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Returns 1 - decay ** count, to the last digit of the dtype.
+    """Returns 1 - decay ** count, accurate to the last digit of the dtype.
 
-    Computed in float32 as it is written, it is off by 1.3e-5 for a decay of 0.999 and a count of 1,
-    and the whole first step by half of that. PyTorch computes it in double precision.
+    Direct evaluation in float32 has a relative error of 1.3e-5 at decay 0.999 and count 1, and the
+    first step half of that. PyTorch uses double precision.
     """
     return -jnp.expm1(count.astype(dtype) * math.log(decay))
 
@@ -62,7 +62,7 @@ def _bias_correction(decay: float, count: jax.Array, dtype: jnp.dtype) -> jax.Ar
 def adamw_amsgrad(
     learning_rate: optax.ScalarOrSchedule, weight_decay: float = 0.0
 ) -> optax.GradientTransformation:
-    """torch.optim.AdamW(amsgrad=True), betas 0.9 and 0.999, eps 1e-8."""
+    """Returns the equivalent of torch.optim.AdamW(amsgrad=True): betas 0.9, 0.999, eps 1e-8."""
     return optax.chain(
         scale_by_torch_amsgrad(),
         optax.add_decayed_weights(weight_decay),
@@ -73,19 +73,19 @@ def adamw_amsgrad(
 def adamw(
     learning_rate: optax.ScalarOrSchedule, weight_decay: float = 0.0
 ) -> optax.GradientTransformation:
-    """AdamW, betas 0.9 and 0.999, eps 1e-8."""
+    """Returns AdamW with betas 0.9 and 0.999, eps 1e-8."""
     return optax.adamw(learning_rate, weight_decay=weight_decay)
 
 
-# The optimisers by the name that a tagger's config gives them.
+# Optimisers by their name in a tagger's config.
 OPTIMIZERS = {f.__name__: f for f in (adamw_amsgrad, adamw)}
 
 
 def clipped(optimizer: optax.GradientTransformation, norm: float) -> optax.GradientTransformation:
-    """An optimiser that sees gradients of at most this global norm; 0 leaves them.
+    """Clips the global norm of an optimiser's gradients; 0 for no clipping.
 
-    As torch.nn.utils.clip_grad_norm_ does it. The state is that of the optimiser alone, so that a
-    run may be resumed with another norm.
+    Equivalent to torch.nn.utils.clip_grad_norm_. The state is that of the optimiser alone, so a
+    run can be resumed with another norm.
     """
     if not norm:
         return optimizer
@@ -98,7 +98,7 @@ def clipped(optimizer: optax.GradientTransformation, norm: float) -> optax.Gradi
 
 
 def constant_warm_up(learning_rate: float, warm_up_steps: int) -> optax.Schedule:
-    """x 0.001, x 0.01, x 0.1 for `warm_up_steps` each, then constant; from the start without."""
+    """Scales by 0.001, 0.01 and 0.1 for `warm_up_steps` each (0: no warm-up), then by 1."""
 
     def schedule(step):
         stage = jnp.clip(step // warm_up_steps, 0, 3) if warm_up_steps else 3
@@ -110,7 +110,7 @@ def constant_warm_up(learning_rate: float, warm_up_steps: int) -> optax.Schedule
 def linear_warm_up(
     learning_rate: float, warm_up_steps: int, reduce_lr_steps: int
 ) -> optax.Schedule:
-    """Linear from 0 over `warm_up_steps`, x 0.9 every `reduce_lr_steps` afterwards."""
+    """Scales by step / warm_up_steps up to 1, then by 0.9 ** (step // reduce_lr_steps)."""
 
     def schedule(step):
         rising = step / warm_up_steps if warm_up_steps else 1.0
@@ -121,7 +121,7 @@ def linear_warm_up(
 
 
 def cosine(learning_rate: float, warm_up_steps: int, total_steps: int) -> optax.Schedule:
-    """Linear warm-up, then half a cosine down to a hundredth: for runs of known length."""
+    """Rises linearly over `warm_up_steps`, then decays by a cosine to 1/100 at `total_steps`."""
     return optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, warm_up_steps, total_steps, learning_rate / 100
     )
@@ -130,7 +130,7 @@ def cosine(learning_rate: float, warm_up_steps: int, total_steps: int) -> optax.
 def stepped(
     learning_rate: float, boundaries: Sequence[int], scales: Sequence[float]
 ) -> optax.Schedule:
-    """x scales[i + 1] from step boundaries[i] on, x scales[0] before."""
+    """Scales by scales[i + 1] from step boundaries[i] on, by scales[0] before the first."""
     if len(scales) != len(boundaries) + 1:
         raise UserError(
             f"config.schedule has {len(scales)} scales for {len(boundaries)} boundaries; "
@@ -147,7 +147,7 @@ def stepped(
 def make_schedule(
     name: str = "", learning_rate: float | None = None, **arguments: Any
 ) -> optax.Schedule:
-    """The schedule a config names: the name of a function above."""
+    """Returns the schedule that a config names: one of the functions above."""
     schedules = {f.__name__: f for f in (constant_warm_up, linear_warm_up, cosine, stepped)}
     if name not in schedules:
         raise UserError(f"config.schedule.name is {name!r}, expected {' or '.join(schedules)}")

@@ -1,4 +1,4 @@
-"""What a run would be, compiled for its devices and not run: `uss-jax train --dry-run`."""
+"""Compiles a training step and reports its cost without running it: `uss-jax train --dry-run`."""
 
 import time
 from typing import Any
@@ -17,7 +17,7 @@ _WAYS = {BFLOAT16: "bfloat16", **{word: f"float32 at {word} precision" for word 
 
 
 def clip_batch(items: int, samples: int, *, from_table: bool) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a batch of so many clips of so many samples, or of anchors from a table."""
+    """Returns the shapes of a batch of clips, or of anchors from a table, of `samples` samples."""
     shape = lambda dtype, *more: jax.ShapeDtypeStruct((items, *more), dtype)  # noqa: E731
     batch = {name: shape(np.int32) for name in ("samples", "class_index", "record")}
     batch |= {name: shape(np.uint8) for name in ("conflict", "absent")}
@@ -35,13 +35,13 @@ def describe(
     counted: Step,
     mesh: Mesh,
 ) -> list[str]:
-    """Compiles a step for the devices of the mesh; lines that say what it is and needs.
+    """Compiles a step for the devices of the mesh; returns lines that report its cost.
 
     Args:
       step: the training step.
-      state: its shapes, with how they are laid out over the devices.
-      frozen, batch: shapes.
-      counted: the same step without `remat`, whose operations count.
+      state: shapes and shardings of the state.
+      frozen, batch: shapes of the frozen variables and the batch.
+      counted: the same step without `remat`, for counting FLOPs.
       mesh: the devices.
     """
     key = jax.random.key(0)

@@ -1,4 +1,4 @@
-"""What every run does around its step: records and workdir, where it stands, the loop."""
+"""The run around a training step: config checks, records, workdir, resuming and the loop."""
 
 import contextlib
 import dataclasses
@@ -39,13 +39,13 @@ from uss_jax.training.state import TrainState, parameter_count
 from uss_jax.training.step import Step
 from uss_jax.training.throughput import Throughput, Trace
 
-# What decides, with seed, batch, records and anchors, which clips meet in which step.
+# Config keys that determine the data of each step, besides seed, batch, records and anchors.
 _DRAWING = ("data.order", "data.class_weights", "data.share", "data.clip_seconds", "mixup_alpha")
 _DRAWING += ("mixing.sources", "mixing.group_size", "mixing.order", "mixing.match_energy")
 _DRAWING += ("mixing.all_targets",)
 _DRAWING += ("anchors.min_score", "anchors.min_dbfs", "anchors.top_k", "anchors.jitter_samples")
 _DRAWING += ("anchors.rule",)
-# Keys that config.json and its `training` did not always have, and what held before.
+# Values of keys that older config.json files lack.
 _BEFORE_THE_KEY = {
     "anchors.rule": RULES[0],
     "separator.net": "resunet",
@@ -53,11 +53,11 @@ _BEFORE_THE_KEY = {
     "sed.model.net": "cnn14",
 }
 
-# Of configs that say nothing. The largest ratio of a healthy float32 run of 827 steps was 10.
+# Default. The largest ratio in a healthy float32 run of 827 steps was 10.
 _MAX_NORM_RATIO = 100.0
 
-_MOST = 2**31 - 1  # steps are counted in 32 bits
-# What every config has, by dotted names.
+_MOST = 2**31 - 1  # step counters are int32
+# Rules for required config keys, by dotted name.
 _REQUIRED = {
     "seed": whole(0, 2**32 - 1),
     "sample_rate": whole(LOWEST_SAMPLE_RATE, HIGHEST_SAMPLE_RATE),
@@ -76,7 +76,7 @@ _REQUIRED = {
         whole(1, _MOST),
     ),
 }
-# What a config may leave out.
+# Rules for optional config keys.
 _OPTIONAL = {
     "accumulate": whole(1, _MOST),
     "keep_best": whole(0, _MOST),
@@ -91,14 +91,14 @@ _OPTIONAL = {
     "mixing.gain_db": number(0, 200),
     "anchors.min_dbfs": number(-1000, 0),
 }
-# What a checkpoint says of the data, see `_position`.
+# Schema of a checkpoint's data position, see `_position`.
 _POSITION = record(
     {"seed": whole(0, 2**64), "global_batch": whole(1, _MOST), "index_digest": text()},
     dict.fromkeys(("anchors_digest", "frozen_digest"), text()) | {"examples_seen": whole(0, 2**63)},
     others=True,
 )
 _ABSENT = object()
-# Arguments of the functions of training/augment.py, of configs that ask for them.
+# Rules for the arguments of the functions in training/augment.py.
 _SPEED = number(0.1, 10)
 _DECIBELS = number(-200, 200)
 _AUGMENTATIONS = {
@@ -117,10 +117,10 @@ class Records:
     """The opened records of a run.
 
     Attributes:
-      index: of the split.
-      reader: of its clips.
-      order: which clip and class stand at which position.
-      places: the anchors of a table, when only they are read.
+      index: index of the split's records.
+      reader: reader of its clips.
+      order: maps positions in the training order to clip and class.
+      places: anchors of a table; None if whole clips are read.
     """
 
     index: RecordIndex
@@ -130,13 +130,13 @@ class Records:
 
 
 def say(text: str) -> None:
-    """Prints a line, once however many hosts there are."""
+    """Prints a line, on the first host only."""
     if jax.process_index() == 0:
         print(text, flush=True)
 
 
 def check(config: ConfigDict) -> None:
-    """Raises a UserError where the numbers of a config do not fit each other or the devices."""
+    """Raises a UserError if config values are invalid, inconsistent or do not suit the devices."""
     values = config.to_dict()
     _require_values(values, "config")
     for key, rule in (_REQUIRED | _OPTIONAL).items():
@@ -189,7 +189,7 @@ def check(config: ConfigDict) -> None:
 
 
 def _require_values(section: Mapping[str, Any], where: str) -> None:
-    """Raises a UserError where a key is None that is not an augmentation, which None turns off."""
+    """Raises a UserError if a key is None, except augmentations, which None turns off."""
     for key, value in section.items():
         if isinstance(value, Mapping):
             _require_values(value, f"{where}.{key}")
@@ -199,7 +199,7 @@ def _require_values(section: Mapping[str, Any], where: str) -> None:
 
 
 def _value(config: Mapping[str, Any], key: str, default: Any) -> Any:
-    """Returns the value of a dotted name, or else the default where there is none."""
+    """Returns the value of a dotted key, or the default if it is missing."""
     value: Any = config
     for part in key.split("."):
         if not isinstance(value, Mapping) or part not in value:
@@ -209,7 +209,7 @@ def _value(config: Mapping[str, Any], key: str, default: Any) -> Any:
 
 
 def _check_augmentations(config: Mapping[str, Any]) -> None:
-    """Raises a UserError for arguments that the functions of training/augment.py do not take."""
+    """Raises a UserError for invalid arguments to the functions in training/augment.py."""
     for key, rule in _AUGMENTATIONS.items():
         arguments = config.get(key)
         if arguments is None:
@@ -227,7 +227,7 @@ def _check_augmentations(config: Mapping[str, Any]) -> None:
 
 
 def _follow(rule: Rule, value: Any, key: str) -> None:
-    """Raises a UserError where a value of the config breaks a rule."""
+    """Raises a UserError if a config value breaks its rule."""
     try:
         rule(value, key)
     except ValueError as error:
@@ -243,18 +243,19 @@ def open_records(
     mixing: ConfigDict | None = None,
     segment_samples: int = 0,
 ) -> Records:
-    """Opens a config's `data` section, and what its `anchors` and `mixing` say of the order.
+    """Opens the records of a config and builds their training order.
 
     Args:
-      section: `records`, `split`, `order` and more.
-      sample_rate: that the records must have, in Hz.
-      seed: of the order.
-      anchors: with the source `table`, only anchors are drawn that it lets through.
-      mixing: sees the order in mixing groups.
-      segment_samples: length of an anchor.
+      section: the config's `data` section.
+      sample_rate: required sampling rate of the records, in Hz.
+      seed: seed of the order.
+      anchors: the `anchors` section; with source `table`, only labels with a usable anchor are
+        drawn.
+      mixing: the `mixing` section, to arrange the order in mixing groups.
+      segment_samples: length of an anchor, in samples.
 
     Raises:
-      UserError: no records, or of another sample rate than the config's.
+      UserError: records or anchor table are missing, or do not match the config.
     """
     if not section.records:
         raise UserError("config.data.records is empty; give the folder that `prepare` wrote")
@@ -309,7 +310,7 @@ def open_records(
 def _open_table(
     section: ConfigDict, index: RecordIndex, segment_samples: int, seed: int
 ) -> tuple[Placement, np.ndarray]:
-    """The table's anchors, and which labels of the index have one to draw."""
+    """Returns the table's anchors, and a mask of the index's labels that have a usable one."""
     if not section.table:
         raise UserError("config.anchors.table is empty; give the file that `uss-jax mine` wrote")
     table = read_table(section.table, index, segment_samples)
@@ -344,7 +345,7 @@ def _open_table(
 
 
 def _of_share(index: RecordIndex, share: float, seed: int) -> np.ndarray:
-    """Which labels are those of a share of the clips; a larger share has these and more."""
+    """Returns a mask of the labels of a random share of clips; it grows with the share."""
     if not 0 < share <= 1:
         raise UserError(f"config.data.share={share} is not above 0 and at most 1")
     drawn = np.random.default_rng(seed).random(len(index)) < share
@@ -354,7 +355,7 @@ def _of_share(index: RecordIndex, share: float, seed: int) -> np.ndarray:
 
 
 def _class_weights(places: ConfigDict | None) -> np.ndarray | None:
-    """Places a round of each class, 1 where none is said."""
+    """Returns each class's places in a round, 1 by default; None if no weights are given."""
     if not places:
         return None
     ontology = load_ontology()
@@ -378,10 +379,10 @@ def _class_weights(places: ConfigDict | None) -> np.ndarray | None:
 
 @contextlib.contextmanager
 def open_workdir(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Makes the workdir where needed, and holds it against other runs, on all hosts together.
+    """Creates the workdir if needed and locks it against other runs, on all hosts together.
 
     Raises:
-      UserError: it cannot be made or written to, or another run has it.
+      UserError: the workdir cannot be created or written to, or is in use by another run.
     """
     workdir = pathlib.Path(workdir)
     try:
@@ -394,7 +395,7 @@ def open_workdir(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
         raise UserError(f"--workdir {workdir} cannot be written to; choose another")
     with contextlib.ExitStack() as stack:
         refusal = None
-        if jax.process_index() == 0:  # it stands for all of its run
+        if jax.process_index() == 0:  # one lock for all hosts of a run
             try:
                 remedy = "wait until it has ended, or choose another --workdir"
                 stack.enter_context(only_one(workdir, remedy))
@@ -425,27 +426,27 @@ def train_on(
     counted: Step | None = None,
     evaluation: Callable[[Any], Evaluate] | None = None,
 ) -> None:
-    """Goes on where the workdir stands, or begins, and steps until `config.total_steps`.
+    """Trains until `config.total_steps`, from the workdir's last checkpoint if it has one.
 
     Args:
-      records: to train on.
+      records: training records.
       step: the training step.
-      fresh: a pure function that makes the state before the first step.
-      fresh_from: its arguments, the same on every host.
+      fresh: pure function that creates the initial state.
+      fresh_from: arguments of `fresh`, the same on every host.
       frozen: variables of the nets that do not train.
-      config: of the run.
-      workdir: of the run.
+      config: config of the run.
+      workdir: folder of the run.
       mesh: the devices.
       key: the run's random key.
       kind: `separator` or `tagger`.
       nets: sections of config.json that make the workdir readable as a bundle.
-      clips_per_step: clips in the batch of all hosts together.
-      learning_rate: of the update after so many.
-      dtype: in which the net that trains mostly computes.
+      clips_per_step: clips per step, over all hosts.
+      learning_rate: maps the number of updates done to the next learning rate.
+      dtype: main compute dtype of the trained net.
       labels: whether the step needs all labels of the clips.
-      counted: the step without `remat`, whose operations count; `step` where there is none.
-      evaluation: from the frozen variables on the devices to what gives a state's figures every
-        `config.eval.every_steps`.
+      counted: the step without `remat`, for counting FLOPs; None to count those of `step`.
+      evaluation: maps the frozen variables on the devices to the function that computes a state's
+        evaluation metrics every `config.eval.every_steps`; None for no evaluation.
 
     Raises:
       UserError: the workdir's run has other nets, data or seed.
@@ -527,7 +528,7 @@ def train_on(
 def _set_aside(
     checkpoints: Checkpoints, step: int, error: DamagedCheckpoint, config: ConfigDict
 ) -> None:
-    """Puts a damaged checkpoint out of the way of the one before, unless the config says stop."""
+    """Moves a damaged checkpoint aside, or raises its error if the config says stop."""
     if _on_damage(config) == "stop":
         raise error
     place = checkpoints.set_aside(step)
@@ -541,7 +542,7 @@ def _set_aside(
 
 
 def _position(records: Records, config: ConfigDict) -> dict[str, Any]:
-    """What a checkpoint says of the data, less how far the run has come."""
+    """Returns what a checkpoint records about the data: seed, batch size and digests."""
     position = {
         "seed": config.seed,
         "global_batch": config.global_batch,
@@ -555,7 +556,7 @@ def _position(records: Records, config: ConfigDict) -> dict[str, Any]:
 def _feed(
     records: Records, config: ConfigDict, start: int, clips_per_step: int, labels: bool
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This host's batches from a step on."""
+    """Yields this host's batches after step `start`."""
     seconds = config.data.clip_seconds if records.places is None else config.segment_seconds
     return batches(
         records.reader,
@@ -575,22 +576,22 @@ def _feed(
 
 
 def max_norm_ratio_of(config: ConfigDict) -> float:
-    """Returns `config.max_norm_ratio`; configs of before the key get its default."""
+    """Returns `config.max_norm_ratio`, or its default for configs older than the key."""
     return config.get("max_norm_ratio", _MAX_NORM_RATIO)
 
 
 def _on_damage(config: ConfigDict) -> str:
-    """Returns `config.damaged_checkpoint`; configs of before the key get its default."""
+    """Returns `config.damaged_checkpoint`, or its default for configs older than the key."""
     return config.get("damaged_checkpoint", "set_aside")
 
 
 def anchor_rule_of(config: ConfigDict) -> str:
-    """Returns `config.anchors.rule`; configs of before the key get its default."""
+    """Returns `config.anchors.rule`, or its default for configs older than the key."""
     return config.anchors.get("rule", RULES[0])
 
 
 def precision_of(config: ConfigDict | Mapping[str, Any]) -> str:
-    """The precision of what trains; a config that does not say it has JAX's default."""
+    """Returns `config.precision`, the precision of trained nets; "default" if it is missing."""
     return check_precision(config.get("precision", "default"), "config.precision")
 
 
@@ -607,7 +608,7 @@ def _require_same_run(
     position: Mapping[str, Any],
     index: RecordIndex,
 ) -> None:
-    """Raises a UserError where the saved run has other nets or would see other data."""
+    """Raises a UserError if the saved run has other nets or would read other data."""
     _require_same_nets(saved, json.loads(json.dumps(about)))
     _require_same_data(saved_position, position, index)
     _require_same_drawing(saved["training"], about["training"])
@@ -616,7 +617,7 @@ def _require_same_run(
 def _require_same_data(
     saved: Mapping[str, Any], position: Mapping[str, Any], index: RecordIndex
 ) -> None:
-    """Raises a UserError where the next data would not be what it would have been."""
+    """Raises a UserError if seed, batch size, records, frozen nets or anchors have changed."""
     for key in ("seed", "global_batch"):
         if saved[key] != position[key]:
             raise UserError(
@@ -627,7 +628,7 @@ def _require_same_data(
         raise UserError(
             "the records have changed since this run was started; start in a new workdir"
         )
-    # Checkpoints of older versions do not have it.
+    # Missing from checkpoints of older versions.
     if saved.get("frozen_digest", position.get("frozen_digest")) != position.get("frozen_digest"):
         raise UserError(
             "the nets in the workdir's folder `frozen` are not those that this run was started "
@@ -641,7 +642,7 @@ def _require_same_data(
 
 
 def _require_same_drawing(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raises a UserError that names the first key that says otherwise which clips come when."""
+    """Raises a UserError that names the first key of `_DRAWING` that differs."""
     for key in _DRAWING:
         values = [_value(config, key, _BEFORE_THE_KEY.get(key)) for config in (saved, wanted)]
         if values[0] != values[1]:
@@ -654,7 +655,7 @@ def _require_same_drawing(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -
 def _require_same_nets(saved: Any, wanted: Any, where: str = "") -> None:
     """Raises a UserError that names the first entry of config.json that differs.
 
-    Parameters alone do not tell: nets for another hop or condition can have the same shapes.
+    Parameter shapes do not suffice: nets with another hop or condition can have the same.
     """
     if isinstance(saved, dict) and isinstance(wanted, dict):
         for key in [*wanted, *(key for key in saved if key not in wanted)]:

@@ -1,4 +1,4 @@
-"""What a training run carries from step to step."""
+"""The state of a training run."""
 
 from typing import Any
 
@@ -17,14 +17,14 @@ class TrainState:
     Its fields are trees of arrays, or parallel trees of per-array metadata such as shardings.
 
     Attributes:
-      step: steps done, int32 scalar.
-      params: trained parameters, one entry a net.
-      batch_stats: running statistics, likewise.
-      opt_state: the optimiser's.
+      step: number of steps done, int32 scalar.
+      params: trained parameters, one entry per net.
+      batch_stats: running statistics, one entry per net.
+      opt_state: state of the optimiser.
       ema: moving average of `params`, or an empty tree.
-      skipped: updates left out: `total`, those whose loss or gradient was NaN or infinite, and
-        `in_a_row`, those left out for any reason since the last update; int32 scalars.
-      norms: what tells an absurd gradient from a large one, see training/guard.py.
+      skipped: numbers of skipped updates, int32 scalars: `total`, those with a NaN or infinite loss
+        or gradient; `in_a_row`, those skipped for any reason since the last update.
+      norms: recent gradient norms and number of updates skipped as spikes, see training/guard.py.
     """
 
     step: Any
@@ -37,14 +37,14 @@ class TrainState:
 
     @property
     def averaged(self) -> Any:
-        """The parameters to evaluate and to use: their moving average where there is one."""
+        """Parameters for evaluation and inference: the moving average if there is one."""
         return self.ema or self.params
 
 
 def create_state(
     params: Any, batch_stats: Any, optimizer: optax.GradientTransformation, ema: bool = False
 ) -> TrainState:
-    """The state before the first step, with or without a moving average of the parameters."""
+    """Returns the initial state, with a moving average of the parameters if `ema` is set."""
     zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731 (a donated buffer may not appear twice)
     return TrainState(
         step=zero(),
@@ -58,5 +58,5 @@ def create_state(
 
 
 def parameter_count(params: Any) -> int:
-    """Number of scalars in a tree of parameters."""
+    """Counts the scalars in a tree of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

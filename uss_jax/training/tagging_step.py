@@ -27,18 +27,18 @@ def make_tagging_step(
     noise: dict[str, float] | None = None,
     max_norm_ratio: float = 0.0,
 ) -> Step:
-    """One step of a tagging net on weak labels, as PANNs does it.
+    """Makes the training step of a tagging net on weak labels, as in PANNs.
 
     Args:
-      tagger: the net.
-      optimizer: its optimiser.
-      outputs: which of the net's probabilities of a clip to train; the loss is their mean.
-      mixup_alpha: blend pairs of the batch; None to leave them.
+      tagger: the tagging net.
+      optimizer: optimiser of its parameters.
+      outputs: names of the clip probabilities to train; their losses are averaged.
+      mixup_alpha: alpha of mixup's Beta(alpha, alpha); None for no mixup.
       spec_augment_stripes: arguments of `spec_augment`; None for none.
-      speed: arguments of `change_speed`; None to leave the clips.
+      speed: arguments of `change_speed`; None for none.
       noise: arguments of `add_noise`; None for none.
-      max_norm_ratio: updates whose gradient is longer than this many times the running median are
-        left out, see training/guard.py; 0 for no limit.
+      max_norm_ratio: updates are skipped if their gradient norm exceeds this many times the running
+        median, see training/guard.py; 0 for no limit.
     """
 
     def step(state: TrainState, frozen: Any, batch: Batch, key: Array):

@@ -1,4 +1,4 @@
-"""How fast a run goes: what its reports say of it, and the ledger `throughput.json`."""
+"""Measures the speed of a run, for its reports and the ledger `throughput.json`."""
 
 import json
 import os
@@ -16,12 +16,12 @@ from uss_jax.training.feed import DeviceFeed
 from uss_jax.training.step import Step
 
 LEDGER = "throughput.json"
-# How exactly the end of the last step is known while its successor's batch is late.
+# While a batch is late, the end of the last step is polled at this interval.
 _POLL_SECONDS = 1e-3
 
 
 class Throughput:
-    """Times the steps of a run since it was started, less compiling, evaluating and saving.
+    """Times the steps of a run since its start, without compiling, evaluating and saving.
 
     Attributes:
       knows_device: whether the peaks of the device are known.
@@ -36,15 +36,15 @@ class Throughput:
         dtype: str,
         counted: Step,
     ):
-        """On every host; the first keeps the ledger, in which earlier starts stay.
+        """Starts timing; the first host also appends to the ledger of earlier starts.
 
         Args:
-          workdir: of the run.
-          start_step: steps done already.
-          global_batch: items of a step on all devices together.
-          parameters: that train.
-          dtype: in which most is computed, "float32" or "bfloat16".
-          counted: the step, of which the operations are those of the model.
+          workdir: folder of the run.
+          start_step: number of steps done before.
+          global_batch: items per step, over all devices.
+          parameters: number of trained parameters.
+          dtype: main compute dtype, "float32" or "bfloat16".
+          counted: the step whose FLOPs are counted as the model's: without `remat`.
         """
         self._counted = counted
         self._workdir = pathlib.Path(workdir)
@@ -61,15 +61,15 @@ class Throughput:
             "parameters": parameters,
             "dtype": dtype,
         }
-        self._all = (0, 0.0, 0.0)  # steps, seconds, seconds without work for want of a batch
+        self._all = (0, 0.0, 0.0)  # steps, seconds, seconds idle for lack of a batch
         self.go()
 
     def go(self) -> None:
-        """Begins a stretch of steps; what has passed since the last report does not count."""
+        """Starts a new interval; the time since the last report does not count."""
         self._began, self._steps, self._waited = time.monotonic(), 0, 0.0
 
     def compile(self, jitted: Callable, *arguments: Any) -> jax.stages.Compiled:
-        """The step, compiled, its operations counted; a stretch begins after it."""
+        """Compiles the step and counts its FLOPs, then starts a new interval."""
         began = time.monotonic()
         compiled = jitted.lower(*arguments).compile()
         self._about["compile_seconds"] = time.monotonic() - began
@@ -80,14 +80,14 @@ class Throughput:
         return compiled
 
     def next_batch(self, feed: DeviceFeed, idle: Callable[[], bool] | None) -> dict[str, jax.Array]:
-        """Returns the next step's batch; counts how long the devices had nothing to do for it.
+        """Returns the next step's batch and measures how long the devices are idle until then.
 
-        That is the time in which every step dispatched was done and the next batch was not on the
-        devices; a wait while they compute costs nothing and does not count.
+        They are idle while every dispatched step is done and the next batch is not on the devices.
+        Waiting while they compute costs nothing and does not count.
 
         Args:
-          feed: of the batches.
-          idle: tells whether every step dispatched is done; None before the first.
+          feed: feed of the batches.
+          idle: returns whether every dispatched step is done; None before the first step.
         """
         idle_from = None
         batch = feed.get(0.0)
@@ -100,14 +100,14 @@ class Throughput:
         return batch
 
     def step(self) -> None:
-        """Counts one."""
+        """Counts one step."""
         self._steps += 1
 
     def report(self, step: int) -> dict[str, float]:
-        """Metrics of the stretch that ends here, its steps done; the ledger is brought up to date.
+        """Updates the ledger and returns the interval's metrics, once its steps are done.
 
         Args:
-          step: steps done in all.
+          step: total number of steps done.
         """
         stretch = (self._steps, time.monotonic() - self._began, self._waited)
         self._all = tuple(a + b for a, b in zip(self._all, stretch, strict=True))
@@ -115,7 +115,7 @@ class Throughput:
             self._write(step)
         metrics = self._rates(*stretch)
         peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in jax.local_devices()]
-        if None not in peaks:  # CPUs do not say
+        if None not in peaks:  # CPUs do not report it
             metrics["device_memory_gib"] = max(peaks) / 2**30
         return metrics
 
@@ -125,8 +125,8 @@ class Throughput:
             "step_seconds": seconds / steps,
             "input_wait_share": waited / seconds,
         }
-        if self.knows_device:  # else there is nothing to be a share of
-            # Of all devices, each way of multiplying at its own peak.
+        if self.knows_device:  # else the utilisation is unknown
+            # On all devices, with each kind of product at its own peak.
             least = self._least_seconds * steps / jax.device_count()
             rates["flop_utilisation"] = least / seconds
         return rates
@@ -138,17 +138,17 @@ class Throughput:
 
 
 def read_ledger(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The ledger of a workdir, an entry for each start; empty before the first report.
+    """Reads the ledger of a workdir, one entry per start; empty before the first report.
 
     Raises:
-      ValueError: it is damaged.
+      ValueError: the ledger is damaged.
     """
     path = pathlib.Path(workdir) / LEDGER
     return parse_json(path.read_bytes(), list_of(mapping_of(anything()))) if path.exists() else []
 
 
 def _ledger_so_far(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The entries so far; a damaged ledger is set aside, as nothing depends on it."""
+    """Returns the existing entries; sets a damaged ledger aside, as nothing depends on it."""
     try:
         return read_ledger(workdir)
     except ValueError:
@@ -161,10 +161,10 @@ def _ledger_so_far(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 class Trace:
-    """The profiler's trace of some steps, for TensorBoard; used as a context manager."""
+    """Profiler trace of some steps, for TensorBoard; a context manager."""
 
     def __init__(self, folder: pathlib.Path, first: int, last: int):
-        """Into a folder, of the steps first..last; of none where first is 0."""
+        """Traces steps first..last into a folder; none if `first` is 0."""
         self._folder, self._first, self._last = folder, first, last
         self._running = False
 
@@ -172,11 +172,11 @@ class Trace:
         return self
 
     def before(self, step: int, state: Any) -> None:
-        """To be called before each step: begins or ends the trace where it is time.
+        """Starts or stops the trace if due; call it before each step.
 
         Args:
-          step: number of the step to come.
-          state: what the steps before it leave.
+          step: number of the next step.
+          state: state after the previous step.
         """
         if step in (self._first, self._last + 1):
             jax.block_until_ready(state)

@@ -1,13 +1,13 @@
-"""Ends all processes of a run, with a sentence, when one of them is lost or fails alone.
+"""Ends all processes of a run, with a message, when one of them is lost or fails alone.
 
 Each process sends a heartbeat: every few seconds it changes a value in the key-value store that
-JAX keeps in process 0. Process 0 notices whose heartbeat has stopped and writes it into the store,
-where the others read it; they notice by their connection when process 0 itself is lost. JAX has
+JAX keeps in process 0. Process 0 detects stopped heartbeats and records them in the store, where
+the others read them; they detect the loss of process 0 by their connection to it. JAX has
 heartbeats too, but on a loss it aborts the process with a stack trace, and jaxlib 0.10 cannot call
-a Python callback instead: it aborts while it converts the argument. So JAX's limit is set longer.
+a Python callback instead: it aborts while converting the argument. So JAX's timeout is set longer.
 
-A collective whose partner is gone raises an error on CPUs and may hang for ever on accelerators.
-Therefore a thread ends the process, whatever the main thread does.
+A collective whose partner is gone raises an error on CPUs and may hang forever on accelerators.
+Therefore a separate thread ends the process, whatever the main thread does.
 """
 
 import atexit
@@ -28,15 +28,15 @@ from uss_jax.errors import Stopped, UserError, one_line
 from uss_jax.leaving import leave
 from uss_jax.training.checkpoints import saved_steps
 
-# A host that sends no heartbeat for this long is lost; a host that compiles does send them.
+# A host without a heartbeat for this long is lost; heartbeats continue during compilation.
 LOST_SECONDS = 60.0
-# The limit once an unexpected error has come up on some host, perhaps because another is gone.
+# The limit after an unexpected error on any host, which the loss of another may have caused.
 _SUSPECT_SECONDS = 15.0
 _BEAT_SECONDS = 3.0
-# How long a process goes on after it has read that another one ended: it may be about to end by
-# itself, with the same error, and the others must have time to read it in process 0.
+# How long a process continues after reading that another one ended: it may be about to fail with
+# the same error, and the others need time to read the message from process 0.
 _GRACE_SECONDS = 6.0
-# How long the interpreter may take to end after an error.
+# How long the interpreter may take to exit after an error.
 _LEAVE_SECONDS = 30.0
 
 _BEAT, _BROKEN, _END = "uss_jax/beat/", "uss_jax/broken/", "uss_jax/end/"
@@ -44,20 +44,20 @@ _DONE = "done"
 
 
 class Relay:
-    """Forwards JAX's connection to process 0, and notices when process 0 is gone or silent.
+    """Forwards JAX's connection to process 0, and detects when process 0 is gone or silent.
 
-    JAX aborts the process the moment this connection breaks. With a relay between them, JAX's end
-    of it stays open and the process can end in its own way.
+    JAX aborts the process as soon as this connection breaks. With a relay in between, JAX's end of
+    it stays open and the process can exit in its own way.
 
     Attributes:
-      address: the coordinator's address, as far as JAX knows.
+      address: address of the relay, to be given to JAX as the coordinator's.
     """
 
     def __init__(self, coordinator: str):
         host, _, port = coordinator.rpartition(":")
         self._coordinator = host.strip("[]"), int(port)
         self._on_loss: Callable[[str], None] | None = None
-        # A Unix socket, because gRPC may connect to a port by way of an HTTP proxy.
+        # A Unix socket, because gRPC may connect to a port through an HTTP proxy.
         self._folder = tempfile.mkdtemp(prefix="uss-jax-")
         path = os.path.join(self._folder, "relay")
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -67,11 +67,11 @@ class Relay:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def joined(self, on_loss: Callable[[str], None]) -> None:
-        """From here on a connection that breaks is a loss, and `on_loss` is told why it broke."""
+        """From now on calls `on_loss` with the reason when a connection breaks."""
         self._on_loss = on_loss
 
     def close(self) -> None:
-        """Takes no more connections."""
+        """Stops accepting connections."""
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -83,7 +83,7 @@ class Relay:
                 ours, _ = self._listener.accept()
                 try:
                     far = socket.create_connection(self._coordinator, timeout=LOST_SECONDS)
-                except OSError:  # not there yet: JAX tries again
+                except OSError:  # process 0 is not up yet: JAX retries
                     ours.close()
                     continue
                 far.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -110,7 +110,7 @@ class Relay:
         while True:
             try:
                 return source.recv(1 << 16)
-            except TimeoutError:  # before all have met process 0 has nothing to say
+            except TimeoutError:  # process 0 is silent until all have joined
                 if self._on_loss is not None:
                     raise
 
@@ -118,8 +118,8 @@ class Relay:
 class Watch:
     """Sends this process's heartbeat, and ends the process when another one is lost or has failed.
 
-    A context manager: an exception that leaves it is reported to the other processes; without one
-    it waits until they have finished too.
+    A context manager: it reports an exception to the other processes; without one it waits until
+    they have finished too.
     """
 
     def __init__(
@@ -135,23 +135,23 @@ class Watch:
 
         Args:
           store: JAX's client of the key-value store.
-          process: number of this process.
+          process: index of this process.
           processes: number of processes.
           coordinator: host and port of process 0.
-          workdir: folder of the run, whose last checkpoint is named; None without checkpoints.
-          relay: carries this process's connection to process 0; None in process 0.
+          workdir: folder of the run, to name its last checkpoint; None without checkpoints.
+          relay: relay of this process's connection to process 0; None in process 0.
         """
         self._store, self._process, self._processes = store, process, processes
         self._coordinator = coordinator.rpartition(":")[0]
         self._workdir, self._relay = workdir, relay
         self._name = socket.gethostname()
-        self._beats: dict[int, tuple[str, float]] = {}  # the last beat of each, and since when
-        self._ends: dict[int, str] = {}  # how processes ended: _DONE or a clause about it
-        self._failure: str | None = None  # the first such clause
-        self._broken: set[int] = set()  # in which an unexpected error has come up
-        self._asking = False  # whether one has come up in this process
+        self._beats: dict[int, tuple[str, float]] = {}  # last beat of each, and when it came
+        self._ends: dict[int, str] = {}  # how processes ended: _DONE or a message
+        self._failure: str | None = None  # the first such message
+        self._broken: set[int] = set()  # processes with an unexpected error
+        self._asking = False  # whether this process has one
         self._heard_of_end: float | None = None
-        self._left: tuple[float, int] | None = None  # when with an error, and the exit status
+        self._left: tuple[float, int] | None = None  # time of an error, and exit status
         self._over = threading.Event()
         self._ending = threading.Lock()
 
@@ -164,20 +164,20 @@ class Watch:
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if error is None or isinstance(error, Stopped):
             self._write(_END, _DONE)
-            # JAX waits too when the interpreter ends, but not for a lost host with a sentence.
+            # JAX waits at interpreter exit too, but reports a lost host with a stack trace.
             while len(self._ends) < self._processes or self._failure:
                 time.sleep(0.2)
             self._over.set()
             return
-        # When the interpreter ends JAX would wait for processes that do not come.
+        # At interpreter exit JAX would wait for processes that never get there.
         status = 130 if isinstance(error, KeyboardInterrupt) else 1
         atexit.register(leave, status)
         if not isinstance(error, UserError | KeyboardInterrupt):
-            # A failed collective, or what orbax and others made of it.
+            # Perhaps a failed collective, or an error that orbax or others raised because of one.
             self._wait_for_who_broke_it()
         self._left = time.monotonic(), status
         self._write(_END, f"{_host(self._process, self._name)} ended: {_told(error)}")
-        # What the others have not read by the end of process 0 is lost.
+        # The store ends with process 0, so the others need time to read it.
         until = time.monotonic() + _GRACE_SECONDS + 3 * _BEAT_SECONDS
         while self._process == 0 and len(self._ends) < self._processes:
             if time.monotonic() > until:
@@ -185,7 +185,7 @@ class Watch:
             time.sleep(0.2)
 
     def _wait_for_who_broke_it(self) -> None:
-        """Returns when no other process is lost; where one is, this process ends meanwhile."""
+        """Waits while another process may be lost; if one is, this process ends meanwhile."""
         self._asking = True
         self._write(_BROKEN, "")
         until = time.monotonic() + _SUSPECT_SECONDS + 5 * _BEAT_SECONDS
@@ -196,7 +196,7 @@ class Watch:
         count = 0
         while not self._over.is_set():
             count += 1
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # of a lost process 0: see Relay
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is lost: see Relay
                 self._store.key_value_set(
                     f"{_BEAT}{self._process}", f"{count} {self._name}", allow_overwrite=True
                 )
@@ -208,13 +208,13 @@ class Watch:
                 if self._process == 0:
                     self._note_lost(time.monotonic())
             self._end_when_due(time.monotonic())
-            # Sooner where someone waits; process 0 has more to answer the more there are.
+            # Poll faster if a process waits; more processes poll less often, to spare process 0.
             waiting = self._ends or self._broken or self._asking
             pause = 0.05 * self._processes if waiting else _BEAT_SECONDS
             self._over.wait(min(pause, _BEAT_SECONDS))
 
     def _note_lost(self, now: float) -> None:
-        """Writes into the store which hosts have sent no heartbeat for too long."""
+        """Records in the store the hosts that have sent no heartbeat for too long."""
         limit = _SUSPECT_SECONDS if self._broken else LOST_SECONDS
         for process, beat in self._read(_BEAT).items():
             before, since = self._beats.get(process, ("", now))
@@ -241,7 +241,7 @@ class Watch:
             self._end(self._failure or f"{_host(0, self._coordinator)} was lost: {why}")
 
     def _end(self, how: str) -> None:
-        """Ends this process."""
+        """Ends this process with a message that names the last checkpoint."""
         if not self._ending.acquire(blocking=False):
             return
         steps = saved_steps(pathlib.Path(self._workdir) / "checkpoints") if self._workdir else []
@@ -262,8 +262,8 @@ class Watch:
 
 
 def end_process(sentence: str) -> None:
-    """Ends the process from any thread, whatever the others do, with a sentence and status 1."""
-    # Not by way of sys.stderr, which the main thread may hold.
+    """Ends the process at once, from any thread, with a message and exit status 1."""
+    # Not through sys.stderr, whose lock the main thread may hold.
     os.write(2, f"uss-jax: {sentence}\n".encode(errors="surrogateescape"))
     os._exit(1)
 
@@ -273,7 +273,7 @@ def _host(process: int, name: str) -> str:
 
 
 def _told(error: BaseException) -> str:
-    """Describes an error to the other hosts, on one line."""
+    """Describes an error in one line, for the other hosts."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, KeyboardInterrupt):

@@ -23,5 +23,5 @@ make_environment() {
     fi
     echo "Installing into .venv (the first time takes a minute or two) ..."
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${1:+[$1]}" ||
-        fail "Installing failed; pip says why above."
+        fail "Installation failed; see pip's message above."
 }

@@ -5,7 +5,7 @@
 # PYTHON=P takes another Python than the one in .venv.
 set -euo pipefail
 [[ "${1:-}" =~ ^[1-9][0-9]*$ && $# -ge 2 ]] || {
-    echo "usage: bash launch/local.sh N COMMAND ..., such as 2 train --config F --workdir D" >&2
+    echo "usage: bash launch/local.sh N COMMAND ..., for example 2 train --config F --workdir D" >&2
     exit 2
 }
 processes=$1

@@ -25,34 +25,34 @@ began=$SECONDS
 mkdir -p "$runs"
 rm -f out/example*
 for split in train test; do
-    step "Recordings and labels to records: $split" prepare --audio "$sounds" \
+    step "Convert recordings and labels to records: $split" prepare --audio "$sounds" \
         --labels "$sounds/manifest.csv" --out out/data --name demo --version 1.0.0 \
         --split "$split" --sample-rate 16000 --clip-seconds 5 --overwrite
 done
-step "A tagging and detection net, from weak labels" train-tagger \
+step "Train a tagging and detection net on weak labels" train-tagger \
     --config configs/quickstart.py:part=tagger --workdir "$runs/tagger" \
     --config.data.records="$records" --config.seed="$seed"
-step "What it can tell of recordings it never heard" evaluate tagging --model "$runs/tagger" \
+step "Evaluate its tagging on held-out recordings" evaluate tagging --model "$runs/tagger" \
     --data "$records" --out "$runs/tagging.json"
-step "Whether its anchors contain sounds planted at known places" evaluate planted \
+step "Evaluate its anchors on sounds planted at known positions" evaluate planted \
     --model "$runs/tagger" --data "$records" --split train --clips 50 --seed "$seed" \
     --out "$runs/planted.json"
-step "A separator, of anchors that the tagger finds" train \
+step "Train a separator on anchors found by the tagger" train \
     --config configs/quickstart.py:part=separator --workdir "$runs/separator" \
     --config.data.records="$records" --config.seed="$seed" \
     --config.sed_bundle="$runs/tagger" --config.query_bundle="$runs/tagger"
-step "Mixtures of recordings it never heard" make-pairs --records "$records" --split test \
+step "Build mixtures of held-out recordings" make-pairs --records "$records" --split test \
     --sed "$runs/tagger" --groups "$sounds/manifest.csv" --per-class 4 --seed 0 \
     --out "$runs/pairs" --overwrite
-step "How well it gives their sources back" evaluate pairs --model "$runs/separator" \
+step "Evaluate the separation of these mixtures" evaluate pairs --model "$runs/separator" \
     --data "$runs/pairs" --train-records "$records" --bank "$runs/classes.npz" \
     --examples 3 --out-dir out --out out/results.json
 mixture="$(ls "$PWD"/out/example2_*_mixture.wav)"
 class="${mixture##*/example2_}"
-step "One of these mixtures, asked for what sounds in it" separate "$mixture" \
+step "Separate one of these mixtures, with the class of its target as query" separate "$mixture" \
     --model "$runs/separator" --query "$runs/classes.npz" --classes "${class%_mixture.wav}" \
     --residual --overwrite --out out/separated
 
 printf '\nDone in %d s. In out/: example*.wav and example*.png (mixture, target, estimate),\n' \
     $((SECONDS - began))
-printf 'results.json (all figures), separated/ (sounds). Trained models are in %s/.\n' "$runs"
+printf 'results.json (all metrics), separated/ (sounds). Trained models are in %s/.\n' "$runs"

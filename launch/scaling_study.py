@@ -1,13 +1,17 @@
 #!/usr/bin/env python
-"""Trains over a grid of sizes, data and devices, and draws loss and SDRi against compute.
+"""Trains over a grid of sizes, data and devices, and plots loss and SDRi against compute.
 
     python launch/scaling_study.py launch/scaling_study.json --out out/scaling
 
-The study is a JSON file: `config` is a config file, `set` holds leaves of it for all runs, `grid`
-an object of axes, each an object from a name to the leaves that it sets; a run is made of every
-combination. `launch` (optional) is the command before the words of `uss-jax train`, such as
-["bash", "launch/local.sh", "2"]; a name in capitals among the leaves, such as JAX_NUM_CPU_DEVICES,
-is an environment variable of that command. The same command goes on where a study stopped.
+The study is a JSON file with these keys:
+  config  config file
+  set     object of config keys and values for all runs (optional)
+  grid    object of axes, each an object from a name to the config keys and values that it sets;
+          there is a run for every combination of names
+  launch  command before the arguments of `uss-jax`, such as ["bash", "launch/local.sh", "2"]
+          (optional)
+Keys in capitals among the config keys, such as JAX_NUM_CPU_DEVICES, are set as environment
+variables of that command. The same command resumes a study that was stopped.
 """
 
 import argparse
@@ -42,10 +46,12 @@ def read_study(path: pathlib.Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(study, dict) or not {"config", "grid"} <= set(study) <= KEYS:
-        raise UserError(f"{path} must be an object with config and grid, and may have set, launch")
+        raise UserError(f"{path} must be an object with config and grid, optionally set and launch")
     for axis, values in study["grid"].items():
         if not values or not all(isinstance(leaves, dict) for leaves in values.values()):
-            raise UserError(f"{path}: grid.{axis} must be an object from a name to leaves it sets")
+            raise UserError(
+                f"{path}: grid.{axis} must be an object of objects: name to config keys"
+            )
     return study
 
 
@@ -165,7 +171,7 @@ def run(path: pathlib.Path, out: pathlib.Path) -> str:
         temporary.write_text(text)
     draw(rows, fit, out / "scaling.png")
     if fit is None:
-        said = f"no power law: it takes {LEAST_POINTS} runs or more of different compute"
+        said = f"no power law: the fit needs at least {LEAST_POINTS} runs of different compute"
     else:
         said = (
             f"loss ~ compute ^ {fit['exponent']:.3f} (standard error {fit['exponent_error']:.3f})"
@@ -178,8 +184,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("study", type=pathlib.Path, help="a JSON file")
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="the folder of the runs")
+    parser.add_argument("study", type=pathlib.Path, help="JSON file of the study")
+    parser.add_argument(
+        "--out", type=pathlib.Path, required=True, help="folder for runs and results"
+    )
     args = parser.parse_args()
     try:
         print(run(args.study, args.out))

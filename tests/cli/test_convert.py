@@ -95,7 +95,7 @@ def test_published_panns_names_become_query_and_detector_of_one_bundle(tmp_path)
     bundle = read_bundle(tmp_path / "panns")
     assert bundle.config["kind"] == "tagger"
     # Files of these names are not the published ones.
-    assert "not known: as the source of Cnn14_mAP=0.431.pth (MD5 " in bundle.config["licence"]
+    assert "unknown: see the source of Cnn14_mAP=0.431.pth (MD5 " in bundle.config["licence"]
     assert "CC BY 4.0" not in bundle.config["licence"]
     assert_same_tree(bundle.variables("query"), tagger_variables(seed=1))
     assert_same_tree(bundle.sed()[1], tagger_variables(seed=2))
@@ -216,7 +216,7 @@ def test_bundles_that_cannot_be_whole_again_are_refused(tmp_path, capsys):
     source = save(tmp_path / "uss.ckpt", state_dict, "state_dict")
     assert run(source, tmp_path / "bundle") == 0
     assert run(tmp_path / "bundle", tmp_path / "back") == 1
-    assert "is not named so" in capsys.readouterr().err
+    assert "does not end in .ckpt" in capsys.readouterr().err
     kept = load_file(tmp_path / "bundle" / "foreign.safetensors")
     kept.pop("query/query_net.base.logmel_extractor.melW")
     save_file(kept, tmp_path / "bundle" / "foreign.safetensors")

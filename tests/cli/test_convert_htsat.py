@@ -27,7 +27,7 @@ def test_checkpoint_becomes_a_tagger_bundle_that_is_query_net_and_detector(tmp_p
     bundle = read_bundle(out)
     assert bundle.config["kind"] == "tagger"
     assert bundle.config["sample_rate"] == 32000
-    assert "not known: as the source of " in bundle.config["licence"]
+    assert "unknown: see the source of " in bundle.config["licence"]
     query, _ = bundle.query()
     sed, variables = bundle.sed()
     assert query.tagger == sed == HTSAT(**FIELDS)

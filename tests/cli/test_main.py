@@ -123,4 +123,4 @@ def test_a_reader_that_stops_reading_is_no_error():
 
 def test_a_name_that_is_too_long_is_a_sentence(capsys):
     assert cli.main(["inspect", "x" * 5000]) == 1
-    assert "xxx... is too long for a name; give another" in capsys.readouterr().err
+    assert "xxx... is too long for a file name; give a shorter one" in capsys.readouterr().err

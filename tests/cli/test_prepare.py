@@ -121,7 +121,7 @@ def test_what_is_passed_over_is_told(collection, capsys):
     )
     assert main(["prepare", *_arguments(collection), "--skip-unknown-labels"]) == 0
     told = capsys.readouterr().out
-    assert '2 labels are no classes and are passed over: "Wuff" (1), "Mann" (1)' in told
+    assert '2 labels are not classes and are skipped: "Wuff" (1), "Mann" (1)' in told
     assert "1 recordings in " in told
     assert "such as more.OPUS" in told
     assert "2 files in " in told  # the label file is one

@@ -69,8 +69,8 @@ def test_figures_of_other_classes_are_not_passed_off_as_comparable(runs, capsys)
     assert unlike == [f"{runs / 'a'}: pairs of 32 classes, not of 527 as published"]
     out = runs / "table.md"
     assert main(["compare", str(runs / "a"), "--out", str(out)]) == 0
-    assert f"not to be compared:\n  {unlike[0]}\n" in capsys.readouterr().out
-    assert f"Not to be compared:\n\n    {unlike[0]}\n" in out.read_text()
+    assert f"not comparable:\n  {unlike[0]}\n" in capsys.readouterr().out
+    assert f"Not comparable:\n\n    {unlike[0]}\n" in out.read_text()
 
 
 def test_results_of_other_classes_have_rows_of_their_own(runs):

@@ -172,7 +172,9 @@ def test_silent_anchors_and_lonely_clips_are_left_out(place, tmp_path, capsys):
     clips[1] = ("b", tone(300, 1.0), [PIANO])
     write_records(tmp_path / "records", "test", clips)
     assert main(["make-pairs", *map(str, words), "--out", str(tmp_path / "out")]) == 0
-    assert "2 pairs of 2 classes\n2 left out: no clip" in capsys.readouterr().out
+    assert (
+        "2 pairs of 2 classes\n2 clips left out: the split has no clip" in capsys.readouterr().out
+    )
 
 
 def test_a_split_of_one_branch_makes_no_mixture(tmp_path):

@@ -108,7 +108,7 @@ def test_dry_run_says_what_is_heard_and_writes_nothing(bundle, recordings, tmp_p
         (["missing.wav", "--classes", "Dog"], "missing.wav does not exist"),
         (["*.nothing", "--classes", "Dog"], "no file matches"),
         (["a.wav"], "--classes, --levels or --query"),
-        ([], "say what to separate"),
+        ([], "no recordings; give files"),
         (["-", "--classes", "Dog"], "standard input cannot be separated"),
         (["--files-from", "missing.txt", "--classes", "Dog"], "missing.txt cannot be read"),
         (["a.wav", "--classes", "Dog", "--first-parent"], "--first-parent has no effect"),
@@ -121,8 +121,8 @@ def test_dry_run_says_what_is_heard_and_writes_nothing(bundle, recordings, tmp_p
         (["a.wav", "--classes", "Dgo"], 'did you mean "Dog"'),
         (["a.wav", "--classes", "Dog", "dog"], "asked for twice"),
         (["a.wav", "--levels", "9"], "the ontology has no level 9"),
-        (["a.wav", "--levels", "1", "--classes", "Dog"], "--levels finds out"),
-        (["a.wav", "--query", "more", "--classes", "Dog"], "use one"),
+        (["a.wav", "--levels", "1", "--classes", "Dog"], "--levels queries all classes heard"),
+        (["a.wav", "--query", "more", "--classes", "Dog"], "use only one"),
         (["a.wav", "--query", "nothing.npz"], "nothing.npz cannot be read"),
         (["a.wav", "--query", "nothing"], "nothing does not exist"),
     ],
@@ -241,7 +241,7 @@ def test_a_class_that_is_not_heard_is_reported(bundle, recordings, tmp_path, cap
         assert main(words) == 3
         said = capsys.readouterr()
         assert re.search(r"  Dog: not heard \(peak [\d.]+ %, threshold 99.9 %\)", said.out)
-        assert "in 1 of 1 recordings a class asked for is not heard" in said.err
+        assert "in 1 of 1 recordings a queried class is not heard" in said.err
     assert not soundfile.read(tmp_path / "out/a/Dog.wav")[0].any()
     (sound,) = json.loads((tmp_path / "out/a/report.json").read_text())["sounds"]
     assert 0 < sound["peak"] < 0.999

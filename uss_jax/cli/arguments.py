@@ -57,10 +57,10 @@ def add_precision(parser: argparse.ArgumentParser, of: str = "") -> None:
         "--precision",
         choices=PRECISIONS,
         default=HIGHEST,
-        help=f"{of}of float32 products and convolutions; default: highest, the same on every "
-        "device. high and default are faster and coarser: TF32 on an NVIDIA GPU, three passes or "
-        "one in bfloat16 on a TPU; on a CPU there is no difference. A detector always computes at "
-        "the highest",
+        help=f"{of}precision of float32 matrix products and convolutions; default: highest, as "
+        "accurate as float32 on every device. high and default are faster and less accurate: TF32 "
+        "on an NVIDIA GPU, three bfloat16 passes (high) or one (default) on a TPU, no difference "
+        "on a CPU. A detector always computes at highest",
     )
 
 
@@ -70,15 +70,15 @@ def add_detector_precision(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=PRECISIONS,
         default=HIGHEST,
-        help="taken as by other commands, but only the detector computes here, always at the "
-        "highest: anchors do not depend on the device",
+        help="accepted as in other commands, but without effect: only the detector computes here, "
+        "always at highest, so that anchors do not depend on the device",
     )
 
 
 def say_detector_precision(args: argparse.Namespace) -> None:
     """Prints a notice if --precision is not the detector's, and so has no effect."""
     if args.precision != HIGHEST:
-        print(f"--precision {args.precision}: the detector computes at {HIGHEST} all the same")
+        print(f"--precision {args.precision}: no effect, the detector always computes at {HIGHEST}")
 
 
 def refuse_idle(args: argparse.Namespace, options: Iterable[str], why: str) -> None:

@@ -1,8 +1,8 @@
-"""Lays the results in workdirs beside the published figures: the paper's table, a column for each.
+"""Compares the results in workdirs with the published ones, as a table with a column per workdir.
 
-The results are those that `uss-jax evaluate SUITE --out WORKDIR/SUITE.json` wrote, in the folder or
-one below. What is missing is said, with the command that gives it, and what is a mean over other
-classes than the published figure is.
+The results are those that `uss-jax evaluate SUITE --out WORKDIR/SUITE.json` wrote, in the workdir
+or in a folder directly below it. Lists missing results with the command that computes them, and
+results that average over another number of classes than the published one.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from uss_jax.cli.arguments import path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "workdirs", type=path, nargs="+", metavar="WORKDIR", help="folders that hold results"
+        "workdirs", type=path, nargs="+", metavar="WORKDIR", help="folders that contain results"
     )
     parser.add_argument(
         "--out", type=path, metavar="FILE.md", help="also write the table as Markdown"
@@ -26,15 +26,15 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.evaluation.table import format_table, markdown_table
 
     header, rows, unlike, missing = compare(args.workdirs)
-    remarks = {"not to be compared": unlike, "missing": missing}
+    remarks = {"not comparable": unlike, "missing": missing}
     remarks = {what: lines for what, lines in remarks.items() if lines}
     print(format_table(header, rows))
     for what, of in remarks.items():
         print(f"\n{what}:\n  " + "\n  ".join(of))
     if args.out:
-        lines = ["# Beside the published figures", "", *markdown_table(header, rows)]
+        lines = ["# Comparison with the published results", "", *markdown_table(header, rows)]
         for what, of in remarks.items():
             lines += ["", f"{what.capitalize()}:", "", *(f"    {line}" for line in of)]
         with replacing(args.out) as temporary:
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print(f"\n{args.out}: the same as Markdown")
+        print(f"\n{args.out}: the same table in Markdown")

@@ -15,7 +15,7 @@ _PROGRAMS = {
     "step": "the training step",
     "_fresh_state": "the initial state",
     "fresh": "the initial state",
-    "_apply": "a net",
+    "_apply": "a network",
     "_mine_batch": "the detector",
     "_figures": "the evaluation of pairs",
 }
@@ -30,14 +30,14 @@ def long_compilations_reported() -> Iterator[None]:
     import jax  # imported late to keep --help fast
 
     timers: dict[int, threading.Timer] = {}  # by thread
-    hint = "JAX_COMPILATION_CACHE_DIR=DIR keeps programs for the next start"
+    hint = "JAX_COMPILATION_CACHE_DIR=DIR keeps compiled programs for later runs"
     hints = [] if os.environ.get("JAX_COMPILATION_CACHE_DIR") else [f" ({hint})"]
 
     def report(name: str) -> None:
         what = _PROGRAMS.get(name, f"a program ({name})")
         advice = hints.pop() if hints else ""
         print(
-            f"compiling {what}: with nets of full width this can take minutes{advice}",
+            f"compiling {what}: this can take minutes for full-size networks{advice}",
             file=sys.stderr,
             flush=True,
         )

@@ -30,25 +30,26 @@ def add_config_arguments(
         type=path,
         required=True,
         metavar="CONFIG[:ARGUMENT]",
-        help="a Python file with get_config(), or the name of a shipped one, such as resunet30; "
-        "any key can be set with --config.key=value",
+        help="Python file with get_config(), or name of a shipped config, such as resunet30; "
+        "ARGUMENT is passed to get_config(); set any key with --config.key=value",
     )
     parser.add_argument(
         "--workdir",
         type=path,
         required=workdir_required,
-        help="where the run lives; resumes if it does",
+        help="folder of the run; a run that exists there is resumed",
     )
     hosts = parser.add_argument_group(
         "several hosts",
-        "The same command runs on each. TPU pods, SLURM job steps and the environment variables "
-        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID need no words; elsewhere:",
+        "Run the same command on each host. TPU pods, SLURM job steps and the environment\n"
+        "variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are detected;\n"
+        "otherwise give:",
     )
-    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
-    hosts.add_argument("--processes", type=int, metavar="N", help="how many there are")
-    hosts.add_argument("--process", type=int, metavar="I", help="number of this one, from 0")
+    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    hosts.add_argument("--processes", type=int, metavar="N", help="number of processes")
+    hosts.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
     parser.epilog = (
-        f"example:\n  {example}\n\nexit status: 0 done, 1 an error that is said, 143 stopped by "
+        f"example:\n  {example}\n\nexit status: 0 done, 1 error (see the message), 143 stopped by\n"
         "SIGTERM after saving (the same command resumes)"
     )
 
@@ -104,7 +105,7 @@ def _get_config(location: str) -> ConfigDict:
     try:
         get_config = runpy.run_path(file).get("get_config")
         if get_config is None:
-            raise UserError(f"--config {name}: it has no get_config()")
+            raise UserError(f"--config {name}: the file has no get_config()")
         config = get_config(argument) if argument else get_config()
     except UserError:
         raise
@@ -112,7 +113,7 @@ def _get_config(location: str) -> ConfigDict:
         raise UserError(f"--config {location}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(
-            f"--config {name}: get_config() gives a {type(config).__name__}, expected a ConfigDict"
+            f"--config {name}: get_config() returns a {type(config).__name__}, not a ConfigDict"
         )
     return config
 
@@ -139,7 +140,7 @@ def _override(
     elif isinstance(now, ConfigDict) and "name" in now:
         # A section's valid keys depend on its name, so it is replaced whole.
         if not all(isinstance(part, str) and part.isidentifier() for part in value):
-            raise UserError(f"{option}: expected keys that are words, not {list(value)}")
+            raise UserError(f"{option}: expected keys that are identifiers, not {list(value)}")
         node[key] = ConfigDict(value)
     else:
         for part, of in value.items():
@@ -153,7 +154,7 @@ def _locate(
     node, where = config, ""
     for name in names[:-1]:
         if where in free:
-            raise UserError(f"{option}: a key of config.{where} cannot hold a dot")
+            raise UserError(f"{option}: a key of config.{where} cannot contain a dot")
         _require_key(node, name, where, option)
         where = f"{where}.{name}".removeprefix(".")
         if where in free and node[name] is None:
@@ -178,10 +179,12 @@ def _require_key(node: ConfigDict, key: str, where: str, option: str) -> None:
     section = f"--config.{where}" if where else "--config"
     near = difflib.get_close_matches(key, map(str, node), n=1)
     hint = (
-        f"did you mean {section}.{near[0]}?" if near else f"there are {', '.join(map(str, node))}"
+        f"did you mean {section}.{near[0]}?"
+        if near
+        else f"the keys are {', '.join(map(str, node))}"
     )
     if where and "name" in node:
-        hint += f"; for another name set the whole section, {section}=\"{{'name': ..., ...}}\""
+        hint += f"; to change the name, set the whole section: {section}=\"{{'name': ..., ...}}\""
     raise UserError(f"{option}: there is no such key; {hint}")
 
 
@@ -203,7 +206,10 @@ def _parse(text: str, now: Any, option: str) -> Any:
     elif isinstance(now, float):
         value, expected = _finite(value), "a number"
     elif isinstance(now, ConfigDict):
-        value, expected = value if isinstance(value, dict) else None, "keys: {'key': value}"
+        value, expected = (
+            value if isinstance(value, dict) else None,
+            "a dict such as {'key': value}",
+        )
     elif isinstance(now, tuple | list):
         value, expected = _sequence(value, text, now), f"values such as {now or (1, 2)}"
     if value is None:

@@ -1,12 +1,12 @@
-"""Makes a bundle of PyTorch checkpoints: PANNs' tagging nets, HTS-AT, or bytedance/uss.
+"""Converts PyTorch checkpoints of PANNs, HTS-AT or bytedance/uss to a bundle, or a bundle back.
 
-IN is one file, or two: a tagging net and a detector, which share the bundle then. A USS checkpoint
-holds its separator, query net and detector and becomes a separator bundle; PANNs' Cnn14 and
-Cnn14_DecisionLevelMax become a tagger bundle with a query net, a detector ("sed"), or both; HTS-AT
-becomes one in which it is both. The other way, IN is a bundle of a USS checkpoint and OUT a .ckpt,
+IN is one checkpoint, or two: a tagging net and a detector to store in one bundle. A bytedance/uss
+checkpoint contains separator, query net and detector and becomes a separator bundle. PANNs' Cnn14
+becomes the query net of a tagger bundle, Cnn14_DecisionLevelMax its detector ("sed"), and HTS-AT
+both. In the other direction, IN is the bundle of a bytedance/uss checkpoint and OUT a .ckpt file,
 which the original program loads with strict=True under Lightning 1.9 and newer.
 
-Both need PyTorch (pip install 'uss-jax[torch]'); nothing that a file names is run.
+Both directions need PyTorch (pip install 'uss-jax[torch]'). No code in a checkpoint is executed.
 """
 
 import argparse
@@ -31,12 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "inputs", type=path, nargs="+", metavar="IN", help=".pth or .ckpt file, or a bundle"
     )
-    parser.add_argument("out", type=path, metavar="OUT", help="folder of the bundle, or a .ckpt")
+    parser.add_argument(
+        "out", type=path, metavar="OUT", help="folder of the bundle, or a .ckpt file"
+    )
     parser.add_argument(
         "--kind",
         action="append",
         choices=KINDS,
-        help="what IN is, once for each; told by the tensors and the published file names without",
+        help="kind of IN, given once per IN; default: inferred from tensors and published file names",
     )
     parser.epilog = (
         "example:\n"
@@ -53,14 +55,14 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.weights.unpickle import read_checkpoint
 
     if len(args.inputs) == 1 and pathlib.Path(args.inputs[0]).is_dir():
-        refuse_idle(args, ("kind",), "with a bundle, which says what it is")
+        refuse_idle(args, ("kind",), "with a bundle, whose kind is stored in it")
         _write_back(args.inputs[0], args.out)
         return
     kinds = args.kind or [None] * len(args.inputs)
     if len(kinds) != len(args.inputs):
-        raise UserError(f"{len(kinds)} --kind for {len(args.inputs)} files; give one for each")
+        raise UserError(f"{len(kinds)} --kind for {len(args.inputs)} files; give one per file")
     if pathlib.Path(args.out).exists():
-        raise UserError(f"{args.out} exists already; name a new folder")
+        raise UserError(f"{args.out} exists already; give a new folder")
     parts, licences = {}, {}
     for source, kind in zip(args.inputs, kinds, strict=True):
         state_dict = read_checkpoint(source)
@@ -90,7 +92,9 @@ def _write_back(path: str, out: str) -> None:
     from uss_jax.weights.lightning import lightning_state_dict, write_lightning
 
     if not out.endswith(".ckpt"):
-        raise UserError(f"{path} is a folder and becomes a .ckpt; {out} is not named so")
+        raise UserError(
+            f"{path} is a folder, converted to a .ckpt file; {out} does not end in .ckpt"
+        )
     state_dict = lightning_state_dict(read_bundle(path))
     write_lightning(out, state_dict)
     print(f"{out}: {len(state_dict)} tensors")
@@ -108,8 +112,8 @@ def _guess_kind(path: str, state_dict: dict) -> str:
         if pathlib.Path(path).name.startswith(start):
             return kind
     raise UserError(
-        f"{path}: a tagging net and a detector have the same tensors; "
-        "say --kind cnn14 or --kind decision-level-max"
+        f"{path}: Cnn14 as tagging net and as detector has the same tensors; "
+        "give --kind cnn14 or --kind decision-level-max"
     )
 
 
@@ -136,7 +140,7 @@ def _licence(path: str) -> str:
     """Returns the licence of a published file; refers to the source for other files."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "md5").hexdigest()
-    unknown = f"not known: as the source of {pathlib.Path(path).name} (MD5 {digest}) says"
+    unknown = f"unknown: see the source of {pathlib.Path(path).name} (MD5 {digest})"
     return _LICENCES.get(digest, unknown)
 
 
@@ -175,5 +179,7 @@ def _query_kind(parts: dict) -> str:
         return "soft"
     width = parts["separator"].fields["condition_width"]
     if width not in widths:
-        raise UserError(f"a condition of width {width} is none of the query net's {list(widths)}")
+        raise UserError(
+            f"condition of width {width}, expected one of the query net's {list(widths)}"
+        )
     return widths[width]

@@ -1,12 +1,12 @@
-"""Writes a separator in another form: for other programs, other machines, or other meshes.
+"""Exports a separator for other programs, other machines or other device meshes.
 
-orbax        a bundle like the one given, its arrays whole or divided (--shards), in float32 or
+orbax        a bundle like the given one, its arrays whole or sharded (--shards), in float32 or
              bfloat16 (--dtype)
-safetensors  one file of all tensors
-stablehlo    the functions themselves: mixture and condition to estimate, for any batch and a window
-             of fixed length, and recording to condition; they need jax alone, on cpu, cuda or tpu
+safetensors  one file with all tensors
+stablehlo    functions: from mixture and condition to estimate, for any batch size and a fixed
+             window length, and from recording to condition; they need only jax, on cpu, cuda or tpu
 
-Each is run beside the model on noise before it is called done.
+Every export is run on noise and compared with the model before it is moved to DIR.
 """
 
 import argparse
@@ -19,28 +19,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "bundle", type=path, metavar="BUNDLE", help="bundle or workdir of a separator"
     )
     parser.add_argument("--format", required=True, choices=("orbax", "safetensors", "stablehlo"))
-    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder to make")
+    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder to create")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="of stored parameters; default: float32",
+        help="dtype of the stored parameters; default: float32",
     )
     parser.add_argument(
         "--parameters",
         choices=("averaged", "last"),
-        help="of a run: the moving average where there is one (default), or the last step's",
+        help="parameters of a run: the moving average if it has one (default), or the last step's",
     )
     parser.add_argument(
         "--shards",
         type=positive,
         metavar="N",
-        help="orbax: divide every array over N devices; default: 1, whole",
+        help="orbax: shard every array over N devices; default: 1, whole arrays",
     )
     parser.add_argument(
         "--window-seconds",
         type=number(0.01, 3600),
         metavar="S",
-        help="stablehlo: length of a window; default: that of a segment, 2 s as published",
+        help="stablehlo: window length, in seconds; default: the segment length, 2 s as published",
     )
     add_precision(parser, of="stablehlo: ")
     parser.epilog = (
@@ -59,10 +59,10 @@ def run(args: argparse.Namespace) -> None:
     if args.format != "stablehlo":
         refuse_idle(args, ("window_seconds",), "without --format stablehlo")
     else:
-        refuse_idle(args, ("dtype",), "with stablehlo, which holds the function as it runs")
+        refuse_idle(args, ("dtype",), "with stablehlo, which stores the functions as they run")
     bundle = read_bundle(args.bundle, averaged=args.parameters != "last")
     if not bundle.is_run:
-        refuse_idle(args, ("parameters",), "with a bundle, which holds one kind")
+        refuse_idle(args, ("parameters",), "with a bundle, which holds one set of parameters")
     checked = export(
         bundle,
         args.format,

@@ -1,16 +1,16 @@
 """Verifies every record of a directory of TFRecord shards and writes the index the reader needs.
 
-Every checksum is checked; what is wrong is said with shard and byte. A job that was stopped goes on
-with the shards that are left.
+All checksums are verified; errors are reported with shard and byte offset. An interrupted job
+resumes with the remaining shards.
 
-Records of others (tf.train.Example) are read as they are. Features with usual names and kinds are
-found by themselves, TFDS's layout among them; --schema names a JSON file that says what cannot be
-found, any of:
+Records written by other programs (tf.train.Example) are read as they are. Features with common names and
+types are detected, including TFDS's layout; --schema names a JSON file with the keys that cannot be
+detected, any of:
   {"id": "video_id", "audio": "waveform", "labels": "mids", "encoding": "float",
    "label_form": "mid", "sample_rate": 32000, "shards": "*.tfrecord", "split": "train"}
   encoding    pcm_s16le, flac, wav (bytes), float, int64 (lists)
-  label_form  index (int64), mid or name (bytes), multi_hot (a 0 or 1 for each class)
-  shards      a pattern, where the shards are not named as TFDS does; they become the split "split"
+  label_form  index (int64), mid or name (bytes), multi_hot (0 or 1 per class)
+  shards      a glob pattern, if the shards are not named as by TFDS; they become the split "split"
 """
 
 import argparse
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=whole(1, 1024),
         default=os.cpu_count(),
-        help="processes; default: one a core",
+        help="number of processes; default: one per core",
     )
     parser.epilog = (
         "example:\n"
@@ -49,8 +49,9 @@ def run(args: argparse.Namespace) -> None:
     found = [given.get("split", "train")] if "shards" in given else splits(args.directory)
     if not found:
         raise UserError(
-            f"{args.directory} has no shards named as mine-train.tfrecord-00000-of-00004; where "
-            'they are named otherwise, give a --schema with "shards": "*.tfrecord"'
+            f"{args.directory} has no shards with names such as "
+            'mine-train.tfrecord-00000-of-00004; for other names, give a --schema with "shards": '
+            '"*.tfrecord"'
             f"{versions_below(args.directory)}"
         )
     for split in found:

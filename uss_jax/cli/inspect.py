@@ -1,6 +1,6 @@
-"""Says what a path is: a bundle, workdir, checkpoint, records directory, anchor table, query bank.
+"""Describes a path: bundle, workdir, checkpoint, records directory, anchor table or query bank.
 
-Of a model: its condition, the parameters of every module, hashes (computed anew), licence, and how
+For a model: its condition, the parameters of every module, hashes (computed anew), licence, and how
 it was trained.
 """
 

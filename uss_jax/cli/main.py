@@ -19,19 +19,19 @@ from uss_jax.leaving import leave
 
 # command -> what it does; its module is uss_jax.cli.<command with "_" for "-">.
 COMMANDS = {
-    "prepare": "audio files and labels to TFRecord shards and an index",
+    "prepare": "convert audio files and labels to TFRecord shards and an index",
     "index": "index and verify a directory of TFRecords",
     "train-tagger": "train a tagging and sound event detection net on weak labels",
     "mine": "find the anchors of every clip once, for training",
     "train": "train a separator; the same command resumes",
     "make-pairs": "build evaluation pairs (mixture, source) from records",
-    "evaluate": "figures of a model on a data set",
-    "compare": "our figures beside the published ones",
+    "evaluate": "compute the metrics of a model on a data set",
+    "compare": "compare results with the published ones",
     "separate": "separate recordings",
     "query": "make and list stored queries",
-    "convert": "PANNs and bytedance/uss checkpoints to bundles, and back",
-    "export": "a separator as orbax, safetensors or StableHLO",
-    "inspect": "what a bundle, checkpoint, records directory or anchor table is",
+    "convert": "convert PANNs, HTS-AT and bytedance/uss checkpoints to bundles, and back",
+    "export": "export a separator as orbax, safetensors or StableHLO",
+    "inspect": "describe a bundle, checkpoint, records directory or anchor table",
 }
 _COMPILING = {"train-tagger", "mine", "train", "make-pairs", "evaluate", "separate", "query"}
 _COMPILING |= {"export"}
@@ -48,7 +48,7 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
             description=uss_jax.__doc__,
             epilog="commands:\n"
             + "\n".join(f"  {name:<14}{text}" for name, text in COMMANDS.items())
-            + "\n\n`uss-jax COMMAND --help` tells more, with an example.",
+            + "\n\n`uss-jax COMMAND --help` describes a command, with an example.",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         parser.add_argument("--version", action="version", version=f"uss-jax {uss_jax.__version__}")
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         if is_full(error):
             said = full(error.filename)
         elif error.errno == errno.ENAMETOOLONG:
-            said = f"{str(error.filename)[:60]}... is too long for a name; give another"
+            said = f"{str(error.filename)[:60]}... is too long for a file name; give a shorter one"
         else:
             raise
         print(f"uss-jax: {one_line(said)}", file=sys.stderr)

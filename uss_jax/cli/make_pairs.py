@@ -1,9 +1,9 @@
 """Builds evaluation pairs (mixture, source) from a split of records.
 
-For each class of the split, --per-class sources are taken: the 2-second anchor of a clip, found by
-the detector as in training. Each is mixed, at equal energy, with an anchor of a clip of unrelated
-classes; pairs with an anchor below -60 dBFS are left out. With --pairing reference each is mixed
-with the next one drawn, as published, whatever its labels and its level. Written as
+For each class of the split, takes --per-class sources: each is the 2-second anchor of a clip, found
+by the detector as in training, and is mixed at equal energy with an anchor of a clip of unrelated
+classes. Pairs with an anchor below -60 dBFS are left out. With --pairing reference, each source is
+mixed with the next one drawn, as published, whatever its labels and level. Writes
 DIR/class_id=K/NUMBER.source.wav and NUMBER.mixture.wav, with manifest.csv. The same records,
 detector and seed give the same pairs.
 """
@@ -23,33 +23,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--records", type=path, required=True, metavar="R", help="directory of the records"
     )
-    parser.add_argument("--split", default="test", help="of the records; default: test")
+    parser.add_argument("--split", default="test", help="split of the records; default: test")
     parser.add_argument(
         "--sed",
         type=path,
         required=True,
         metavar="BUNDLE",
-        help="bundle or workdir that holds a detector",
+        help="bundle or workdir with a detector",
     )
-    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder to make")
+    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder to create")
     parser.add_argument(
-        "--per-class", type=positive, default=100, metavar="N", help="default: 100, as published"
+        "--per-class",
+        type=positive,
+        default=100,
+        metavar="N",
+        help="sources per class; default: 100, as published",
     )
-    parser.add_argument("--seed", type=natural, default=0, help="of every choice; default: 0")
+    parser.add_argument("--seed", type=natural, default=0, help="random seed; default: 0")
     parser.add_argument(
         "--pairing",
         choices=("conflict_free", "reference"),
         default="conflict_free",
-        help="the second sound: of a clip of unrelated labels (default), or, as published, the "
-        "next one drawn; that keeps silent anchors too",
+        help="second sound of a mixture: from a clip of unrelated labels (default), or, as "
+        "published, the next one drawn, which keeps silent anchors too",
     )
     parser.add_argument(
         "--groups",
         type=path,
         metavar="CSV",
-        help='label file whose column "group" is kept in the manifest and evaluated apart',
+        help='label file with a column "group"; it is copied to the manifest, and groups are '
+        "evaluated separately",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the pairs in DIR")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing pairs in DIR")
     add_detector_precision(parser)
     parser.epilog = (
         "example:\n"
@@ -78,6 +83,6 @@ def run(args: argparse.Namespace) -> None:
     )
     print(f"{args.out}: {made.pairs} pairs of {made.classes} classes")
     if made.without_partner:
-        print(f"{made.without_partner} left out: no clip of the split is of unrelated classes")
+        print(f"{made.without_partner} clips left out: the split has no clip of unrelated classes")
     if made.silent:
-        print(f"{made.silent} left out: an anchor is below -60 dBFS")
+        print(f"{made.silent} pairs left out: an anchor is below -60 dBFS")

@@ -1,11 +1,11 @@
-"""Mines the anchors of every label of every clip, once, for training with anchors.source=table.
+"""Finds the anchors of every label of every clip once, for training with anchors.source=table.
 
-The detector runs over each clip of a split; the table says where each of the clip's labels sounds
-most, the runners-up, and how loud and how pure the best place is. A job that was stopped goes on
-where it was when the same command is given again. Several machines that share a disk can do it
-together: give each its --host of --hosts.
+Runs the detector over each clip of a split. For each label of a clip, the table holds the position
+where the label is most likely, the runners-up, and level and purity at the best position. An
+interrupted job resumes when the same command is given again. Several machines that share a disk can
+divide the work: give each its --host of --hosts.
 
-With --show the anchors of one clip are drawn over its spectrogram instead.
+With --show, draws the anchors of one clip over its spectrogram instead.
 """
 
 import argparse
@@ -29,29 +29,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--records", type=path, required=True, metavar="R", help="directory of the records"
     )
-    parser.add_argument("--split", default="train", help="of the records; default: train")
+    parser.add_argument("--split", default="train", help="split of the records; default: train")
     parser.add_argument(
         "--sed",
         type=path,
         required=True,
         metavar="BUNDLE",
-        help="bundle or workdir that holds a detector",
+        help="bundle or workdir with a detector",
     )
     parser.add_argument(
-        "--out", type=path, required=True, metavar="TABLE", help="the table, an .npz file"
+        "--out", type=path, required=True, metavar="TABLE", help="anchor table, an .npz file"
     )
     parser.add_argument(
         "--candidates",
         type=whole(1, 64),
         default=4,
         metavar="K",
-        help="anchors a label; default: 4",
+        help="anchors per label; default: 4",
     )
     parser.add_argument(
         "--clip-seconds",
         type=number(0.01, 3600),
         metavar="S",
-        help="pad or cut clips to this length, as the training config's data.clip_seconds; "
+        help="pad or cut clips to this length in seconds, as data.clip_seconds of the config does; "
         "default: the longest clip of the split",
     )
     parser.add_argument(
@@ -59,30 +59,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(-1000, 0),
         default=-60.0,
         metavar="DB",
-        help="pass over quieter segments; default: -60; -1000 passes over none",
+        help="skip segments below this level in dBFS; default: -60; -1000 skips none",
     )
     parser.add_argument(
         "--rule",
         choices=("uss", "htsat"),
         default="uss",
-        help="how anchors are chosen: as in bytedance/uss, or as in HTS-AT's own separation "
-        "program, for HTS-AT as detector; default: uss",
+        help="rule that chooses anchors: that of bytedance/uss (default), or that of HTS-AT's own "
+        "separation program, for HTS-AT as detector",
     )
     parser.add_argument(
         "--batch",
         type=whole(1, 65_536),
         default=16,
-        help="clips at a time on a device; default: 16",
+        help="clips per device in a batch; default: 16",
     )
-    parser.add_argument("--threads", type=whole(1, 256), default=4, help="that read; default: 4")
-    parser.add_argument("--host", type=natural, default=0, help="number of this machine, from 0")
-    parser.add_argument("--hosts", type=positive, default=1, help="how many share the work")
-    parser.add_argument("--show", metavar="ID", help="draw this clip of the table")
+    parser.add_argument(
+        "--threads", type=whole(1, 256), default=4, help="reading threads; default: 4"
+    )
+    parser.add_argument("--host", type=natural, default=0, help="index of this machine, from 0")
+    parser.add_argument("--hosts", type=positive, default=1, help="number of machines; default: 1")
+    parser.add_argument("--show", metavar="ID", help="draw the anchors of this clip")
     parser.add_argument(
         "--picture",
         type=path,
         metavar="PNG",
-        help="where --show draws; default: anchors.png beside TABLE",
+        help="picture that --show writes; default: TABLE with the suffix .png",
     )
     add_detector_precision(parser)
     parser.epilog = (
@@ -104,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.training.model import Model
 
     if not args.out.endswith(".npz"):
-        raise UserError(f"--out {args.out} is not the name of an .npz file; give one")
+        raise UserError(f"--out {args.out} does not end in .npz; give the name of an .npz file")
     if not 0 <= args.host < args.hosts:
         raise UserError(f"--host {args.host} is not between 0 and {args.hosts - 1}")
     say_detector_precision(args)
@@ -140,7 +142,7 @@ def run(args: argparse.Namespace) -> None:
         threads=args.threads,
     )
     if not written:
-        print(f"this machine's part is done; {args.out} is written when the others' are")
+        print(f"this machine's part is done; {args.out} is written when all machines are done")
         return
     table = read_table(args.out, reader.index, model.segment_samples)
     best = table.score[:, 0]
@@ -153,8 +155,8 @@ def run(args: argparse.Namespace) -> None:
     heard = best[best >= 0]
     if heard.size and np.median(heard) < _GUESSING:
         print(
-            f"the detector hardly hears the labels (half of the scores are below "
-            f"{np.median(heard):.3f}): such anchors are little better than random ones "
+            f"the detector barely detects the labels (half of the scores are below "
+            f"{np.median(heard):.3f}); the anchors are little better than random ones "
             "(config.anchors.source=random); train the detector longer or convert a published one",
             file=sys.stderr,
         )

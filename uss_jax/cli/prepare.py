@@ -1,21 +1,22 @@
-"""Makes TFRecord shards, an index and TFDS metadata of audio files and their labels.
+"""Converts audio files and their labels to TFRecord shards, an index and TFDS metadata.
 
-Recordings (what libsndfile reads: wav, flac, ogg, opus, mp3, aiff, au, caf, w64; and what ffmpeg
-decodes where it is installed: m4a, mp4, webm; any rate, any number of channels) become mono int16
-at one sample rate. Longer ones are cut to their first --clip-seconds, shorter keep their length.
-Recordings that are missing, unreadable, silent or cut off are left out, counted, and listed with
-the reason in skipped-SPLIT.csv. A job that was stopped goes on when the same command is given
-again. The index is made too: `index` is only for records of others, or shards that have changed.
+Recordings of any sampling rate and number of channels become mono int16 at one sampling rate.
+libsndfile reads wav, flac, ogg, opus, mp3, aiff, au, caf and w64; ffmpeg, if installed, decodes
+m4a, mp4 and webm. Longer recordings are cut to their first --clip-seconds, shorter ones keep their
+length. Recordings that are missing, unreadable, silent or truncated are left out, counted, and
+listed with the reason in skipped-SPLIT.csv. An interrupted job resumes when the same command is
+given again. The index is written too: `uss-jax index` is only needed for TFRecords written by
+other programs, or for shards that have changed.
 
 The label file has one of two forms:
-  file,labels         with this header; paths relative to --audio; labels separated by ";": class
-                      names, mids or indexes. If there is a column "split", only the lines whose
-                      value is --split are used. Other columns are ignored.
-  AudioSet segments   as published (balanced_train_segments.csv). A segment's file is looked for in
-                      --audio and below it as YTID or Y + YTID, alone or followed by START or
+  file,labels         CSV with this header; paths relative to --audio; labels separated by ";", as
+                      class names, mids or indexes. If there is a column "split", only the lines
+                      whose value is --split are used. Other columns are ignored.
+  AudioSet segments   as published (balanced_train_segments.csv). The file of a segment is looked up
+                      in --audio and below it as YTID or Y + YTID, alone or followed by START or
                       START and END in seconds or milliseconds, after "_" or "-". A file without
-                      times in its name that is longer than the segment is taken for the whole
-                      video, of which START to END is cut.
+                      times in its name that is longer than the segment is taken as the whole
+                      video, and START to END is cut out of it.
 """
 
 import argparse
@@ -39,70 +40,76 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--labels", type=path, required=True, metavar="CSV", help="label file, see above"
     )
     parser.add_argument(
-        "--out", type=path, required=True, metavar="ROOT", help="folder of data sets"
+        "--out",
+        type=path,
+        required=True,
+        metavar="ROOT",
+        help="root folder; data goes to ROOT/NAME/VERSION",
     )
-    parser.add_argument("--name", required=True, help="of the data set, such as my_sounds")
-    parser.add_argument("--version", required=True, help="of the data set, such as 1.0.0")
-    parser.add_argument("--split", required=True, help="such as train")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the split if it is there already"
-    )
+    parser.add_argument("--name", required=True, help="name of the data set, such as my_sounds")
+    parser.add_argument("--version", required=True, help="version of the data set, such as 1.0.0")
+    parser.add_argument("--split", required=True, help="name of the split, such as train")
+    parser.add_argument("--overwrite", action="store_true", help="replace the split if it exists")
     parser.add_argument(
         "--files-from",
         type=path,
         metavar="FILE",
-        help="use only the label file's lines of these files, one name a line",
+        help="text file with one name per line; use only these files of the label file",
     )
     parser.add_argument(
         "--label-map",
         type=path,
         metavar="CSV",
-        help="what own label names stand for: columns name and class; several classes separated "
-        'by ";", none to pass over a label',
+        help="CSV that maps own label names to classes: columns name and class; several classes "
+        'separated by ";", no class to skip a label',
     )
     parser.add_argument(
         "--skip-unknown-labels",
         action="store_true",
-        help="pass over labels that are no classes, and count them; default: an error",
+        help="skip labels that are not classes, and count them; default: an error",
     )
     parser.add_argument(
         "--accept-truncated",
         action="store_true",
-        help="use what there is of recordings that are cut off; default: leave them out",
+        help="use the readable part of truncated recordings; default: leave them out",
     )
     parser.add_argument(
         "--sample-rate",
         type=whole(LOWEST_SAMPLE_RATE, HIGHEST_SAMPLE_RATE),
         default=32000,
         metavar="HZ",
-        help="default: 32000",
+        help="sampling rate of the records, in Hz; default: 32000",
     )
     parser.add_argument(
-        "--clip-seconds", type=number(0.01, 3600), default=10.0, metavar="S", help="default: 10"
+        "--clip-seconds",
+        type=number(0.01, 3600),
+        default=10.0,
+        metavar="S",
+        help="maximum clip length, in seconds; default: 10",
     )
     parser.add_argument(
         "--encoding",
         choices=("pcm_s16le", "flac"),
         default="pcm_s16le",
-        help="flac is half as large, but is read whole and slower; default: pcm_s16le",
+        help="flac: half the size, but clips are read whole and more slowly; default: pcm_s16le",
     )
     parser.add_argument(
         "--shards",
         type=whole(1, 99_999),
         metavar="K",
-        help="at most so many files; default: 200 MB each",
+        help="maximum number of shards; default: about 200 MB each",
     )
     parser.add_argument(
         "--workers",
         type=whole(1, 1024),
         default=os.cpu_count(),
-        help="threads; default: one a core",
+        help="number of threads; default: one per core",
     )
     parser.add_argument(
         "--engine",
         choices=("threads", "beam"),
         default="threads",
-        help="beam: on many machines, which share the folders; the same shards",
+        help="beam: runs on many machines that share the folders, and writes the same shards",
     )
     parser.add_argument(
         "beam_options", nargs="*", metavar="-- OPTION", help="options of the Beam pipeline"
@@ -118,7 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "      --out /nfs/data --name audioset --version 1.0.0 --split full_train \\\n"
         "      --engine beam -- --runner=FlinkRunner --flink_master=head:8081 \\\n"
         "      --parallelism=512 --environment_type=EXTERNAL --environment_config=localhost:50000\n"
-        "  where on every machine of the cluster runs, with this package installed,\n"
+        "  where every machine of the cluster, with this package installed, runs\n"
         "      python -m apache_beam.runners.worker.worker_pool_main --service_port=50000"
     )
 
@@ -134,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
 
         engine = beam_engine(args.beam_options)
     elif args.beam_options:
-        raise UserError("options after -- are for --engine beam; give that too or leave them out")
+        raise UserError("options after -- need --engine beam; add it or leave them out")
     labels = read_labels(
         args.labels,
         args.audio,
@@ -174,7 +181,7 @@ def run(args: argparse.Namespace) -> None:
         loudest, share = max(made.clipped, key=lambda pair: pair[1])
         print(
             f"{len(made.clipped)} clips have more than 0.1 % of their samples above full scale, "
-            f"which were clipped; the most, {100 * share:.1f} %, has {loudest.file}"
+            f"which were clipped; the largest share is {100 * share:.1f} %, in {loudest.file}"
         )
 
 
@@ -184,11 +191,11 @@ def _tell_passed_over(labels: "Labels", audio: str) -> None:
         first = list(labels.unknown.items())[:10]
         counts = ", ".join(f'"{name}" ({len(lines)})' for name, lines in first)
         more = ", ..." if len(labels.unknown) > 10 else ""
-        said = f"{len(labels.unknown)} labels are no classes and are passed over: {counts}{more}"
+        said = f"{len(labels.unknown)} labels are not classes and are skipped: {counts}{more}"
         print(one_line(said))
     for files, what in (
-        (labels.unlisted, "recordings in {} are in no line of the label file"),
-        (labels.others, "files in {} are no recordings by their names"),
+        (labels.unlisted, "recordings in {} are not listed in the label file"),
+        (labels.others, "files in {} are not recordings, judging by their names"),
     ):
         if files:
             print(one_line(f"{len(files)} {what.format(audio)}, such as {files[0]}"))

@@ -1,8 +1,8 @@
-"""Stored queries: vectors made of example recordings, to be used with `uss-jax separate --query`.
+"""Makes and lists stored queries: vectors of example recordings, for `uss-jax separate --query`.
 
-make   a vector of each folder (or single recording), named after it: silence removed, averaged over
-       each recording's segments, then over recordings
-list   what a bank holds
+make   one vector per folder (or single recording), named after it: silence removed, averaged over
+       the segments of each recording, then over recordings
+list   lists the vectors of a bank
 """
 
 import argparse
@@ -15,11 +15,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     make = commands.add_parser("make", help="make a bank", allow_abbrev=False)
     make.add_argument("bank", type=path, metavar="BANK.npz", help="file to write")
     make.add_argument(
-        "examples", type=path, nargs="+", metavar="FOLDER", help="recordings of one sound each"
+        "examples",
+        type=path,
+        nargs="+",
+        metavar="FOLDER",
+        help="folder with recordings of one sound, or one recording",
     )
     make.add_argument("--model", type=path, required=True, metavar="B", help="bundle or workdir")
-    make.add_argument("--overwrite", action="store_true", help="replace BANK.npz")
-    show = commands.add_parser("list", help="say what a bank holds", allow_abbrev=False)
+    make.add_argument("--overwrite", action="store_true", help="replace BANK.npz if it exists")
+    show = commands.add_parser("list", help="list the vectors of a bank", allow_abbrev=False)
     show.add_argument("bank", type=path, metavar="BANK.npz")
     parser.epilog = (
         "example:\n"
@@ -43,7 +47,7 @@ def _list(path: str) -> None:
     bank = load_bank(path)
     about = (
         f"{path}: {len(bank.name)} vectors of width {bank.vectors.shape[1]}, kind {bank.kind}, "
-        f"made with query net {bank.net_hash}, {bank.how or 'made in an unknown way'}"
+        f"made with query net {bank.net_hash}, {bank.how or 'origin unknown'}"
     )
     print("\n".join(map(one_line, [about, *(f"  {name}" for name in bank.name)])))
 

@@ -1,18 +1,18 @@
-"""Separates recordings: a file for each sound asked for, as long as the recording, in its place.
+"""Separates recordings: writes a file per queried sound, aligned with and as long as the recording.
 
-AUDIO is a file, a folder (all audio files below it) or a pattern in quotes. Each recording gets a
-folder below DIR at its own path: sounds/street.wav goes to DIR/sounds/street/ (of an absolute path
-the name alone counts, behind the folder that was given). There lie its sounds, report.json, and
-report.html to look at and listen to. The same command again goes on where it was stopped and leaves
-what is done as it is.
+AUDIO is a file, a folder (all audio files below it) or a quoted glob pattern. Each recording gets a
+folder below DIR at its own path: sounds/street.wav goes to DIR/sounds/street/. If the path is
+absolute, it starts at the folder that was given, or is just the name of a given file. The folder
+holds the sounds, report.json, and report.html to look at and listen to. The same command given
+again resumes where it was stopped and leaves finished recordings as they are.
 
-What to ask for:
-  --classes NAME ...        sound classes by name, mid or index; "Speech+Singing" is one sound. Each
-                            is separated where the model's tagging net hears it.
-  --levels 1 2 ...          every kind of sound on levels of the AudioSet ontology that the model's
+Queries:
+  --classes NAME ...        classes by name, mid or index; "Speech+Singing" is one sound. Each is
+                            separated where the model's tagging net hears it.
+  --levels 1 2 ...          all classes on these levels of the AudioSet ontology that the model's
                             tagging net hears; level 1 has seven, such as Music and Human sounds
-  --query FOLDER            a sound of which the folder holds example recordings
-  --query BANK.npz          every vector of a bank; with --classes, those with these names
+  --query FOLDER            the sound in the example recordings of the folder
+  --query BANK.npz          every vector of a bank; with --classes, only those with these names
 """
 
 import argparse
@@ -29,60 +29,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=path,
         action="append",
         metavar="LIST",
-        help="a text file with a recording in each line; can be given again",
+        help="text file with one recording per line; can be repeated",
     )
     parser.add_argument("--model", type=path, required=True, metavar="B", help="bundle or workdir")
     parser.add_argument(
-        "--out", type=path, metavar="DIR", help="sounds go to DIR/<path of the recording>/"
+        "--out",
+        type=path,
+        metavar="DIR",
+        help="output folder; sounds go to DIR/<path of the recording>/",
     )
     parser.add_argument("--classes", nargs="+", metavar="NAME", help="see above")
     parser.add_argument("--levels", nargs="+", type=positive, metavar="LEVEL", help="see above")
     parser.add_argument(
         "--first-parent",
         action="store_true",
-        help="with --levels: a sound counts under its first parent only, as in bytedance/uss",
+        help="with --levels: count a class under its first parent only, as bytedance/uss does",
     )
     parser.add_argument("--query", type=path, metavar="PATH", help="see above")
     parser.add_argument(
         "--threshold",
         type=number(0, 1),
         metavar="P",
-        help="a class sounds in a segment where its probability is at least this; default: 0.2",
+        help="probability from which a class is active in a segment, 0 to 1; default: 0.2",
     )
-    parser.add_argument("--residual", action="store_true", help="also write what is left")
+    parser.add_argument(
+        "--residual", action="store_true", help="also write the recording minus the estimates"
+    )
     parser.add_argument(
         "--sum-to-mixture",
         action="store_true",
-        help="let the estimates share what is left, so that they add up to the recording",
+        help="divide the residual among the estimates, so that they add up to the recording",
     )
     parser.add_argument(
         "--blocks",
         choices=("windows", "reference"),
         default="windows",
-        help="windows with context (default), or blocks of 2 s side by side as in bytedance/uss; "
-        "for stereo that is its way with --mono only",
+        help="windows with context (default), or blocks of 2 s without overlap as in "
+        "bytedance/uss; for stereo, equal to bytedance/uss only with --mono",
     )
     parser.add_argument(
         "--mono",
         action="store_true",
-        help="mix the channels down to one first, as in bytedance/uss; otherwise the channels "
-        "share a mask made of their mean power, and sounds stay in their place",
+        help="mix down to one channel first, as bytedance/uss does; otherwise all channels share "
+        "a mask computed from their mean power, which keeps sounds at their stereo positions",
     )
     parser.add_argument(
         "--format",
         choices=_FORMATS,
         default="wav",
         help="default: wav (32-bit float); the others clip samples beyond full scale, and the "
-        "report tells how many",
+        "report states how many",
     )
     add_precision(parser)
-    parser.add_argument("--dry-run", action="store_true", help="only say which classes sound where")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only print which classes are heard where"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     parser.epilog = (
         "example:\n"
         '  uss-jax separate street.wav --model uss --classes "Dog" "Speech+Singing" --out separated'
         "\n\nexit status: 0 done, 1 some recordings could not be separated, 3 all were, but a\n"
-        "class asked for is not heard in some"
+        "queried class is not heard in some"
     )
 
 
@@ -109,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
     _refuse_idle_options(args)
     recordings = find_recordings(args.audio, args.files_from or ())
     if not recordings:
-        raise UserError("say what to separate: files, folders, patterns, or --files-from LIST")
+        raise UserError("no recordings; give files, folders, patterns or --files-from LIST")
     model = Model(args.model, args.precision)
     threshold = THRESHOLD if args.threshold is None else args.threshold
     if args.dry_run:
@@ -118,7 +125,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"{failed} of {len(recordings)} recordings could not be read")
         return
     if not args.out:
-        raise UserError("say where to write the sounds: --out DIR")
+        raise UserError("--out is missing; give the output folder, --out DIR")
     suffix, subtype = _FORMATS[args.format]
     settings = Settings(
         reference_blocks=args.blocks == "reference",
@@ -139,7 +146,7 @@ def run(args: argparse.Namespace) -> None:
         )
     if done.not_heard:
         raise NotHeard(
-            f"in {done.not_heard} of {len(recordings)} recordings a class asked for is not heard, "
+            f"in {done.not_heard} of {len(recordings)} recordings a queried class is not heard, "
             "and its file is silent; see above"
         )
 
@@ -155,13 +162,13 @@ def _refuse_idle_options(args: argparse.Namespace) -> None:
             "residual",
             "sum_to_mixture",
         )
-        refuse_idle(args, asking, "with --dry-run, which says which classes sound")
+        refuse_idle(args, asking, "with --dry-run, which prints all classes heard")
     if args.query:
-        refuse_idle(args, ("threshold",), "with --query, which is asked for everywhere")
+        refuse_idle(args, ("threshold",), "with --query, which is separated everywhere")
     if not args.levels:
         refuse_idle(args, ("first_parent",), "without --levels")
     if args.sum_to_mixture:
-        refuse_idle(args, ("residual",), "with --sum-to-mixture, which leaves nothing over")
+        refuse_idle(args, ("residual",), "with --sum-to-mixture, which leaves no residual")
 
 
 def _query(args: argparse.Namespace, model, threshold: float):
@@ -178,16 +185,20 @@ def _query(args: argparse.Namespace, model, threshold: float):
 
     if args.levels:
         if args.classes or args.query:
-            raise UserError("--levels finds out what there is; give it without --classes, --query")
+            raise UserError(
+                "--levels queries all classes heard; give it without --classes, --query"
+            )
         sets = level_sets(args.levels, args.first_parent)
         return Classes(sets, threshold, only_active=True)
     if args.query is None:
         if not args.classes:
-            raise UserError("say what to separate: --classes, --levels or --query")
+            raise UserError("no query; give --classes, --levels or --query")
         return Classes(parse_classes(args.classes), threshold)
     if not args.query.endswith(".npz"):
         if args.classes:
-            raise UserError("--classes names vectors of a bank, --query gives recordings; use one")
+            raise UserError(
+                "--classes selects vectors of a bank, but --query is not a bank (.npz); use only one"
+            )
         vector = vector_of_recordings(model, args.query)
         return Vectors({name_of_examples(args.query): vector})
     bank = read_bank(args.query, model)

@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="compile the step for the devices at hand and say its parameters, operations, memory "
-        "and input; needs neither records nor --workdir",
+        help="compile the step for the available devices and print its parameters, operations, "
+        "memory and input rate; needs neither records nor --workdir",
     )
 
 
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.training.hosts import join_hosts
 
     if args.workdir is None and not args.dry_run:
-        raise UserError("--workdir is missing; give the folder where the run is to live")
+        raise UserError("--workdir is missing; give the folder of the run")
     # Joined first, so that an error on one host stops the others too.
     with join_hosts(args.coordinator, args.processes, args.process, workdir=args.workdir):
         config = load_config(args.config, args.config_overrides)

@@ -72,9 +72,7 @@ def clipped_share(data: bytes, encoding: str) -> float:
         integers = varints(data)
         most = 32768 * PEAK_LIMIT
         if integers.max(initial=0) > most or integers.min(initial=0) < -most:
-            raise ValueError(
-                "has samples outside the range of 16-bit integers, to which they must be scaled"
-            )
+            raise ValueError("has samples outside the range of 16-bit integers; divide them to fit")
         waveform = integers / 32768
     elif encoding in ("flac", "wav") and holds_floats(data):
         waveform = decode_bytes(data)

@@ -63,7 +63,7 @@ def find_schema(
     if rate is None:
         raise UserError(
             f"the sample rate of the records in {directory} is not stated anywhere; give a "
-            '--schema file with "sample_rate"'
+            '--schema with "sample_rate"'
         )
     return dataclasses.replace(schema, sample_rate=rate), True
 

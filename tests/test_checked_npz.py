@@ -96,7 +96,7 @@ def test_an_archive_that_grows_too_much_is_refused_before_it_is_unpacked():
     memory = _archive({"vectors.npy": array}, zipfile.ZIP_DEFLATED)
     with pytest.raises(ValueError, match=f"more than {INFLATION} times"):
         read_npz(memory, {"vectors": Column("f4", "n d")})
-    with pytest.raises(ValueError, match="packed in an unknown way"):
+    with pytest.raises(ValueError, match="compressed in an unsupported way"):
         read_npz(
             _archive({"vectors.npy": array[:200]}, zipfile.ZIP_LZMA), {"vectors": Column("f4", "n")}
         )

@@ -65,6 +65,6 @@ def test_what_was_in_the_file_does_not_matter(tmp_path):
 @pytest.mark.parametrize("make", [pathlib.Path.mkdir, os.mkfifo])
 def test_something_else_of_its_name_is_said(tmp_path, make):
     make(tmp_path / ".lock")
-    said = "is no file, where the lock would be"
+    said = "is where the lock file must be, but is not a file"
     with pytest.raises(UserError, match=said), only_one(tmp_path, "wait"):
         pass

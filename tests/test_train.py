@@ -203,7 +203,7 @@ def _records(path, **metadata):
         ({"mixing.gain_db": 1e6}, "config.mixing.gain_db is 1000000.0, expected a number from 0"),
         ({"anchors.min_dbfs": 5.0}, "config.anchors.min_dbfs is 5.0, expected a number from -1000"),
         ({"data.class_weights": "{'Dog': 2, 'dog': 3}"}, "has 'Dog' and 'dog', one class"),
-        ({"schedule": "{'name': ['a']}"}, "config.schedule.name is a list of 1, expected a text"),
+        ({"schedule": "{'name': ['a']}"}, "config.schedule.name is a list of 1, expected a string"),
         ({"log_every_steps": 0}, "config.log_every_steps is 0, expected a whole number from 1"),
         ({"loss": "l2"}, "config.loss is 'l2', expected l1_wav or l1_wav_l1_sp"),
         (

@@ -67,7 +67,7 @@ def _temporary(path: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
             raise UserError(full(path)) from error
         raise UserError(
             f"{path} could not be written ({error.strerror or error}); choose a folder that "
-            "exists, may be written to and has space left"
+            "exists, is writable and has free space"
         ) from error
     finally:
         _remove(temporary)
@@ -82,9 +82,7 @@ def is_full(error: Exception) -> bool:
 
 def full(path: str | os.PathLike | None) -> str:
     """Returns the error message for a full disk."""
-    return (
-        f"no space is left to write {path or 'a file'}; free some and give the same command again"
-    )
+    return f"no space is left to write {path or 'a file'}; free some and run the same command again"
 
 
 def remove_unfinished() -> None:

@@ -48,7 +48,7 @@ def parse_json(data: bytes | str, rule: Rule | None = None, *, max_bytes: int = 
     except ValueError as error:
         if "integer string conversion" not in str(error):  # Python's limit on digits
             raise
-        raise ValueError("has a number of thousands of digits") from None
+        raise ValueError("has a number with thousands of digits") from None
     if rule is not None:
         rule(value, "")
     return value
@@ -120,7 +120,7 @@ def text(*choices: str) -> Rule:
 
     def check(value: Any, key: str) -> None:
         if not isinstance(value, str):
-            raise _wrong(value, key, "a text")
+            raise _wrong(value, key, "a string")
         if choices and value not in choices:
             raise _wrong(value, key, ", ".join(choices))
 
@@ -217,7 +217,7 @@ def record(
                 known[name](one, _inside(key, name))
             elif not others:
                 raise ValueError(
-                    f"there is no key {shown(name)}{f' in {key}' if key else ''}; there are "
+                    f"unknown key {shown(name)}{f' in {key}' if key else ''}; expected "
                     f"{_listed(known)}"
                 )
 

@@ -108,13 +108,15 @@ def _check_sizes(members: Mapping[str, zipfile.ZipInfo], file_size: int) -> None
     total = sum(member.file_size for member in members.values())
     if total > INFLATION * file_size:
         raise ValueError(
-            f"claims {total:,} bytes of arrays in a file of {file_size:,}, more than {INFLATION} "
-            "times as many"
+            f"declares {total:,} bytes of arrays in a file of {file_size:,} bytes, more than "
+            f"{INFLATION} times its size"
         )
     for name, member in members.items():
         stored = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
         if member.compress_type not in stored or member.flag_bits & 1:
-            raise ValueError(f"has the array {name!r} encrypted or packed in an unknown way")
+            raise ValueError(
+                f"has the array {name!r} encrypted or compressed in an unsupported way"
+            )
 
 
 def _check_header(
@@ -123,7 +125,7 @@ def _check_header(
     """Checks an array's header against its declaration and the size of its archive member."""
     version = np.lib.format.read_magic(stream)
     if version not in _HEADERS:
-        raise ValueError(f"has the array {name!r} in the format {version}")
+        raise ValueError(f"has the array {name!r} in the unsupported .npy format {version}")
     shape, _, dtype = _HEADERS[version](stream)
     if dtype.hasobject or not _same_kind(dtype, column.dtype):
         raise ValueError(f"has the array {name!r} of type {dtype}, expected {column.dtype}")
@@ -142,7 +144,9 @@ def _check_header(
     # With zero-byte items, a shape of any size would pass.
     sound = min(shape, default=0) >= 0 and (dtype.itemsize or not math.prod(shape))
     if not sound or math.prod(shape) * dtype.itemsize != bytes_there:
-        raise ValueError(f"has {bytes_there} bytes for the array {name!r} of shape {shape}")
+        raise ValueError(
+            f"has {bytes_there} bytes for the array {name!r}, which do not match its shape {shape}"
+        )
 
 
 def _same_kind(dtype: np.dtype, expected: str) -> bool:

@@ -35,7 +35,7 @@ def only_one(folder: str | os.PathLike, remedy: str) -> Iterator[None]:
     path = pathlib.Path(folder) / LOCK
     # Never removed: a process that already has it open would then lock a deleted file.
     if path.exists() and not path.is_file():
-        raise UserError(f"{path} is no file, where the lock would be; remove it")
+        raise UserError(f"{path} is where the lock file must be, but is not a file; remove it")
     with open(path, "a+", encoding="utf-8", errors="replace") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

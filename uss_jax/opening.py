@@ -18,7 +18,7 @@ def at_once(path: str | os.PathLike, flags: int) -> int:
     try:
         kind = os.fstat(descriptor).st_mode
         if stat.S_ISCHR(kind) or stat.S_ISBLK(kind):
-            raise OSError(errno.EINVAL, "it is a device, no file", os.fspath(path))
+            raise OSError(errno.EINVAL, "it is a device, not a file", os.fspath(path))
         os.set_blocking(descriptor, True)
     except BaseException:
         os.close(descriptor)

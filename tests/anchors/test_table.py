@@ -142,10 +142,12 @@ def test_unlikely_and_quiet_labels_are_left_out_of_the_order(table):
 
 def test_tables_of_others_are_refused(path):
     other = dataclasses.replace(INDEX, shard_digest=np.array(["e"]))
-    with pytest.raises(UserError, match=r"is of other records \(index digest .*mine again"):
+    with pytest.raises(
+        UserError, match=r"was mined from other records \(index digest .*mine again"
+    ):
         read_table(path, other, SEGMENT)
     with pytest.raises(
-        UserError, match=r"anchors of 100 samples, the config 200; change config\.s"
+        UserError, match=r"anchors of 100 samples, the config asks for 200; change config\.s"
     ):
         read_table(path, INDEX, 200)
 
@@ -156,7 +158,7 @@ def test_damage_is_said(path):
     with pytest.raises(UserError, match="is not a table of anchors"):
         read_table(path, INDEX, SEGMENT)
     np.savez(path, format_version=FORMAT_VERSION + 1)
-    with pytest.raises(UserError, match="has format 2, this program 1"):
+    with pytest.raises(UserError, match="has format 2, this program reads 1"):
         read_table(path, INDEX, SEGMENT)
     write_table(path, {"sed_hash": "s"}, COLUMNS)
     with pytest.raises(UserError, match="has no key 'index_digest'"):
@@ -171,15 +173,15 @@ def test_damage_is_said(path):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"begin_sample": (1, 0, 901)}, "begin_sample cannot be right"),
-        ({"begin_sample": (4, 0, 1)}, "begin_sample cannot be right"),
-        ({"score": (0, 0, np.nan)}, "score cannot be right"),
-        ({"score": (0, 1, 1.5)}, "score cannot be right"),
-        ({"score": (0, 1, -0.5)}, "score cannot be right"),
-        ({"record": (1, 2)}, "record cannot be right"),
-        ({"class": (1, 2)}, "class cannot be right"),
-        ({"purity": (0, np.inf)}, "purity cannot be right"),
-        ({"rms_db": (0, np.nan)}, "rms_db cannot be right"),
+        ({"begin_sample": (1, 0, 901)}, "invalid begin_sample"),
+        ({"begin_sample": (4, 0, 1)}, "invalid begin_sample"),
+        ({"score": (0, 0, np.nan)}, "invalid score"),
+        ({"score": (0, 1, 1.5)}, "invalid score"),
+        ({"score": (0, 1, -0.5)}, "invalid score"),
+        ({"record": (1, 2)}, "invalid record"),
+        ({"class": (1, 2)}, "invalid class"),
+        ({"purity": (0, np.inf)}, "invalid purity"),
+        ({"rms_db": (0, np.nan)}, "invalid rms_db"),
     ],
 )
 def test_rows_that_cannot_be_are_refused(path, changed, said):
@@ -187,7 +189,7 @@ def test_rows_that_cannot_be_are_refused(path, changed, said):
     for name, (*at, value) in changed.items():
         columns[name][tuple(at)] = value
     write_table(path, HEADER, columns)
-    with pytest.raises(UserError, match=f"is damaged: its {said}"):
+    with pytest.raises(UserError, match=f"is damaged: {said}"):
         read_table(path, INDEX, SEGMENT)
 
 

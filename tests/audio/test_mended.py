@@ -251,7 +251,7 @@ def test_joined_mp4_files_are_refused(tmp_path):
     joined = tmp_path / "joined.m4a"
     joined.write_bytes(2 * once.read_bytes())
     assert _seconds(once) == pytest.approx(3, abs=0.1)
-    with pytest.raises(UserError, match="several recordings follow each other in it"):
+    with pytest.raises(UserError, match="it contains several recordings in a row"):
         read_audio(joined)
 
 
@@ -260,5 +260,5 @@ def test_a_video_without_sound_is_said_to_hold_none(tmp_path):
     path = tmp_path / "silent.mp4"
     picture = ["-f", "lavfi", "-i", "color=c=red:d=1:s=32x32"]
     subprocess.run(["ffmpeg", "-v", "error", *picture, path], check=True)
-    with pytest.raises(UserError, match="it holds no sound"):
+    with pytest.raises(UserError, match="it has no audio stream"):
         read_audio(path)

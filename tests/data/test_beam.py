@@ -50,7 +50,7 @@ def test_beam_makes_the_same_shards(folder, tmp_path):
 
 
 def test_shards_an_engine_did_not_make_are_said(folder, tmp_path):
-    with pytest.raises(UserError, match="block-00000 was not made; give the same command again"):
+    with pytest.raises(UserError, match="block-00000 was not written; run the same command again"):
         _prepare(folder, tmp_path / "none", engine=lambda blocks: None)
 
 

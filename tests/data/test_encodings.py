@@ -96,13 +96,13 @@ FILES = (b".snd", b"caff", b"riff\x2e\x91\xcf\x11", b"\0\0\0\x20ftypM4A ", b"\x1
     ("data", "encoding", "said"),
     [
         (b"", "pcm_s16le", "0 bytes of audio"),
-        (b"abc", "pcm_s16le", "3 bytes of audio, no whole pcm_s16le"),
+        (b"abc", "pcm_s16le", "3 bytes of audio, not one or more whole pcm_s16le"),
         (b"abcdef", "float", "6 bytes of audio"),
         (b"", "int64", "no samples"),
         (b"RIFF rubbish", "wav", "no readable audio file"),
         (STORED["flac"], "flac", "audio of 8000 Hz, the schema says 16000"),
         (STORED["flac"][: len(STORED["flac"]) // 2], "flac", "cut off"),
-        *((begin + b"...." * 9, "pcm_s16le", "a whole audio file") for begin in FILES),
+        *((begin + b"...." * 9, "pcm_s16le", "an audio file") for begin in FILES),
     ],
 )
 def test_what_is_no_audio_is_said(data, encoding, said):

@@ -109,9 +109,7 @@ def test_a_whole_audio_file_is_never_taken_for_samples(tmp_path, capsys):
         schema = tmp_path / "s.json"
         schema.write_text('{"sample_rate": 8000, "encoding": "pcm_s16le"}')
         assert _index(directory, "--schema", schema) == 1
-        assert (
-            "a whole audio file (encoding wav or flac), no PCM samples" in capsys.readouterr().err
-        )
+        assert "an audio file (encoding wav or flac), not PCM samples" in capsys.readouterr().err
 
 
 def test_zeros_and_ones_for_all_classes_are_recognised_and_no_indexes(tmp_path, capsys):
@@ -180,8 +178,8 @@ def test_names_that_cannot_be_guessed_are_asked_for(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("record", "said"),
     [
-        ({"labels": ["/m/0dgw9r"]}, 'is no class: "/m/0dgw9r" is in the ontology but not one'),
-        ({"labels": ["/m/nothing"]}, "is no class: no sound class"),
+        ({"labels": ["/m/0dgw9r"]}, 'unknown label: "/m/0dgw9r" is in the ontology but not one'),
+        ({"labels": ["/m/nothing"]}, "unknown label: no sound class"),
         ({"labels": [3]}, r"needs mids \(bytes\) in feature 'classes'"),
         ({"audio_name": "sound"}, "no feature 'waveform'"),
         ({"encoding": "int64"}, "needs a float_list in feature 'waveform'"),
@@ -203,7 +201,7 @@ def test_what_is_not_as_the_schema_says_is_said_with_its_place(tmp_path, record,
         ("{", "is not JSON"),
         ("[" * 10**5, "is nested deeper"),
         ("[]", "is a list of 0, expected an object"),
-        ('{"idd": "a"}', "there is no key 'idd'; there are id, audio"),
+        ('{"idd": "a"}', "unknown key 'idd'; expected id, audio"),
         ('{"sample_rate": "8000"}', "sample_rate is '8000', expected a whole number"),
         ('{"sample_rate": 0}', "sample_rate is 0, expected a whole number from 1,000 to 768,000"),
         ('{"sample_rate": %s}' % ("9" * 30), "expected a whole number from 1,000"),
@@ -212,9 +210,9 @@ def test_what_is_not_as_the_schema_says_is_said_with_its_place(tmp_path, record,
         ('{"split": ""}', "split is '', expected letters, digits"),
         ('{"split": "a\\nb"}', r"split is 'a\\nb', expected letters, digits"),
         ('{"split": "%s"}' % ("x" * 300), "expected letters, digits"),
-        ('{"id": ""}', "id is '', expected 1 to 200 letters"),
-        ('{"id": "%s"}' % ("x" * 10**6), "expected 1 to 200 letters"),
-        ('{"id": "\\ud800"}', "expected 1 to 200 letters"),
+        ('{"id": ""}', "id is '', expected 1 to 200 printable characters"),
+        ('{"id": "%s"}' % ("x" * 10**6), "expected 1 to 200 printable characters"),
+        ('{"id": "\\ud800"}', "expected 1 to 200 printable characters"),
         ('{"label_form": "words"}', "label_form is 'words', expected index, mid, name, multi_hot"),
     ],
 )
@@ -239,7 +237,7 @@ def test_a_pattern_without_files_and_a_missing_schema_are_said(tmp_path, capsys)
     assert _index(directory) == 1
     assert 'give a --schema with "shards"' in capsys.readouterr().err
     assert _index(directory, "--schema", _schema(tmp_path / "s.json", shards="*.rec")) == 1
-    assert "has no files '*.rec'" in capsys.readouterr().err
+    assert "has no files that match the schema's pattern '*.rec'" in capsys.readouterr().err
 
 
 def _own(directory, shards=3):

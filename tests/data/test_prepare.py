@@ -317,7 +317,9 @@ def test_flac_records_hold_the_same_samples(audio, tmp_path):
     for record in range(len(index)):
         np.testing.assert_array_equal(ours.read(record), theirs.read(record))
         np.testing.assert_array_equal(ours.read(record, 100, 200), theirs.read(record, 100, 200))
-    with pytest.raises(UserError, match="has train as flac; give test another --version"):
+    with pytest.raises(
+        UserError, match="already has train encoded as flac; give test a different --version"
+    ):
         _prepare(audio, tmp_path / "flac", split="test")
 
 

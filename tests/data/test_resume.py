@@ -157,7 +157,7 @@ def test_damaged_records_are_said_and_others_take_their_place(directory, tmp_pat
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 2
     assert all("has a wrong checksum" in line for line in said)
-    assert said[1].endswith("left out, 2 of at most 2")
+    assert said[1].endswith("skipped, damaged record 2 of at most 2")
     replaced = 0
     for before, after in zip(good, left_out, strict=True):
         damaged = np.isin(before["record"], [3, 17])

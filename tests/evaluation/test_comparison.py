@@ -88,7 +88,7 @@ def test_results_of_other_classes_have_rows_of_their_own(runs):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"suite": 3, "rows": []}, "suite is 3, expected a text"),
+        ({"suite": 3, "rows": []}, "suite is 3, expected a string"),
         ({"suite": "pairs", "rows": {}}, "rows is an object of 0, expected a list"),
         ({"suite": "pairs", "rows": [7]}, "rows[0] is 7"),
         ({"suite": "pairs", "rows": [{"sdri": "good"}]}, "rows[0].sdri is 'good'"),

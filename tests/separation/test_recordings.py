@@ -138,7 +138,7 @@ def test_files_are_not_overwritten_in_silence_nor_left_half_written(model, tmp_p
     broken = np.random.default_rng(0).uniform(-0.5, 0.5, 2 * tiny.RATE).astype(np.float32)
     broken[-1] = np.nan
     soundfile.write(tmp_path / "nan.wav", broken, tiny.RATE, subtype="FLOAT")
-    with pytest.raises(UserError, match=r"not a number, at 2\.000 s"):
+    with pytest.raises(UserError, match=r"NaN or infinite, at 2\.000 s"):
         Separator(model).separate_file(tmp_path / "nan.wav", tmp_path / "nan", vectors(model, 1))
     assert not list((tmp_path / "nan").iterdir())
 
@@ -179,7 +179,7 @@ def test_classes_heard_nowhere_are_silent_or_left_out(model):
     [
         (np.zeros((0,), np.float32), "shape"),
         (np.zeros((1, 2, 3), np.float32), "shape"),
-        (np.array([0, np.inf], np.float32), "not a number"),
+        (np.array([0, np.inf], np.float32), "NaN or infinite"),
         (np.zeros((800, 2), np.float32), "more channels than samples.*transpose"),
         (np.zeros(800, np.int64), "int64 has no known full scale"),
         (np.zeros(800, np.uint8), "uint8"),
@@ -188,7 +188,7 @@ def test_classes_heard_nowhere_are_silent_or_left_out(model):
         (np.array(["a", "b"]), "<U1"),
         ([None, 1.0], "object"),
         (np.full(800, 20000.0), "samples of 20000.*divided by 32768"),
-        (np.array([1e300, 0.0]), "not a number"),
+        (np.array([1e300, 0.0]), "NaN or infinite"),
     ],
 )
 def test_hostile_waveforms(model, waveform, said):

@@ -155,7 +155,7 @@ def test_what_does_not_fit_a_table_is_said_before_the_first_step(place, tmp_path
     write_tagger(place / "other", seed=1)
     for changed, said in (
         ({"sed_bundle": place / "other"}, "was mined with another detector"),
-        ({"segment_seconds": 0.25}, "anchors of 4000 samples, the config 2000"),
+        ({"segment_seconds": 0.25}, "anchors of 4000 samples, the config asks for 2000"),
         ({"anchors__top_k": 9}, "config.anchors.top_k=9 is not between 1 and 4"),
         ({"anchors__min_score": 1.0}, "no anchor reaches config.anchors.min_score=1"),
         ({"anchors__table": ""}, "config.anchors.table is empty"),

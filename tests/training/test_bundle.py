@@ -53,7 +53,7 @@ HOSTILE_CONFIGS = {
     "text": ({"sample_rate": "8000"}, "sample_rate is '8000'"),
     "nan": ({"segment_seconds": float("nan")}, "segment_seconds is nan"),
     "no part": ({"sed": None}, "sed is None"),
-    "hashes": ({"hashes": {"sed": 5}}, "hashes.sed is 5, expected a text"),
+    "hashes": ({"hashes": {"sed": 5}}, "hashes.sed is 5, expected a string"),
     "fft": ({"sed": {"model": {"n_fft": 2**40}}}, "sed.model.n_fft is 1099511627776"),
     "blocks": ({"separator": {"blocks_per_level": 10**6}}, "separator.blocks_per_level is 1000000"),
     "kind": ({"query": {"kind": "both"}}, "query.kind is 'both', expected one_hot, soft"),

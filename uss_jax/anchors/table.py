@@ -119,13 +119,13 @@ def read_table(path: str | os.PathLike, index: RecordIndex, segment_samples: int
     header, columns = _read(path)
     if not index.has_digest(header["index_digest"]):
         raise UserError(
-            f"{path} is of other records (index digest {header['index_digest'][:12]}, here "
-            f"{index.digest[:12]}); {_AGAIN}"
+            f"{path} was mined from other records (index digest {header['index_digest'][:12]}, "
+            f"here {index.digest[:12]}); {_AGAIN}"
         )
     if header["segment_samples"] != segment_samples:
         raise UserError(
-            f"{path} has anchors of {header['segment_samples']} samples, the config "
-            f"{segment_samples}; change config.segment_seconds or {_AGAIN}"
+            f"{path} has anchors of {header['segment_samples']} samples, the config asks "
+            f"for {segment_samples}; change config.segment_seconds or {_AGAIN}"
         )
     _check(path, columns, index, segment_samples)
     del columns["record"], columns["class"]
@@ -152,7 +152,7 @@ def _check(
         "rms_db": ~np.isnan(columns["rms_db"]),
     }.items():
         if not right.all():
-            raise UserError(f"{path} is damaged: its {name} cannot be right; {_AGAIN}")
+            raise UserError(f"{path} is damaged: invalid {name}; {_AGAIN}")
 
 
 def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -161,7 +161,7 @@ def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             version = int(read_npz(file, {"format_version": Column("i8")})["format_version"])
             if version != FORMAT_VERSION:
                 raise UserError(
-                    f"{path} has format {version}, this program {FORMAT_VERSION}; {_AGAIN}"
+                    f"{path} has format {version}, this program reads {FORMAT_VERSION}; {_AGAIN}"
                 )
             columns = read_npz(file, {"header": Column("U"), **COLUMNS})
         header = parse_json(str(columns.pop("header")), _HEADER)

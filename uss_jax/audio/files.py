@@ -141,7 +141,7 @@ def read_segment(
     with _opened(path) as (file, _):
         if not 0 <= begin_sample < file.frames:
             raise UserError(
-                f"{path} has {file.frames} samples, so none at {begin_sample}; get it again"
+                f"{path} has {file.frames} samples, so none at {begin_sample}; copy it again"
             )
         file.seek(begin_sample)
         return _read(path, file, samples, begin_sample)[0]
@@ -157,8 +157,8 @@ def _opened(path: str | os.PathLike) -> Iterator[mended.Opened]:
             raise _unreadable(path, _reason(error)) from error
         except mended.FfmpegNeeded:
             raise UserError(
-                f"{path} is of a format that only ffmpeg decodes (m4a, mp4, webm, ...) or is no "
-                "audio file; install ffmpeg, or give a wav, flac, ogg or mp3 file"
+                f"{path} is of a format that only ffmpeg decodes (m4a, mp4, webm, ...) or is "
+                "not an audio file; install ffmpeg, or give a wav, flac, ogg or mp3 file"
             ) from None
         except mended.FfmpegFailed as error:
             raise _unreadable(path, str(error)) from error
@@ -168,7 +168,7 @@ def _opened(path: str | os.PathLike) -> Iterator[mended.Opened]:
             ) from error
         if not LOWEST_SAMPLE_RATE <= opened.file.samplerate <= HIGHEST_SAMPLE_RATE:
             raise UserError(
-                f"{path} says that its sample rate is {opened.file.samplerate} Hz, expected "
+                f"{path} states a sample rate of {opened.file.samplerate} Hz, expected "
                 f"{LOWEST_SAMPLE_RATE} to {HIGHEST_SAMPLE_RATE}; export the recording again"
             )
         yield opened
@@ -193,7 +193,7 @@ def _read(
     if not np.isfinite(block).all():
         at = done + np.argmin(np.isfinite(block).all(axis=0))
         raise UserError(
-            f"{path} has a sample that is not a number, at {at / file.samplerate:.3f} s; "
+            f"{path} has a sample that is NaN or infinite, at {at / file.samplerate:.3f} s; "
             "export the recording again"
         )
     try:
@@ -291,12 +291,12 @@ def _opened_bytes(data: bytes) -> Iterator[soundfile.SoundFile]:
 def check_scale(waveform: Float32[np.ndarray, "*t"]) -> None:
     """Raises ValueError if a sample is NaN, infinite or far above full scale."""
     if not np.isfinite(waveform).all():
-        raise ValueError("has a sample that is not a number")
+        raise ValueError("has a sample that is NaN or infinite")
     peak = max(waveform.max(initial=0), -waveform.min(initial=0))
     if peak > PEAK_LIMIT:
         raise ValueError(
             f"has samples of {peak:g}, {20 * np.log10(peak):.0f} dB above full scale (1.0): "
-            "integers that are stored as floats, to be divided by 32768"
+            "integers stored as floats, which must be divided by 32768"
         )
 
 
@@ -418,8 +418,8 @@ def writing_audio(
                 yield AudioWriter(file)
         except soundfile.SoundFileError as error:
             raise UserError(
-                f"{path} could not be written ({_reason(error)}); choose a folder that exists, may "
-                "be written to and has space left"
+                f"{path} could not be written ({_reason(error)}); choose a folder that exists, is "
+                "writable and has free space"
             ) from error
 
 
@@ -436,9 +436,7 @@ def _check_is_file(path: str | os.PathLike) -> None:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; check the name of the audio file") from None
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be opened ({error}); give an audio file that may be read"
-        ) from error
+        raise UserError(f"{path} cannot be opened ({error}); give a readable audio file") from error
     if not status.st_size:
         raise UserError(f"{path} is empty (0 bytes); copy or download it again")
 
@@ -447,4 +445,4 @@ def _reason(error: Exception) -> str:
     """Returns libsndfile's message in lower case, without the path and the full stop."""
     reason = getattr(error, "error_string", str(error)).strip().rstrip(".").lower()
     # libsndfile says so of .mp3 files without an MP3 frame; the path is known to exist.
-    return "its bytes are no audio" if "does not exist" in reason else reason
+    return "it contains no audio" if "does not exist" in reason else reason

@@ -79,7 +79,7 @@ def opened(path: str | os.PathLike) -> Iterator[Opened]:
             file = _open(source)
         # soundfile raises TypeError for names ending in ".raw", whose rate it cannot know.
         except TypeError:
-            raise FfmpegFailed("its name says that it has no header") from None
+            raise FfmpegFailed("its extension is that of raw audio without a header") from None
         except soundfile.LibsndfileError as error:
             if error.code != 1:  # "format not recognised"
                 raise
@@ -210,7 +210,7 @@ def _kept(path: str, stamp: tuple[int, int]) -> tuple[_Temporary, str | None]:
         if data[:4] in containers.JOINED:
             return decoded, _decode_in_turn(path, containers.read_parts(data), decoded.name)
         if data[4:8] == b"ftyp" and containers.joined_mp4(data):
-            raise FfmpegFailed("several recordings follow each other in it; join them with ffmpeg")
+            raise FfmpegFailed("it contains several recordings in a row; join them with ffmpeg")
     return decoded, _decode_with_ffmpeg(path, decoded.name)
 
 
@@ -230,7 +230,7 @@ def _decode_in_turn(path: str, parts: list[containers.Part], out: str) -> str | 
                     )
                 elif form != (writer.samplerate, writer.channels):
                     raise soundfile.SoundFileRuntimeError(
-                        "recordings of different sample rates or channels follow each other in it"
+                        "it contains recordings of different sample rates or channels in a row"
                     )
                 held = 0
                 while len(block := read_block(file, _BLOCK_SAMPLES)[0]):
@@ -281,8 +281,8 @@ def _decode_with_ffmpeg(path: str, out: str) -> str | None:
     )
     words = done.stderr.decode(errors="replace").replace(f"file:{os.path.abspath(path)}: ", "")
     if "matches no streams" in words:
-        raise FfmpegFailed("it holds no sound")
+        raise FfmpegFailed("it has no audio stream")
     if done.returncode or not os.path.getsize(out):
-        raise FfmpegFailed((words.strip().splitlines() or ["it found no sound"])[-1].strip())
+        raise FfmpegFailed((words.strip().splitlines() or ["it decoded no samples"])[-1].strip())
     cut = re.search(r"[^\]\n]*(?:partial file|ended prematurely|truncated)[^\n]*", words)
     return f"ffmpeg says: {cut[0].strip()}" if cut else None

@@ -30,15 +30,15 @@ class AudioSet(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        "Google publishes labels, not sound. Put your recordings into audio/ and a label file for "
-        "each split beside it: <split>_segments.csv as published, or <split>.csv with the columns "
-        "file and labels."
+        "Google publishes the labels but no audio. Put your recordings into audio/ and, next to "
+        "it, a label file for each split: <split>_segments.csv as published, or <split>.csv with "
+        "the columns file and labels."
     )
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Weakly labelled sound.",
+            description="Weakly labelled audio clips.",
             features=tfds_features(SETTINGS.sample_rate, SETTINGS.encoding),
         )
 

@@ -54,4 +54,4 @@ def _make(block: Block) -> int:
 
 
 def _say(blocks: int) -> None:
-    logging.info("%d shards are made", blocks)
+    logging.info("%d shards written", blocks)

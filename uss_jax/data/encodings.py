@@ -72,7 +72,7 @@ def clipped_share(data: bytes, encoding: str) -> float:
         integers = varints(data)
         most = 32768 * PEAK_LIMIT
         if integers.max(initial=0) > most or integers.min(initial=0) < -most:
-            raise ValueError("has samples that are no 16-bit integers; divide them to be such")
+            raise ValueError("has samples outside the range of 16-bit integers; divide them to fit")
         waveform = integers / 32768
     elif encoding in ("flac", "wav") and holds_floats(data):
         waveform = decode_bytes(data)
@@ -90,13 +90,15 @@ def count_samples(data: bytes, encoding: str, sample_rate: int | None) -> int:
     """
     if encoding == "pcm_s16le" and begins_file(data):
         raise ValueError(
-            f"has audio that begins with {data[:4]!r}: a whole audio file (encoding wav or flac), "
-            "no PCM samples"
+            f"has audio that begins with {data[:4]!r}: an audio file (encoding wav or flac), not "
+            "PCM samples"
         )
     if encoding in SAMPLE_BYTES:
         count, rest = divmod(len(data), SAMPLE_BYTES[encoding])
         if rest or not count:
-            raise ValueError(f"has {len(data)} bytes of audio, no whole {encoding} samples")
+            raise ValueError(
+                f"has {len(data)} bytes of audio, not one or more whole {encoding} samples"
+            )
         return count
     if encoding == "int64":
         count = int((np.frombuffer(data, np.uint8) < 128).sum())

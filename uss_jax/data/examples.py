@@ -162,8 +162,8 @@ def _labels(feature: Any, schema: Schema) -> tuple[int, ...]:
         if len(set(indexes)) < len(indexes):
             twice = next(label for label in indexes if indexes.count(label) > 1)
             raise ValueError(
-                f"has the label {twice} more than once in feature {schema.labels!r} (zeros and "
-                "ones for all classes are the label_form multi_hot)"
+                f"has the label {twice} more than once in feature {schema.labels!r} (use "
+                "label_form multi_hot for zeros and ones of all classes)"
             )
         return indexes
     if kind not in ("bytes_list", None):
@@ -172,4 +172,4 @@ def _labels(feature: Any, schema: Schema) -> tuple[int, ...]:
     try:
         return tuple(load_ontology().resolve(word) for word in words)
     except UserError as error:
-        raise ValueError(f"has a label that is no class: {error}") from None
+        raise ValueError(f"has an unknown label: {error}") from None

@@ -56,14 +56,14 @@ def find_schema(
         schema = guess_schema(payload, given)
     except ValueError as error:
         raise UserError(
-            f"{shard}: the record at byte {offset - HEADER.size} {error}; say what is what with a "
-            "--schema"
+            f"{shard}: the record at byte {offset - HEADER.size} {error}; name its features in a "
+            "--schema file"
         ) from None
     rate = schema.sample_rate or described.get("sample_rate") or _tfds_sample_rate(folder)
     if rate is None:
         raise UserError(
-            f"the sample rate of the records in {directory} is nowhere said; give a --schema with "
-            '"sample_rate"'
+            f"the sample rate of the records in {directory} is not stated anywhere; give a "
+            '--schema with "sample_rate"'
         )
     return dataclasses.replace(schema, sample_rate=rate), True
 

@@ -154,12 +154,14 @@ def shards_of_split(
     if schema is not None and schema.shards is not None:
         found = fnmatch.filter(_names(directory), schema.shards)
         if not found:
-            raise UserError(f"{directory} has no files {schema.shards!r}, as the schema names them")
+            raise UserError(
+                f"{directory} has no files that match the schema's pattern {schema.shards!r}"
+            )
         return found
     matches = [match for match in _shard_names(directory) if match["split"] == split]
     if not matches:
         others = splits(directory)
-        found = f'it has "{", ".join(others)}"' if others else "it has none at all"
+        found = f'it has shards of "{", ".join(others)}"' if others else "it has no shards"
         raise UserError(
             f'{directory} has no shards of split "{split}" ({found}); expected names such as '
             f"mine-{split}.tfrecord-00000-of-00004{versions_below(directory)}"
@@ -167,14 +169,14 @@ def shards_of_split(
     sets = sorted({(match["name"], match["of"]) for match in matches})
     if len(sets) > 1:
         raise UserError(
-            f'{directory} holds two sets of shards for split "{split}" (such as '
-            f"{' and '.join(f'{name} of {of}' for name, of in sets[:2])}); keep one of them there"
+            f'{directory} holds several sets of shards for split "{split}" (such as '
+            f"{' and '.join(f'{name} of {of}' for name, of in sets[:2])}); keep only one"
         )
     of, numbers = int(sets[0][1]), {int(match["at"]) for match in matches}
     if max(numbers) >= of:
         raise UserError(
-            f'{directory}: a shard of split "{split}" has the number {max(numbers)} of {of}, which '
-            "go from 0; keep one whole set of shards there"
+            f'{directory}: a shard of split "{split}" has the number {max(numbers)} of {of}, but '
+            "numbers start from 0; keep one complete set of shards there"
         )
     missing = set(range(of)) - numbers
     if missing:
@@ -327,8 +329,8 @@ def _tell_clipped(folder: Folder, index: RecordIndex, share: Float32[np.ndarray,
         most = int(np.argmax(share))
         print(
             f"{folder}: {loud} of {len(index)} records have more than {_CLIPPED_TOLD:.1%} of their "
-            f"samples above full scale, which are clipped when they are read; the most, "
-            f"{share[most]:.1%}, has {index.ids[most].decode(errors='replace')!r}",
+            f"samples above full scale, which are clipped when read; the largest share is "
+            f"{share[most]:.1%}, in {index.ids[most].decode(errors='replace')!r}",
             file=sys.stderr,
         )
 
@@ -346,7 +348,7 @@ def _refuse_duplicates(folder: Folder, index: RecordIndex) -> None:
     raise UserError(
         f"{folder}/{other[0]}: the record at byte {other[1]} has the same id "
         f"{index.ids[second].decode(errors='replace')!r} as the one at byte "
-        f"{one[1]} of {one[0]}; ids must differ, prepare the records again"
+        f"{one[1]} of {one[0]}; ids must be unique, prepare the records again"
     )
 
 
@@ -368,7 +370,7 @@ def _index_record(path: str, offset: int, payload: bytes, schema: Schema | None)
         raise UserError(
             f"{path}: the record at byte {offset - HEADER.size} {error}; expected "
             f"{schema.id!r} (bytes), {schema.audio!r} ({schema.encoding}) and {schema.labels!r} "
-            f"({schema.label_form}); a --schema can say otherwise"
+            f"({schema.label_form}); describe another layout in a --schema file"
         ) from error
     return {
         "record_offset": offset,
@@ -389,7 +391,7 @@ def _find(payload: bytes, value: bytes) -> int:
     while at >= 0 and not payload.startswith(value, at):
         at = payload.find(beginning, at + 1)
     if at < 0:
-        raise ValueError("holds its samples one by one, not packed")
+        raise ValueError("stores its samples one by one, expected a packed list")
     return at
 
 
@@ -416,7 +418,7 @@ def load_index(directory: str | os.PathLike, split: str, verify: bool = False) -
             version = int(read_npz(file, {"format_version": Column("i8")})["format_version"])
             if version != FORMAT_VERSION:
                 raise UserError(
-                    f"{path} has format {version}, this program {FORMAT_VERSION}; {again}"
+                    f"{path} has format {version}, this program reads {FORMAT_VERSION}; {again}"
                 )
             stored = read_npz(file, _FILE)
         index = RecordIndex(**{**stored, "encoding": str(stored.get("encoding", "pcm_s16le"))})
@@ -444,7 +446,7 @@ def _check(index: RecordIndex) -> None:
     records, row = len(index), index.label_row.astype(np.int64)
     width = SAMPLE_BYTES.get(index.encoding)
     if not len(index.shards) or len(set(index.shards.tolist())) < len(index.shards):
-        raise ValueError("its shards cannot be right")
+        raise ValueError("it lists no shards, or a shard twice")
     order = index.record_shard.astype(np.int64)
     sized = index.shard_bytes[np.minimum(order, len(index.shards) - 1)]
     # Cannot overflow: offsets are below the size of a real file, sizes have 32 bits.
@@ -453,7 +455,7 @@ def _check(index: RecordIndex) -> None:
     frame = HEADER.size + CHECKSUM.size
     for what, right in {
         "encoding": index.encoding in ENCODINGS,
-        "names of shards": all(
+        "shards": all(
             name and "/" not in name and name not in (".", "..") for name in index.shards.tolist()
         ),
         "record_shard": (order < len(index.shards)).all() and (np.diff(order) >= 0).all(),
@@ -477,18 +479,18 @@ def _check(index: RecordIndex) -> None:
         "label_class": (index.label_class < len(load_ontology().class_mids)).all(),
     }.items():
         if not right:
-            raise ValueError(f"its {what} cannot be right")
+            raise ValueError(f"invalid {what}")
     ascending = np.diff(index.label_class.astype(np.int64)) > 0
     ascending[np.setdiff1d(row[1:-1], [0, len(index.label_class)]) - 1] = True
     if not ascending.all():
-        raise ValueError("the labels of a record do not ascend")
+        raise ValueError("the labels of a record are not in ascending order")
 
 
 def check_size(folder: Folder, shard: str, size: int | None, expected: int) -> None:
     """Raises a UserError if a shard is missing or its size differs from the indexed one."""
     if size is None:
         raise UserError(
-            f"{folder}/{shard} is in the index but is not there; copy the shard there or run "
+            f"{folder}/{shard} is in the index but does not exist; copy the shard there or run "
             f"`uss-jax index {folder}`"
         )
     if size != expected:

@@ -103,8 +103,8 @@ def read_labels(
         clips = [clip for clip in clips if clip.file in wanted]
         if missing := sorted(wanted - listed):
             raise UserError(
-                f"{path} has no line for {len(missing)} of the {len(wanted)} files that were asked "
-                f"for, such as {missing[0]}; name files as the label file does"
+                f"{path} has no line for {len(missing)} of the {len(wanted)} requested "
+                f"files, such as {missing[0]}; write file names as the label file does"
             )
     if not clips:
         raise UserError(f"{path} lists no clips; expected a line for each")
@@ -135,7 +135,9 @@ def read_label_map(path: str | os.PathLike) -> dict[str, str]:
             except UserError as error:
                 raise UserError(f"{path}, line {line}: {error}") from None
         if found.setdefault(name.strip().casefold(), classes) != classes:
-            raise UserError(f"{path}, line {line}: {name!r} was said to be something else before")
+            raise UserError(
+                f"{path}, line {line}: {name!r} was mapped to other classes in an earlier line"
+            )
     return found
 
 
@@ -146,10 +148,10 @@ def read_file_list(path: str | os.PathLike) -> list[str]:
             lines = [line for line in map(str.strip, file) if line]
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error.strerror}); give a text file with a name a line"
+            f"{path} cannot be read ({error.strerror}); give a text file with one name per line"
         ) from None
     if not lines:
-        raise UserError(f"{path} names no file; write the name of one in each line")
+        raise UserError(f"{path} contains no file names; write one in each line")
     return lines
 
 
@@ -236,8 +238,8 @@ def _read_rows(path: str | os.PathLike) -> Iterator[tuple[int, list[str]]]:
                         yield read_lines, row
             except (csv.Error, UnicodeDecodeError) as error:
                 raise UserError(
-                    f"{path}, line {read_lines + 1}: not a line of a CSV file in UTF-8 "
-                    f"({error}); save it again as one"
+                    f"{path}, line {read_lines + 1}: not valid CSV in UTF-8 "
+                    f"({error}); save the file again as one"
                 ) from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); give a CSV file") from None
@@ -267,7 +269,7 @@ def _table(
         labelled.append(LabelledFile(os.path.normpath(fields["file"]), labels, line))
     if not labelled and other_splits:
         found = ", ".join(f'"{other}"' for other in sorted(other_splits))
-        raise UserError(f'{path} has no line whose column "split" says "{split}"; it has {found}')
+        raise UserError(f'{path} has no line with "{split}" in the column "split"; it has {found}')
     return labelled
 
 

@@ -59,13 +59,13 @@ def check_format(directory: pathlib.Path, split: str, sample_rate: int, encoding
     others = [other["name"] for other in info.get("splits", []) if other["name"] != split]
     if others and (there := read_sample_rate(directory)) != sample_rate:
         raise UserError(
-            f"{directory} has {', '.join(others)} at {there} Hz; give {split} another --version "
-            f"than them, or --sample-rate {there}"
+            f"{directory} already has {', '.join(others)} at {there} Hz; give {split} a different "
+            f"--version, or --sample-rate {there}"
         )
     if others and (there := read_encoding(directory)) != encoding:
         raise UserError(
-            f"{directory} has {', '.join(others)} as {there}; give {split} another --version than "
-            f"them, or --encoding {there}"
+            f"{directory} already has {', '.join(others)} encoded as {there}; give {split} a "
+            f"different --version, or --encoding {there}"
         )
 
 

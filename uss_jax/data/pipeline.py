@@ -270,7 +270,7 @@ class _Corrupt:
                     f"config.data.max_corrupt allows {self._limit})"
                 ) from error
             print(
-                f"{error}; left out, {len(self._records)} of at most {self._limit}",
+                f"{error}; skipped, damaged record {len(self._records)} of at most {self._limit}",
                 file=sys.stderr,
                 flush=True,
             )

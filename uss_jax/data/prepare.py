@@ -147,8 +147,9 @@ def _place(
     if seconds < end - _SEGMENT_SLACK:
         raise _LeftOut(
             "not its segment",
-            f"{path} lasts {seconds:.1f} s: longer than its segment of {end - begin:g} s, and too "
-            f"short for a whole video with {begin:g} to {end:g} s; get the one or the other",
+            f"{path} lasts {seconds:.1f} s: longer than its segment of {end - begin:g} s, but too "
+            f"short to be the whole video, of which the segment is {begin:g} to {end:g} s; get the "
+            "segment or the whole video",
         )
     return begin, min(end - begin, clip_seconds)
 
@@ -234,7 +235,7 @@ def prepare(
             for job in jobs:
                 outcome = job.outcome()
                 if outcome is None:
-                    raise UserError(f"{job.path} was not made; give the same command again")
+                    raise UserError(f"{job.path} was not written; run the same command again")
                 skipped += [(job.items[number], why) for number, why in outcome.skipped.items()]
                 clipped += [(job.items[number], share) for number, share in outcome.clipped.items()]
                 if len(outcome.skipped) < len(job.items):
@@ -267,8 +268,9 @@ def prepare(
             return Prepared(directory, index, skipped, clipped, report)
     except OSError as error:
         raise UserError(
-            f"{directory} could not be written ({error.strerror or error}); choose --out where "
-            "there is space and permission, or make some and go on with the same command"
+            f"{directory} could not be written ({error.strerror or error}); choose an --out "
+            "with free space and write permission, or free some space and run the same command "
+            "again to resume"
         ) from error
 
 

@@ -94,9 +94,11 @@ class ClipReader:
         index, encoding = self.index, self.index.encoding
         clip = int(index.samples[record])
         if not 0 <= begin <= begin + length <= clip:
-            raise ValueError(f"samples {begin} to {begin + length} of a clip of {clip}")
+            raise ValueError(
+                f"samples {begin} to {begin + length} are not within a clip of {clip} samples"
+            )
         if length > len(row):
-            raise ValueError(f"{length} samples into a row of {len(row)}")
+            raise ValueError(f"{length} samples do not fit into a row of {len(row)}")
         shard, samples = int(index.record_shard[record]), row[:length]
         audio, width = int(index.audio_offset[record]), SAMPLE_BYTES.get(encoding)
         whole = width is None or length == clip or self._verify_parts

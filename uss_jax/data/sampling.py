@@ -124,7 +124,10 @@ class BalancedOrder:
         self._first_slot = np.cumsum(self._weights) - self._weights
         self.round_length = len(self._slot_class)
         if not self.round_length:
-            raise UserError("no record has a label to draw; check the labels and class weights")
+            raise UserError(
+                "no record has a label of a class with a weight above 0; "
+                "check the labels and class weights"
+            )
 
     def draw(
         self, positions: Integer[np.ndarray, " n"]
@@ -177,7 +180,7 @@ class UniformOrder:
         self._label_row, self._label_class = label_row.astype(np.int64), label_class
         self._records = np.flatnonzero(np.diff(self._label_row))
         if not self._records.size:
-            raise UserError("no record has a label to draw; check the labels")
+            raise UserError("no record has a label; check the labels")
 
     def draw(
         self, positions: Integer[np.ndarray, " n"]

@@ -45,7 +45,9 @@ _SPLIT = re.compile(r"[A-Za-z0-9_.]{1,100}")
 def _name(value: Any, key: str) -> None:
     text()(value, key)
     if not 1 <= len(value) <= _LONGEST_NAME or not value.isprintable():
-        raise ValueError(f"{key} is {shown(value)}, expected 1 to {_LONGEST_NAME} letters")
+        raise ValueError(
+            f"{key} is {shown(value)}, expected 1 to {_LONGEST_NAME} printable characters"
+        )
 
 
 def _split(value: Any, key: str) -> None:

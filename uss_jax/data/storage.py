@@ -248,8 +248,8 @@ class BucketFolder:
                     self._files.put_file(os.fspath(path), f"{self._path}/{name}")
             except OSError as error:
                 raise UserError(
-                    f"{self._url}/{name} could not be written ({error.strerror or error}); see "
-                    "that the bucket exists and may be written to"
+                    f"{self._url}/{name} could not be written ({error.strerror or error}); check "
+                    "that the bucket exists and is writable"
                 ) from error
 
     def remove(self, name: str) -> None:

@@ -256,7 +256,7 @@ def test_an_exported_function_carries_its_precision(place, tmp_path, precision):
 def test_forms_without_products_take_no_precision(place, tmp_path, capsys):
     words = ["--format", "orbax", "--out", tmp_path / "out", "--precision", "high"]
     assert main(list(map(str, ["export", place / "separator", *words]))) == 1
-    assert "orbax holds parameters and no products" in capsys.readouterr().err
+    assert "orbax holds parameters, not computations" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -54,7 +54,7 @@ def test_what_is_missing_says_how_to_get_it(runs, capsys):
         f"--out {a}/musdb18.json"
     )
     assert command in printed
-    assert f"{b}/pairs.json (it was scored without --train-pairs TRAIN_PAIRS)" in printed
+    assert f"{b}/pairs.json (evaluated without --train-pairs TRAIN_PAIRS)" in printed
     assert f"--model {a} --data PAIRS" not in printed
     text = out.read_text()
     assert "| AudioSet, 527 classes | SDRi, dB | class average | 5.00 | - | 5.57 | 7.74 |" in text
@@ -66,7 +66,7 @@ def test_figures_of_other_classes_are_not_passed_off_as_comparable(runs, capsys)
     _write(runs / "a" / "pairs.json", "pairs", oracle=few)
     _write(runs / "b" / "pairs.json", "pairs", oracle={**few, "classes": {"number": 527}})
     _, _, unlike, _ = compare([runs / "a", runs / "b"])
-    assert unlike == [f"{runs / 'a'}: pairs of 32 classes, not of 527 as published"]
+    assert unlike == [f"{runs / 'a'}: pairs averaged over 32 classes, published over 527"]
     out = runs / "table.md"
     assert main(["compare", str(runs / "a"), "--out", str(out)]) == 0
     assert f"not comparable:\n  {unlike[0]}\n" in capsys.readouterr().out
@@ -102,7 +102,7 @@ def test_malformed_results_are_one_sentence(runs, capsys, content, said):
     assert main(["compare", str(runs / "a")]) == 1
     printed = capsys.readouterr().err
     assert f"a/pairs.json: {said}" in printed or said in printed
-    assert printed.endswith("evaluate again, or remove it\n")
+    assert printed.endswith("run the evaluation again or remove the file\n")
 
 
 def test_files_of_others_do_not_matter(runs, capsys):
@@ -115,7 +115,7 @@ def test_files_of_others_do_not_matter(runs, capsys):
     shutil.copytree(runs / "b", strange)
     assert main(["compare", str(runs / "a"), str(strange), "--out", str(runs / "t.md")]) == 0
     assert "two\\nlines | c" in capsys.readouterr().out
-    first = next(line for line in (runs / "t.md").read_text().splitlines() if "| figure" in line)
+    first = next(line for line in (runs / "t.md").read_text().splitlines() if "| metric" in line)
     assert first.count("|") - first.count("\\|") == 8
 
 

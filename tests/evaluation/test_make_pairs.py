@@ -179,7 +179,7 @@ def test_silent_anchors_and_lonely_clips_are_left_out(place, tmp_path, capsys):
 
 def test_a_split_of_one_branch_makes_no_mixture(tmp_path):
     index = write_records(tmp_path, "test", CLIPS[1:3])
-    with pytest.raises(UserError, match="no two clips of the split are of unrelated classes"):
+    with pytest.raises(UserError, match="no two clips of the split have unrelated classes"):
         draw_pairs(index, 2, 0)
 
 

@@ -197,7 +197,7 @@ def test_silent_targets_are_left_out_and_counted(place, tmp_path, capsys):
         words += ["--examples", "2", "--out-dir", tmp_path / f"examples_{data.name}"]
         assert main(["evaluate", "pairs", "--data", str(data), *map(str, words)]) == 0
         results[data.name] = json.loads((tmp_path / f"{data.name}.json").read_text())
-    assert "left out: 3 whose target is silent" in capsys.readouterr().out
+    assert "left out: 3 with a silent target" in capsys.readouterr().out
     assert "left out: 3" in (tmp_path / "pairs.md").read_text()
     assert results["pairs"].pop("silent_targets") == 3
     assert results["kept"].pop("silent_targets") == 0
@@ -216,7 +216,9 @@ def test_a_partner_that_is_no_class_is_refused(place, tmp_path, partner):
     shutil.copytree(place / "pairs", tmp_path / "pairs")
     rows = f"file,partner_class_index\nclass_id={DOG}/1,{partner}\n"
     (tmp_path / "pairs/manifest.csv").write_text(rows)
-    with pytest.raises(UserError, match="partner_class_index of class_id=74/1 is none from 0"):
+    with pytest.raises(
+        UserError, match="partner_class_index of class_id=74/1 is not a class index from 0"
+    ):
         find_pairs(tmp_path / "pairs")
 
 
@@ -232,7 +234,7 @@ def test_nothing_but_silent_targets_is_refused(place, tmp_path, capsys):
 @pytest.mark.parametrize("out", ["results", "results.csv", "run.v1", ".json"])
 def test_results_are_json_so_that_no_file_beside_takes_their_place(place, tmp_path, out, capsys):
     assert _evaluate(place, "soft", tmp_path / out) == 1
-    assert "name it *.json" in capsys.readouterr().err
+    assert "give a file name that ends in .json" in capsys.readouterr().err
 
 
 def test_files_beside_results_keep_the_whole_name():
@@ -430,7 +432,7 @@ def test_averages_over_the_sources_of_other_pairs(place, tmp_path):
         (["--bank", "b.npz"], "give --train-records or --train-pairs too"),
         (["--train-pairs", "p", "--train-records", "r"], "give one"),
         (["--oracle-only", "--train-pairs", "p"], "leave out --train-records and --train-pairs"),
-        (["--bank", "b", "--train-records", "r"], "something.npz"),
+        (["--bank", "b", "--train-records", "r"], "must end in .npz"),
         (["--examples", "2"], "needs --out-dir"),
         (["--out", "nowhere/r.json"], "make it first"),
         (["--train-records", "nowhere"], "metadata.json does not exist"),

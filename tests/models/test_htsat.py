@@ -282,9 +282,9 @@ def test_training_drops_blocks_at_random_and_updates_statistics(variables):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(heads=(2,)), "1 heads for 2 stages"),
+        (dict(heads=(2,)), "heads has 1 values for 2 stages"),
         (dict(image_size=80), "20 tokens"),
-        (dict(heads=(3, 4)), "8 channels for 3 heads"),
+        (dict(heads=(3, 4)), "8 channels, not a multiple of 3 heads"),
         (dict(mel_bins=24), "mel_bins 24"),
     ],
 )

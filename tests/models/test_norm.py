@@ -278,5 +278,5 @@ def test_parts_of_a_sharded_batch_are_those_of_one_device(over, alike):
 
 def test_parts_that_do_not_divide_a_batch_are_refused():
     for over in (3, 16, 0):
-        with pytest.raises(ValueError, match=f"a batch of 8 items .* in parts of {over}"):
+        with pytest.raises(ValueError, match=f"a batch of 8 items .* in equal groups of {over}"):
             BatchNorm(over).apply(random_variables(), normal(*SHAPE), True, mutable=["batch_stats"])

@@ -73,7 +73,7 @@ def test_kinds_read_what_they_are_named_after(waveform):
 
 
 def test_unknown_kind_is_refused(waveform):
-    with pytest.raises(ValueError, match="'hard' is none of one_hot, soft, embedding"):
+    with pytest.raises(ValueError, match="'hard', expected one of one_hot, soft, embedding"):
         QueryNet(None, "hard").apply({}, waveform, CLASS_INDEX)
 
 

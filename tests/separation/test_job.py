@@ -63,7 +63,7 @@ def test_every_recording_gets_a_folder_and_a_report(bundle, recordings, tmp_path
     assert len(facts["classes"]) == 527  # with a threshold of 0
     assert {len(row) for row in facts["classes"].values()} == {3}
     said = capsys.readouterr()
-    assert "works at 8000 Hz: its sounds hold nothing above 4000 Hz" in said.out
+    assert "works at 8000 Hz: separated sounds contain nothing above 4000 Hz" in said.out
     assert "3 of" not in said.err
 
 
@@ -119,7 +119,7 @@ def test_dry_run_says_what_is_heard_and_writes_nothing(bundle, recordings, tmp_p
         ),
         (["a.wav", "--dry-run", "--classes", "Dog"], "--classes has no effect"),
         (["a.wav", "--classes", "Dgo"], 'did you mean "Dog"'),
-        (["a.wav", "--classes", "Dog", "dog"], "asked for twice"),
+        (["a.wav", "--classes", "Dog", "dog"], "is given twice"),
         (["a.wav", "--levels", "9"], "the ontology has no level 9"),
         (["a.wav", "--levels", "1", "--classes", "Dog"], "--levels queries all classes heard"),
         (["a.wav", "--query", "more", "--classes", "Dog"], "use only one"),
@@ -141,7 +141,7 @@ def test_what_cannot_be_done_is_one_sentence(
 def test_an_out_that_cannot_be_made(bundle, recordings, tmp_path, capsys):
     (tmp_path / "out").write_text("a file")
     assert separate(bundle, tmp_path / "out", str(recordings / "a.wav"), "--classes", "Dog") == 1
-    assert "cannot be made" in capsys.readouterr().err
+    assert "cannot be created" in capsys.readouterr().err
 
 
 def test_folders_and_patterns(recordings, monkeypatch):
@@ -176,7 +176,7 @@ def test_what_is_passed_over_is_named(recordings, capsys):
     (recordings / "Thumbs.db").touch()
     assert len(find_recordings([str(recordings)])) == 3
     said = capsys.readouterr().out
-    assert said == f"{recordings}: 1 files that are no recordings passed over (notes.txt)\n"
+    assert said == f"{recordings}: skipped 1 files that are not audio files (notes.txt)\n"
 
 
 def test_lists_of_recordings(recordings, monkeypatch, tmp_path):
@@ -190,7 +190,7 @@ def test_lists_of_recordings(recordings, monkeypatch, tmp_path):
 def test_two_recordings_of_one_place_are_not_mixed_up(bundle, recordings, tmp_path, capsys):
     words = [str(recordings / "a.wav"), str(recordings / "more/a.wav"), "--classes", "Dog"]
     assert separate(bundle, tmp_path / "out", *words) == 1
-    assert f"more/a.wav would share a folder with {words[0]}" in capsys.readouterr().err
+    assert f"more/a.wav would share an output folder with {words[0]}" in capsys.readouterr().err
     facts = json.loads((tmp_path / "out/a/report.json").read_text())
     assert facts["seconds"] == pytest.approx(1.2)
 
@@ -291,7 +291,7 @@ def test_hostile_recordings_leave_the_others_alone(bundle, recordings, tmp_path,
 def test_a_query_of_the_wrong_kind_is_refused_once(tmp_path, recordings, capsys):
     embedding = tiny.write_separator(tmp_path / "embedding", "embedding")
     assert separate(str(embedding), tmp_path / "out", str(recordings), "--classes", "Dog") == 1
-    assert capsys.readouterr().err.count("does not take classes") == 1
+    assert capsys.readouterr().err.count("takes embeddings of example recordings, not classes") == 1
 
 
 def test_picture_shows_tones_where_they_are(tmp_path):

@@ -46,8 +46,12 @@ def test_the_exact_name_comes_first(names, asked, row):
     ("names", "asked", "said"),
     [
         (("狗", "猫"), ["☃"], 'no vector called "☃"; it has 狗, 猫'),
-        (("a b", "A_B"), ["a_B"], '"a_B" could be "a b" or "A_B" of b.npz; write it exactly'),
-        (("Dog", "Cat"), ["Dog", "dog"], '"Dog" is asked for twice'),
+        (
+            ("a b", "A_B"),
+            ["a_B"],
+            '"a_B" is ambiguous: it could be "a b" or "A_B" of b.npz; give the exact name',
+        ),
+        (("Dog", "Cat"), ["Dog", "dog"], '"Dog" is given twice'),
     ],
 )
 def test_a_name_that_means_no_single_vector_is_refused(names, asked, said):
@@ -148,7 +152,7 @@ def test_a_bank_with_a_name_twice_is_refused(tmp_path):
 
 def test_queries_that_no_model_takes(tmp_path):
     model = Model(tiny.write_separator(tmp_path / "model"))
-    with pytest.raises(UserError, match="not finite or beyond 1e"):
+    with pytest.raises(UserError, match="NaN or larger than 1e"):
         Vectors({"x": np.full(527, 3e38, np.float32)}).require_fit(model)
     with pytest.raises(UserError, match="from 0 to 526"):
         Classes({"x": [600]}).require_fit(model)

@@ -150,7 +150,7 @@ def test_no_two_sounds_share_a_file(model, tmp_path):
     made = Separator(model).separate_file(path, tmp_path / "out", alike)
     assert len({file for file in made.files.values() if file.is_file()}) == 4
     named = Vectors({RESIDUAL: np.ones(width, np.float32)})
-    with pytest.raises(UserError, match="would both be"):
+    with pytest.raises(UserError, match="would both be written to"):
         Separator(model, Settings(residual=True)).separate_file(path, tmp_path / "two", named)
 
 
@@ -227,10 +227,10 @@ def test_estimates_that_are_not_finite_are_refused(model, tmp_path, monkeypatch)
     from uss_jax.separation import separator as separator_module
 
     monkeypatch.setattr(separator_module, "_separate", lambda net, w, c: w * np.nan)
-    with pytest.raises(UserError, match='not finite for "sound 0"'):
+    with pytest.raises(UserError, match='NaN or infinite samples for "sound 0"'):
         Separator(model).separate(tiny.noise(0, 0.5), tiny.RATE, vectors(model))
     path = recording(tmp_path / "in.wav")
-    with pytest.raises(UserError, match='not finite for "sound 0"'):
+    with pytest.raises(UserError, match='NaN or infinite samples for "sound 0"'):
         Separator(model).separate_file(path, tmp_path / "out", vectors(model))
     assert not list((tmp_path / "out").iterdir())
 

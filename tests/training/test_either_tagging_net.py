@@ -143,7 +143,7 @@ def test_silent_recordings_are_not_planted(bundle, records, tmp_path):
     everywhere = [row for row in rows if row["anchors"] == "all places"]
     assert all((row["clips"], row["silent"]) == (2, 4) for row in rows)
     assert all(row["mean_energy_inside"] > 0.01 for row in everywhere)
-    assert "left out: 4 whose target is silent" in format_planted(rows)
+    assert "left out: 4 with a silent target" in format_planted(rows)
 
 
 def test_recordings_are_made_into_queries(name, tmp_path):

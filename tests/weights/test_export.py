@@ -145,7 +145,7 @@ def test_an_export_that_gives_something_else_is_not_kept(bundle, tmp_path, monke
 
 def test_what_cannot_be_exported_is_said(bundle, tmp_path, capsys):
     assert _export(bundle, "orbax", bundle) == 1
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert _export(bundle, "orbax", tmp_path / "out", "--shards", "99") == 1
     assert "JAX_NUM_CPU_DEVICES=99" in capsys.readouterr().err
     assert _export(bundle, "stablehlo", tmp_path / "out", "--dtype", "bfloat16") == 1

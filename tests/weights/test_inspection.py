@@ -83,7 +83,7 @@ def test_records_tables_and_banks(tmp_path):
 
 
 def test_anything_else_is_refused(tmp_path):
-    with pytest.raises(UserError, match="nothing that can be inspected"):
+    with pytest.raises(UserError, match="cannot be inspected; give"):
         inspect(tmp_path)
     (tmp_path / "x.npz").write_text("no")
     with pytest.raises(UserError, match="cannot be read"):

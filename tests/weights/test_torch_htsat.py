@@ -138,12 +138,12 @@ def test_widths_that_make_no_net_are_refused():
     tensors = state_dict()
     name = f"{HTSAT_PREFIX}layers.0.blocks.0.attn.relative_position_bias_table"
     tensors[name] = np.zeros((225, 3), np.float32)
-    with pytest.raises(UserError, match="8 channels for 3 heads"):
+    with pytest.raises(UserError, match="8 channels, not a multiple of 3 heads"):
         convert_htsat(tensors)
 
 
 def test_kernels_of_another_window_are_refused():
     name = f"{HTSAT_PREFIX}spectrogram_extractor.stft.conv_real.weight"
     tensors = {**state_dict(), name: np.sqrt(np.abs(fixed_buffer((513, 1, 1024), "stft_real")))}
-    with pytest.raises(UserError, match=f"{name} is not that of a periodic Hann window"):
+    with pytest.raises(UserError, match=f"{name} does not match a periodic Hann window"):
         convert_htsat(tensors)

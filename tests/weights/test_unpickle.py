@@ -87,7 +87,7 @@ def test_a_bare_pickle_that_runs_a_command_runs_nothing(tmp_path):
     trace = tmp_path / "trace"
     path = tmp_path / "net.pth"
     path.write_bytes(pickle.dumps(RunsACommand(f"touch '{trace}'")))
-    with pytest.raises(UserError, match=r"net\.pth is no PyTorch checkpoint"):
+    with pytest.raises(UserError, match=r"net\.pth is not a PyTorch checkpoint"):
         read_checkpoint(path)
     assert not trace.exists()
 
@@ -212,14 +212,14 @@ def test_truncated_files_are_refused(tmp_path, zipped, share):
     content = {"model": {"a": torch.zeros(5000)}}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(UserError, match=r"net\.pth is no PyTorch checkpoint or is damaged"):
+    with pytest.raises(UserError, match=r"net\.pth is not a PyTorch checkpoint or is damaged"):
         read_checkpoint(path)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("not a checkpoint\n")
-    with pytest.raises(UserError, match=r"notes\.txt is no PyTorch checkpoint"):
+    with pytest.raises(UserError, match=r"notes\.txt is not a PyTorch checkpoint"):
         read_checkpoint(path)
 
 
@@ -228,8 +228,8 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     [
         ({"epoch": 3, "net": {"w": torch.zeros(2)}}, "epoch, net"),
         ({"model": {}}, "model"),
-        ([torch.zeros(2)], "no dictionary"),
-        (torch.nn.Linear(2, 2), "no dictionary"),
+        ([torch.zeros(2)], "not a dictionary"),
+        (torch.nn.Linear(2, 2), "not a dictionary"),
     ],
     ids=["another key", "empty", "a list", "a pickled module"],
 )

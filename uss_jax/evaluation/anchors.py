@@ -43,7 +43,7 @@ def draw_anchors(
     found = np.flatnonzero(index.ids == id.encode(errors="surrogateescape"))
     if not found.size:
         raise UserError(
-            f'no clip of these records has the id "{id}"; ids are such as '
+            f'no clip of these records has the id "{id}"; an existing id is '
             f"{index.ids[0].decode(errors='replace')}"
         )
     record = int(found[0])

@@ -97,7 +97,9 @@ def find_results(workdir: str | os.PathLike) -> dict[str, dict[str, Any]]:
         try:
             _RESULTS(content, "")
         except ValueError as error:
-            raise UserError(f"{path}: {error}; evaluate again, or remove it") from error
+            raise UserError(
+                f"{path}: {error}; run the evaluation again or remove the file"
+            ) from error
         found[content["suite"]] = content
     return found
 
@@ -115,7 +117,7 @@ def compare(
     """
     results = [find_results(workdir) for workdir in workdirs]
     names = [one_line(os.path.normpath(os.fspath(workdir))) for workdir in workdirs]
-    header = ["", "figure", "asked with", *names, "paper", "AudioSep"]
+    header = ["", "metric", "query", *names, "paper", "AudioSep"]
     rows, unlike, missing = [], [], []
     for published in PUBLISHED:
         of_suite = [found.get(published.suite) for found in results]
@@ -131,8 +133,8 @@ def compare(
                 missing.append(_how(published.suite, workdir, of is not None))
             if count != published.classes:
                 unlike.append(
-                    f"{workdir}: {published.suite} of {count} classes, not of "
-                    f"{published.classes} as published"
+                    f"{workdir}: {published.suite} averaged over {count} classes, "
+                    f"published over {published.classes}"
                 )
     return header, rows, unlike, missing
 
@@ -175,7 +177,7 @@ def _how(suite: str, workdir: str, scored: bool) -> str:
     """Returns the command that computes a missing metric."""
     more = _MORE.get(suite, "")
     data = "PAIRS" if suite == "pairs" else f"FOLDER_OF_{suite.upper()}"
-    why = f" (it was scored without{more})" if scored else ""
+    why = f" (evaluated without{more})" if scored else ""
     return (
         f"{workdir}: uss-jax evaluate {suite} --model {workdir} --data {data}{more} "
         f"--out {workdir}/{suite}.json{why}"

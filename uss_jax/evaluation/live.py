@@ -134,7 +134,7 @@ def _read(pair: Pair, *, sample_rate: int, samples: int) -> tuple[Pair, np.ndarr
     if found != samples:
         raise UserError(
             f"{pair.mixture} lasts {found / sample_rate:.4g} s, other pairs "
-            f"{samples / sample_rate:.4g} s; all of config.eval.pairs must be equally long"
+            f"{samples / sample_rate:.4g} s; all config.eval.pairs must be equally long"
         )
     mixture, source = (pair.read(side, sample_rate)[:samples] for side in ("mixture", "source"))
     return pair, mixture, source
@@ -191,6 +191,6 @@ def workdir_averages(
             stored = read_npz(file, {"classes": Column("i8", "n"), "vectors": Column("f4", "n d")})
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} cannot be read ({error}); remove it to have it made again"
+            f"{path} cannot be read ({error}); remove it to have it computed again"
         ) from error
     return dict(zip(stored["classes"].tolist(), stored["vectors"], strict=True))

@@ -99,8 +99,8 @@ def make_pairs(
     classes = len(np.unique(reader.index.label_class))
     if per_class * classes > _MOST_PAIRS:
         raise UserError(
-            f"{per_class} pairs of each of {classes} classes are more than {_MOST_PAIRS:,}; give a "
-            "smaller --per-class"
+            f"{per_class} pairs for each of {classes} classes exceed the limit of {_MOST_PAIRS:,} "
+            "pairs; give a smaller --per-class"
         )
     source, partner, without_partner = draw_pairs(reader.index, per_class, seed, pairing)
     min_dbfs = None if pairing == "reference" else MIN_DBFS
@@ -152,7 +152,7 @@ def draw_pairs(
     found = np.array([partner is not None for partner in partners])
     if not found.any():
         raise UserError(
-            "no two clips of the split are of unrelated classes; a mixture needs two such clips"
+            "no two clips of the split have unrelated classes; a mixture needs two such clips"
         )
     chosen = np.array([partner for partner in partners if partner is not None])
     return (
@@ -296,9 +296,9 @@ def _check_free(out: pathlib.Path, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / MANIFEST).is_file():
-        raise UserError(f"{out} exists and is no folder of pairs; choose another name")
+        raise UserError(f"{out} exists and is not a folder of pairs; choose another name")
     if not overwrite:
-        raise UserError(f"{out} holds pairs already; give --overwrite to replace them")
+        raise UserError(f"{out} already holds pairs; give --overwrite to replace them")
 
 
 def _write_manifest(path: pathlib.Path, rows: Iterable[dict[str, object]]) -> None:

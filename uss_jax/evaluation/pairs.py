@@ -94,8 +94,8 @@ def find_pairs(directory: str | os.PathLike) -> list[Pair]:
             other = said.get("partner_class_index") or None
             if other is not None and (other := _class_index(other)) is None:
                 raise UserError(
-                    f"{directory / MANIFEST}: the partner_class_index of {said['file']} is none "
-                    "from 0 to 526; make the pairs again"
+                    f"{directory / MANIFEST}: the partner_class_index of {said['file']} is not a "
+                    "class index from 0 to 526; make the pairs again"
                 )
             pairs.append(
                 Pair(
@@ -155,7 +155,9 @@ def write_examples(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}); name a folder") from error
+        raise UserError(
+            f"{folder} cannot be created ({error.strerror}); give another folder"
+        ) from error
     sdri = figures[ORACLE]["sdri"]
     ranked = np.argsort(sdri, kind="stable")[: np.isfinite(sdri).sum()]  # NaN is last
     quantiles = (np.arange(min(number, len(ranked))) + 0.5) / min(number, len(ranked))

@@ -200,7 +200,10 @@ def format_planted(summaries: list[dict[str, Any]]) -> str:
         )
         for summary in summaries
     ]
-    table = format_table(("anchors", ">= 90 % of it", "all of it", "mean energy", "clips"), rows)
-    note = f"of the event inside the anchor; noise {SNR_DB:.0f} dB below the event"
+    table = format_table(("anchors", ">= 90 % inside", "all inside", "mean energy", "clips"), rows)
+    note = (
+        "share of clips with at least 90 % of the event's energy, or the whole event, inside the "
+        f"anchor; mean share of its energy inside; noise {SNR_DB:.0f} dB below the event"
+    )
     silent = summaries[0]["silent"]
     return "\n\n".join([table, note, *([silent_note(silent)] if silent else [])])

@@ -69,7 +69,7 @@ def run_pairs(
         raise UserError("--train-records and --train-pairs both give class averages; give one")
     if oracle_only and (train_records or train_pairs):
         raise UserError(
-            "--oracle-only asks with no class averages; leave out --train-records and --train-pairs"
+            "--oracle-only uses no class averages; leave out --train-records and --train-pairs"
         )
     if bank and not (train_records or train_pairs):
         raise UserError(
@@ -95,7 +95,7 @@ def run_pairs(
         text.append(f"{bank}: vectors of {len(averages)} classes")
     if examples and out_dir:
         pictures = write_examples(model, pairs, figures, rows, examples, out_dir)
-        text += [f"{picture}: sounds beside it" for picture in pictures]
+        text += [f"{picture}: its audio files are next to it" for picture in pictures]
     return {**results, "how": how}, "\n\n".join(text)
 
 
@@ -288,9 +288,11 @@ def evaluate(
       UserError: `out` is not a JSON file in an existing folder.
     """
     if not out.endswith(".json") or pathlib.Path(out).name == ".json":
-        raise UserError(f"--out {out}: results are JSON, other files lie beside; name it *.json")
+        raise UserError(
+            f"--out {out}: results are written as JSON; give a file name that ends in .json"
+        )
     if not pathlib.Path(out).absolute().parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder to write it to; make it first")
+        raise UserError(f"--out {out}: its folder does not exist; create it first")
     model = Model(model_path, precision)
     results, text = SUITES[suite](model, data, out, **options)
     how = {"data": os.fspath(data), "uss_jax": uss_jax.__version__, "precision": precision}

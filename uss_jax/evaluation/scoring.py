@@ -286,13 +286,13 @@ def _rows(
     items = batches.items
     conditions, digests, heard = oracle_conditions(model, batches)
     if not heard.any():
-        raise UserError("every source is silent, so no figure is defined; check the recordings")
+        raise UserError("every source is silent, so no metric is defined; check the recordings")
     asked = heard
     if not model.query.module.takes.recordings:  # without a class there is no query
         asked = heard & [item.class_index is not None for item in items]
         if not asked.any():
             raise UserError(
-                f"{model.path} knows AudioSet's classes only, and none of these sounds is of one"
+                f"{model.path} takes AudioSet classes only, and none of these sounds belongs to one"
             )
     rows = [Row(ORACLE, conditions, asked)]
     if oracle_only:
@@ -458,6 +458,6 @@ def _require_numbers(
         wrong = row.exists & ~np.isfinite(figures[row.name]["sdr"])
         if wrong.any():
             raise UserError(
-                f"{model.path} gives an estimate that is not a number for "
+                f"{model.path} gives an estimate that is NaN or infinite for "
                 f"{items[int(np.argmax(wrong))].name}; its training has diverged"
             )

@@ -38,7 +38,7 @@ def _cell(value: str | int | float | None) -> str:
 
 def silent_note(number: int) -> str:
     """Returns a note on the number of silent targets left out."""
-    return f"left out: {number} whose target is silent, so that no figure is defined"
+    return f"left out: {number} with a silent target, for which no metric is defined"
 
 
 def _finite(value: Any) -> Any:

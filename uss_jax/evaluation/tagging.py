@@ -62,7 +62,7 @@ def _tag(
     classes = next(iter(together.values())).shape[1]
     if classes != labels.shape[1]:
         raise UserError(
-            f"{model.path} tells {classes} classes apart, the labels are of {labels.shape[1]}; "
+            f"{model.path} has {classes} classes, the labels have {labels.shape[1]}; "
             f"give a net with classes={labels.shape[1]}"
         )
     return together, labels
@@ -72,7 +72,7 @@ def _summary(
     name: str, labels: Bool[np.ndarray, "n k"], probability: Float[np.ndarray, "n k"]
 ) -> dict[str, Any]:
     if not np.isfinite(probability).all():
-        raise UserError(f"the {name} gives probabilities that are not numbers; it has diverged")
+        raise UserError(f"the {name} gives probabilities that are NaN or infinite; it has diverged")
     precision = per_class(average_precision, labels, probability)
     auc = per_class(roc_auc, labels, probability)
     mean_auc = float(np.mean(list(auc.values()))) if auc else None

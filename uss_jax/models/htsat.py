@@ -214,16 +214,18 @@ class HTSAT(nn.Module):
 
     def _check(self) -> None:
         if len(self.heads) != len(self.depths):
-            raise ValueError(f"{len(self.heads)} heads for {len(self.depths)} stages")
+            raise ValueError(f"heads has {len(self.heads)} values for {len(self.depths)} stages")
         for i, heads in enumerate(self.heads):
             grid, width = self.image_size // PATCH // 2**i, self.token_width * 2**i
             if grid > WINDOW and grid % WINDOW:
                 raise ValueError(
-                    f"image_size {self.image_size} gives stage {i + 1} a grid of {grid} tokens, "
-                    f"not whole windows of {WINDOW}"
+                    f"image_size {self.image_size} gives stage {i + 1} a side of {grid} tokens, "
+                    f"not a multiple of the window of {WINDOW}"
                 )
             if width % heads:
-                raise ValueError(f"stage {i + 1} has {width} channels for {heads} heads")
+                raise ValueError(
+                    f"stage {i + 1} has {width} channels, not a multiple of {heads} heads"
+                )
         if self.image_size % self.mel_bins or self.mel_bins % self.token_pixels:
             raise ValueError(
                 f"mel_bins {self.mel_bins} must divide image_size {self.image_size} and be a "

@@ -107,7 +107,7 @@ def _rows(over: str | int, batch: int) -> int:
         return batch
     rows = batch // _replicas() if over == "replica" else over
     if rows < 1 or batch % rows:
-        raise ValueError(f"a batch of {batch} items cannot be normalised in parts of {over}")
+        raise ValueError(f"a batch of {batch} items cannot be normalised in equal groups of {over}")
     return rows
 
 

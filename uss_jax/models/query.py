@@ -106,7 +106,9 @@ class QueryNet(nn.Module):
         self, waveform: Float[Array, "b s"], class_index: Int[Array, "b"], train: bool = False
     ) -> Float[Array, "b d"]:
         if self.kind not in KINDS:
-            raise ValueError(f"condition kind {self.kind!r} is none of {', '.join(KINDS)}")
+            raise ValueError(
+                f"unknown condition kind {self.kind!r}, expected one of {', '.join(KINDS)}"
+            )
         if self.takes.reads is None:
             x = jax.nn.one_hot(class_index, self.classes, dtype=waveform.dtype)
         else:

@@ -119,7 +119,7 @@ def _listed(lists: Sequence[str | os.PathLike]) -> Iterator[str]:
             ) from error
         lines = [os.fsdecode(line) for line in lines if line.strip()]
         if not lines:
-            raise UserError(f"{path} names no recording; write a path in each line")
+            raise UserError(f"{path} names no recording; write one path per line")
         yield from lines
 
 
@@ -150,7 +150,7 @@ def passed_over(others: Sequence[pathlib.Path]) -> str:
     """Returns a remark on the files of a folder that were skipped for their suffixes."""
     names = ", ".join(path.name for path in others[:_NAMED])
     more = ", ..." if len(others) > _NAMED else ""
-    return f"{len(others)} files that are no recordings passed over ({names}{more})"
+    return f"skipped {len(others)} files that are not audio files ({names}{more})"
 
 
 def _place(path: pathlib.Path, word: str) -> pathlib.PurePath:
@@ -194,7 +194,8 @@ def separate_all(
     unheard = earlier = 0
     rate = separator.model.sample_rate
     print(
-        f"{separator.model.path} works at {rate} Hz: its sounds hold nothing above {rate // 2} Hz"
+        f"{separator.model.path} works at {rate} Hz: separated sounds contain nothing above "
+        f"{rate // 2} Hz"
     )
 
     def separate(recording: Recording) -> None:
@@ -202,9 +203,9 @@ def separate_all(
         other = taken.setdefault(recording.place, recording.path)
         if other != recording.path:
             raise UserError(
-                f"{recording.path} would share a folder with {other}, "
-                f"{os.path.join(out, recording.place)}; give both by paths below the working "
-                "directory, or separate them into two --out"
+                f"{recording.path} would share an output folder with {other}, "
+                f"{os.path.join(out, recording.place)}; give both as paths relative to the working "
+                "directory, or run them separately with different --out"
             )
         folder = pathlib.Path(out) / recording.place
         digest = _digest_of_recording(run, recording.path)
@@ -292,7 +293,7 @@ def _sounds(made: Separated, folder: pathlib.Path, query: Query) -> list[dict[st
 def _remarks(facts: dict[str, Any]) -> Iterator[str]:
     """Yields warnings about the sounds that were written."""
     if not facts["sounds"]:
-        yield "none of the classes asked for is heard"
+        yield "none of the requested classes is heard"
     if why := facts.get("truncated"):
         yield f"the recording is cut off ({why})"
     for sound in facts["sounds"]:
@@ -356,5 +357,7 @@ def heard(model: Model, path: pathlib.Path, threshold: float) -> str:
         lines.append(f"  no class reaches {threshold:g}")
     elif len(found) > _HEARD_SHOWN:
         lines.append(f"  and {len(found) - _HEARD_SHOWN} more")
-    lines.append(f"  (a mark is a segment of {seconds:g} s, # where the class sounds)")
+    lines.append(
+        f"  (each mark is a segment of {seconds:g} s, # where the class reaches the threshold)"
+    )
     return "\n".join(lines)

@@ -44,7 +44,7 @@ def parse_classes(words: Sequence[str]) -> dict[str, tuple[int, ...]]:
         indexes = tuple(ontology.resolve(part) for part in word.split("+"))
         name = " + ".join(ontology.class_names[index] for index in indexes)
         if name in sets:
-            raise UserError(f'"{name}" is asked for twice; once is enough')
+            raise UserError(f'"{name}" is given twice; give it once')
         sets[name] = indexes
     return sets
 
@@ -102,14 +102,14 @@ class Classes:
         takes = model.query.module.takes
         if not (takes.classes or takes.probabilities):
             raise UserError(
-                f"{model.path} does not take classes but embeddings of examples; give --query a "
-                "folder of recordings, or a bank of vectors and its names with --classes"
+                f"{model.path} takes embeddings of example recordings, not classes; give --query a "
+                "folder of recordings, or a query bank and names of its vectors with --classes"
             )
         number = len(load_ontology().class_mids)
         for name, indexes in self.sets.items():
             if not len(indexes) or not all(0 <= index < number for index in indexes):
                 raise UserError(
-                    f'"{name}" asks for the classes {list(indexes)}; give one or more from 0 to '
+                    f'"{name}" has the class indexes {list(indexes)}; give one or more from 0 to '
                     f"{number - 1}"
                 )
 
@@ -161,8 +161,8 @@ class Vectors:
                 )
             if not np.abs(vector).max(initial=0) <= _LARGEST_VALUE:  # also false for NaN
                 raise UserError(
-                    f'the vector "{name}" has a value that is not finite or beyond '
-                    f"{_LARGEST_VALUE:g}; make it again"
+                    f'the vector "{name}" has a value that is NaN or larger than '
+                    f"{_LARGEST_VALUE:g} in magnitude; make it again"
                 )
 
     def targets(self, model: Model, probabilities: Any) -> list[Target]:
@@ -241,8 +241,7 @@ def vector_of_recordings(model: Model, path: str | os.PathLike) -> Float32[np.nd
     """
     if not model.query.module.takes.recordings:
         raise UserError(
-            f"{model.path} knows classes only, not recordings; ask with --classes instead of "
-            "--query"
+            f"{model.path} takes classes, not recordings; give --classes instead of --query"
         )
     vectors = []
     for file in _recordings(pathlib.Path(path)):
@@ -259,7 +258,7 @@ def _recordings(path: pathlib.Path) -> list[pathlib.Path]:
         return [path]
     found, _ = find_recordings(path)
     if not found:
-        raise UserError(f"{path} holds no recording; put some of the sound you want into it")
+        raise UserError(f"{path} holds no recordings; add some of the sound you want")
     return found
 
 
@@ -292,7 +291,7 @@ class Bank:
         rows = [self._row(name, where) for name in names]
         for row in rows:
             if rows.count(row) > 1:
-                raise UserError(f'"{self.name[row]}" is asked for twice; once is enough')
+                raise UserError(f'"{self.name[row]}" is given twice; give it once')
         return rows
 
     def _row(self, name: str, where: str) -> int:
@@ -303,7 +302,9 @@ class Bank:
             raise UserError(f'{where} has no vector called "{name}"; it has {", ".join(self.name)}')
         if len(alike) > 1:
             choices = " or ".join(f'"{self.name[row]}"' for row in alike)
-            raise UserError(f'"{name}" could be {choices} of {where}; write it exactly')
+            raise UserError(
+                f'"{name}" is ambiguous: it could be {choices} of {where}; give the exact name'
+            )
         return alike[0]
 
 
@@ -328,7 +329,7 @@ def write_bank(path: str | os.PathLike, bank: Bank) -> None:
 def require_npz(path: str | os.PathLike) -> None:
     """Raises a UserError if a path lacks the suffix .npz, which numpy would append."""
     if not os.fspath(path).endswith(".npz"):
-        raise UserError(f"{path}: name a query bank something.npz")
+        raise UserError(f"{path}: the file name of a query bank must end in .npz")
 
 
 _COLUMNS = {
@@ -347,7 +348,7 @@ def load_bank(path: str | os.PathLike) -> Bank:
             stored = read_npz(file, _COLUMNS)
         texts = {key: str(stored.get(key, "")) for key in ("kind", "net_hash", "how")}
         if texts["kind"] not in KINDS:
-            raise ValueError(f"it is of kind {texts['kind'][:20]!r}, expected {', '.join(KINDS)}")
+            raise ValueError(f"its kind is {texts['kind'][:20]!r}, expected {', '.join(KINDS)}")
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read as a query bank ({error}); it needs the arrays name, vectors, "
@@ -372,7 +373,7 @@ def read_bank(path: str | os.PathLike, model: Model) -> Bank:
         )
     if bank.net_hash != model.query_hash:
         raise UserError(
-            f"{path} was made with another query net than that of {model.path}; make the bank with "
+            f"{path} was made with another query net than {model.path} has; make the bank with "
             "this model"
         )
     return bank

@@ -204,9 +204,9 @@ class Separator:
             finite = np.isfinite(piece).all(axis=(1, 2))
             if not finite.all():
                 raise UserError(
-                    f'{self.model.path} gives samples that are not finite for "'
+                    f'{self.model.path} gives NaN or infinite samples for "'
                     f'{targets[int(np.argmin(finite))].name}"; its training has diverged, or the '
-                    "condition is none that it was trained with"
+                    "condition is unlike those it was trained with"
                 )
             yield piece
 
@@ -265,18 +265,20 @@ class Separator:
             parts = [file_name(part) for part in name.split("/")]
             file = folder.joinpath(*parts[:-1], parts[-1] + self.settings.suffix)
             if file in files.values():
-                raise UserError(f'"{name}" and another sound asked for would both be {file}')
+                raise UserError(
+                    f'"{name}" and another requested sound would both be written to {file}'
+                )
             if file.exists() and not replace:
                 raise UserError(f"{file} exists; give --overwrite to replace it")
             if file.exists() and file.samefile(plan.path):
-                raise UserError(f"{file} is the recording itself; name another --out")
+                raise UserError(f"{file} is the recording itself; give another --out")
             files[name] = file
         try:
             for file in files.values():
                 file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"{folder} cannot be made ({error.strerror}); name another --out"
+                f"{folder} cannot be created ({error.strerror}); give another --out"
             ) from error
         return files
 
@@ -340,7 +342,7 @@ def as_waveform(given: Any) -> Float32[np.ndarray, "*c t"]:
     try:
         array = np.asarray(given)
     except (ValueError, TypeError, OverflowError) as error:
-        raise UserError(f"the waveform is no array of samples ({error})") from error
+        raise UserError(f"the waveform is not an array of samples ({error})") from error
     if array.dtype in (np.int8, np.int16, np.int32):
         array = array / np.float64(-np.iinfo(array.dtype).min)
     elif array.dtype.kind != "f":

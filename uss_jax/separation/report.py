@@ -127,8 +127,8 @@ def _page(
     return string.Template(page.read_text(encoding="utf-8")).substitute(
         title=html.escape(one_line(facts["recording"])),
         form=f"{facts['seconds']:.1f} s, {facts['sample_rate']} Hz, {facts['channels']} "
-        f"channel{'s' if facts['channels'] > 1 else ''}; pictures: mel scale up to "
-        f"{facts['sample_rate'] / 2000:g} kHz, {_RANGE_DB:.0f} dB",
+        f"channel{'s' if facts['channels'] > 1 else ''}; spectrograms: mel scale up to "
+        f"{facts['sample_rate'] / 2000:g} kHz, range {_RANGE_DB:.0f} dB",
         rows="\n".join(rows),
         classes=_classes(facts),
         details=html.escape(json.dumps(facts["settings"], indent=1, ensure_ascii=False)),
@@ -178,7 +178,7 @@ def _classes(facts: dict[str, Any]) -> str:
     more = len(facts["classes"]) - len(strips)
     heading = f"<h2>Classes heard, by {facts['segment_seconds']:g}-second segment</h2>"
     if not strips:
-        return f"{heading}<p>None reaches {100 * facts['threshold']:g} %.</p>"
+        return f"{heading}<p>No class reaches {100 * facts['threshold']:g} %.</p>"
     end = f"<p>and {more} more in report.json</p>" if more else ""
     return f'{heading}<table class="classes">{"".join(strips)}</table>{end}'
 

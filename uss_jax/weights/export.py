@@ -46,8 +46,8 @@ _PARTS = ("separator", "query", "adaptor", "sed")
 _ROWS = 2
 
 _LOAD = {
-    "orbax": """A bundle: `uss-jax separate --model` and all other commands take it. Without them,
-`orbax.checkpoint.StandardCheckpointer().restore(absolute_path_of_a_part)` reads a part.
+    "orbax": """A bundle, accepted by `uss-jax separate --model` and all other commands. Without
+uss_jax, `orbax.checkpoint.StandardCheckpointer().restore(absolute_path_of_a_part)` reads a part.
 """,
     "safetensors": """`safetensors.numpy.load_file("model.safetensors")`; names are
 part/collection/layer/.../leaf, convolutions are HWIO, dense layers (in, out).
@@ -56,14 +56,14 @@ part/collection/layer/.../leaf, convolutions are HWIO, dense layers (in, out).
     read = lambda name: jax.export.deserialize(bytearray(open(name, "rb").read()))
     separated = read("separate.stablehlo").call(mixture, condition)
 
-mixture [b, {samples}] float32 at {rate} Hz, condition [b, {width}] float32, any b; needs jax alone.
-Products and convolutions of float32 arrays have the precision `{precision}`.
+mixture [b, {samples}] float32 at {rate} Hz, condition [b, {width}] float32, any b; needs only jax.
+Matrix products and convolutions of float32 arrays use the precision `{precision}`.
 {condition}""",
 }
 _CONDITION = {
-    False: "The condition is 1 for the class asked for and 0 elsewhere.",
-    True: '`read("condition.stablehlo").call(recording)` makes conditions of recordings of the '
-    "sound asked for, [b, {samples}].",
+    False: "The condition is 1 for the requested class and 0 elsewhere.",
+    True: '`read("condition.stablehlo").call(recording)` computes conditions from recordings of '
+    "the requested sound, [b, {samples}].",
 }
 
 # Runs an exported function in a process that imports neither uss_jax nor flax.
@@ -106,13 +106,15 @@ def export(
     """
     out = pathlib.Path(out)
     if out.exists():
-        raise UserError(f"{out} exists already; choose another name or remove it first")
+        raise UserError(f"{out} already exists; choose another name or remove it first")
     if form == "stablehlo":
         _require_flatbuffers()
         if dtype != DTYPES[0]:
-            raise UserError("stablehlo holds the function as it runs; give no --dtype")
+            raise UserError(
+                "stablehlo keeps the dtypes that the model computes in; leave out --dtype"
+            )
     elif precision != HIGHEST:
-        raise UserError(f"{form} holds parameters and no products; give no --precision")
+        raise UserError(f"{form} holds parameters, not computations; leave out --precision")
     check_precision(precision, "precision")
     separator, _ = bundle.separator()
     parts = {p: bundle.variables(p) for p in _PARTS if _has(bundle, p)}
@@ -136,7 +138,9 @@ def export(
                 config["precision"] = precision
             (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (unfinished / "README.md").write_text(_read_me(bundle, form, window, precision))
-    return f"run on noise, it differs from the model by {difference:.1e} of the largest sample"
+    return (
+        f"on noise, its output differs from the model's by {difference:.1e} of the largest sample"
+    )
 
 
 def _has(bundle: Bundle, part: str) -> bool:
@@ -210,7 +214,7 @@ def _orbax(
     """Writes a bundle; returns estimates from what is read back."""
     if shards > jax.device_count():
         raise UserError(
-            f"--shards {shards} needs as many devices, there are {jax.device_count()}; without "
+            f"--shards {shards} needs that many devices, there are {jax.device_count()}; without "
             f"accelerators set JAX_NUM_CPU_DEVICES={shards}"
         )
     foreign = bundle.path / "foreign.safetensors"
@@ -298,7 +302,9 @@ def _run_alone(path: pathlib.Path, inputs: Mapping[str, np.ndarray]) -> np.ndarr
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if ran.returncode:
-        raise UserError(f"{path.name} did not run in a process of its own: {ran.stderr[-500:]}")
+        raise UserError(
+            f"{path.name} failed to run in a process without uss_jax: {ran.stderr[-500:]}"
+        )
     found = np.load(given_back)
     given.unlink()
     given_back.unlink()
@@ -325,8 +331,8 @@ def _read_me(bundle: Bundle, form: str, window: int, precision: str) -> str:
         "condition": _CONDITION[KINDS[config["query"]["kind"]].recordings].format(samples=segment)
         + "\n",
     }
-    licence = config.get("licence", "as the recordings it was trained on allow")
+    licence = config.get("licence", "subject to the licences of the training recordings")
     return (
-        f"# A separator as {form}\n\nWritten by uss-jax; config.json says what it is.\n\n"
+        f"# Separator exported as {form}\n\nWritten by uss-jax; config.json describes it.\n\n"
         f"Licence of the parameters: {licence}\n\n{_LOAD[form].format(**about)}"
     )

@@ -46,7 +46,7 @@ def inspect(path: str | os.PathLike) -> list[str]:
         return _of_model(path)
     if (path / "metadata.json").is_file():
         return list(_of_records(path))
-    raise UserError(f"{path} is nothing that can be inspected; give {_KINDS}{versions_below(path)}")
+    raise UserError(f"{path} cannot be inspected; give {_KINDS}{versions_below(path)}")
 
 
 def _of_export(path: pathlib.Path) -> list[str]:
@@ -78,7 +78,7 @@ def _of_model(path: pathlib.Path) -> list[str]:
     foreign = path / "foreign.safetensors"
     if foreign.is_file():
         count = len(read_tensors(foreign))
-        lines.append(f"{foreign.name}: {count} tensors of a foreign checkpoint, kept verbatim")
+        lines.append(f"{foreign.name}: {count} tensors of the converted checkpoint, kept unchanged")
     if "training" in config:
         lines += _history(path, config)
     return lines
@@ -96,7 +96,7 @@ def _opened(bundle: Bundle) -> Iterator[str]:
             continue
         if part == "query" and bundle.config["kind"] == "separator":
             taken = f"those made with query net {net_hash(variables)}"  # as `query list` prints
-            yield f"query banks: {'none, it is asked by class' if net.tagger is None else taken}"
+            yield f"query banks: {'none, it is queried by class' if net.tagger is None else taken}"
 
 
 def _adaptor(config: dict[str, Any]) -> str:
@@ -125,7 +125,7 @@ def _of_part(bundle: Bundle, part: str) -> Iterator[str]:
     classes = f", {fields['classes']} classes" if "classes" in fields else ""
     yield f"{part}: {net}{classes}, {sum(sizes.values()):,} parameters{stored}, sha256 {found}"
     if said != found:
-        yield f"  not what config.json says ({said}): the bundle was changed or is damaged"
+        yield f"  differs from config.json ({said}): the bundle was changed or is damaged"
     yield from (f"  {name:<18}{size:>12,}" for name, size in sizes.items())
 
 
@@ -191,4 +191,4 @@ def _of_npz(path: pathlib.Path) -> list[str]:
         header = read_header(path)
         lines = [f"{path}: anchor table, {rows:,} rows"]
         return [*lines, *(f"  {key}: {value}" for key, value in header.items())]
-    raise UserError(f"{path} is no anchor table and no query bank; give {_KINDS}")
+    raise UserError(f"{path} is neither an anchor table nor a query bank; give {_KINDS}")

@@ -40,28 +40,30 @@ def lightning_state_dict(bundle: Bundle) -> StateDict:
     parts = [part for part in LIGHTNING_PREFIXES if part not in bundle.config]
     if parts:
         raise UserError(
-            f"{bundle.path} has no {parts[0]}; the original program needs separator, sed and query"
+            f"{bundle.path} has no {parts[0]}; bytedance/uss needs separator, sed and query"
         )
     if bundle.config["query"].get("adaptor_width"):
-        raise UserError(f"{bundle.path} has an adaptor, for which a .ckpt has no place")
+        raise UserError(f"{bundle.path} has an adaptor, which a .ckpt cannot hold")
     foreign = _foreign(bundle)
     whole: StateDict = {}
     for part, prefix in LIGHTNING_PREFIXES.items():
         section = bundle.config[part]
         fields = section if part == "separator" else section["model"]
         if fields.get("net", "cnn14") != "cnn14":
-            raise UserError(f"{bundle.path} has a {fields['net']} as {part}; a .ckpt holds Cnn14")
+            raise UserError(
+                f"{bundle.path} has a {fields['net']} as {part}; a .ckpt can only hold Cnn14"
+            )
         trained = state_dict_of(part, fields, bundle.variables(part), prefix)
         kept = {name: array for name, array in foreign.items() if name.startswith(prefix)}
         missing = [name for name in _wanted(part, prefix, fields, trained) if name not in kept]
         if missing:
             raise UserError(
-                f"{bundle.path / FOREIGN} lacks {missing[0]} ({len(missing)} tensors in all), "
-                "which the original program needs; convert its .ckpt anew"
+                f"{bundle.path / FOREIGN} lacks {missing[0]} ({len(missing)} missing tensors in "
+                "all), which bytedance/uss needs; convert the .ckpt again"
             )
         whole |= trained | kept
     if SMOOTHING not in foreign:
-        raise UserError(f"{bundle.path / FOREIGN} lacks {SMOOTHING}; convert its .ckpt anew")
+        raise UserError(f"{bundle.path / FOREIGN} lacks {SMOOTHING}; convert the .ckpt again")
     return whole | {SMOOTHING: foreign[SMOOTHING]}
 
 
@@ -70,9 +72,9 @@ def _foreign(bundle: Bundle) -> StateDict:
     path = bundle.path / FOREIGN
     if not path.is_file():
         raise UserError(
-            f"{bundle.path} has no {FOREIGN}, and so lacks tensors that the original program "
-            "loads (transform kernels, counters, layers it never uses); only a bundle that "
-            "`uss-jax convert` made of a .ckpt can become one again"
+            f"{bundle.path} has no {FOREIGN}, and so lacks tensors that bytedance/uss loads "
+            "(transform kernels, counters, layers it never uses); only a bundle that `uss-jax "
+            "convert` made from a .ckpt can be written as one"
         )
     return {name.partition("/")[2]: array for name, array in read_tensors(path).items()}
 
@@ -110,7 +112,7 @@ def write_lightning(path: str | os.PathLike, state_dict: StateDict, steps: int =
             "writing a PyTorch checkpoint needs PyTorch: pip install 'uss-jax[torch]'"
         ) from error
     if pathlib.Path(path).exists():
-        raise UserError(f"{path} exists already; name a new file")
+        raise UserError(f"{path} already exists; give a new file")
     content = {
         "epoch": 0,
         "global_step": steps,

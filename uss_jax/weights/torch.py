@@ -268,8 +268,8 @@ def _net_of(part: str, name: str | None = None) -> Net:
     name = name or next(iter(nets))
     if name not in nets:
         raise UserError(
-            f"the {part} is a {name}, which PyTorch's programs do not know; only "
-            f"{' and '.join(nets)} can be written for them"
+            f"the {part} is a {name}, which has no PyTorch counterpart; only "
+            f"{' and '.join(nets)} can be written for PyTorch"
         )
     return nets[name]
 
@@ -303,7 +303,7 @@ def _convert(
             if array.dtype.kind != "f":
                 problems.append(f"{prefix}{name} holds {array.dtype} instead of floats")
             elif not np.isfinite(array).all():
-                problems.append(f"{prefix}{name} holds values that are not finite")
+                problems.append(f"{prefix}{name} holds NaN or infinite values")
             elif array.shape == wanted:
                 flat[path] = np.ascontiguousarray(np.transpose(array, permutation), np.float32)
             else:
@@ -331,7 +331,7 @@ def _leaves(net: Net, fields: Fields, paths: Collection[str]) -> Leaves:
                 if path in paths:
                     leaves[f"{torch_layer.format(**index)}.{leaf}"] = (path, permutation)
     if homeless := sorted(set(paths) - {path for path, _ in leaves.values()}):
-        raise UserError(f"the PyTorch {net.name} has no place for {', '.join(homeless)}")
+        raise UserError(f"the PyTorch {net.name} has no tensor for {', '.join(homeless)}")
     return leaves
 
 
@@ -343,7 +343,7 @@ def _shapes(net: Net, fields: Fields) -> dict[str, tuple[int, ...]]:
     try:
         variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
     except ValueError as error:
-        raise UserError(f"the arrays make no {net.name}: {error}") from error
+        raise UserError(f"the arrays do not form a {net.name}: {error}") from error
     return {path: leaf.shape for path, leaf in flatten_dict(variables, sep="/").items()}
 
 
@@ -354,8 +354,8 @@ def _wrong_formulas(net: Net, fields: Fields, state_dict: StateDict) -> Iterator
         # Published buffers differ by rounding only; a symmetric window would differ by 3e-3.
         if array.shape != expected.shape or not _is_rounded(array, expected):
             yield (
-                f"{name} is not that of a periodic Hann window of {fields['n_fft']} samples"
-                " or of Slaney's mel scale"
+                f"{name} does not match a periodic Hann window of {fields['n_fft']} samples"
+                " or Slaney's mel scale"
             )
 
 
@@ -377,8 +377,8 @@ def _infer_front_end(state_dict: StateDict) -> Fields:
         n_fft = kernel.shape[-1]
     if n_fft not in _FRONT_ENDS:
         raise UserError(
-            f"the tagging net has an STFT of {n_fft} samples, of which the sample rate is unknown; "
-            f"known are {', '.join(map(str, _FRONT_ENDS))}"
+            f"the tagging net has an STFT of {n_fft} samples, whose sampling rate is unknown; "
+            f"supported are {', '.join(map(str, _FRONT_ENDS))}"
         )
     return dict(_FRONT_ENDS[n_fft], n_fft=n_fft, mel_bins=state_dict["bn0.weight"].size)
 

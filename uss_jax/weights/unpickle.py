@@ -65,9 +65,9 @@ def read_checkpoint(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     if isinstance(held, dict):
         tensors = {str(name): t for name, t in held.items() if isinstance(t, torch.Tensor)}
     if not tensors:
-        keys = ", ".join(map(str, content)) if isinstance(content, dict) else "no dictionary"
+        keys = ", ".join(map(str, content)) if isinstance(content, dict) else "not a dictionary"
         raise UserError(
-            f'{path} holds no state dict, neither itself nor under "state_dict" or "model"; '
+            f'{path} holds no state dict at its top level or under "state_dict" or "model"; '
             f"it holds: {keys or 'nothing'}"
         )
     copied = sum(tensor.numel() * max(tensor.element_size(), 4) for tensor in tensors.values())
@@ -110,7 +110,7 @@ def _load(torch: types.ModuleType, path: pathlib.Path) -> Any:
     except Exception as error:  # a damaged file can raise anything inside torch
         reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
         raise UserError(
-            f"{path} is no PyTorch checkpoint or is damaged ({reason}); get it again"
+            f"{path} is not a PyTorch checkpoint or is damaged ({reason}); download it again"
         ) from error
 
 

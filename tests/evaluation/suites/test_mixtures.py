@@ -204,7 +204,7 @@ def test_what_is_missing_is_named(place, tmp_path):
 
 def test_a_data_set_of_one_class_makes_no_mixture(tmp_path):
     same = [Recording(tmp_path / str(n), ("Dog",), (74,)) for n in range(3)]
-    with pytest.raises(UserError, match="all of one class"):
+    with pytest.raises(UserError, match="all recordings are of one class"):
         mixed_neighbours(same)
 
 

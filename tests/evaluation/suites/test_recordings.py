@@ -220,7 +220,7 @@ def test_a_silent_stem_is_left_out_and_counted(place, tmp_path, capsys):
     soundfile.write(folder / "test/b/bass.wav", 0 * bass, rate)
     words = ["--model", place / "soft", "--data", folder, "--out", tmp_path / "r.json"]
     assert main(["evaluate", "musdb18", *map(str, words)]) == 0
-    assert "left out: 1 whose target is silent" in capsys.readouterr().out
+    assert "left out: 1 with a silent target" in capsys.readouterr().out
     results = json.loads((tmp_path / "r.json").read_text())
     assert results["silent_targets"] == 1
     (mixture,) = [row for row in results["rows"] if row["query"] == MIXTURE]
@@ -254,7 +254,7 @@ def test_what_is_missing_is_named(place, tmp_path, capsys):
     with pytest.raises(UserError, match=r"1 of 10 files of MUSDB18-HQ are missing: .*b/bass\.wav"):
         musdb18.songs(tmp_path, "test")
     assert _evaluate(place, "musdb18", tmp_path / "r.json", kind="one_hot") == 1
-    assert "knows AudioSet's classes only" in capsys.readouterr().err
+    assert "takes AudioSet classes only" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"pip install 'uss-jax\[suites\]'"):
         recordings.require_package("no_such_package", "this")
 

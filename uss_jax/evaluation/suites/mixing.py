@@ -154,7 +154,7 @@ def mixed_neighbours(
         if len(items) == before:  # no mixture is possible for the other classes
             break
     if not items:
-        raise UserError("the recordings are all of one class; a mixture needs two")
+        raise UserError("all recordings are of one class; a mixture needs two classes")
     return items
 
 
@@ -210,7 +210,7 @@ def require_files(files: Iterable[pathlib.Path], data_set: str) -> None:
         names = ", ".join(map(str, missing[:3])) + (", ..." if len(missing) > 3 else "")
         raise UserError(
             f"{len(missing)} of {len(files)} files of {data_set} are missing: {names}; unpack the "
-            "data set as its publisher packs it, and give the folder with --data"
+            "data set in its publisher's folder layout, and give the folder with --data"
         )
 
 

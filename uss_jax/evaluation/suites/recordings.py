@@ -51,7 +51,7 @@ def answers(
     vectors = {}
     if not model.query.module.takes.recordings:
         raise UserError(
-            f"{model.path} knows AudioSet's classes only; this data set asks by recordings"
+            f"{model.path} takes AudioSet classes only; this data set is queried with recordings"
         )
     for label in sources:
         vectors[f"{ORACLE}/{label}"] = recording_vector(model, oracles[label])

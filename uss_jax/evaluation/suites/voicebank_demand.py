@@ -103,7 +103,7 @@ def _score_sentence(
     rate = model.sample_rate
     source, mixture = read_mono(clean, rate), read_mono(noisy, rate)
     if abs(len(source) - len(mixture)) > rate // 100:
-        raise UserError(f"{clean} and {noisy} are not equally long; unpack {_NAME} again")
+        raise UserError(f"{clean} and {noisy} differ in length; unpack {_NAME} again")
     length = min(len(source), len(mixture))
     source, mixture = source[:length], mixture[:length]
     found = answers(

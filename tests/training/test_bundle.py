@@ -132,7 +132,7 @@ def test_arrays_that_are_not_those_of_the_hash_are_refused(tmp_path):
     first = next(iter(changed["params"]))
     changed["params"][first] = jax.tree.map(lambda x: x + 1e-3, changed["params"][first])
     save_tree(tmp_path / "tagger" / "sed", changed)
-    with pytest.raises(UserError, match=r"tagger/sed: the parameters do not match the hash of"):
+    with pytest.raises(UserError, match=r"tagger/sed: the arrays do not match the hash of"):
         bundle.sed()
     assert net_hash(bundle.variables("sed", verify=False)) == net_hash(changed)
     config = json.loads((tmp_path / "tagger" / "config.json").read_text())

@@ -144,7 +144,7 @@ class Bundle:
                 said = self.config.get("hashes", {}).get(part)
                 if verify and said is not None and said != net_hash(variables):
                     raise UserError(
-                        f"{place}: the parameters do not match the hash of {part} in config.json; "
+                        f"{place}: the arrays do not match the hash of {part} in config.json; "
                         "copy the bundle again, or remove the hash if the change is intended"
                     )
                 return variables

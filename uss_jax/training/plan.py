@@ -101,8 +101,8 @@ def _memory(compiled: jax.stages.Compiled, device: jax.Device) -> str:
         return f"memory: not reported by {device.platform}"
     total, given, temporary = (found[k] / 1e9 for k in ("total", "arguments", "temporary"))
     line = (
-        f"memory per device: {total:.3f} GB: {given:.3f} for state, frozen nets and batch, "
-        f"{temporary:.3f} temporary"
+        f"memory per device: {total:.3f} GB ({given:.3f} for state, frozen nets and batch, "
+        f"{temporary:.3f} temporary)"
     )
     limit = (device.memory_stats() or {}).get("bytes_limit")
-    return f"{line}; available {limit / 1e9:.1f} GB" if limit else line
+    return f"{line}; limit {limit / 1e9:.1f} GB" if limit else line

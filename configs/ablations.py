@@ -1,7 +1,7 @@
-"""The paper's ablations and ours: `ablations.py:NAME`, a few lines each on resunet30.py.
+"""The paper's ablations and further ones: `ablations.py:NAME`, each a small change to resunet30.py.
 
-configs/README.md lists them with what they answer. The base is resunet30.py:condition=soft,
-data=balanced; all else is equal, so that the runs of two names can be compared:
+configs/README.md lists each with the question it answers. All else is as in the base,
+resunet30.py:condition=soft,data=balanced, so that the runs of two names can be compared:
 
     uss-jax train --config configs/ablations.py:sources=3 --workdir runs/sources3 \
         --config.data.records=/data/audioset/1.0.0 --config.sed_bundle=panns \

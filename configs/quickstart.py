@@ -1,4 +1,4 @@
-"""The whole chain, small enough for two cores: `quickstart.py:part=tagger` and `part=separator`.
+"""Tagger and separator, small enough for two CPU cores: `quickstart.py:part=tagger|separator`.
 
 The recipes of tagger_cnn14.py and resunet30.py at 16 kHz with small nets; launch/quickstart.sh runs
 them on the bundled sounds in minutes.

@@ -1,8 +1,8 @@
 """ResUNet30 as published: `resunet30.py:condition=soft|embedding,data=balanced|full`.
 
 The four recipes of bytedance/uss (32 kHz mono, 2 sources, L1 on the waveform, AdamW with amsgrad,
-batch 16 on each device there). The paper reports 5.57 dB SDRi on AudioSet with condition=soft and
-data=full, after 1 M steps. `query=htsat` and `sed=htsat` take HTS-AT instead of PANNs' nets for
+batch 16 per device in the original). The paper reports 5.57 dB SDRi on AudioSet with condition=soft
+and data=full, after 1 M steps. `query=htsat` and `sed=htsat` use HTS-AT instead of PANNs' nets for
 conditions and for anchors.
 
     uss-jax train --config configs/resunet30.py:condition=soft,data=full --workdir runs/soft \

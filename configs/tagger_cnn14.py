@@ -1,4 +1,4 @@
-"""Cnn14 with decision-level maximum on weak labels, trained as PANNs (arXiv:1912.10211).
+"""Cnn14 with decision-level maximum on weak labels, trained as in PANNs (arXiv:1912.10211).
 
 Balanced order, mixup, SpecAugment, binary cross-entropy, AMSGrad at 1e-3, batch 32 after mixup.
 PANNs reports mAP 0.385 for this net and 0.431 for Cnn14 (clipwise pooling) on AudioSet's evaluation

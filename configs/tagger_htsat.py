@@ -1,11 +1,11 @@
 """HTS-AT on weak labels, trained from scratch with the recipe of its paper (arXiv:2202.00874).
 
-Balanced order, mixup, SpecAugment, binary cross-entropy, AdamW at 1e-3 with decay 0.05, gradients
-clipped at 1.0, batch 128. The rate is scaled by 0.05, 0.1 and 0.2 in the first three epochs, and
-halved after the tenth and twentieth; the authors' released configuration has 0.02, 0.05 and 0.1
-instead. The authors blend inputs within a batch and leave the labels; here labels are blended too,
-and twice the clips read. They report mAP 0.471 on AudioSet's evaluation set for a net that starts
-from weights trained on images, which this recipe does not.
+Balanced order, mixup, SpecAugment, binary cross-entropy, AdamW at 1e-3 with weight decay 0.05,
+gradient norm clipped at 1.0, batch 128. The learning rate is scaled by 0.05, 0.1 and 0.2 in the
+first three epochs, and halved after 11 and 21 epochs; the authors' released configuration has 0.02,
+0.05 and 0.1 instead. The authors' mixup blends only the inputs, within a batch; here it blends the
+labels too, and reads twice as many clips. They report mAP 0.471 on AudioSet's evaluation set for a
+net initialised from weights trained on images, which this recipe does not use.
 
     uss-jax train-tagger --config configs/tagger_htsat.py --workdir runs/htsat \
         --config.data.records=/data/audioset/1.0.0

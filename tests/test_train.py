@@ -168,8 +168,8 @@ def _records(path, **metadata):
         ({"data.threads": 0}, "config.data.threads is 0, expected a whole number from 1 to 256"),
         ({"data.workers": -1}, "config.data.workers is -1, expected a whole number from 0 to"),
         ({"data.max_corrupt": -1}, "config.data.max_corrupt is -1, expected a whole number"),
-        ({"data.share": 0.0}, "config.data.share=0.0 is not above 0 and at most 1"),
-        ({"data.share": 1e-6}, "config.data.share=1e-06 of 8 clips is none; raise it"),
+        ({"data.share": 0.0}, "config.data.share is 0.0, expected above 0 and at most 1"),
+        ({"data.share": 1e-6}, "config.data.share=1e-06 selects none of 8 clips; raise it"),
         ({"data.class_weights.Drumm": 3}, 'no sound class is called "Drumm"; did you mean "Drum"'),
         ({"data.class_weights.Drum": "many"}, "class_weights['Drum'] is 'many', expected"),
         ({"speed.least": 0.5}, "config.speed has no key 'config.speed.most'"),
@@ -202,7 +202,10 @@ def _records(path, **metadata):
         ({"mixing.group_size": 0}, "config.mixing.group_size is 0, expected a whole number from 1"),
         ({"mixing.gain_db": 1e6}, "config.mixing.gain_db is 1000000.0, expected a number from 0"),
         ({"anchors.min_dbfs": 5.0}, "config.anchors.min_dbfs is 5.0, expected a number from -1000"),
-        ({"data.class_weights": "{'Dog': 2, 'dog': 3}"}, "has 'Dog' and 'dog', one class"),
+        (
+            {"data.class_weights": "{'Dog': 2, 'dog': 3}"},
+            "has 'Dog' and 'dog', which are the same class",
+        ),
         ({"schedule": "{'name': ['a']}"}, "config.schedule.name is a list of 1, expected a string"),
         ({"log_every_steps": 0}, "config.log_every_steps is 0, expected a whole number from 1"),
         ({"loss": "l2"}, "config.loss is 'l2', expected l1_wav or l1_wav_l1_sp"),
@@ -213,7 +216,7 @@ def _records(path, **metadata):
         ({"anchors.rule": "dice"}, "config.anchors.rule is 'dice', expected uss or htsat"),
         (
             {"anchors.rule": "htsat"},
-            "config.anchors.rule=htsat is about the image of HTS-AT, and the detector is a Cnn14",
+            "config.anchors.rule=htsat needs an HTS-AT as detector, but the detector is a Cnn14",
         ),
         (
             {"anchors.rule": "htsat", "anchors.source": "random"},
@@ -232,21 +235,21 @@ def _records(path, **metadata):
         ),
         ({"batch_norm": "local"}, "expected global, replica or a number of items that divides 8"),
         ({"batch_norm": "3"}, "config.batch_norm is '3', expected global"),
-        ({"accumulate": 3}, "not divisible by 8 devices in each of config.accumulate=3 parts; use"),
+        ({"accumulate": 3}, "not divisible by 8 devices times config.accumulate=3; use"),
         (
             {"accumulate": 2, "global_batch": 16, "mixing.group_size": 16},
-            "not divisible by config.mixing.group_size=16 in each of config.accumulate=2 parts",
+            "not divisible by config.mixing.group_size=16 times config.accumulate=2; change",
         ),
         (
             {"mixing.all_targets": True, "mixing.sources": 3},
             "group_size=8 to be a multiple of config.mixing.sources=3",
         ),
-        ({"mixing.silent_share": 1.5}, "config.mixing.silent_share=1.5 is not between 0 and 1"),
+        ({"mixing.silent_share": 1.5}, "config.mixing.silent_share is 1.5, expected at least 0"),
         (
             {"mixing.silent_share": 0.1, "mixing.sources": 8},
             "config.mixing.silent_share=0.1 needs a config.mixing.group_size above",
         ),
-        ({"ema_decay": 1.0}, "config.ema_decay=1.0 is not between 0 and 1"),
+        ({"ema_decay": 1.0}, "config.ema_decay is 1.0, expected at least 0 and below 1"),
         ({"clip_norm": -1.0}, "config.clip_norm is -1.0, expected a number from 0 to"),
         ({"sharding": (("kernel", "half"),)}, "config.sharding has the rule ('kernel', 'half')"),
         ({"separator.n_fft": 100}, "n_fft / 2 = 50 is not divisible by 2 ** 2 (levels)"),
@@ -267,8 +270,8 @@ def test_what_cannot_run_is_said_before_the_first_step(place, tmp_path, changed,
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"outputs": ("tags",)}, "config.outputs is ('tags',); probabilities of a clip"),
-        ({"outputs": ()}, "config.outputs is (); probabilities of a clip"),
+        ({"outputs": ("tags",)}, "config.outputs is ('tags',), expected one or more of"),
+        ({"outputs": ()}, "config.outputs is (), expected one or more of"),
         ({"tagger.dtype": "int8"}, "sed.model.dtype is 'int8', expected float32, bfloat16"),
         ({"schedule.name": "none"}, "config.schedule.name is 'none'"),
         ({"schedule": {"learning_rate": 0.1}}, "config.schedule.name is missing"),
@@ -278,9 +281,9 @@ def test_what_cannot_run_is_said_before_the_first_step(place, tmp_path, changed,
         ),
         ({"mixup_alpha": 0}, "config.mixup_alpha is 0.0, expected a number from 0.001 to 1000"),
         ({"spec_augment.time_width": 0}, "config.spec_augment.time_width is 0, expected a whole"),
-        ({"tagger.classes": 50}, "config.tagger tells 50 classes"),
+        ({"tagger.classes": 50}, "config.tagger has 50 classes"),
         ({"clip_norm": -1.0}, "config.clip_norm is -1.0, expected a number from 0 to"),
-        ({"norm_momentum": 0.0}, "config.norm_momentum=0.0 is not above 0"),
+        ({"norm_momentum": 0.0}, "config.norm_momentum is 0.0, expected above 0"),
     ],
 )
 def test_what_cannot_run_of_a_tagger_is_said_too(place, tmp_path, changed, said, capsys):
@@ -356,12 +359,12 @@ def test_a_dry_run_says_what_a_run_would_need_and_writes_nothing(
     for part in (
         "mesh: 8 x cpu along data",
         f"{separator / 1e6:.2f} M trained, {2 * tagger / 1e6:.2f} M frozen",
-        "8 items, 1 a device",
-        "no bound on the speed: the peaks of cpu are not known (training/cost.py lists",
+        "8 items, 1 per device",
+        "no upper bound on the speed: the peak FLOP/s of cpu is not known (training/cost.py lists",
     ):
         assert part in said
-    assert re.search(r"memory on a device: 0\.\d+ GB", said)
-    (read,) = re.findall("input: (.*) MB a step", said)
+    assert re.search(r"memory per device: 0\.\d+ GB", said)
+    (read,) = re.findall("input: (.*) MB per step", said)
     assert float(read) == pytest.approx(8 * (2 * RATE + 3 * 4 + 2) / 1e6, rel=1e-3)
     assert not (tmp_path / "run").exists()
 

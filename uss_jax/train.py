@@ -77,7 +77,10 @@ def _train(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> None:
     # One step as a pure function.
     if config.accumulate > 1 and config.batch_norm == "global":
         part = config.global_batch // config.accumulate
-        run.say(f"batch norms see {part} items at a time: config.accumulate={config.accumulate}")
+        run.say(
+            f"batch norms use the statistics of {part} items, not of the whole batch: "
+            f"config.accumulate={config.accumulate}"
+        )
     step = _step(config, separator, query, step_sed, optimizer, mesh)
 
     # Periodic evaluation on pairs.
@@ -88,8 +91,8 @@ def _train(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> None:
         if sed is not None and query.takes.recordings and not trained_query["params"]:
             averages = workdir_averages(workdir, config.data.records, config.data.split, pairs)
         run.say(
-            f"{len(pairs)} pairs every {config.eval.every_steps} steps, by the conditions of their "
-            f"sources{' and averaged ones' if averages else ''}"
+            f"evaluating {len(pairs)} pairs every {config.eval.every_steps} steps, with the "
+            f"conditions of their sources{' and with class averages' if averages else ''}"
         )
         return make_evaluation(
             separator,
@@ -256,7 +259,7 @@ def _check(config: ConfigDict) -> None:
     if config.anchors.source != "device" and rule != RULES[0]:
         raise UserError(
             f"config.anchors.rule={rule} has no effect with config.anchors.source="
-            f"{config.anchors.source}; leave it at {RULES[0]} (`mine --rule` chooses a table's)"
+            f"{config.anchors.source}; leave it at {RULES[0]} (`mine --rule` sets that of a table)"
         )
     _norm_scope(config)
     check_rules(config.sharding)
@@ -272,11 +275,12 @@ def _check(config: ConfigDict) -> None:
         ("query.dropout", config.query.dropout),
     ):
         if not 0 <= share < 1:
-            raise UserError(f"config.{key}={share} is not between 0 and 1")
+            raise UserError(f"config.{key} is {share}, expected at least 0 and below 1")
     if mixing.silent_share and mixing.sources >= mixing.group_size:
         raise UserError(
             f"config.mixing.silent_share={mixing.silent_share} needs a config.mixing.group_size "
-            f"above config.mixing.sources={mixing.sources}: an item asks for what another is"
+            f"above config.mixing.sources={mixing.sources}: a silent item is queried with "
+            "a sound of its group that is outside its mixture"
         )
     if not 1 <= config.mixing.sources <= config.mixing.group_size:
         raise UserError(

@@ -97,6 +97,6 @@ def _check_outputs(config: ConfigDict, tagger: TaggingNet) -> None:
     known = [name for name, value in given.items() if value.shape == (1, tagger.classes)]
     if not config.outputs or set(config.outputs) - set(known):
         raise UserError(
-            f"config.outputs is {tuple(config.outputs)}; probabilities of a clip that this net "
-            f"gives are {', '.join(known)}"
+            f"config.outputs is {tuple(config.outputs)}, expected one or more of this net's clip "
+            f"probabilities: {', '.join(known)}"
         )

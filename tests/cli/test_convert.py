@@ -131,7 +131,7 @@ def test_a_net_of_other_classes_is_refused(tmp_path, capsys):
     fields = {**TAGGER_FIELDS, "classes": 50}
     source = save(tmp_path / "Cnn14_mAP=0.431.pth", tagger_state_dict(1, fields))
     assert run(source, tmp_path / "bundle") == 1
-    assert "query tells 50 classes; " in capsys.readouterr().err
+    assert "query has 50 classes; " in capsys.readouterr().err
     assert not (tmp_path / "bundle").exists()
 
 

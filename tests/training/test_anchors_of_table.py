@@ -138,7 +138,7 @@ def test_a_run_on_a_table_needs_no_detector_and_resumes(place, tmp_path, capsys,
     assert _train(place, tmp_path / "run", sed_bundle="", **policies) == 0
     said = capsys.readouterr().out
     assert "top_k 2, jitter_samples 40" in said
-    assert "labels drawn (min_score 0.0001, min_dbfs -60.0)" in said
+    assert "labels usable (min_score 0.0001, min_dbfs -60.0)" in said
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     last = json.loads(lines[-1])
     assert last["step"] == 2
@@ -148,7 +148,7 @@ def test_a_run_on_a_table_needs_no_detector_and_resumes(place, tmp_path, capsys,
     # Another place for the anchors is other data.
     again = {"sed_bundle": "", "total_steps": 3, "anchors__source": "random"}
     assert _train(place, tmp_path / "run", **again) == 1
-    assert "anchors are of another source or table" in capsys.readouterr().err
+    assert "started with another anchor source or table" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_a_table_is_said_before_the_first_step(place, tmp_path, capsys):

@@ -280,9 +280,9 @@ def test_what_was_copied_wrongly_from_the_devices_is_found(tmp_path):
     _write(tmp_path / "c", 5, seed=2)
     (tmp_path / "c" / "5" / "fingerprints" / "metadata").write_text(saved)
     with Checkpoints(tmp_path / "c", keep=None) as checkpoints:
-        with pytest.raises(DamagedCheckpoint, match="params holds other numbers than were saved"):
+        with pytest.raises(DamagedCheckpoint, match="params does not match its saved fingerprint"):
             checkpoints.read(5, "params")
-        with pytest.raises(DamagedCheckpoint, match="params holds other numbers than were saved"):
+        with pytest.raises(DamagedCheckpoint, match="params does not match its saved fingerprint"):
             checkpoints.read(5, "params", _state().params)
 
 
@@ -333,10 +333,10 @@ def test_what_does_not_fit_is_not_begun(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_500_000))
     with (
         Checkpoints(tmp_path / "c", keep=2) as checkpoints,
-        pytest.raises(UserError, match=r"c has 1.5 MB left, and 2.0 MB are to be written; free"),
+        pytest.raises(UserError, match=r"c has 1.5 MB free, but 2.0 MB are needed; free"),
     ):
         checkpoints.save(5, _state(), POSITION)
-    with pytest.raises(UserError, match=r"has 1.5 MB left"):
+    with pytest.raises(UserError, match=r"has 1.5 MB free"):
         save_tree(tmp_path / "parts" / "sed", {"a": np.ones(3)})
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["4"]

@@ -131,7 +131,7 @@ def test_a_killed_host_ends_the_other_which_tells_of_the_last_checkpoint(
     err = started.communicate(timeout=90)[1]
     told = [line for line in err.splitlines() if line.startswith("uss-jax:")]
     step = latest_step(workdir / "checkpoints")
-    then = f"the last checkpoint is step {step}: the same command goes on from there"
+    then = f"the last checkpoint is step {step}: the same command resumes from there"
     if step is None:
         then = "there is no checkpoint yet: the same command starts from the beginning"
     assert re.fullmatch(rf"uss-jax: host {lost} \(.+\) was lost: .*; {then}", *told), err
@@ -143,7 +143,10 @@ def test_a_killed_host_ends_the_other_which_tells_of_the_last_checkpoint(
     [
         ({"processes": 2, "process": 0}, "--coordinator is missing"),
         ({"coordinator": "a:1", "process": 0}, "--processes is missing"),
-        ({"coordinator": "a:1", "processes": 2, "process": 2}, "--process 2 is not between 0 and"),
+        (
+            {"coordinator": "a:1", "processes": 2, "process": 2},
+            "--process 2: expected at least 0, below",
+        ),
         ({"coordinator": "a", "processes": 2, "process": 1}, "--coordinator a has no port"),
         ({"coordinator": "a:1", "processes": "two", "process": 1}, "must be whole numbers"),
     ],

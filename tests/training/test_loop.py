@@ -110,7 +110,9 @@ def test_reports_means_since_the_last_report_at_logs_checkpoints_and_the_end(tmp
 
 def test_a_run_gone_wrong_stops_with_the_last_good_state_saved(tmp_path):
     skipped = {8: 1, 9: 2, 10: 3, 11: 4}
-    with pytest.raises(UserError, match=r"no numbers in 4 steps up to step 11, .* saved"):
+    with pytest.raises(
+        UserError, match=r"NaN or infinite in 4 consecutive steps up to step 11; .* saved"
+    ):
         _fit(tmp_path, log=1, checkpoint=5, skipped=skipped, stop=4)
     assert _saved(tmp_path) == [5, 10, 11]
     with Checkpoints(tmp_path / "checkpoints", keep=100) as checkpoints:
@@ -135,7 +137,9 @@ def test_reports_give_the_largest_norm_since_the_last_and_each_absurd_one(tmp_pa
 
 def test_a_run_of_absurd_gradients_stops_and_says_what_may_be_wrong(tmp_path):
     spikes = {8: 1, 9: 2, 10: 3}
-    with pytest.raises(UserError, match=r"max_norm_ratio .* in 3 steps up to step 10, .* saved"):
+    with pytest.raises(
+        UserError, match=r"max_norm_ratio .* in 3 consecutive steps up to step 10; .* saved"
+    ):
         _fit(
             tmp_path, log=1, skipped=spikes, spikes=spikes, norms=dict.fromkeys(spikes, 1e4), stop=3
         )
@@ -188,7 +192,7 @@ def test_sigterm_saves_after_the_step_and_says_so(tmp_path):
         return 1.0
 
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped, match="saved after step 5; run it again"):
+    with pytest.raises(Stopped, match="saved after step 5; run the same command again"):
         _fit(tmp_path, log=4, learning_rate=rate)
     assert _saved(tmp_path) == [5]
     assert [line["step"] for line in _lines(tmp_path)] == [4, 5]

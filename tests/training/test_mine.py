@@ -120,7 +120,7 @@ def test_a_table_of_another_rule_says_so_and_holds_its_anchors(reader, tmp_path)
 
 def test_another_rule_asks_for_htsat_and_clips_that_fill_its_image(reader, tmp_path):
     settings = dataclasses.replace(SETTINGS, rule="htsat")
-    with pytest.raises(UserError, match="--rule=htsat is about the image of HTS-AT, and the det"):
+    with pytest.raises(UserError, match="--rule=htsat needs an HTS-AT as detector, but the det"):
         mine(reader, SED, tmp_path / "a.npz", settings, batch_size=8)
     sed = Net(ONE_BLOCK, tagger_variables(net=ONE_BLOCK))
     for seconds in (1.2, 2.56):

@@ -196,7 +196,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(place, whole, tm
     assert f"{step} is damaged (" in capsys.readouterr().err
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert f"; it is now {workdir / 'checkpoints-damaged' / '4'}" in said
+    assert f"; it was moved to {workdir / 'checkpoints-damaged' / '4'}" in said
     assert "resuming after step 2" in said
     _require_same_run(workdir, whole, steps=4)
 
@@ -212,7 +212,7 @@ def test_without_a_whole_checkpoint_a_run_begins_anew_only_when_told_again(
     assert main(words) == 1
     error = capsys.readouterr().err
     assert "there is none before it" in error
-    assert "Run the same command again to begin anew" in error
+    assert "Run the same command again to start from step 0" in error
     assert error.count("\n") == 1
     interrupt(0)
     assert main(words) == 130

@@ -14,7 +14,7 @@ import pytest
 from tests.tiny import CONFIGS
 
 LOST = r"uss-jax: host {host} \(.+\) was lost: .+; the last checkpoint is step 40: the same command"
-LOST += r" goes on from there\n"
+LOST += r" resumes from there\n"
 ENDED = LOST.replace("was lost: .+", "ended: {why}")
 
 

@@ -144,8 +144,8 @@ class Bundle:
                 said = self.config.get("hashes", {}).get(part)
                 if verify and said is not None and said != net_hash(variables):
                     raise UserError(
-                        f"{place} holds other numbers than config.json's hash of its {part} was "
-                        "made of; copy the bundle again, or remove that hash if the change is meant"
+                        f"{place}: the arrays do not match the hash of {part} in config.json; "
+                        "copy the bundle again, or remove the hash if the change is intended"
                     )
                 return variables
         # A run's nets are in its newest checkpoint, those of the query under `query`.
@@ -214,7 +214,7 @@ def read_bundle(path: str | os.PathLike, averaged: bool = True) -> Bundle:
     if version != FORMAT_VERSION or kind not in ("separator", "tagger"):
         raise UserError(
             f"{config_path} has format version {version} and kind {kind}; this version reads "
-            f"{FORMAT_VERSION} and separator or tagger"
+            f"format version {FORMAT_VERSION} and kind separator or tagger"
         )
     return Bundle(path, config, averaged)
 

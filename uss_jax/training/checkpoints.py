@@ -297,7 +297,7 @@ class Checkpoints:
         saved = self._json(step, "fingerprints", _FINGERPRINTS)
         for name, tree in trees.items():
             if saved.get(name) != fingerprint(tree):
-                raise self._damaged(step, f"{name} holds other numbers than were saved")
+                raise self._damaged(step, f"{name} does not match its saved fingerprint")
 
     def _damaged(self, step: int, why: str) -> DamagedCheckpoint:
         return DamagedCheckpoint(self._directory / str(step), why)
@@ -374,8 +374,8 @@ def _require_room(folder: pathlib.Path, tree: Any) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise UserError(
-            f"{folder} has {free / 1e6:.1f} MB left, and {size / 1e6:.1f} MB are to be written; "
-            "free some and give the same command again"
+            f"{folder} has {free / 1e6:.1f} MB free, but {size / 1e6:.1f} MB are needed; "
+            "free some space and run the same command again"
         )
 
 

@@ -82,8 +82,8 @@ def _joined(
         end_process,
         [
             f"the {arguments['num_processes']} hosts did not all connect within "
-            f"{_JOIN_SECONDS:.0f} seconds: start the same command on each of them, and see that "
-            f"they reach host 0 at {coordinator}"
+            f"{_JOIN_SECONDS:.0f} seconds: start the same command on each of them, and check "
+            f"that they can reach host 0 at {coordinator}"
         ],
     )
     late.daemon = True
@@ -126,7 +126,7 @@ def _explicit(given: Mapping[str, Any]) -> dict[str, Any]:
             f"{given['processes']!r} and {given['process']!r}"
         ) from error
     if not 0 <= process < processes:
-        raise UserError(f"--process {process} is not between 0 and --processes {processes} - 1")
+        raise UserError(f"--process {process}: expected at least 0, below --processes {processes}")
     if not str(given["coordinator"]).rpartition(":")[2].isdigit():
         raise UserError(f"--coordinator {given['coordinator']} has no port; give HOST:PORT")
     return {

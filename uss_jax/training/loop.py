@@ -129,7 +129,10 @@ def fit(
                 checkpoints.save(done, state, position(done), figures)
             if stopping:
                 checkpoints.wait()  # inside StopNotice, where a second SIGTERM does no harm
-                raise Stopped(f"stopped by SIGTERM and saved after step {done}; run it again")
+                raise Stopped(
+                    f"stopped by SIGTERM and saved after step {done}; run the same command again "
+                    "to resume"
+                )
             recent = []
             throughput.go()
     return state
@@ -160,15 +163,15 @@ def _gone_wrong(done: int, in_a_row: int, spiked: bool) -> str:
     """Returns the error message for a run whose last updates were all skipped."""
     if spiked:
         return (
-            f"the gradient was longer than config.max_norm_ratio times its running median in "
-            f"{in_a_row} steps up to step {done}, which were skipped; the last good state is "
-            "saved: lower config.schedule.learning_rate, or raise config.max_norm_ratio (0 for no "
-            "limit) if gradients of this size are right, and resume"
+            f"the gradient norm exceeded config.max_norm_ratio times its running median in "
+            f"{in_a_row} consecutive steps up to step {done}; the updates were skipped and the "
+            "last good state saved. Lower config.schedule.learning_rate or, if gradients of this "
+            "size are expected, raise config.max_norm_ratio (0 for no limit), then resume"
         )
     return (
-        f"loss or gradient were no numbers in {in_a_row} steps up to step {done}, which were "
-        "skipped; the last good state is saved: lower config.schedule.learning_rate or look for "
-        "broken clips, and resume"
+        f"loss or gradient was NaN or infinite in {in_a_row} consecutive steps up to step {done}; "
+        "the updates were skipped and the last good state saved. Lower "
+        "config.schedule.learning_rate or look for broken clips, then resume"
     )
 
 

@@ -251,7 +251,7 @@ def _make_parts_folder(out: pathlib.Path, header: dict[str, Any]) -> pathlib.Pat
         parts.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{parts} cannot be made ({error.strerror}); choose another --out"
+            f"{parts} cannot be created ({error.strerror}); choose another --out"
         ) from error
     return parts
 
@@ -376,10 +376,13 @@ def _assemble(
         raise
     except ValueError as error:
         raise UserError(
-            f"{_part(parts, part)} is damaged ({error}); remove it and give the same command again"
+            f"{_part(parts, part)} is damaged ({error}); remove it and run the same command again"
         ) from error
     columns = {name: np.concatenate([some[name] for some in rows]) for name in COLUMNS}
     if not np.array_equal(columns["class"], index.label_class):
-        raise UserError(f"{parts} holds parts that do not fit the records; remove it")
+        raise UserError(
+            f"{parts} holds parts that do not match the records; remove that folder and run the "
+            "same command again"
+        )
     write_table(out, header, columns)
     shutil.rmtree(parts, ignore_errors=True)

@@ -85,7 +85,7 @@ def build(net: type[Net], fields: Mapping[str, Any], where: str) -> Net:
     for key in fields:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            hint = f"did you mean {near[0]}?" if near else f"its fields are {', '.join(known)}"
             raise UserError(f"{where}.{key}: {net.__name__} has no such field; {hint}")
     check_fields(fields, where)
     return net(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
@@ -105,8 +105,8 @@ def check_fields(fields: Mapping[str, Any], where: str) -> None:
         low, high, rate = (fields[name] for name in ("f_min", "f_max", "sample_rate"))
         if not low < high <= rate / 2:
             raise UserError(
-                f"{where}: f_min {low:g} and f_max {high:g} Hz must be in order, and no more than "
-                f"half of sample_rate {rate}"
+                f"{where}: f_min {low:g} must be below f_max {high:g} Hz, and f_max at most half "
+                f"of sample_rate {rate} Hz"
             )
 
 
@@ -179,7 +179,7 @@ def build_query(section: Mapping[str, Any], model: Mapping[str, Any] | None) -> 
     query = build(QueryNet, {**fields, "tagger": tagger}, "query")
     if query.shortcut and query.adaptor_width not in (0, width := query.source_width):
         raise UserError(
-            f"query.shortcut needs query.adaptor_width={width}, as wide as what it goes around"
+            f"query.shortcut needs query.adaptor_width={width}, the width of the adaptor's input"
         )
     return query
 
@@ -189,8 +189,8 @@ def require_classes(net: TaggingNet | QueryNet, where: str) -> None:
     wanted = len(load_ontology().class_mids)
     if net.classes != wanted:
         raise UserError(
-            f"{where} tells {net.classes} classes; labels, queries and figures are of AudioSet's "
-            f"{wanted}, so a net of as many is needed"
+            f"{where} has {net.classes} classes; labels, queries and metrics use AudioSet's "
+            f"{wanted}, so the net must have as many"
         )
 
 
@@ -214,8 +214,8 @@ def image_of_rule(
         return None
     if not isinstance(sed, HTSAT):
         raise UserError(
-            f"{where}=htsat is about the image of HTS-AT, and the detector is a "
-            f"{type(sed).__name__}; give an HTS-AT as detector, or leave the rule at uss"
+            f"{where}=htsat needs an HTS-AT as detector, but the detector is a "
+            f"{type(sed).__name__}; give an HTS-AT, or leave the rule at uss"
         )
     try:
         return sed.frames_of_image(clip_samples // sed.frame_hop_samples + 1)
@@ -225,9 +225,10 @@ def image_of_rule(
             for frames in (sed.image_frames / 2, sed.image_frames)
         )
         raise UserError(
-            f"{where}=htsat is for clips that HTS-AT's image holds once, of at least {least:g} and "
-            f"less than {most:g} s, not {clip_samples / sed.sample_rate:g} s; pad or cut them "
-            "(config.data.clip_seconds, `mine --clip-seconds`), or leave the rule at uss"
+            f"{where}=htsat needs clips that fit HTS-AT's input image exactly once, of at least "
+            f"{least:g} s and less than {most:g} s, not {clip_samples / sed.sample_rate:g} s; pad "
+            "or cut them (config.data.clip_seconds, `mine --clip-seconds`), or leave the rule at "
+            "uss"
         ) from None
 
 
@@ -249,7 +250,7 @@ def init(net: TaggingNet | SeparatorNet, key: jax.Array) -> dict[str, Any]:
         return {"batch_stats": {}, **net.init(key, *_inputs(net))}
     except _MISFITS as error:
         words = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
-        raise UserError(f"the fields of {type(net).__name__} do not fit: {words}") from error
+        raise UserError(f"the fields of {type(net).__name__} are inconsistent: {words}") from error
 
 
 def _inputs(net: TaggingNet | SeparatorNet) -> tuple[jax.Array, ...]:

@@ -69,25 +69,25 @@ def describe(
         f"mesh: {mesh.size} x {device.device_kind} along {mesh.axis_names[0]}, "
         f"{jax.process_count()} processes",
         f"parameters: {trained / 1e6:.2f} M trained, {other / 1e6:.2f} M frozen",
-        f"batch: {items} items, {items // mesh.size} a device",
-        f"operations: {flops / 1e12:.4g} TFLOP a step, {flops / items / 1e12:.4g} an item, in "
-        f"matrix products and convolutions: {ways}",
+        f"batch: {items} items, {items // mesh.size} per device",
+        f"operations: {flops / 1e12:.4g} TFLOP per step, {flops / items / 1e12:.4g} per item, "
+        f"in matrix products and convolutions: {ways}",
         _memory(compiled, device),
-        f"input: {read / 1e6:.4g} MB a step",
+        f"input: {read / 1e6:.4g} MB per step",
         f"compiled in {seconds:.1f} s",
     ]
     least = least_seconds(by_way, device.device_kind)
     if least is None:
         return [
             *lines,
-            f"no bound on the speed: the peaks of {device.device_kind} are not known "
+            f"no upper bound on the speed: the peak FLOP/s of {device.device_kind} is not known "
             "(training/cost.py lists those of accelerators)",
         ]
     steps = mesh.size / least
     return [
         *lines,
-        f"at the peaks of {device.device_kind} for these: {items * steps:.4g} items/s, which read "
-        f"{read * steps / 1e6:.4g} MB/s",
+        f"upper bound at the peak FLOP/s of {device.device_kind}: {items * steps:.4g} items/s, "
+        f"reading {read * steps / 1e6:.4g} MB/s",
     ]
 
 
@@ -98,11 +98,11 @@ def _params(frozen: Any) -> list[Any]:
 def _memory(compiled: jax.stages.Compiled, device: jax.Device) -> str:
     found = device_bytes(compiled)
     if found is None:
-        return f"memory: {device.platform} does not tell"
+        return f"memory: not reported by {device.platform}"
     total, given, temporary = (found[k] / 1e9 for k in ("total", "arguments", "temporary"))
     line = (
-        f"memory on a device: {total:.3f} GB: {given:.3f} of state, frozen nets and batch, "
-        f"{temporary:.3f} temporary"
+        f"memory per device: {total:.3f} GB ({given:.3f} for state, frozen nets and batch, "
+        f"{temporary:.3f} temporary)"
     )
     limit = (device.memory_stats() or {}).get("bytes_limit")
-    return f"{line}, of {limit / 1e9:.1f} GB" if limit else line
+    return f"{line}; limit {limit / 1e9:.1f} GB" if limit else line

@@ -144,7 +144,7 @@ def check(config: ConfigDict) -> None:
         if value is not _ABSENT:
             _follow(rule, value, f"config.{key}")
         elif key in _REQUIRED:
-            raise UserError(f"config.{key} is missing; the configs of this program have it")
+            raise UserError(f"config.{key} is missing; set it (every shipped config does)")
     _check_augmentations(values)
     precision_of(config)
     on_damage = _on_damage(config)
@@ -153,16 +153,19 @@ def check(config: ConfigDict) -> None:
     ratio = max_norm_ratio_of(config)
     if not (ratio == 0 or ratio > 1):
         raise UserError(
-            f"config.max_norm_ratio is {ratio}, expected more than 1, or 0 for no limit: updates "
-            "whose gradient is longer than that many times the running median are left out"
+            f"config.max_norm_ratio is {ratio}, expected more than 1, or 0 for no limit: an update "
+            "is skipped if its gradient norm exceeds that multiple of the running median"
         )
     if not 0 < config.get("norm_momentum", MOMENTUM) <= 1:
-        raise UserError(f"config.norm_momentum={config.norm_momentum} is not above 0 and at most 1")
+        raise UserError(
+            f"config.norm_momentum is {config.norm_momentum}, expected above 0 and at most 1"
+        )
     steps = config.profile.steps
     integers = all(isinstance(step, int) for step in steps)
     if steps and not (integers and len(steps) == 2 and 1 <= steps[0] <= steps[1]):
         raise UserError(
-            f"config.profile.steps is {tuple(steps)}, expected (first, last) of the steps to trace"
+            f"config.profile.steps is {tuple(steps)}, expected (first, last): the first "
+            "and the last step to trace, from 1"
         )
     if config.segment_seconds > config.data.clip_seconds:
         raise UserError(
@@ -172,7 +175,7 @@ def check(config: ConfigDict) -> None:
     parts = config.get("accumulate", 1)
     divisor, said = jax.device_count() * parts, f"{jax.device_count()} devices"
     if parts > 1:
-        said += f" in each of config.accumulate={parts} parts"
+        said += f" times config.accumulate={parts}"
     if config.global_batch % divisor:
         lower = config.global_batch // divisor * divisor
         raise UserError(
@@ -181,7 +184,7 @@ def check(config: ConfigDict) -> None:
         )
     group_size = config.mixing.group_size if "mixing" in config else 1
     if config.global_batch % (group_size * parts):
-        in_parts = f" in each of config.accumulate={parts} parts" if parts > 1 else ""
+        in_parts = f" times config.accumulate={parts}" if parts > 1 else ""
         raise UserError(
             f"config.global_batch={config.global_batch} is not divisible by "
             f"config.mixing.group_size={group_size}{in_parts}; change one of them"
@@ -317,14 +320,14 @@ def _open_table(
     stored = table.begin_sample.shape[1]
     if not 1 <= section.top_k <= stored:
         raise UserError(
-            f"config.anchors.top_k={section.top_k} is not between 1 and {stored}, the anchors of "
-            f"each label in {section.table}; mine with more --candidates"
+            f"config.anchors.top_k={section.top_k} is not between 1 and {stored}, the number of "
+            f"anchors per label in {section.table}; mine with more --candidates"
         )
     if section.jitter_samples < 0:
         raise UserError(f"config.anchors.jitter_samples={section.jitter_samples} is below 0")
     keep = usable(table, min_score=section.min_score, min_dbfs=section.min_dbfs)
     say(
-        f"anchors of {section.table}: {int(keep.sum())} of {len(keep)} labels drawn "
+        f"anchors of {section.table}: {int(keep.sum())} of {len(keep)} labels usable "
         f"(min_score {section.min_score:g}, min_dbfs {section.min_dbfs}), "
         f"top_k {section.top_k}, jitter_samples {section.jitter_samples}"
     )
@@ -347,10 +350,10 @@ def _open_table(
 def _of_share(index: RecordIndex, share: float, seed: int) -> np.ndarray:
     """Returns a mask of the labels of a random share of clips; it grows with the share."""
     if not 0 < share <= 1:
-        raise UserError(f"config.data.share={share} is not above 0 and at most 1")
+        raise UserError(f"config.data.share is {share}, expected above 0 and at most 1")
     drawn = np.random.default_rng(seed).random(len(index)) < share
     if not drawn.any():
-        raise UserError(f"config.data.share={share} of {len(index)} clips is none; raise it")
+        raise UserError(f"config.data.share={share} selects none of {len(index)} clips; raise it")
     return np.repeat(drawn, np.diff(index.label_row.astype(np.int64)))
 
 
@@ -365,12 +368,12 @@ def _class_weights(places: ConfigDict | None) -> np.ndarray | None:
         try:
             whole(0, 10_000)(count, f"config.data.class_weights[{label!r}]")
         except ValueError as error:
-            raise UserError(f"{error}: places of the class in each round") from None
+            raise UserError(f"{error}: the draws of the class per round") from None
         index = ontology.resolve(label)
         if index in said:
             raise UserError(
-                f"config.data.class_weights has {said[index]!r} and {label!r}, one class; "
-                "keep one of them"
+                f"config.data.class_weights has {said[index]!r} and {label!r}, which are "
+                "the same class; keep one of them"
             )
         said[index] = label
         weights[index] = count
@@ -389,7 +392,7 @@ def open_workdir(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"--workdir {workdir} cannot be made ({error.strerror or error}); choose another"
+            f"--workdir {workdir} cannot be created ({error.strerror or error}); choose another"
         ) from error
     if not os.access(workdir, os.W_OK):
         raise UserError(f"--workdir {workdir} cannot be written to; choose another")
@@ -497,8 +500,8 @@ def train_on(
         )
         if not throughput.knows_device:
             say(
-                "reports have no flop_utilisation: the peaks of "
-                f"{jax.devices()[0].device_kind} are not known (training/cost.py lists those of "
+                "flop_utilisation is not reported: the peak FLOP/s of "
+                f"{jax.devices()[0].device_kind} is not known (training/cost.py lists those of "
                 "accelerators)"
             )
         frozen = on_all_devices(frozen, mesh)
@@ -535,10 +538,11 @@ def _set_aside(
     before = checkpoints.latest_step
     if before is None:
         raise UserError(
-            f"{error.where} is damaged ({error.why}) and there is none before it; it is now "
-            f"{place}. Run the same command again to begin anew, or put a copy in its old place"
+            f"{error.where} is damaged ({error.why}) and there is none before it; it was moved "
+            f"to {place}. Run the same command again to start from step 0, or first put an intact "
+            "copy in its old place"
         )
-    say(f"{error.where} is damaged ({error.why}); it is now {place}")
+    say(f"{error.where} is damaged ({error.why}); it was moved to {place}")
 
 
 def _position(records: Records, config: ConfigDict) -> dict[str, Any]:
@@ -636,8 +640,8 @@ def _require_same_data(
         )
     if saved.get("anchors_digest") != position.get("anchors_digest"):
         raise UserError(
-            "the anchors are of another source or table than this run was started with; resume "
-            "with config.anchors as it was or start in a new workdir"
+            "this run was started with another anchor source or table; resume with config.anchors "
+            "as it was or start in a new workdir"
         )
 
 

@@ -156,7 +156,7 @@ def _ledger_so_far(workdir: pathlib.Path) -> list[dict[str, Any]]:
             path = workdir / LEDGER
             aside = path.with_name(f"{LEDGER}.damaged")
             os.replace(path, aside)
-            print(f"{path} is damaged; it is now {aside}, and a new one begins", flush=True)
+            print(f"{path} is damaged; moved it to {aside} and began a new one", flush=True)
         return []
 
 

@@ -246,7 +246,7 @@ class Watch:
             return
         steps = saved_steps(pathlib.Path(self._workdir) / "checkpoints") if self._workdir else []
         if steps:
-            then = f"the last checkpoint is step {max(steps)}: the same command goes on from there"
+            then = f"the last checkpoint is step {max(steps)}: the same command resumes from there"
         else:
             then = "there is no checkpoint yet: the same command starts from the beginning"
         end_process(f"{how}; {then}")

@@ -48,8 +48,8 @@ from uss_jax.training.checkpoints import (
 FORMAT_VERSION = 1
 _TRAINED_AS = {"query": "tagger", "sed": "tagger"}  # names of these parts in a checkpoint
 # Schema of config.json; unknown keys are ignored.
-_MODEL = record({}, {**nets.FIELD_RULES, "net": text()}, others=True)
-_QUERY = record({}, {**nets.FIELD_RULES, "model": either(nothing(), _MODEL)}, others=True)
+_TAGGER = record({}, {**nets.FIELD_RULES, "net": text(*nets.TAGGERS)}, others=True)
+_QUERY = record({}, {**nets.FIELD_RULES, "model": either(nothing(), _TAGGER)}, others=True)
 _CONFIG = record(
     {
         "format_version": whole(0, 1 << 30),
@@ -58,9 +58,9 @@ _CONFIG = record(
         "segment_seconds": number(0.01, 600),
     },
     {
-        "separator": _MODEL,
+        "separator": record({}, {**nets.FIELD_RULES, "net": text()}, others=True),
         "query": _QUERY,
-        "sed": record({"model": _MODEL}, others=True),
+        "sed": record({"model": _TAGGER}, others=True),
         "hashes": mapping_of(text()),
         "licence": text(),
         "training": mapping_of(anything()),

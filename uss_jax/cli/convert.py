@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kind",
         action="append",
         choices=KINDS,
-        help="kind of IN, given once per IN; default: inferred from tensors and published file names",
+        help="kind of IN, given once per IN; default: inferred from tensors and published names",
     )
     parser.epilog = (
         "example:\n"

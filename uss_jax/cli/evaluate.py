@@ -14,7 +14,7 @@ from uss_jax.cli.arguments import add_precision, natural, path, positive, refuse
 
 _HELP = {
     "pairs": "separation of pairs with several queries; SDR and SI-SDR, with trivial baselines",
-    "tagging": "mAP and AUC of a model's tagging net and detector",
+    "tagging": "mean average precision and ROC AUC of a model's tagging net and detector",
     "planted": "share of mined anchors that contain a planted sound, compared with random anchors",
     "fsdkaggle2018": "mixtures of FSDKaggle2018, 41 classes; SDR and SI-SDR",
     "fsd50k": "mixtures of FSD50K, 200 classes; SDR and SI-SDR",

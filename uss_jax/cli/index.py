@@ -3,9 +3,9 @@
 All checksums are verified; errors are reported with shard and byte offset. An interrupted job
 resumes with the remaining shards.
 
-Records written by other programs (tf.train.Example) are read as they are. Features with common names and
-types are detected, including TFDS's layout; --schema names a JSON file with the keys that cannot be
-detected, any of:
+Records written by other programs (tf.train.Example) are read as they are. Features with common
+names and types are detected, including TFDS's layout; --schema names a JSON file with the keys that
+cannot be detected, any of:
   {"id": "video_id", "audio": "waveform", "labels": "mids", "encoding": "float",
    "label_form": "mid", "sample_rate": 32000, "shards": "*.tfrecord", "split": "train"}
   encoding    pcm_s16le, flac, wav (bytes), float, int64 (lists)

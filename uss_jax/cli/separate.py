@@ -197,7 +197,7 @@ def _query(args: argparse.Namespace, model, threshold: float):
     if not args.query.endswith(".npz"):
         if args.classes:
             raise UserError(
-                "--classes selects vectors of a bank, but --query is not a bank (.npz); use only one"
+                "--classes selects from a bank, but --query is not a bank (.npz); use only one"
             )
         vector = vector_of_recordings(model, args.query)
         return Vectors({name_of_examples(args.query): vector})

@@ -311,7 +311,7 @@ def test_a_workdir_that_is_a_file_is_refused(place, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
         assert main(train_words("resunet30.py", place, workdir)) == 1
-        assert f"--workdir {workdir} cannot be made" in capsys.readouterr().err
+        assert f"--workdir {workdir} cannot be created" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
 
 

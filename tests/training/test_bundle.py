@@ -91,7 +91,7 @@ def test_a_config_that_is_no_config_is_refused(tmp_path, text):
         ("sed", "classes", 50, "sed.model has 50 classes; "),
         ("query", "classes", 50, "query.model has 50 classes; "),
         ("sed", "sample_rate", 16000, "sed.model.sample_rate is 16000, the bundle's sample_rate"),
-        ("sed", "f_max", 5000.0, "no more than half of sample_rate 8000"),
+        ("sed", "f_max", 5000.0, "at most half of sample_rate 8000"),
         ("sed", "n_fft", 255, "n_fft is 255, expected an even number"),
         ("separator", "condition_width", 9, "its query net gives conditions of width 527"),
         ("separator", "condition_witdh", 9, "did you mean condition_width"),

@@ -321,7 +321,7 @@ def test_probabilities_that_a_net_does_not_give_are_refused(records, tmp_path):
     config.tagger.heads = (2,)
     config.data.records = str(records)
     config.data.split = "train"
-    with pytest.raises(UserError, match=r"that this net gives are clipwise$"):
+    with pytest.raises(UserError, match=r"of this net.s clip probabilities: clipwise$"):
         train_tagger(config, tmp_path)
 
 

@@ -226,7 +226,7 @@ def image_of_rule(
         )
         raise UserError(
             f"{where}=htsat needs clips that fit HTS-AT's input image exactly once, of at least "
-            f"{least:g} s and less than {most:g} s, not {clip_samples / sed.sample_rate:g} s; pad "
+            f"{least:g} and less than {most:g} s, not {clip_samples / sed.sample_rate:g} s; pad "
             "or cut them (config.data.clip_seconds, `mine --clip-seconds`), or leave the rule at "
             "uss"
         ) from None

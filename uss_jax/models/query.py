@@ -30,7 +30,7 @@ class Kind:
 
     @property
     def recordings(self) -> bool:
-        """Whether recordings of a sound give its condition."""
+        """True if the condition of a sound is computed from recordings of it."""
         return self.reads is not None
 
 
@@ -86,7 +86,7 @@ class QueryNet(nn.Module):
 
     @property
     def takes(self) -> Kind:
-        """What can be asked for."""
+        """Returns the kind of this net's conditions."""
         return KINDS[self.kind]
 
     @property

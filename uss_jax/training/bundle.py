@@ -89,7 +89,7 @@ class Bundle:
 
     @property
     def is_run(self) -> bool:
-        """Whether this is the workdir of a run."""
+        """True for the workdir of a run."""
         return (self.path / "checkpoints").is_dir()
 
     def separator(self) -> tuple[SeparatorNet, Variables]:

@@ -211,6 +211,11 @@ class Part(NamedTuple):
     whole: bool | None = None
 
 
+def is_opus(data: Bytes) -> bool:
+    """Returns whether a file is Opus in Ogg: so says the first packet."""
+    return data[:4] == b"OggS" and data[28:36] == b"OpusHead"
+
+
 def read_parts(data: Bytes) -> list[Part]:
     """Returns the recordings in a file; several if files of a format in JOINED were joined."""
     magic = bytes(data[:4])

@@ -43,10 +43,13 @@ class FfmpegFailed(Exception):
 
 
 class _Temporary:
-    """A temporary file, deleted with this object."""
+    """A temporary CAF file of float samples, deleted with this object.
+
+    Not W64: libsndfile reads the floats of ffmpeg's W64 files as integers.
+    """
 
     def __init__(self):
-        descriptor, self.name = tempfile.mkstemp(prefix="uss-jax-", suffix=".w64")
+        descriptor, self.name = tempfile.mkstemp(prefix="uss-jax-", suffix=".caf")
         os.close(descriptor)
         weakref.finalize(self, os.unlink, self.name)
 
@@ -83,7 +86,7 @@ def opened(path: str | os.PathLike) -> Iterator[Opened]:
         except soundfile.LibsndfileError as error:
             if error.code != 1:  # "format not recognised"
                 raise
-            source, truncation = _kept(os.fspath(path), _stamp(path))
+            source, truncation = _kept(os.fspath(path), _stamp(path), by_ffmpeg=True)
             file = _open(source)
         file = stack.enter_context(file)
         yield Opened(file, truncation or cut_off(file))
@@ -115,6 +118,11 @@ def _source(
     if len(containers.read_parts(data)) > 1 or containers.flac_samples(data) == 0:
         return _kept(path, _stamp(path))
     head, begin, cut = _right_head(data)
+    # libsndfile 1.2 fails amid some good Opus files.
+    if containers.is_opus(data) and not _is_decodable(path, _stamp(path)):
+        if shutil.which("ffmpeg") is None:
+            raise FfmpegFailed("libsndfile cannot decode this Opus file, ffmpeg may; install it")
+        return _kept(path, _stamp(path), by_ffmpeg=True)[0], cut
     # As bytes, since soundfile rejects str names that are not UTF-8.
     return (_Spliced(path, head, begin, len(data)) if head else os.fsencode(path)), cut
 
@@ -203,11 +211,25 @@ def _stamp(path: str | os.PathLike) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=_KEPT_FILES)
-def _kept(path: str, stamp: tuple[int, int]) -> tuple[_Temporary, str | None]:
+def _is_decodable(path: str, stamp: tuple[int, int]) -> bool:
+    """Returns whether libsndfile decodes a file to its end."""
+    try:
+        with soundfile.SoundFile(os.fsencode(path)) as file:
+            while len(read_block(file, _BLOCK_SAMPLES)[0]):
+                pass
+    except soundfile.SoundFileError:
+        return False
+    return True
+
+
+@functools.lru_cache(maxsize=_KEPT_FILES)
+def _kept(
+    path: str, stamp: tuple[int, int], by_ffmpeg: bool = False
+) -> tuple[_Temporary, str | None]:
     """Decodes a file to a cached temporary one; returns it and evidence of truncation or None."""
     decoded = _Temporary()
     with _mapped(path) as data:
-        if data[:4] in containers.JOINED:
+        if not by_ffmpeg:
             return decoded, _decode_in_turn(path, containers.read_parts(data), decoded.name)
         if data[4:8] == b"ftyp" and containers.joined_mp4(data):
             raise FfmpegFailed("it contains several recordings in a row; join them with ffmpeg")
@@ -226,7 +248,7 @@ def _decode_in_turn(path: str, parts: list[containers.Part], out: str) -> str | 
                 form = file.samplerate, file.channels
                 if writer is None:
                     writer = stack.enter_context(
-                        soundfile.SoundFile(out, "w", *form, "FLOAT", format="W64")
+                        soundfile.SoundFile(out, "w", *form, "FLOAT", format="CAF")
                     )
                 elif form != (writer.samplerate, writer.channels):
                     raise soundfile.SoundFileRuntimeError(
@@ -273,7 +295,7 @@ def _decode_with_ffmpeg(path: str, out: str) -> str | None:
             *(ffmpeg, "-nostdin", "-y", "-v", "error"),
             *("-protocol_whitelist", "file", "-format_whitelist", _DEMUXERS),
             *("-i", f"file:{os.path.abspath(path)}", "-map", "0:a:0"),
-            *("-c:a", "pcm_f32le", "-f", "w64", f"file:{out}"),
+            *("-c:a", "pcm_f32le", "-f", "caf", f"file:{out}"),
         ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

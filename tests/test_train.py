@@ -157,7 +157,7 @@ def _records(path, **metadata):
     [
         ({"data.records": ""}, "config.data.records is empty; give the folder"),
         ({"data.records": "nowhere"}, "nowhere cannot be read (No such file or directory)"),
-        ({"data.split": "test"}, 'has no shards of split "test" (it has "train")'),
+        ({"data.split": "test"}, 'has no shards of split "test" (it has shards of "train")'),
         ({"data.order": "random"}, "config.data.order is 'random', expected balanced or uniform"),
         ({"data.clip_seconds": 0.2}, "config.segment_seconds=0.5 is longer than"),
         (
@@ -289,6 +289,19 @@ def test_what_cannot_run_is_said_before_the_first_step(place, tmp_path, changed,
 def test_what_cannot_run_of_a_tagger_is_said_too(place, tmp_path, changed, said, capsys):
     assert main(train_words("tagger_cnn14.py", place, tmp_path / "run", changed)) == 1
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "config", "said"),
+    [
+        ("train-tagger", "quickstart", "config.optimizer is missing; give a tagger's config"),
+        ("train", "tagger_htsat", "config.loss is missing; give a separator's config"),
+    ],
+)
+def test_a_config_of_the_other_command_is_refused(tmp_path, capsys, command, config, said):
+    assert main([command, "--config", config, "--workdir", str(tmp_path / "run")]) == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_bundle_for_another_rate_or_without_the_part_is_refused(place, tmp_path, capsys):

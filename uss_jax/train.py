@@ -238,8 +238,20 @@ def _norm_scope(config: ConfigDict) -> str | int:
     return items
 
 
+# Needed in a separator's config besides the keys of every run.
+_KEYS = (
+    *("loss", "sed_bundle", "sed_net", "query_bundle", "query_net", "speed", "weight_decay"),
+    *("clip_norm", "ema_decay", "accumulate", "batch_norm", "remat", "sharding"),
+    *("anchors.source", "anchors.min_dbfs", "anchors.table", "data.verify"),
+    *("mixing.sources", "mixing.group_size", "mixing.match_energy", "mixing.order"),
+    *("mixing.all_targets", "mixing.silent_share", "query.kind", "query.dropout"),
+    *("separator.audio_channels", "separator.dtype", "eval.pairs", "eval.every_steps"),
+)
+
+
 def _check(config: ConfigDict) -> None:
-    run.check(config)
+    remedy = "give a separator's config, such as resunet30 (`train-tagger` takes those of taggers)"
+    run.check(config, _KEYS, remedy)
     for key, value, allowed in (
         ("loss", config.loss, LOSSES),
         ("anchors.source", config.anchors.source, ("device", "table", "random")),

@@ -16,6 +16,10 @@ from uss_jax.training.optim import OPTIMIZERS, clipped, make_schedule
 from uss_jax.training.state import TrainState, create_state
 from uss_jax.training.tagging_step import make_tagging_step
 
+# Needed in a tagger's config besides the keys of every run.
+_KEYS = ("optimizer", "tagger", "tagger.dtype", "outputs", "mixup_alpha", "spec_augment")
+_KEYS += ("noise", "speed", "weight_decay")
+
 
 def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
     """Trains a tagging net until `config.total_steps`, resuming the workdir's run if it has one.
@@ -32,7 +36,8 @@ def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
     """
     # Devices, optimiser and records. Mixup blends pairs of clips, so twice the batch is read.
     mesh = make_mesh()
-    run.check(config)
+    remedy = "give a tagger's config, such as tagger_cnn14 or quickstart:part=tagger"
+    run.check(config, _KEYS, f"{remedy} (`train` takes those of separators)")
     if config.optimizer not in OPTIMIZERS:
         raise UserError(
             f"config.optimizer is {config.optimizer!r}, expected {' or '.join(OPTIMIZERS)}"

@@ -107,7 +107,7 @@ def test_the_home_folder_is_found_in_values_and_in_the_file(load, monkeypatch):
 def test_an_argument_goes_to_get_config(load):
     assert load().size == "small"
     assert load(argument=":big").size == "big"
-    with pytest.raises(UserError, match=r"config.py:poem: ValueError: 'poem': expected small or"):
+    with pytest.raises(UserError, match=r"config.py:poem: 'poem': expected small or"):
         load(argument=":poem")
 
 

@@ -434,7 +434,7 @@ def test_averages_over_the_sources_of_other_pairs(place, tmp_path):
         (["--oracle-only", "--train-pairs", "p"], "leave out --train-records and --train-pairs"),
         (["--bank", "b", "--train-records", "r"], "must end in .npz"),
         (["--examples", "2"], "needs --out-dir"),
-        (["--out", "nowhere/r.json"], "make it first"),
+        (["--out", "nowhere/r.json"], "create it first"),
         (["--train-records", "nowhere"], "metadata.json does not exist"),
         (["--model", "nowhere"], "is not a bundle"),
     ],

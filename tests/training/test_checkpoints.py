@@ -358,5 +358,5 @@ def test_a_disk_that_is_full_nonetheless_is_told(tmp_path, monkeypatch, error):
 
     with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
         monkeypatch.setattr(checkpoints._manager, "save", save)
-        with pytest.raises(UserError, match=r"no space is left to write .*c; free some and give"):
+        with pytest.raises(UserError, match=r"no space is left to write .*c; free some and run"):
             checkpoints.save(5, _state(), POSITION)

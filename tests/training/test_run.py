@@ -419,4 +419,4 @@ def test_a_config_file_of_other_keys_or_types_is_said(change, said):
     values = load_config(str(CONFIGS / "resunet30.py"), []).to_dict()
     change(values)
     with pytest.raises(UserError, match=said):
-        run.check(ConfigDict(values))
+        run.check(ConfigDict(values), (), "")

@@ -109,6 +109,8 @@ def _get_config(location: str) -> ConfigDict:
         config = get_config(argument) if argument else get_config()
     except UserError:
         raise
+    except ValueError as error:  # as the shipped ones raise of an argument
+        raise UserError(f"--config {location}: {error}") from error
     except (Exception, SystemExit) as error:  # the file is the user's and can raise anything
         raise UserError(f"--config {location}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -135,10 +135,19 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def check(config: ConfigDict) -> None:
-    """Raises a UserError if config values are invalid, inconsistent or do not suit the devices."""
+def check(config: ConfigDict, keys: Sequence[str], remedy: str) -> None:
+    """Raises a UserError if config values are invalid, inconsistent or do not suit the devices.
+
+    Args:
+      config: config of the run.
+      keys: dotted names that this kind of run needs besides those of every run.
+      remedy: what to do if one is missing, for the message.
+    """
     values = config.to_dict()
     _require_values(values, "config")
+    for key in keys:
+        if _value(values, key, _ABSENT) is _ABSENT:
+            raise UserError(f"config.{key} is missing; {remedy}")
     for key, rule in (_REQUIRED | _OPTIONAL).items():
         value = _value(values, key, _ABSENT)
         if value is not _ABSENT:

@@ -199,7 +199,7 @@ def test_bad_lines_are_named(tmp_path, text, said):
 
 
 def test_other_encodings_and_missing_files_are_said(tmp_path):
-    with pytest.raises(UserError, match="not valid CSV in UTF-8"):
+    with pytest.raises(UserError, match=r"labels.csv, line 2: not valid CSV in UTF-8 \(byte 0xf6"):
         _read(tmp_path, "file,labels\nö.wav,Dog\n", encoding="latin-1")
     with pytest.raises(UserError, match="cannot be read"):
         read_labels(tmp_path / "nothing.csv", tmp_path, "train")

@@ -349,7 +349,11 @@ def load_bank(path: str | os.PathLike) -> Bank:
         texts = {key: str(stored.get(key, "")) for key in ("kind", "net_hash", "how")}
         if texts["kind"] not in KINDS:
             raise ValueError(f"its kind is {texts['kind'][:20]!r}, expected {', '.join(KINDS)}")
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); give a bank that `uss-jax query make` wrote"
+        ) from error
+    except ValueError as error:
         raise UserError(
             f"{path} cannot be read as a query bank ({error}); it needs the arrays name, vectors, "
             "kind and net_hash, as `uss-jax query make` writes them"

@@ -277,7 +277,8 @@ def open_records(
     if found != sample_rate:
         raise UserError(
             f"{directory} holds clips of {found} Hz, config.sample_rate is {sample_rate}; "
-            "prepare the records at that rate or choose the config made for them"
+            f"run `uss-jax prepare` with --sample-rate {sample_rate}, or choose a config for "
+            f"{found} Hz"
         )
     drawn, places = _of_share(index, section.get("share", 1.0), seed), None
     if anchors is not None and anchors.source == "table":

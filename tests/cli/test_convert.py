@@ -221,7 +221,14 @@ def test_bundles_that_cannot_be_whole_again_are_refused(tmp_path, capsys):
     kept.pop("query/query_net.base.logmel_extractor.melW")
     save_file(kept, tmp_path / "bundle" / "foreign.safetensors")
     assert run(tmp_path / "bundle", tmp_path / "back.ckpt") == 1
-    assert "lacks query_net.base.logmel_extractor.melW (1 tensors" in capsys.readouterr().err
+    assert (
+        "lacks query_net.base.logmel_extractor.melW (1 missing tensors" in capsys.readouterr().err
+    )
+    config = json.loads((tmp_path / "bundle" / "config.json").read_text())
+    assert config["separator"].setdefault("net", "resunet") == "resunet"  # as training writes it
+    (tmp_path / "bundle" / "config.json").write_text(json.dumps(config))
+    assert run(tmp_path / "bundle", tmp_path / "back.ckpt") == 1
+    assert "lacks query_net" in capsys.readouterr().err  # and not: has a resunet
     (tmp_path / "bundle" / "foreign.safetensors").unlink()
     assert run(tmp_path / "bundle", tmp_path / "back.ckpt") == 1
     assert "has no foreign.safetensors" in capsys.readouterr().err

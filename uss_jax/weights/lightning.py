@@ -49,9 +49,10 @@ def lightning_state_dict(bundle: Bundle) -> StateDict:
     for part, prefix in LIGHTNING_PREFIXES.items():
         section = bundle.config[part]
         fields = section if part == "separator" else section["model"]
-        if fields.get("net", "cnn14") != "cnn14":
+        known = "resunet" if part == "separator" else "cnn14"
+        if fields.get("net", known) != known:
             raise UserError(
-                f"{bundle.path} has a {fields['net']} as {part}; a .ckpt can only hold Cnn14"
+                f"{bundle.path} has a {fields['net']} as {part}; a .ckpt can only hold a {known}"
             )
         trained = state_dict_of(part, fields, bundle.variables(part), prefix)
         kept = {name: array for name, array in foreign.items() if name.startswith(prefix)}

@@ -36,7 +36,7 @@ def _flat(bundle, part="separator"):
 
 def test_safetensors_hold_every_tensor(bundle, tmp_path, capsys):
     assert _export(bundle, "safetensors", tmp_path / "out") == 0
-    assert "differs from the model by" in capsys.readouterr().out
+    assert "differs from the model's by" in capsys.readouterr().out
     path = tmp_path / "out" / "model.safetensors"
     assert path.stat().st_mode == (tmp_path / "out" / "config.json").stat().st_mode
     stored = load_file(path)

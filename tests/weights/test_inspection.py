@@ -22,7 +22,7 @@ def test_a_bundle(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"{RATE} Hz" in printed
     assert "condition: soft" in printed
-    assert "1 tensors of a foreign checkpoint" in printed
+    assert "1 tensors of the converted checkpoint" in printed
     config = read_bundle(path).config
     for part in ("separator", "query", "sed"):
         params = read_bundle(path).variables(part)["params"]

@@ -78,5 +78,7 @@ def test_pairs_of_another_length_are_said(tmp_path):
         batch_size=8,
         threads=1,
     )
-    with pytest.raises(UserError, match=r"5/1_mixture.wav lasts 0.4 s, other pairs 0.5 s; all config"):
+    with pytest.raises(
+        UserError, match=r"5/1_mixture.wav lasts 0.4 s, other pairs 0.5 s; all config"
+    ):
         evaluate(TrainState(0, {}, {}, ()))

@@ -198,9 +198,10 @@ def _step(
 ) -> Step:
     """Returns the training step; `remat` overrides the config's."""
     remat = config.remat if remat is None else remat
-    gather = lambda params: params  # noqa: E731
+    sharded = {}
     if config.sharding:
-        gather = functools.partial(jax.lax.with_sharding_constraint, shardings=replicated(mesh))
+        whole = functools.partial(jax.lax.with_sharding_constraint, shardings=replicated(mesh))
+        sharded["gather"] = whole
     image = nets.image_of_rule(
         run.anchor_rule_of(config),
         sed,
@@ -219,7 +220,7 @@ def _step(
             speed=config.speed and config.speed.to_dict(),
         ),
         Mixing(**{k: v for k, v in config.mixing.items() if k in known}),
-        Updating(config.accumulate, config.ema_decay, run.max_norm_ratio_of(config), gather),
+        Updating(config.accumulate, config.ema_decay, run.max_norm_ratio_of(config), **sharded),
     )
     return at_precision(run.precision_of(config), step)
 
@@ -238,14 +239,13 @@ def _norm_scope(config: ConfigDict) -> str | int:
     return items
 
 
-# Needed in a separator's config besides the keys of every run.
+# Needed in every separator's config besides the keys of every run.
 _KEYS = (
-    *("loss", "sed_bundle", "sed_net", "query_bundle", "query_net", "speed", "weight_decay"),
-    *("clip_norm", "ema_decay", "accumulate", "batch_norm", "remat", "sharding"),
-    *("anchors.source", "anchors.min_dbfs", "anchors.table", "data.verify"),
+    *("loss", "speed", "weight_decay", "clip_norm", "ema_decay", "accumulate", "batch_norm"),
+    *("remat", "sharding", "anchors.source", "anchors.min_dbfs", "data.verify"),
     *("mixing.sources", "mixing.group_size", "mixing.match_energy", "mixing.order"),
     *("mixing.all_targets", "mixing.silent_share", "query.kind", "query.dropout"),
-    *("separator.audio_channels", "separator.dtype", "eval.pairs", "eval.every_steps"),
+    *("separator.audio_channels", "separator.dtype", "eval.pairs"),
 )
 
 

@@ -210,7 +210,7 @@ def _stamp(path: str | os.PathLike) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-@functools.lru_cache(maxsize=_KEPT_FILES)
+@functools.lru_cache(maxsize=1 << 12)  # a file is opened several times, in many threads
 def _is_decodable(path: str, stamp: tuple[int, int]) -> bool:
     """Returns whether libsndfile decodes a file to its end."""
     try:

@@ -35,7 +35,10 @@ def _train(config, workdir):
         raise UserError("/data/shard-3 cannot be read")
     if what == "bug":
         raise TypeError("of our own making")
-    if what == "broken":
+    if what == "breaks":  # after its partner is lost
+        while not os.path.exists(os.path.join(sys.argv[1], "lost")):
+            time.sleep(0.1)
+    if what in ("broken", "breaks"):
         raise jax.errors.JaxRuntimeError("INTERNAL: no partner")
 
 

@@ -117,9 +117,10 @@ def test_a_collective_that_fails_while_all_hosts_live_is_an_error_with_its_trace
 
 @pytest.mark.long
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_collective_that_fails_because_a_host_is_lost_gives_no_traceback(start, lost):
-    hosts = start(*("hang" if process == lost else "broken" for process in range(2)))
+def test_a_collective_that_fails_because_a_host_is_lost_gives_no_traceback(start, tmp_path, lost):
+    hosts = start(*("hang" if process == lost else "breaks" for process in range(2)))
     hosts[lost].kill()
+    (tmp_path / "lost").touch()
     err, status = _ended(hosts[1 - lost])
     assert re.fullmatch(LOST.format(host=lost), err), err
     assert status == 1

@@ -188,9 +188,19 @@ class Watch:
         """Waits while another process may be lost; if one is, this process ends meanwhile."""
         self._asking = True
         self._write(_BROKEN, "")
-        until = time.monotonic() + _SUSPECT_SECONDS + 5 * _BEAT_SECONDS
-        while self._failure or (time.monotonic() < until and len(self._broken) < self._processes):
+        before, now = self._read(_BEAT), time.monotonic()
+        until, latest = now + _SUSPECT_SECONDS + 5 * _BEAT_SECONDS, now + LOST_SECONDS
+        while self._failure or len(self._broken) < self._processes:
+            now = time.monotonic()
+            if not self._failure and now > until and (self._all_live(before) or now > latest):
+                return
             time.sleep(0.2)
+
+    def _all_live(self, before: dict[int, str]) -> bool:
+        """Whether every other process sent a heartbeat after those in `before`, or has finished."""
+        beats = self._read(_BEAT)
+        others = set(range(self._processes)) - {self._process} - set(self._ends)
+        return all(beats.get(other) != before.get(other) for other in others)
 
     def _beat(self) -> None:
         count = 0

@@ -129,7 +129,7 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
     config.precision = "default"
     config.remat = False  # True: recompute residual blocks in the backward pass, to save memory
     # (regular expression, "fsdp" or "replicate") for names such as params/separator/.../kernel.
-    # fsdp shards an array, its moments and its average over the devices. See training/mesh.py.
+    # fsdp shards an array, its moments and its average over the devices. See devices/mesh.py.
     config.sharding = ()
 
     config.log_every_steps = 100

@@ -28,7 +28,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from uss_jax.atomic import replacing
+from uss_jax.disk.atomic import replacing
 from uss_jax.errors import UserError
 from uss_jax.training.throughput import read_ledger
 

@@ -56,7 +56,7 @@ def pytest_configure(config):
     # A shell's background job ignores Ctrl-C, and so would every process that a test starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Of nets that tests call without saying a precision. The package itself never relies on it:
-    # tests/test_precision.py sets another one.
+    # tests/devices/test_precision.py sets another one.
     way = ways.choose(config.getoption("--at"))
     jax.config.update("jax_default_matmul_precision", way.precision)
 

@@ -8,12 +8,12 @@ import runpy
 import jax
 import pytest
 
-import uss_jax.train
+import uss_jax.training.train_separator
 from tests.tiny import CONFIGS, train_words, write_place
 from uss_jax.cli.config import load_config
 from uss_jax.cli.main import main
+from uss_jax.devices.mesh import make_mesh
 from uss_jax.errors import UserError
-from uss_jax.training.mesh import make_mesh
 
 ABLATIONS = runpy.run_path(str(CONFIGS / "ablations.py"))["ABLATIONS"]
 _SHRUNK = 8  # times in time
@@ -56,7 +56,9 @@ def _shrunk(names):
 @pytest.mark.parametrize("names", _groups(), ids="+".join)
 def test_ablations_take_a_step(place, tmp_path, names, capsys, monkeypatch):
     # One device: less to compile than for eight.
-    monkeypatch.setattr(uss_jax.train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    monkeypatch.setattr(
+        uss_jax.training.train_separator, "make_mesh", lambda: make_mesh(jax.devices()[:1])
+    )
     leaves = _shrunk(names)
     words = train_words("ablations.py", place, tmp_path / "run", leaves)
     assert main(words) == 0, capsys.readouterr().err

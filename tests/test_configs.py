@@ -13,11 +13,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from tests.tiny import CONFIGS
+from uss_jax.bundles.nets import build_sed, build_separator, layout
 from uss_jax.cli.config import load_config
 from uss_jax.errors import UserError
 from uss_jax.models.cnn14 import Cnn14
 from uss_jax.models.resunet import ResUNet
-from uss_jax.training.nets import build_sed, build_separator, layout
 from uss_jax.training.optim import make_schedule
 from uss_jax.training.state import parameter_count
 

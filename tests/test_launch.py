@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from uss_jax.cli.main import build_parser
-from uss_jax.training.hosts import ENVIRONMENT
+from uss_jax.devices.hosts import ENVIRONMENT
 
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])

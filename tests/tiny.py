@@ -10,10 +10,10 @@ import pathlib
 import jax
 import numpy as np
 
+from uss_jax.bundles.nets import fields_of
 from uss_jax.models.cnn14 import Cnn14
 from uss_jax.models.htsat import HTSAT
 from uss_jax.models.resunet import ResUNet
-from uss_jax.training.nets import fields_of
 
 RATE = 8000
 SEGMENT_SECONDS = 0.5
@@ -94,7 +94,7 @@ def write_separator(path, kind="soft", seed=0) -> pathlib.Path:
 
 
 def _write(path, kind, sections, parts) -> None:
-    from uss_jax.training.bundle import write_bundle
+    from uss_jax.bundles.bundle import write_bundle
 
     config = {"kind": kind, "sample_rate": RATE, "segment_seconds": SEGMENT_SECONDS, **sections}
     write_bundle(path, config, parts)
@@ -112,9 +112,9 @@ def noise(seed, seconds, amplitude=0.1) -> np.ndarray:
 
 def write_records(directory, split, clips):
     """Writes records of (id, float waveform, labels); their index."""
-    from uss_jax.data.examples import serialise
     from uss_jax.data.index import build_index
     from uss_jax.data.metadata import write_metadata
+    from uss_jax.data.tf_example import serialise
     from uss_jax.data.tfrecord import RecordWriter
 
     directory = pathlib.Path(directory)

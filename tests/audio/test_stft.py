@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.golden.compare import distance, relative_error
 from tests.golden.inputs import make_signal
 from uss_jax.audio.stft import frame_count, hann_window, istft, stft
-from uss_jax.training.mesh import batch_sharded, make_mesh
+from uss_jax.devices.mesh import batch_sharded, make_mesh
 
 N_FFT, HOP = 2048, 320
 LENGTHS = [64000, 63999, 329600]

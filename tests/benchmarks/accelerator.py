@@ -113,8 +113,8 @@ def training_job(dtype: str, precision: str, batch: int, on_cpu: bool, shapes: b
     """A training step of the separator alone: mixing, separation, loss, update."""
     import jax
 
+    from uss_jax.devices.precision import at_precision
     from uss_jax.models.query import QueryNet
-    from uss_jax.precision import at_precision
 
     net, optimizer, state = separator_and_state(dtype, on_cpu, shapes)
     step = separation_step(net, optimizer, None, QueryNet(None, "one_hot"), batch)
@@ -142,8 +142,8 @@ def whole_job(dtype: str, batch: int, on_cpu: bool) -> Job:
     """A whole step: detector on 10 s, mixing, query net, separation, loss, update."""
     import jax
 
+    from uss_jax.devices.precision import at_precision
     from uss_jax.models.query import QueryNet
-    from uss_jax.precision import at_precision
 
     sed, sed_variables, tagger, variables = taggers(on_cpu)
     net, optimizer, state = separator_and_state(dtype, on_cpu)
@@ -160,7 +160,7 @@ def inference_job(dtype: str, batch: int, on_cpu: bool) -> Job:
     import jax
     import jax.numpy as jnp
 
-    from uss_jax.precision import at_precision
+    from uss_jax.devices.precision import at_precision
 
     net, _, state = separator_and_state(dtype, on_cpu)
     variables = {"params": state.params["separator"], "batch_stats": state.batch_stats["separator"]}
@@ -237,7 +237,7 @@ def ours(deadline: float, profile: bool) -> None:
     """Prints a JSON line for each row."""
     import jax
 
-    from uss_jax.training.cost import device_bytes, model_flops
+    from uss_jax.devices.cost import device_bytes, model_flops
 
     device = jax.devices()[0]
     on_cpu = device.platform == "cpu"

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from uss_jax.bundles.nets import layout
+from uss_jax.devices.mesh import batch_sharded, make_mesh, replicated
 from uss_jax.models.query import QueryNet
 from uss_jax.models.resunet import ResUNet
 from uss_jax.training.examples import Mixing
 from uss_jax.training.losses import LOSSES
-from uss_jax.training.mesh import batch_sharded, make_mesh, replicated
-from uss_jax.training.nets import layout
 from uss_jax.training.optim import adamw_amsgrad
 from uss_jax.training.separation_step import Anchoring, Nets, make_separation_step
 from uss_jax.training.state import create_state

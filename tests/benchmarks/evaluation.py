@@ -66,11 +66,11 @@ def write_inputs(place: pathlib.Path, pairs: int) -> None:
 
 def work(place: pathlib.Path) -> None:
     """Our contender: as the command does, for every line it reads."""
-    from uss_jax.cli.memory import keep_freed_memory
+    from uss_jax.bundles.model import Model
+    from uss_jax.devices.memory import keep_freed_memory
+    from uss_jax.devices.mesh import one_device_per_core
     from uss_jax.evaluation.pairs import find_pairs
     from uss_jax.evaluation.scoring import ORACLE, score
-    from uss_jax.training.mesh import one_device_per_core
-    from uss_jax.training.model import Model
 
     keep_freed_memory()
     one_device_per_core()

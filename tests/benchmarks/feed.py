@@ -36,18 +36,18 @@ import numpy as np
 from tests.benchmarks.pipeline import CLIP, SEGMENT, made_up_table, order_of, write_clips
 from tests.tiny import CONFIGS
 from uss_jax.anchors.table import Placement
+from uss_jax.bundles import nets
+from uss_jax.bundles.checkpoints import Checkpoints
 from uss_jax.data.pipeline import batches
 from uss_jax.data.reader import ClipReader
+from uss_jax.devices.mesh import make_mesh, on_all_devices
 from uss_jax.models.cnn14 import Cnn14
 from uss_jax.models.resunet import ResUNet
-from uss_jax.training import nets
-from uss_jax.training.checkpoints import Checkpoints
 from uss_jax.training.loop import fit
-from uss_jax.training.mesh import make_mesh, on_all_devices
-from uss_jax.training.metrics import MetricsWriter
 from uss_jax.training.optim import adamw_amsgrad
 from uss_jax.training.state import TrainState, create_state
 from uss_jax.training.throughput import Throughput, Trace
+from uss_jax.training.writer import MetricsWriter
 
 BATCH = 16
 BUSY_MS = 20

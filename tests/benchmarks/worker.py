@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from uss_jax.cli.memory import keep_freed_memory
+from uss_jax.devices.memory import keep_freed_memory
 
 SAMPLES = {"separate": 64000, "train": 64000, "tag": 320000, "long": 960000}
 BLOCK = 64000
@@ -136,8 +136,8 @@ def separate_long(net, variables, waveform, condition) -> np.ndarray:
     """A recording as `uss-jax separate` takes it, in windows or (by environment) in blocks."""
     from types import SimpleNamespace
 
+    from uss_jax.bundles.model import Net
     from uss_jax.separation.separator import Layout, Target, separate_blocks
-    from uss_jax.training.model import Net
 
     model = SimpleNamespace(separator=Net(net, variables), sample_rate=32000, segment_samples=BLOCK)
     if "USS_JAX_BENCHMARK_BLOCKS" in os.environ:

@@ -15,9 +15,9 @@ from tests.weights.test_torch import (
     tagger_variables,
 )
 from uss_jax.audio.mel import mel_matrix
+from uss_jax.bundles.bundle import read_bundle
 from uss_jax.cli import convert
 from uss_jax.cli.main import main
-from uss_jax.training.bundle import read_bundle
 from uss_jax.weights.torch import LIGHTNING_PREFIXES, state_dict_of
 
 torch = pytest.importorskip("torch")

@@ -22,7 +22,7 @@ DEAF = {
 }
 PROGRAM = """
 import hashlib, multiprocessing, sys, time
-from uss_jax.atomic import replacing, replacing_folder
+from uss_jax.disk.atomic import replacing, replacing_folder
 from uss_jax.cli import main
 from uss_jax.cli.interrupt import end_on_interrupt
 

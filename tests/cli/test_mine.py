@@ -3,10 +3,10 @@ import pytest
 
 from tests import tiny
 from uss_jax.anchors.table import read_header
+from uss_jax.bundles.bundle import write_bundle
+from uss_jax.bundles.nets import fields_of
 from uss_jax.cli.main import main
 from uss_jax.models.tagging import as_detector
-from uss_jax.training.bundle import write_bundle
-from uss_jax.training.nets import fields_of
 
 
 def _tagger(path, bias):

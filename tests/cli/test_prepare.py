@@ -13,8 +13,8 @@ import pytest
 import soundfile
 
 from uss_jax.cli.main import main
-from uss_jax.data.examples import serialise
 from uss_jax.data.index import load_index
+from uss_jax.data.tf_example import serialise
 from uss_jax.data.tfrecord import RecordWriter
 from uss_jax.errors import UserError
 

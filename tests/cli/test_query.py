@@ -7,10 +7,10 @@ import pytest
 import soundfile
 
 from tests import tiny
+from uss_jax.bundles.bundle import write_bundle
+from uss_jax.bundles.nets import fields_of
 from uss_jax.cli.main import main
 from uss_jax.models.resunet import ResUNet
-from uss_jax.training.bundle import write_bundle
-from uss_jax.training.nets import fields_of
 
 
 @pytest.fixture(scope="module")

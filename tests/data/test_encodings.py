@@ -9,8 +9,8 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from uss_jax.audio.files import flac_bytes
 from uss_jax.data.encodings import count_samples, decode, decode_into, varints
-from uss_jax.data.examples import parse
 from uss_jax.data.schema import Schema
+from uss_jax.data.tf_example import parse
 
 SAMPLES = np.random.default_rng(0).integers(-(2**15), 2**15, 1000).astype(np.int16)
 

@@ -7,11 +7,11 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from tests.data.test_encodings import SAMPLES, STORED
 from uss_jax.cli.main import main
-from uss_jax.data.examples import guess_schema, parse, serialise
 from uss_jax.data.index import build_index, load_index, shards_of_split
 from uss_jax.data.metadata import read_sample_rate
 from uss_jax.data.reader import ClipReader
 from uss_jax.data.schema import Schema, read_schema
+from uss_jax.data.tf_example import guess_schema, parse, serialise
 from uss_jax.data.tfrecord import RecordWriter
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology

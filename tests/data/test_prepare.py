@@ -13,12 +13,12 @@ import tensorflow_datasets as tfds
 from uss_jax.audio import mended
 from uss_jax.data import prepare as prepare_module
 from uss_jax.data.encodings import to_int16
-from uss_jax.data.examples import parse
 from uss_jax.data.index import load_index
 from uss_jax.data.labels import LabelledFile
 from uss_jax.data.metadata import read_encoding, read_sample_rate
 from uss_jax.data.prepare import ClipSettings, Skipped, prepare, prepare_clip
 from uss_jax.data.reader import ClipReader
+from uss_jax.data.tf_example import parse
 from uss_jax.errors import UserError
 
 SETTINGS = ClipSettings(sample_rate=8000, clip_seconds=1.0)
@@ -361,7 +361,7 @@ def test_one_process_prepares_a_split_at_a_time(audio, tmp_path):
     unfinished = tmp_path / "toy" / "1.0.0" / ".unfinished-train"
     unfinished.mkdir(parents=True)
     hold = (
-        "import sys, time; from uss_jax.lock import only_one\n"
+        "import sys, time; from uss_jax.disk.lock import only_one\n"
         "with only_one(sys.argv[1], 'wait'): print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen(

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from uss_jax.audio.files import flac_bytes
 from uss_jax.data import storage
-from uss_jax.data.examples import serialise
 from uss_jax.data.index import build_index, load_index
 from uss_jax.data.reader import ClipReader
 from uss_jax.data.schema import Schema
+from uss_jax.data.tf_example import serialise
 from uss_jax.data.tfrecord import DamagedRecord, RecordWriter, scan_records
 from uss_jax.errors import UserError
 

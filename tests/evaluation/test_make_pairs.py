@@ -6,6 +6,7 @@ import pytest
 import soundfile
 
 from tests.tiny import RATE, SEGMENT, noise, tone, write_records, write_tagger
+from uss_jax.bundles.model import Model
 from uss_jax.cli.main import main
 from uss_jax.data.index import load_index
 from uss_jax.data.reader import ClipReader
@@ -15,7 +16,6 @@ from uss_jax.evaluation import make_pairs
 from uss_jax.evaluation.clips import Chosen, mine
 from uss_jax.evaluation.make_pairs import draw_pairs, mixed_pairs, read_groups
 from uss_jax.ontology import load_ontology
-from uss_jax.training.model import Model
 
 SPEECH, DOG, BARK, PIANO = (load_ontology().resolve(n) for n in ("Speech", "Dog", "Bark", "Piano"))
 _CSR = ("label_row", "label_class")

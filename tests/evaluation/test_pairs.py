@@ -9,9 +9,11 @@ import soundfile
 
 from tests.tiny import RATE, SEGMENT, noise, tone, write_records, write_separator
 from uss_jax.audio.files import write_wav
+from uss_jax.bundles.model import Model
 from uss_jax.cli.main import main
 from uss_jax.data.index import load_index
 from uss_jax.data.reader import ClipReader
+from uss_jax.devices.mesh import make_mesh
 from uss_jax.errors import UserError
 from uss_jax.evaluation import scoring
 from uss_jax.evaluation.averages import class_averages, file_averages
@@ -31,8 +33,6 @@ from uss_jax.evaluation.scoring import (
 from uss_jax.evaluation.summary import bootstrap_interval
 from uss_jax.ontology import load_ontology
 from uss_jax.separation.queries import read_bank
-from uss_jax.training.mesh import make_mesh
-from uss_jax.training.model import Model
 
 SPEECH, DOG, BARK, PIANO = (load_ontology().resolve(n) for n in ("Speech", "Dog", "Bark", "Piano"))
 SOURCES = {SPEECH: lambda i: tone(200 + 50 * i, 0.5), DOG: lambda i: noise(i, 0.5)}

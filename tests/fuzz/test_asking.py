@@ -14,6 +14,9 @@ from hypothesis import strategies as st
 
 from tests import tiny
 from tests.fuzz.damage import check_words, damaged, fuzz, json_values
+from uss_jax.bundles import nets
+from uss_jax.bundles.bundle import read_bundle, read_tensors, write_tensors
+from uss_jax.bundles.nets import fields_of
 from uss_jax.errors import UserError, one_line
 from uss_jax.evaluation.comparison import compare
 from uss_jax.models.resunet import ResUNet
@@ -21,9 +24,6 @@ from uss_jax.separation.job import find_recordings, finished_facts
 from uss_jax.separation.names import file_name
 from uss_jax.separation.queries import Bank, load_bank, write_bank
 from uss_jax.separation.recordings import as_waveform, require_rate
-from uss_jax.training import nets
-from uss_jax.training.bundle import read_bundle, read_tensors, write_tensors
-from uss_jax.training.nets import fields_of
 
 CONFIG = {
     "format_version": 1,

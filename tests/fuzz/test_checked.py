@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fuzz.damage import check_words, damaged, fuzz, json_values
-from uss_jax.checked_json import (
+from uss_jax.disk.checked_json import (
     either,
     list_of,
     mapping_of,
@@ -16,7 +16,7 @@ from uss_jax.checked_json import (
     text,
     whole,
 )
-from uss_jax.checked_npz import Column, read_npz
+from uss_jax.disk.checked_npz import Column, read_npz
 
 RULE = record(
     {"a": whole(0, 9), "b": either(text("x"), list_of(number()))},

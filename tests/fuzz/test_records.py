@@ -14,11 +14,11 @@ from tests.fuzz.damage import check_words, damaged, fuzz, json_values
 from uss_jax.anchors.table import COLUMNS as TABLE_COLUMNS
 from uss_jax.anchors.table import read_table, write_table
 from uss_jax.data.encodings import clipped_share, count_samples, decode
-from uss_jax.data.examples import guess_schema, parse, serialise
 from uss_jax.data.index import COLUMNS, build_index, load_index
 from uss_jax.data.metadata import check_format, read_encoding, read_sample_rate
 from uss_jax.data.reader import ClipReader
 from uss_jax.data.schema import Schema, read_schema
+from uss_jax.data.tf_example import guess_schema, parse, serialise
 from uss_jax.data.tfrecord import RecordWriter, scan_records
 from uss_jax.errors import UserError
 

@@ -9,8 +9,8 @@ from tests.golden.inputs import make_batch
 from tests.golden.nets import golden_tagger
 from tests.golden.ways import limit
 from tests.tiny import RATE, TAGGER, quick_jit, tagger_variables
+from uss_jax.bundles.nets import build_sed, fields_of
 from uss_jax.models.cnn14 import repeat_to_frames
-from uss_jax.training.nets import build_sed, fields_of
 
 OUTPUTS = {
     "cnn14": {"clipwise": "clipwise_output", "embedding": "embedding"},

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from tests.golden.compare import distance
+from uss_jax.devices.mesh import batch_sharded, make_mesh
 from uss_jax.models.conv import Conv1x1, Conv3x3, Upsample, conv3x3, linear
-from uss_jax.training.mesh import batch_sharded, make_mesh
 
 # Batch, frames, bins, channels in and out. From 32 channels on the filter gradient is a sum of
 # products over a few rows: as many as fit, a part of them at the end, one for a long row. From 64

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.golden.compare import distance
+from uss_jax.devices.mesh import batch_sharded, make_mesh
 from uss_jax.models.norm import EPSILON, MOMENTUM, BatchNorm
-from uss_jax.training.mesh import batch_sharded, make_mesh
 
 SHAPE = (8, 6, 5, 3)
 NORM = BatchNorm()

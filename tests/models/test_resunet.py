@@ -13,8 +13,8 @@ from tests.golden.inputs import make_batch
 from tests.golden.nets import golden_separator
 from tests.golden.ways import limit
 from tests.tiny import quick_jit, random_variables
+from uss_jax.devices.mesh import batch_sharded, make_mesh
 from uss_jax.models.resunet import ResUNet, _direction, _mask, resunet30
-from uss_jax.training.mesh import batch_sharded, make_mesh
 from uss_jax.training.state import parameter_count
 
 RUNS = {run["tag"]: run for run in json.loads((GOLDEN / "resunet30_eval.json").read_text())}

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from tests.lowered import precisions, products
+from uss_jax.devices.precision import at_precision
 from uss_jax.models.conv import conv3x3, linear
-from uss_jax.precision import at_precision
 
 # One for each form that a CPU convolves in: by XLA, products of rows, tiles, one product.
 CONVOLUTIONS = [(2, 8, 9, 4, 4), (1, 8, 64, 32, 32), (1, 8, 64, 64, 64), (1, 4, 8, 256, 256)]

@@ -10,6 +10,9 @@ from tests.golden.compare import relative_error, stored
 from tests.golden.inputs import make_signal, query_signal
 from tests.golden.weights import build_state_dict
 from uss_jax.audio.files import write_wav
+from uss_jax.bundles import model as model_module
+from uss_jax.bundles.bundle import Bundle
+from uss_jax.bundles.model import Model
 from uss_jax.separation.queries import (
     Classes,
     Vectors,
@@ -19,9 +22,6 @@ from uss_jax.separation.queries import (
 )
 from uss_jax.separation.recordings import Separator, Settings
 from uss_jax.separation.separator import tag_segments
-from uss_jax.training import model as model_module
-from uss_jax.training.bundle import Bundle
-from uss_jax.training.model import Model
 from uss_jax.weights.torch import convert_lightning
 
 pytestmark = pytest.mark.golden

@@ -6,6 +6,7 @@ import soundfile
 
 from tests import tiny
 from uss_jax.audio.files import mono, read_mono
+from uss_jax.bundles.model import Model
 from uss_jax.cli.main import main
 from uss_jax.errors import UserError
 from uss_jax.separation.queries import (
@@ -20,7 +21,6 @@ from uss_jax.separation.queries import (
     write_bank,
 )
 from uss_jax.separation.separator import tag_segments
-from uss_jax.training.model import Model
 
 
 def bank(*names):

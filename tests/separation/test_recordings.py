@@ -6,10 +6,10 @@ import soundfile
 
 from tests import tiny
 from uss_jax.audio.files import resample
+from uss_jax.bundles.model import Model
 from uss_jax.errors import UserError
 from uss_jax.separation.queries import Classes, Vectors
 from uss_jax.separation.recordings import RESIDUAL, Separator, Settings, consistent, require_rate
-from uss_jax.training.model import Model
 
 
 @pytest.fixture(scope="module")

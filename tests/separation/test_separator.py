@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import tiny
+from uss_jax.bundles.model import Model
+from uss_jax.devices.mesh import make_mesh
 from uss_jax.separation import separator as separator_module
 from uss_jax.separation.separator import Layout, Target, separate_blocks, tag_segments
-from uss_jax.training.mesh import make_mesh
-from uss_jax.training.model import Model
 
 ALWAYS = np.ones(1, bool)
 

@@ -19,7 +19,10 @@ from tests.tiny import (
     write_tagger,
 )
 from uss_jax.anchors.find import find_anchors
+from uss_jax.anchors.mine import MiningSettings, mine
 from uss_jax.anchors.table import Placement, read_table
+from uss_jax.bundles.model import Net
+from uss_jax.bundles.nets import build_sed, fields_of
 from uss_jax.cli.main import main
 from uss_jax.data.index import load_index
 from uss_jax.data.labels import read_labels
@@ -27,9 +30,6 @@ from uss_jax.data.pipeline import batches
 from uss_jax.data.prepare import ClipSettings, prepare
 from uss_jax.data.reader import ClipReader
 from uss_jax.data.sampling import BalancedOrder
-from uss_jax.training.mine import MiningSettings, mine
-from uss_jax.training.model import Net
-from uss_jax.training.nets import build_sed, fields_of
 
 DEMO = pathlib.Path(uss_jax.__file__).parent / "assets" / "demo"
 LENGTH = 5 * SEGMENT

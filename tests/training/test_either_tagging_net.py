@@ -25,8 +25,12 @@ from tests.tiny import (
 )
 from uss_jax.anchors.find import find_anchors
 from uss_jax.audio.files import write_wav
+from uss_jax.bundles.bundle import read_bundle, write_bundle
+from uss_jax.bundles.model import Model
+from uss_jax.bundles.nets import TAGGERS, build_query, build_sed, fields_of
 from uss_jax.data.index import load_index
 from uss_jax.data.reader import ClipReader
+from uss_jax.devices.mesh import make_mesh
 from uss_jax.errors import UserError
 from uss_jax.evaluation.clips import Chosen, mine
 from uss_jax.evaluation.planted import evaluate_planted, format_planted, plant
@@ -34,18 +38,14 @@ from uss_jax.evaluation.tagging import evaluate_tagging
 from uss_jax.models.cnn14 import Cnn14DecisionLevelMax
 from uss_jax.models.resunet import ResUNet
 from uss_jax.separation.queries import vector_of_recordings
-from uss_jax.train import _step, train
-from uss_jax.train_tagger import train_tagger
-from uss_jax.training.bundle import read_bundle, write_bundle
 from uss_jax.training.examples import Mixing
 from uss_jax.training.losses import LOSSES
-from uss_jax.training.mesh import make_mesh
-from uss_jax.training.model import Model
-from uss_jax.training.nets import TAGGERS, build_query, build_sed, fields_of
 from uss_jax.training.optim import adamw
 from uss_jax.training.separation_step import Anchoring, Nets, make_separation_step
 from uss_jax.training.state import create_state
 from uss_jax.training.tagging_step import make_tagging_step
+from uss_jax.training.train_separator import _step, train_separator
+from uss_jax.training.train_tagger import train_tagger
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 NETS = {"cnn14": TAGGER, "htsat": TINY_HTSAT}
@@ -213,7 +213,7 @@ def test_a_separator_trains_by_the_shipped_config_with_htsat(records, tmp_path):
     config.sed_bundle = config.query_bundle = bundle
     config.data.records = str(records)
     config.data.split = "train"
-    train(config, tmp_path / "run")
+    train_separator(config, tmp_path / "run")
     written = json.loads((tmp_path / "run" / "config.json").read_text())
     assert written["separator"]["condition_width"] == ONE_BLOCK.embedding_width
     assert written["sed"]["model"] == written["query"]["model"] == fields_of(ONE_BLOCK)
@@ -266,7 +266,7 @@ def test_a_bundle_of_another_net_than_the_config_s_is_refused(bundle, records, t
     config.data.records = str(records)
     config.data.split = "train"
     with pytest.raises(UserError, match=f"holds the net {bundle.name}, config.sed_net is {other}"):
-        train(config, tmp_path)
+        train_separator(config, tmp_path)
 
 
 @pytest.mark.long

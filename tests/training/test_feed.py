@@ -7,9 +7,9 @@ import time
 import numpy as np
 import pytest
 
+from uss_jax.devices.mesh import batch_sharded, make_mesh
 from uss_jax.errors import UserError
 from uss_jax.training.feed import BATCHES_AHEAD, DeviceFeed
-from uss_jax.training.mesh import batch_sharded, make_mesh
 
 LONG = 60.0  # seconds after which a wait for what must happen is given up
 

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from uss_jax.bundles.checkpoints import Checkpoints
+from uss_jax.devices.mesh import make_mesh, on_all_devices
 from uss_jax.errors import Stopped, UserError
-from uss_jax.training.checkpoints import Checkpoints
 from uss_jax.training.loop import fit
-from uss_jax.training.mesh import make_mesh, on_all_devices
-from uss_jax.training.metrics import MetricsWriter
 from uss_jax.training.state import TrainState
 from uss_jax.training.throughput import Throughput, Trace, read_ledger
+from uss_jax.training.writer import MetricsWriter
 
 
 def _step(state, frozen, batch, key):

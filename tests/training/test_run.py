@@ -26,12 +26,12 @@ from tests.tiny import (
     write_records,
     write_tagger,
 )
+from uss_jax.bundles.bundle import read_bundle
+from uss_jax.bundles.checkpoints import Checkpoints, latest_step, save_tree
 from uss_jax.cli.config import load_config
 from uss_jax.cli.main import main
 from uss_jax.errors import UserError
 from uss_jax.training import run
-from uss_jax.training.bundle import read_bundle
-from uss_jax.training.checkpoints import Checkpoints, latest_step, save_tree
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

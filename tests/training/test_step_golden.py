@@ -15,10 +15,10 @@ from tests.golden.compare import distance, relative_error
 from tests.golden.inputs import make_batch
 from tests.golden.nets import golden_separator, golden_tagger
 from tests.golden.ways import limit
+from uss_jax.bundles.nets import fields_of
 from uss_jax.models.query import QueryNet
 from uss_jax.training.examples import Mixing
 from uss_jax.training.losses import l1_waveform
-from uss_jax.training.nets import fields_of
 from uss_jax.training.optim import adamw_amsgrad, constant_warm_up
 from uss_jax.training.separation_step import Anchoring, Nets, make_separation_step
 from uss_jax.training.state import create_state

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from tests.tiny import TAGGER, TINY_HTSAT, tagger_variables
-from uss_jax.training.nets import build_sed, fields_of
+from uss_jax.bundles.nets import build_sed, fields_of
 from uss_jax.training.optim import adamw, adamw_amsgrad, clipped
 from uss_jax.training.state import create_state
 from uss_jax.training.tagging_step import make_tagging_step

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from uss_jax.training import cost, throughput
+from uss_jax.devices import cost
+from uss_jax.training import throughput
 from uss_jax.training.feed import DeviceFeed
 from uss_jax.training.throughput import Throughput, read_ledger
 

@@ -11,10 +11,10 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
 from tests.tiny import RATE, SEGMENT, write_separator
+from uss_jax.bundles.bundle import read_bundle
+from uss_jax.bundles.checkpoints import Checkpoints, save_tree
+from uss_jax.bundles.model import Model
 from uss_jax.cli.main import main
-from uss_jax.training.bundle import read_bundle
-from uss_jax.training.checkpoints import Checkpoints, save_tree
-from uss_jax.training.model import Model
 from uss_jax.training.state import create_state
 from uss_jax.weights import export
 from uss_jax.weights.inspection import inspect
@@ -93,7 +93,7 @@ def test_a_run_gives_its_average_or_its_last_parameters(bundle, tmp_path):
     averaged = jax.tree.map(lambda x: x / 2, params)
     state = create_state(params, stats, optax.sgd(0.1), ema=True).replace(ema=averaged)
     with Checkpoints(run / "checkpoints", keep=1) as checkpoints:
-        checkpoints.save(7, state, {})
+        checkpoints.save(7, state.parts(), {})
     assert _export(run, "orbax", tmp_path / "last", "--parameters", "last") == 0
     name = "params/after_conv/kernel"
     expected = params["separator"]["after_conv"]["kernel"]

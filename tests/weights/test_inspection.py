@@ -6,11 +6,11 @@ from safetensors.numpy import save_file
 
 from tests.tiny import RATE, noise, write_records, write_separator
 from uss_jax.anchors.table import COLUMNS, write_table
+from uss_jax.bundles.bundle import read_bundle
+from uss_jax.bundles.checkpoints import save_tree
 from uss_jax.cli.main import main
 from uss_jax.errors import UserError
 from uss_jax.separation.queries import Bank, write_bank
-from uss_jax.training.bundle import read_bundle
-from uss_jax.training.checkpoints import save_tree
 from uss_jax.training.state import parameter_count
 from uss_jax.weights.inspection import inspect
 

@@ -11,6 +11,9 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int, Num
 
+from uss_jax.errors import UserError
+from uss_jax.models.tagging import TaggingNet
+
 # Rules that find anchors: that of bytedance/uss, or of HTS-AT's own separation program.
 RULES = ("uss", "htsat")
 # Framewise probabilities have plateaus of 32 frames, so scores tie up to rounding.
@@ -32,6 +35,44 @@ class Anchors:
     begin_sample: Int[Array, "b"]
     samples: Int[Array, "b"]
     score: Float[Array, "b"]
+
+
+def image_of_rule(
+    rule: str, sed: TaggingNet | None, clip_samples: int, where: str
+) -> np.ndarray | None:
+    """Returns the `image` argument of `choose_anchors` for a rule and a clip length.
+
+    Args:
+      rule: one of RULES.
+      sed: the detector; None if anchors are not detected.
+      clip_samples: length of the clips, in samples.
+      where: name of the option that sets the rule, for messages.
+
+    Raises:
+      UserError: the rule is unknown, or does not apply to this detector or clip length.
+    """
+    if rule not in RULES:
+        raise UserError(f"{where} is {rule!r}, expected {' or '.join(RULES)}")
+    if rule == "uss" or sed is None:
+        return None
+    if not hasattr(sed, "frames_of_image"):
+        raise UserError(
+            f"{where}=htsat needs an HTS-AT as detector, but the detector is a "
+            f"{type(sed).__name__}; give an HTS-AT, or leave the rule at uss"
+        )
+    try:
+        return sed.frames_of_image(clip_samples // sed.frame_hop_samples + 1)
+    except ValueError:
+        least, most = (
+            frames * sed.frame_hop_samples / sed.sample_rate
+            for frames in (sed.image_frames / 2, sed.image_frames)
+        )
+        raise UserError(
+            f"{where}=htsat needs clips that fit HTS-AT's input image exactly once, of at least "
+            f"{least:g} and less than {most:g} s, not {clip_samples / sed.sample_rate:g} s; pad "
+            "or cut them (config.data.clip_seconds, `mine --clip-seconds`), or leave the rule at "
+            "uss"
+        ) from None
 
 
 def anchor_scores(probability: Float[Array, "b n"], segment_frames: int) -> Float[Array, "b n"]:

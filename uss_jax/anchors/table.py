@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Integer
 
-from uss_jax.atomic import replacing
 from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
-from uss_jax.checked_json import either, nothing, number, parse_json, record, text, whole
-from uss_jax.checked_npz import Column, read_npz
 from uss_jax.data.index import RecordIndex
 from uss_jax.data.sampling import ANCHORS, JITTER, uniform
+from uss_jax.disk.atomic import replacing
+from uss_jax.disk.checked_json import either, nothing, number, parse_json, record, text, whole
+from uss_jax.disk.checked_npz import Column, read_npz
+from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError
-from uss_jax.opening import at_once
 
 FORMAT_VERSION = 1
 COLUMNS = {

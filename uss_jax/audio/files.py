@@ -16,8 +16,8 @@ import soundfile
 import soxr
 from jaxtyping import Float32, Int16
 
-from uss_jax.atomic import replacing
 from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE, mended
+from uss_jax.disk.atomic import replacing
 from uss_jax.errors import UserError
 
 # File name suffixes of formats read by libsndfile, and of formats decoded by ffmpeg.

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Complex, Float
 
-BATCH_AXIS = "data"
+from uss_jax.devices.mesh import BATCH_AXIS
 
 
 def hann_window(n_fft: int) -> np.ndarray:

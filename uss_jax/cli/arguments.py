@@ -5,8 +5,8 @@ import math
 import os
 from collections.abc import Callable, Iterable
 
+from uss_jax.devices.precision import HIGHEST, PRECISIONS
 from uss_jax.errors import UserError
-from uss_jax.precision import HIGHEST, PRECISIONS
 
 _MOST = 2**31 - 1  # default upper limit
 

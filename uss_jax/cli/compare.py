@@ -21,9 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from uss_jax.atomic import replacing
+    from uss_jax.disk.atomic import replacing
     from uss_jax.evaluation.comparison import compare
-    from uss_jax.evaluation.table import format_table, markdown_table
+    from uss_jax.evaluation.text_table import format_table, markdown_table
 
     header, rows, unlike, missing = compare(args.workdirs)
     remarks = {"not comparable": unlike, "missing": missing}

@@ -2,7 +2,9 @@
 
 import argparse
 import ast
+import contextlib
 import difflib
+import functools
 import math
 import os
 import pathlib
@@ -52,6 +54,17 @@ def add_config_arguments(
         f"example:\n  {example}\n\nexit status: 0 done, 1 error (see the message), 143 stopped by\n"
         "SIGTERM after saving (the same command resumes)"
     )
+
+
+def joined_hosts(args: argparse.Namespace) -> contextlib.AbstractContextManager:
+    """Connects this process to the others of its run, see `join_hosts`."""
+    from uss_jax.bundles.checkpoints import latest_step
+    from uss_jax.devices.hosts import join_hosts
+
+    last_step = lambda: None  # noqa: E731
+    if args.workdir is not None:
+        last_step = functools.partial(latest_step, os.path.join(args.workdir, "checkpoints"))
+    return join_hosts(args.coordinator, args.processes, args.process, last_step=last_step)
 
 
 def load_config(location: str, overrides: list[str]) -> ConfigDict:

@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from uss_jax.bundles.bundle import write_bundle
     from uss_jax.errors import UserError
-    from uss_jax.training.bundle import write_bundle
     from uss_jax.weights.unpickle import read_checkpoint
 
     if len(args.inputs) == 1 and pathlib.Path(args.inputs[0]).is_dir():
@@ -87,8 +87,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _write_back(path: str, out: str) -> None:
     """Writes a bundle as a Lightning checkpoint."""
+    from uss_jax.bundles.bundle import read_bundle
     from uss_jax.errors import UserError
-    from uss_jax.training.bundle import read_bundle
     from uss_jax.weights.lightning import lightning_state_dict, write_lightning
 
     if not out.endswith(".ckpt"):
@@ -146,8 +146,8 @@ def _licence(path: str) -> str:
 
 def _bundle_config(parts: dict) -> dict:
     """Returns the bundle's config, without its licence and what `write_bundle` adds."""
+    from uss_jax.bundles.nets import fields_of, require_classes
     from uss_jax.errors import UserError
-    from uss_jax.training.nets import fields_of, require_classes
 
     for name in parts.keys() & {"query", "sed"}:
         require_classes(parts[name].build(), name)

@@ -142,8 +142,8 @@ def _add_planted(suite: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from uss_jax.devices.mesh import one_device_per_core
     from uss_jax.evaluation.run import evaluate
-    from uss_jax.training.mesh import one_device_per_core
 
     one_device_per_core()
     if args.suite == "pairs":

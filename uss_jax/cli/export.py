@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from uss_jax.training.bundle import read_bundle
+    from uss_jax.bundles.bundle import read_bundle
     from uss_jax.weights.export import export
 
     if args.format != "orbax":

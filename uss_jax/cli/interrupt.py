@@ -7,7 +7,7 @@ import threading
 import time
 from typing import Any, NoReturn
 
-from uss_jax.leaving import leave
+from uss_jax.disk.leaving import leave
 
 # Time for the main thread to react to Ctrl-C before the second thread ends the process.
 _PATIENCE_SECONDS = 2.0

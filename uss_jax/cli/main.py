@@ -10,12 +10,12 @@ import sys
 from typing import NoReturn
 
 import uss_jax
-from uss_jax.atomic import full, is_full
 from uss_jax.cli.compiling import long_compilations_reported
 from uss_jax.cli.interrupt import end_on_interrupt
-from uss_jax.cli.memory import keep_freed_memory
+from uss_jax.devices.memory import keep_freed_memory
+from uss_jax.disk.atomic import full, is_full
+from uss_jax.disk.leaving import leave
 from uss_jax.errors import NotHeard, Stopped, UserError, one_line
-from uss_jax.leaving import leave
 
 # command -> what it does; its module is uss_jax.cli.<command with "_" for "-">.
 COMMANDS = {

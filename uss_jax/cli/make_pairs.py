@@ -64,9 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from uss_jax.bundles.model import Model
     from uss_jax.evaluation.clips import open_records
     from uss_jax.evaluation.make_pairs import make_pairs, read_groups
-    from uss_jax.training.model import Model
 
     say_detector_precision(args)
     groups = read_groups(args.groups) if args.groups else {}

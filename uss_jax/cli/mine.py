@@ -99,11 +99,11 @@ def run(args: argparse.Namespace) -> None:
     import jax
     import numpy as np
 
+    from uss_jax.anchors.mine import MiningSettings, mine
     from uss_jax.anchors.table import read_table
+    from uss_jax.bundles.model import Model
     from uss_jax.errors import UserError
     from uss_jax.evaluation.clips import open_records
-    from uss_jax.training.mine import MiningSettings, mine
-    from uss_jax.training.model import Model
 
     if not args.out.endswith(".npz"):
         raise UserError(f"--out {args.out} does not end in .npz; give the name of an .npz file")
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
     model = Model(args.sed)
     reader = open_records(args.records, args.split, model)
     if args.show is not None:
-        from uss_jax.evaluation.anchors import draw_anchors
+        from uss_jax.anchors.show import draw_anchors
 
         picture = args.picture or f"{args.out.removesuffix('.npz')}.png"
         table = read_table(args.out, reader.index, model.segment_samples)

@@ -57,6 +57,7 @@ def _make(args: argparse.Namespace) -> None:
 
     import numpy as np
 
+    from uss_jax.bundles.model import Model
     from uss_jax.errors import UserError
     from uss_jax.separation.queries import (
         Bank,
@@ -65,7 +66,6 @@ def _make(args: argparse.Namespace) -> None:
         vector_of_recordings,
         write_bank,
     )
-    from uss_jax.training.model import Model
 
     require_npz(args.bank)
     if pathlib.Path(args.bank).exists() and not args.overwrite:

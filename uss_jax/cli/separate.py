@@ -107,11 +107,11 @@ _REPORTED += ("blocks", "mono", "residual", "sum_to_mixture", "format", "precisi
 
 
 def run(args: argparse.Namespace) -> None:
+    from uss_jax.bundles.model import Model
     from uss_jax.errors import NotHeard, UserError
     from uss_jax.separation.job import find_recordings, for_each, heard, separate_all
     from uss_jax.separation.queries import THRESHOLD
     from uss_jax.separation.recordings import Separator, Settings
-    from uss_jax.training.model import Model
 
     _refuse_idle_options(args)
     recordings = find_recordings(args.audio, args.files_from or ())

@@ -24,16 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    from uss_jax.cli.config import load_config
-    from uss_jax.train import dry_run, train
-    from uss_jax.training.hosts import join_hosts
+    from uss_jax.cli.config import joined_hosts, load_config
+    from uss_jax.training.train_separator import dry_run, train_separator
 
     if args.workdir is None and not args.dry_run:
         raise UserError("--workdir is missing; give the folder of the run")
     # Joined first, so that an error on one host stops the others too.
-    with join_hosts(args.coordinator, args.processes, args.process, workdir=args.workdir):
+    with joined_hosts(args):
         config = load_config(args.config, args.config_overrides)
         if args.dry_run:
             print("\n".join(dry_run(config)))
         else:
-            train(config, args.workdir)
+            train_separator(config, args.workdir)

@@ -16,11 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    from uss_jax.cli.config import load_config
-    from uss_jax.train_tagger import train_tagger
-    from uss_jax.training.hosts import join_hosts
+    from uss_jax.cli.config import joined_hosts, load_config
+    from uss_jax.training.train_tagger import train_tagger
 
     # Joined first, so that an error on one host stops the others too.
-    with join_hosts(args.coordinator, args.processes, args.process, workdir=args.workdir):
+    with joined_hosts(args):
         config = load_config(args.config, args.config_overrides)
         train_tagger(config, args.workdir)

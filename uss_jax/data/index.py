@@ -23,11 +23,11 @@ import numpy as np
 from jaxtyping import Float32
 from tqdm import tqdm
 
-from uss_jax.checked_npz import Column, read_npz
 from uss_jax.data.encodings import ENCODINGS, SAMPLE_BYTES, clipped_share, count_samples
 from uss_jax.data.schema import Schema
 from uss_jax.data.storage import Folder, open_folder, versions_below
 from uss_jax.data.tfrecord import CHECKSUM, HEADER, masked_crc, scan_records
+from uss_jax.disk.checked_npz import Column, read_npz
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 
@@ -354,7 +354,7 @@ def _refuse_duplicates(folder: Folder, index: RecordIndex) -> None:
 
 def _index_record(path: str, offset: int, payload: bytes, schema: Schema | None) -> dict:
     # Imported here: only building an index needs protobuf, not reading through one.
-    from uss_jax.data.examples import parse
+    from uss_jax.data.tf_example import parse
 
     schema = schema or Schema()
     try:

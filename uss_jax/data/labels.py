@@ -16,9 +16,9 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from uss_jax.audio.files import find_recordings
+from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
-from uss_jax.opening import at_once
 
 _UNKNOWN_SHOWN = 10
 _LONGEST_VIDEO = 1e6  # seconds

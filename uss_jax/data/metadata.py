@@ -11,11 +11,11 @@ import pathlib
 import tempfile
 from typing import Any
 
-from uss_jax.atomic import move
 from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
-from uss_jax.checked_json import Rule, list_of, read_json, record, text, whole
 from uss_jax.data.encodings import ENCODINGS
 from uss_jax.data.storage import Folder, open_folder, versions_below
+from uss_jax.disk.atomic import move
+from uss_jax.disk.checked_json import Rule, list_of, read_json, record, text, whole
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 

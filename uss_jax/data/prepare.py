@@ -24,18 +24,18 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from uss_jax.atomic import flush, move, replacing
 from uss_jax.audio.files import CutOff, audio_format, flac_bytes, read_mono, truncation
-from uss_jax.checked_json import list_of, mapping_of, number, parse_json, record, text
 from uss_jax.data.encodings import to_int16
-from uss_jax.data.examples import serialise
 from uss_jax.data.index import RecordIndex, build_index
 from uss_jax.data.labels import LabelledFile
 from uss_jax.data.metadata import check_format, write_metadata
 from uss_jax.data.schema import Schema
+from uss_jax.data.tf_example import serialise
 from uss_jax.data.tfrecord import RecordWriter
+from uss_jax.disk.atomic import flush, move, replacing
+from uss_jax.disk.checked_json import list_of, mapping_of, number, parse_json, record, text
+from uss_jax.disk.lock import LOCK, only_one
 from uss_jax.errors import UserError
-from uss_jax.lock import LOCK, only_one
 
 # A clip is silent if no sample reaches -60 dBFS, the level below which anchors are not drawn.
 _SILENT_PEAK = 1e-3

@@ -6,10 +6,10 @@ import re
 from typing import Any
 
 from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
-from uss_jax.checked_json import read_json, record, shown, text, whole
 from uss_jax.data.encodings import ENCODINGS
+from uss_jax.disk.checked_json import read_json, record, shown, text, whole
+from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError
-from uss_jax.opening import at_once
 
 LABEL_FORMS = ("index", "mid", "name", "multi_hot")
 

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import UInt8
 
-from uss_jax.atomic import replacing
+from uss_jax.disk.atomic import replacing
+from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError
-from uss_jax.opening import at_once
 
 _OPEN_FILES = 512  # the usual limit per process is 1024
 _READ_AHEAD = 1 << 20

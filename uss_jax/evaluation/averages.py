@@ -12,13 +12,13 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from uss_jax.audio.files import read_mono
+from uss_jax.bundles.model import Model
 from uss_jax.data.reader import ClipReader
 from uss_jax.evaluation.clips import BATCH_SIZE, MIN_DBFS, Chosen, mine, read_segments
 from uss_jax.evaluation.metrics import is_silent
 from uss_jax.evaluation.scoring import Item
 from uss_jax.ontology import load_ontology
 from uss_jax.separation.queries import Bank, remove_silence
-from uss_jax.training.model import Model
 
 # A class average converges with far fewer clips; AudioSet's largest classes have a million.
 _CLIPS_OF_AVERAGE = 100

@@ -14,12 +14,12 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from uss_jax.anchors.find import find_anchors
+from uss_jax.bundles.model import Model, Net
 from uss_jax.data.index import load_index
 from uss_jax.data.metadata import read_sample_rate
 from uss_jax.data.pipeline import batches
 from uss_jax.data.reader import ClipReader
 from uss_jax.errors import UserError
-from uss_jax.training.model import Model, Net
 
 BATCH_SIZE = 8
 # As in training, quieter segments are not chosen as anchors.

@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from uss_jax.checked_json import (
+from uss_jax.disk.checked_json import (
     either,
     list_of,
     nothing,

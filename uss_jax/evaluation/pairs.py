@@ -11,13 +11,13 @@ import numpy as np
 from jaxtyping import Float
 
 from uss_jax.audio.files import audio_format, read_mono, resampled_length, write_wav
+from uss_jax.audio.picture import write_picture
+from uss_jax.bundles.model import Model
 from uss_jax.errors import UserError
 from uss_jax.evaluation.make_pairs import MANIFEST
-from uss_jax.evaluation.picture import write_picture
 from uss_jax.evaluation.scoring import ORACLE, Figures, Item, Row
 from uss_jax.ontology import load_ontology, whole_number
 from uss_jax.separation.names import file_name
-from uss_jax.training.model import Model
 
 # Cutting and resampling may differ by a frame between programs; a larger difference is an error.
 _TOLERATED_SECONDS = 0.05

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Integer
 
+from uss_jax.bundles.model import Model, Net
 from uss_jax.data.reader import ClipReader
 from uss_jax.data.sampling import BalancedOrder
 from uss_jax.errors import UserError
 from uss_jax.evaluation.clips import BATCH_SIZE, anchors_of_batch
 from uss_jax.evaluation.metrics import is_silent
-from uss_jax.evaluation.table import format_table, silent_note
-from uss_jax.training.model import Model, Net
+from uss_jax.evaluation.text_table import format_table, silent_note
 
 CLIP_SECONDS = 10.0
 EVENT_SECONDS = 1.0

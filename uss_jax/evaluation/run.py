@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import uss_jax
-from uss_jax.atomic import replacing
+from uss_jax.bundles.model import Model
+from uss_jax.devices.precision import HIGHEST
+from uss_jax.disk.atomic import replacing
 from uss_jax.errors import UserError
 from uss_jax.evaluation.averages import (
     Averages,
@@ -42,11 +44,9 @@ from uss_jax.evaluation.summary import (
     write_class_table,
     write_markdown,
 )
-from uss_jax.evaluation.table import format_table, markdown_table, silent_note, write_results
 from uss_jax.evaluation.tagging import evaluate_tagging, format_tagging
-from uss_jax.precision import HIGHEST
+from uss_jax.evaluation.text_table import format_table, markdown_table, silent_note, write_results
 from uss_jax.separation.queries import require_npz, write_bank
-from uss_jax.training.model import Model
 
 Results = dict[str, Any]
 
@@ -281,7 +281,7 @@ def evaluate(
       model_path: bundle or training workdir.
       data: folder of pairs, of records or of a data set, as the suite needs.
       out: JSON file for the results.
-      precision: precision of separator and query net, see uss_jax/precision.py.
+      precision: precision of separator and query net, see uss_jax/devices/precision.py.
       options: options of the suite.
 
     Raises:

@@ -30,13 +30,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Integer
 from tqdm import tqdm
 
+from uss_jax.bundles.bundle import net_hash
+from uss_jax.bundles.model import Model, Net, separate_with
+from uss_jax.devices.mesh import batch_sharded, make_mesh, replicated
 from uss_jax.errors import UserError
 from uss_jax.evaluation.finished import Finished
 from uss_jax.evaluation.metrics import FLOOR, is_silent, separation_figures
 from uss_jax.ontology import load_ontology
-from uss_jax.training.bundle import net_hash
-from uss_jax.training.mesh import batch_sharded, make_mesh, replicated
-from uss_jax.training.model import Model, Net, separate_with
 
 ORACLE, AVERAGE, CLASS = "oracle", "class average", "class vector"
 SHUFFLED, IDENTITY = "shuffled oracle", "target alone"

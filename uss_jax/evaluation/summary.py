@@ -13,7 +13,7 @@ from jaxtyping import Float, Integer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from uss_jax.atomic import replacing
+from uss_jax.disk.atomic import replacing
 from uss_jax.evaluation.metrics import SEPARATION_FIGURES, class_medians
 from uss_jax.evaluation.scoring import (
     CLASS,
@@ -25,7 +25,7 @@ from uss_jax.evaluation.scoring import (
     Figures,
     Item,
 )
-from uss_jax.evaluation.table import format_table, markdown_table
+from uss_jax.evaluation.text_table import format_table, markdown_table
 from uss_jax.ontology import load_ontology
 
 _FIGURES = (*SEPARATION_FIGURES, "level")

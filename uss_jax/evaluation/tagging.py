@@ -11,13 +11,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from uss_jax.audio.pcm import to_float
+from uss_jax.bundles.model import Model
 from uss_jax.data.reader import ClipReader
 from uss_jax.errors import UserError
 from uss_jax.evaluation.clips import Chosen, batches_of
 from uss_jax.evaluation.metrics import average_precision, d_prime, per_class, roc_auc
-from uss_jax.evaluation.table import format_table
+from uss_jax.evaluation.text_table import format_table
 from uss_jax.ontology import load_ontology
-from uss_jax.training.model import Model
 
 DETECTOR = "detector, maximum over time"
 TAGGER = "tagging net"

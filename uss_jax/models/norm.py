@@ -14,7 +14,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from uss_jax.audio.stft import BATCH_AXIS
+from uss_jax.devices.mesh import BATCH_AXIS
 from uss_jax.models.reductions import places, sum_places
 
 EPSILON = 1e-5

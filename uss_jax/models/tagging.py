@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Array, Float
 
 from uss_jax.audio.mel import log_mel
-from uss_jax.precision import HIGHEST, at_precision
+from uss_jax.devices.precision import HIGHEST, at_precision
 
 Augment = Callable[[Array], Array]
 # Batch norm momentum of PANNs and HTS-AT in training: PyTorch's default.

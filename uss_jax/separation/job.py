@@ -20,17 +20,17 @@ from uss_jax.audio.files import (
     truncation,
 )
 from uss_jax.audio.files import find_recordings as recordings_below
-from uss_jax.checked_json import either, list_of, nothing, number, read_json, record, text
+from uss_jax.bundles.bundle import net_hash
+from uss_jax.bundles.model import Model
+from uss_jax.disk.checked_json import either, list_of, nothing, number, read_json, record, text
+from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError, one_line
 from uss_jax.ontology import load_ontology
-from uss_jax.opening import at_once
 from uss_jax.separation.names import file_name
 from uss_jax.separation.queries import Classes, Query
 from uss_jax.separation.recordings import Separated, Separator
 from uss_jax.separation.report import REPORT, not_heard, recording_facts, write_report
 from uss_jax.separation.separator import tag_segments
-from uss_jax.training.bundle import net_hash
-from uss_jax.training.model import Model
 
 _HEARD_SHOWN = 20
 _NAMED = 3

@@ -13,15 +13,15 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float, Float32
 
-from uss_jax.atomic import replacing
 from uss_jax.audio.files import find_recordings, read_mono
-from uss_jax.checked_npz import Column, read_npz
+from uss_jax.bundles.model import Model
+from uss_jax.disk.atomic import replacing
+from uss_jax.disk.checked_npz import Column, read_npz
+from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError
 from uss_jax.models.query import KINDS
 from uss_jax.ontology import load_ontology, reference_tree
-from uss_jax.opening import at_once
 from uss_jax.separation.separator import Target
-from uss_jax.training.model import Model
 
 # A class is active in a segment if its probability is at least this (as in bytedance/uss).
 THRESHOLD = 0.2

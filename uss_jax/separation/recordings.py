@@ -28,8 +28,10 @@ from uss_jax.audio.files import (
     resampled_length,
     writing_audio,
 )
+from uss_jax.bundles.model import Model
+from uss_jax.devices.mesh import make_mesh
+from uss_jax.devices.precision import HIGHEST
 from uss_jax.errors import UserError, one_line
-from uss_jax.precision import HIGHEST
 from uss_jax.separation.names import file_name
 from uss_jax.separation.queries import Query
 from uss_jax.separation.separator import (
@@ -39,8 +41,6 @@ from uss_jax.separation.separator import (
     separate_blocks,
     tag_segments,
 )
-from uss_jax.training.mesh import make_mesh
-from uss_jax.training.model import Model
 
 RESIDUAL = "residual"
 _FLAC_CHANNELS = 8
@@ -143,7 +143,7 @@ class Separator:
 
     @classmethod
     def load(cls, path: str | os.PathLike, precision: str = HIGHEST) -> "Separator":
-        """Opens a bundle or workdir at a precision of uss_jax/precision.py."""
+        """Opens a bundle or workdir at a precision of uss_jax/devices/precision.py."""
         return cls(Model(path, precision))
 
     def separate(

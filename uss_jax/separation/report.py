@@ -24,9 +24,9 @@ from jaxtyping import Float, Float32
 from matplotlib.image import imsave
 
 import uss_jax
-from uss_jax.atomic import replacing
 from uss_jax.audio.files import audio_format, read_blocks, resample
 from uss_jax.audio.mel import mel_matrix
+from uss_jax.disk.atomic import replacing
 from uss_jax.errors import one_line
 from uss_jax.ontology import load_ontology
 

@@ -24,8 +24,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32
 
 from uss_jax.audio.files import mono
-from uss_jax.training.mesh import batch_sharded
-from uss_jax.training.model import Model, Net
+from uss_jax.bundles.model import Model, Net
+from uss_jax.devices.mesh import batch_sharded
 
 _FADE_SECONDS = 0.05
 _TAGGING_BATCH = 8

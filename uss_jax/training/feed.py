@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from uss_jax.training.mesh import to_devices
+from uss_jax.devices.mesh import to_devices
 
 # Batches on the devices, or being copied, that no step has taken yet. One would do if every batch
 # took equally long to read; the second covers a slow one.

@@ -10,14 +10,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from uss_jax.bundles.checkpoints import Checkpoints
+from uss_jax.devices.hosts import StopNotice
 from uss_jax.errors import Stopped, UserError
-from uss_jax.training.checkpoints import Checkpoints
 from uss_jax.training.feed import DeviceFeed
-from uss_jax.training.hosts import StopNotice
-from uss_jax.training.metrics import MetricsWriter
 from uss_jax.training.state import TrainState
 from uss_jax.training.step import Step
 from uss_jax.training.throughput import Throughput, Trace
+from uss_jax.training.writer import MetricsWriter
 
 # Steps dispatched but not finished: enough that the devices never wait for the host, few enough to
 # stop in time when asked to.
@@ -119,14 +119,14 @@ def fit(
                     writer.write(at, {"skipped_grad_norm": norm})
             if values["skipped_in_a_row"] >= max_skipped_steps:
                 # The state is that of the last good step, the position is after the clips read.
-                checkpoints.save(done, state, position(done))
+                checkpoints.save(done, state.parts(), position(done))
                 raise UserError(_gone_wrong(done, int(values["skipped_in_a_row"]), done in spikes))
             values |= throughput.report(done)
             figures = evaluate(state) if evaluating else {}
             if writer is not None:
                 writer.write(done, values | {f"eval/{name}": x for name, x in figures.items()})
             if due:
-                checkpoints.save(done, state, position(done), figures)
+                checkpoints.save(done, state.parts(), position(done), figures)
             if stopping:
                 checkpoints.wait()  # inside StopNotice, where a second SIGTERM does no harm
                 raise Stopped(

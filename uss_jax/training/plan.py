@@ -7,9 +7,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from uss_jax.precision import PRECISIONS
-from uss_jax.training.cost import BFLOAT16, device_bytes, flops_by_way, least_seconds
-from uss_jax.training.mesh import batch_sharded, laid_out, replicated
+from uss_jax.devices.cost import BFLOAT16, device_bytes, flops_by_way, least_seconds
+from uss_jax.devices.mesh import batch_sharded, laid_out, replicated
+from uss_jax.devices.precision import PRECISIONS
 from uss_jax.training.state import TrainState, parameter_count
 from uss_jax.training.step import Step
 
@@ -81,7 +81,7 @@ def describe(
         return [
             *lines,
             f"no upper bound on the speed: the peak FLOP/s of {device.device_kind} is not known "
-            "(training/cost.py lists those of accelerators)",
+            "(devices/cost.py lists those of accelerators)",
         ]
     steps = mesh.size / least
     return [

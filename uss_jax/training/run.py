@@ -16,28 +16,28 @@ from ml_collections import ConfigDict
 
 from uss_jax.anchors.detect import RULES
 from uss_jax.anchors.table import Placement, read_table, usable, without
-from uss_jax.atomic import replacing
 from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
-from uss_jax.checked_json import Rule, anything, number, record, text, whole
+from uss_jax.bundles.bundle import FORMAT_VERSION, read_bundle
+from uss_jax.bundles.checkpoints import Checkpoints, DamagedCheckpoint
+from uss_jax.bundles.fingerprint import fingerprint
 from uss_jax.data.index import RecordIndex, load_index
 from uss_jax.data.metadata import read_sample_rate
 from uss_jax.data.pipeline import batches
 from uss_jax.data.reader import ClipReader
 from uss_jax.data.sampling import BalancedOrder, GroupedOrder, UniformOrder
+from uss_jax.devices.mesh import create, on_all_devices, shapes
+from uss_jax.devices.precision import check_precision
+from uss_jax.disk.atomic import replacing
+from uss_jax.disk.checked_json import Rule, anything, number, record, text, whole
+from uss_jax.disk.lock import only_one
 from uss_jax.errors import UserError
-from uss_jax.lock import only_one
 from uss_jax.models.norm import MOMENTUM
 from uss_jax.ontology import load_ontology
-from uss_jax.precision import check_precision
-from uss_jax.training.bundle import FORMAT_VERSION, read_bundle
-from uss_jax.training.checkpoints import Checkpoints, DamagedCheckpoint
-from uss_jax.training.fingerprint import fingerprint
 from uss_jax.training.loop import Evaluate, fit
-from uss_jax.training.mesh import create, on_all_devices, shapes
-from uss_jax.training.metrics import MetricsWriter
-from uss_jax.training.state import TrainState, parameter_count
+from uss_jax.training.state import TrainState, parameter_count, restore_state
 from uss_jax.training.step import Step
 from uss_jax.training.throughput import Throughput, Trace
+from uss_jax.training.writer import MetricsWriter
 
 # Config keys that determine the data of each step, besides seed, batch, records and anchors.
 _DRAWING = ("data.order", "data.class_weights", "data.share", "data.clip_seconds", "mixup_alpha")
@@ -494,7 +494,7 @@ def train_on(
             try:
                 saved_position = checkpoints.position(start, _POSITION)
                 _require_same_run(saved, about, saved_position, position, records.index)
-                saved_state = checkpoints.restore(start, state)
+                saved_state = restore_state(checkpoints, start, state)
             except DamagedCheckpoint as error:
                 _set_aside(checkpoints, start, error, config)
                 continue
@@ -511,7 +511,7 @@ def train_on(
         if not throughput.knows_device:
             say(
                 "flop_utilisation is not reported: the peak FLOP/s of "
-                f"{jax.devices()[0].device_kind} is not known (training/cost.py lists those of "
+                f"{jax.devices()[0].device_kind} is not known (devices/cost.py lists those of "
                 "accelerators)"
             )
         frozen = on_all_devices(frozen, mesh)

@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
-from uss_jax.atomic import replacing
-from uss_jax.checked_json import anything, list_of, mapping_of, parse_json
-from uss_jax.training.cost import BFLOAT16, flops_by_way, least_seconds, peak_flops
+from uss_jax.devices.cost import BFLOAT16, flops_by_way, least_seconds, peak_flops
+from uss_jax.disk.atomic import replacing
+from uss_jax.disk.checked_json import anything, list_of, mapping_of, parse_json
 from uss_jax.training.feed import DeviceFeed
 from uss_jax.training.step import Step
 

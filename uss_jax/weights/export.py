@@ -21,12 +21,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float
 
-from uss_jax.atomic import replacing_folder
-from uss_jax.errors import UserError
-from uss_jax.models.query import KINDS, QueryNet
-from uss_jax.models.separator import SeparatorNet, separate
-from uss_jax.precision import HIGHEST, at_precision, check_precision
-from uss_jax.training.bundle import (
+from uss_jax.bundles.bundle import (
     Bundle,
     Variables,
     net_hash,
@@ -35,8 +30,13 @@ from uss_jax.training.bundle import (
     write_bundle,
     write_tensors,
 )
-from uss_jax.training.checkpoints import latest_step, save_tree
-from uss_jax.training.mesh import lay_out, make_mesh
+from uss_jax.bundles.checkpoints import latest_step, save_tree
+from uss_jax.devices.mesh import lay_out, make_mesh
+from uss_jax.devices.precision import HIGHEST, at_precision, check_precision
+from uss_jax.disk.atomic import replacing_folder
+from uss_jax.errors import UserError
+from uss_jax.models.query import KINDS, QueryNet
+from uss_jax.models.separator import SeparatorNet, separate
 
 FORMATS = ("orbax", "safetensors", "stablehlo")
 DTYPES = ("float32", "bfloat16")
@@ -95,7 +95,7 @@ def export(
       dtype: dtype of stored parameters; batch statistics stay float32.
       shards: orbax only: number of devices over which every large array is sharded.
       window_seconds: stablehlo only: window length, in seconds; a segment's when None.
-      precision: stablehlo only: precision of the function, see uss_jax/precision.py.
+      precision: stablehlo only: precision of the function, see uss_jax/devices/precision.py.
 
     Returns:
       A sentence on what was checked.

@@ -9,17 +9,17 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from uss_jax.anchors.table import COLUMNS, read_header
-from uss_jax.checked_json import parse_json, record, whole
-from uss_jax.checked_npz import names_in_npz, read_npz
+from uss_jax.bundles import nets
+from uss_jax.bundles.bundle import Bundle, net_hash, read_bundle, read_tensors
+from uss_jax.bundles.checkpoints import latest_step
 from uss_jax.data.index import load_index, splits
 from uss_jax.data.metadata import read_encoding, read_sample_rate
 from uss_jax.data.storage import versions_below
+from uss_jax.disk.checked_json import parse_json, record, whole
+from uss_jax.disk.checked_npz import names_in_npz, read_npz
+from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError
-from uss_jax.opening import at_once
 from uss_jax.separation.queries import load_bank
-from uss_jax.training import nets
-from uss_jax.training.bundle import Bundle, net_hash, read_bundle, read_tensors
-from uss_jax.training.checkpoints import latest_step
 
 _TAIL_BYTES = 1 << 16  # read from the end of metrics.jsonl: many lines
 _PARTS = ("separator", "query", "adaptor", "sed")

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from uss_jax.atomic import replacing
+from uss_jax.bundles.bundle import Bundle, read_tensors
+from uss_jax.disk.atomic import replacing
 from uss_jax.errors import UserError
-from uss_jax.training.bundle import Bundle, read_tensors
 from uss_jax.weights.torch import LIGHTNING_PREFIXES, SMOOTHING, StateDict, state_dict_of
 
 FOREIGN = "foreign.safetensors"

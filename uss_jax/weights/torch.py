@@ -22,11 +22,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from uss_jax.audio.mel import mel_matrix
 from uss_jax.audio.stft import hann_window
+from uss_jax.bundles.nets import check_fields
 from uss_jax.errors import UserError
 from uss_jax.models.cnn14 import Cnn14
 from uss_jax.models.htsat import HTSAT
 from uss_jax.models.resunet import ResUNet
-from uss_jax.training.nets import check_fields
 
 StateDict = dict[str, np.ndarray]
 Fields = dict[str, Any]

@@ -14,9 +14,9 @@ from jaxtyping import Float
 
 from uss_jax.anchors.mix import GAIN_RANGE
 from uss_jax.audio.files import audio_format, read_mono, read_segment, resample
+from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
-from uss_jax.opening import at_once
 
 # As published: items of 2 s, 100 per class, drawn with this seed.
 SECONDS = 2.0

@@ -25,13 +25,13 @@ from jaxtyping import Float32
 from tqdm import tqdm
 
 from uss_jax.audio.files import read_audio, resample
+from uss_jax.bundles.model import Model
 from uss_jax.errors import UserError
 from uss_jax.evaluation.averages import Averages, file_averages
 from uss_jax.evaluation.finished import Finished
 from uss_jax.evaluation.scoring import MIXTURE
 from uss_jax.evaluation.suites.mixing import require_files
-from uss_jax.evaluation.suites.recordings import Values, answers, identity
-from uss_jax.training.model import Model
+from uss_jax.evaluation.suites.whole import Values, answers, identity
 
 STEMS = ("vocals", "drums", "bass", "other")
 _NAME = "MUSDB18-HQ"

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from uss_jax.evaluation.metrics import is_silent
-from uss_jax.evaluation.suites.recordings import require_package
+from uss_jax.evaluation.suites.whole import require_package
 
 RATE = 16000
 _FRAME = 480

@@ -20,14 +20,14 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from uss_jax.audio.files import read_mono, resample
+from uss_jax.bundles.model import Model
 from uss_jax.errors import UserError
 from uss_jax.evaluation.averages import Averages, file_averages
 from uss_jax.evaluation.finished import Finished
 from uss_jax.evaluation.scoring import MIXTURE
 from uss_jax.evaluation.suites.mixing import require_files
-from uss_jax.evaluation.suites.recordings import Values, answers, identity, require_package
 from uss_jax.evaluation.suites.speech import RATE, speech_figures
-from uss_jax.training.model import Model
+from uss_jax.evaluation.suites.whole import Values, answers, identity, require_package
 
 SPEECH = "Speech"
 _NAME = "Voicebank-Demand"

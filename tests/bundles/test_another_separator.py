@@ -1,0 +1,102 @@
+"""Another separator is a module that fulfils the protocol, a row in SEPARATORS, and a config."""
+
+import json
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from tests.tiny import CONFIGS, RATE, tone, train_words, write_pairs, write_place
+from uss_jax.audio.files import read_audio, write_wav
+from uss_jax.audio.stft import istft, stft
+from uss_jax.bundles import nets
+from uss_jax.cli.main import main
+from uss_jax.weights.inspection import inspect
+
+CONFIG = f"""
+import runpy
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    config = runpy.run_path({str(CONFIGS / "resunet30.py")!r})["get_config"]()
+    config.separator = ConfigDict(
+        dict(net="gains", n_fft=128, hop_samples=64, audio_channels=1, dtype="float32")
+    )
+    return config
+"""
+
+
+class Gains(nn.Module):
+    """A gain for each frequency, from the condition alone."""
+
+    n_fft: int = 2048
+    hop_samples: int = 320
+    audio_channels: int = 1
+    condition_width: int = 527
+    dtype: str = "float32"
+
+    @property
+    def grid_samples(self):
+        return self.hop_samples
+
+    @property
+    def window_samples(self):
+        return 32 * self.n_fft
+
+    @property
+    def context_samples(self):
+        return self.n_fft
+
+    def for_training(self, norm_scope, remat):
+        return self
+
+    def __call__(self, mixture, condition, train=False):
+        return self.separate_with_shared_mask(mixture, condition)
+
+    @nn.compact
+    def separate_with_shared_mask(self, mixture, condition):
+        gain = nn.sigmoid(nn.Dense(self.n_fft // 2 + 1, name="gain")(condition))
+        spectrum = stft(mixture, self.n_fft, self.hop_samples) * gain[:, None, None]
+        return istft(spectrum, self.n_fft, self.hop_samples, mixture.shape[-1])
+
+
+@pytest.mark.long
+def test_it_trains_is_measured_separates_and_is_exported(tmp_path, monkeypatch):
+    monkeypatch.setitem(nets.SEPARATORS, "gains", Gains)
+    place, run, out = write_place(tmp_path), tmp_path / "run", str(tmp_path / "pairs.json")
+    write_pairs(tmp_path / "pairs", [1, 300])
+    (tmp_path / "gains.py").write_text(CONFIG)
+    changed = {"eval.pairs": tmp_path / "pairs", "eval.every_steps": 2, "total_steps": 4}
+    words = train_words(str(tmp_path / "gains.py"), place, run, changed)
+    words = [word for word in words if not word.startswith("--config.separator.")]
+    assert main(words) == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 4
+    assert np.isfinite(lines[-1]["eval/sdri"])
+
+    model = ["--model", str(run)]
+    pairs = ["--data", str(tmp_path / "pairs")]
+    assert main(["evaluate", "pairs", *pairs, *model, "--out", out]) == 0
+    write_wav(tmp_path / "two.wav", np.stack([tone(400, 1.5), tone(400, 1.5) / 2]), RATE)
+    separate = ["separate", str(tmp_path / "two.wav"), *model, "--classes", "Speech"]
+    assert main([*separate, "--threshold", "0", "--out", str(tmp_path / "separated")]) == 0
+    (file,) = (tmp_path / "separated").rglob("*.wav")
+    estimate, _ = read_audio(file)
+    np.testing.assert_allclose(estimate[0], 2 * estimate[1], atol=1e-6)
+    assert np.abs(estimate).max() > 0
+    for form in ("orbax", "safetensors"):
+        exported = str(tmp_path / form)
+        assert main(["export", str(run), "--format", form, "--out", exported]) == 0
+        assert any("gains" in line for line in inspect(exported)) == (form == "orbax")
+    assert "separator: gains" in "\n".join(inspect(run))
+
+
+def test_windows_follow_the_net():
+    """Of its own grid, window and context."""
+    net = nets.build_separator({"net": "resunet", "hop_samples": 64, "channels": [4, 4, 4]})
+    assert net.grid_samples == 64 * 4
+    assert nets.fields_of(net)["net"] == "resunet"
+    assert jax.tree.leaves(nets.layout(Gains(128, 64))["batch_stats"]) == []

@@ -1,0 +1,49 @@
+"""A process of a run whose training is as told: python -m tests.devices.host WORKDIR WHAT WHAT
+
+The words say what processes 0 and 1 do in place of training. Limits are short.
+"""
+
+import os
+import sys
+import threading
+import time
+
+import jax
+
+import uss_jax.training.train_separator
+from tests.tiny import CONFIGS
+from uss_jax.cli.main import main
+from uss_jax.devices import hosts, watch
+from uss_jax.errors import UserError
+
+watch.LOST_SECONDS, watch._SUSPECT_SECONDS = 6.0, 3.0
+watch._BEAT_SECONDS, watch._GRACE_SECONDS = 0.3, 1.0
+if "alone" in sys.argv:
+    hosts._JOIN_SECONDS = 2.0
+
+
+def _train(config, workdir):
+    what = sys.argv[2 + int(os.environ["JAX_PROCESS_ID"])]
+    print("joined", flush=True)
+    if what == "hang":  # as in a collective of an accelerator whose partner is gone
+        threading.Event().wait()
+    if what == "busy":  # longer than the limit, with the interpreter's lock free
+        time.sleep(1.5 * watch.LOST_SECONDS)
+    if what == "late":
+        time.sleep(3)
+    if what == "bad":
+        raise UserError("/data/shard-3 cannot be read")
+    if what == "bug":
+        raise TypeError("of our own making")
+    if what == "breaks":  # after its partner is lost
+        while not os.path.exists(os.path.join(sys.argv[1], "lost")):
+            time.sleep(0.1)
+    if what in ("broken", "breaks"):
+        raise jax.errors.JaxRuntimeError("INTERNAL: no partner")
+
+
+uss_jax.training.train_separator.train_separator = _train
+
+if __name__ == "__main__":
+    config = str(CONFIGS / "resunet30.py")
+    sys.exit(main(["train", "--config", config, "--workdir", sys.argv[1]]))

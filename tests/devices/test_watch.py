@@ -1,0 +1,152 @@
+"""Two processes, of which one is lost or ends early, with limits of seconds and without nets."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.tiny import CONFIGS
+
+LOST = r"uss-jax: host {host} \(.+\) was lost: .+; the last checkpoint is step 40: the same command"
+LOST += r" resumes from there\n"
+ENDED = LOST.replace("was lost: .+", "ended: {why}")
+
+
+@pytest.fixture
+def start_one(tmp_path):
+    """Starts one of two processes."""
+    (tmp_path / "checkpoints" / "40").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "60.orbax-checkpoint-tmp").mkdir()
+    with socket.socket() as free:
+        free.bind(("", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    with contextlib.ExitStack() as stack:
+
+        def start_one(process, *whats):
+            host = subprocess.Popen(
+                [sys.executable, "-m", "tests.devices.host", tmp_path, *whats],
+                cwd=CONFIGS.parent,
+                env={
+                    **os.environ,
+                    "JAX_COORDINATOR_ADDRESS": address,
+                    "JAX_NUM_PROCESSES": "2",
+                    "JAX_PROCESS_ID": str(process),
+                },
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            stack.enter_context(host)
+            stack.callback(host.kill)
+            return host
+
+        yield start_one
+
+
+@pytest.fixture
+def start(start_one):
+    """Starts both and returns them once they have met."""
+
+    def start(*whats):
+        hosts = [start_one(process, *whats) for process in range(2)]
+        for host in hosts:
+            assert host.stdout.readline() == "joined\n", host.stderr.read()
+        return hosts
+
+    return start
+
+
+def _ended(host, timeout=60):
+    return host.communicate(timeout=timeout)[1], host.returncode
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_host_that_is_killed_or_hangs_ends_the_other_though_it_hangs_too(start, lost, how):
+    hosts = start("hang", "hang")
+    hosts[lost].send_signal(how)
+    err, status = _ended(hosts[1 - lost])
+    assert re.fullmatch(LOST.format(host=lost), err), err
+    assert status == 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("bad", [0, 1])
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [("bad", "/data/shard-3 cannot be read"), ("bug", "TypeError: of our own making")],
+)
+def test_an_error_on_one_host_ends_the_other_which_names_it(start, bad, what, why):
+    hosts = start(*(what if process == bad else "hang" for process in range(2)))
+    err, status = _ended(hosts[1 - bad])
+    assert re.fullmatch(ENDED.format(host=bad, why=why), err), err
+    assert status == 1
+    err, status = _ended(hosts[bad])
+    assert status == 1
+    if what == "bad":
+        assert err == f"uss-jax: {why}\n"
+    else:
+        assert err.rstrip().endswith(why)
+
+
+@pytest.mark.long
+def test_an_error_on_all_hosts_is_each_ones_own_and_ends_them_at_once(start):
+    hosts = start("bad", "bad")
+    begun = time.monotonic()
+    for host in hosts:
+        assert _ended(host) == ("uss-jax: /data/shard-3 cannot be read\n", 1)
+    assert time.monotonic() - begun < 3
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("other", ["broken", "hang"])
+def test_a_collective_that_fails_while_all_hosts_live_is_an_error_with_its_traceback(start, other):
+    hosts = start("broken", other)
+    err, status = _ended(hosts[0])
+    assert re.search(r"Traceback.*INTERNAL: no partner\n$", err, re.S), err
+    assert status == 1
+    assert _ended(hosts[1])[1] == 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_collective_that_fails_because_a_host_is_lost_gives_no_traceback(start, tmp_path, lost):
+    hosts = start(*("hang" if process == lost else "breaks" for process in range(2)))
+    hosts[lost].kill()
+    (tmp_path / "lost").touch()
+    err, status = _ended(hosts[1 - lost])
+    assert re.fullmatch(LOST.format(host=lost), err), err
+    assert status == 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("whats", [("busy", "late"), ("late", "busy")])
+def test_a_host_that_is_busy_for_long_is_not_lost(start, whats):
+    assert [_ended(host) for host in start(*whats)] == [("", 0)] * 2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("interrupted", [0, 1])
+def test_ctrl_c_on_one_host_ends_both(start, interrupted):
+    hosts = start("hang", "hang")
+    hosts[interrupted].send_signal(signal.SIGINT)
+    assert _ended(hosts[interrupted]) == ("uss-jax: interrupted\n", 130)
+    err, status = _ended(hosts[1 - interrupted])
+    assert re.fullmatch(ENDED.format(host=interrupted, why="interrupted"), err), err
+    assert status == 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_host_whose_other_never_starts_says_so(start_one, process):
+    err, status = _ended(start_one(process, "alone", "alone"))
+    assert err.startswith("uss-jax: the 2 hosts did not all connect within 2 seconds: ")
+    assert err.count("\n") == 1
+    assert status == 1

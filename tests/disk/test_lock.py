@@ -1,0 +1,70 @@
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from uss_jax.disk.lock import only_one
+from uss_jax.errors import UserError
+
+HOLD = """
+import multiprocessing, sys, time
+from uss_jax.disk.lock import only_one
+
+with only_one(sys.argv[1], "wait"):
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,)).start()
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+def test_another_process_is_refused_and_told_who_has_it(tmp_path, holder):
+    with (
+        pytest.raises(UserError, match=rf"is in use by process {holder.pid} on .*; choose another"),
+        only_one(tmp_path, "choose another"),
+    ):
+        pass
+
+
+def test_a_killed_process_leaves_no_lock_behind_though_its_child_lives(tmp_path, holder):
+    holder.kill()
+    holder.wait()
+    with only_one(tmp_path, "wait"):
+        assert f"process {os.getpid()} on" in (tmp_path / ".lock").read_text()
+
+
+def test_a_lock_given_back_can_be_had_again(tmp_path):
+    for _ in range(2):
+        with only_one(tmp_path, "wait"):
+            pass
+
+
+def test_what_was_in_the_file_does_not_matter(tmp_path):
+    (tmp_path / ".lock").write_bytes(b"\xff\x00" * 500)
+    with only_one(tmp_path, "wait"):
+        pass
+
+
+@pytest.mark.parametrize("make", [pathlib.Path.mkdir, os.mkfifo])
+def test_something_else_of_its_name_is_said(tmp_path, make):
+    make(tmp_path / ".lock")
+    said = "is where the lock file must be, but is not a file"
+    with pytest.raises(UserError, match=said), only_one(tmp_path, "wait"):
+        pass

@@ -1,0 +1,280 @@
+"""Bundles: a model on disk with everything needed to use it. A workdir can be used as one.
+
+A bundle is a folder with `config.json` and a folder for each part: `separator`, `query` (the
+tagging net that computes conditions), `adaptor` (if the query has one), `sed`. In a workdir the
+frozen parts are under `frozen/`, and the trained ones in the newest checkpoint, as a moving average
+if there is one. A tagger's run has one trained net, used as both `query` and `sed`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from uss_jax.bundles import nets
+from uss_jax.bundles.checkpoints import (
+    Checkpoints,
+    latest_step,
+    load_tree,
+    require_same_layout,
+    save_tree,
+)
+from uss_jax.disk.atomic import replacing_folder
+from uss_jax.disk.checked_json import (
+    anything,
+    either,
+    mapping_of,
+    nothing,
+    number,
+    read_json,
+    record,
+    text,
+    whole,
+)
+from uss_jax.disk.opening import at_once
+from uss_jax.errors import UserError
+from uss_jax.models.query import QueryNet
+from uss_jax.models.separator import SeparatorNet
+from uss_jax.models.tagging import TaggingNet
+
+FORMAT_VERSION = 1
+_TRAINED_AS = {"query": "tagger", "sed": "tagger"}  # names of these parts in a checkpoint
+# Schema of config.json; unknown keys are ignored.
+_TAGGER = record({}, {**nets.FIELD_RULES, "net": text(*nets.TAGGERS)}, others=True)
+_QUERY = record({}, {**nets.FIELD_RULES, "model": either(nothing(), _TAGGER)}, others=True)
+_CONFIG = record(
+    {
+        "format_version": whole(0, 1 << 30),
+        "kind": text(),
+        "sample_rate": nets.FIELD_RULES["sample_rate"],
+        "segment_seconds": number(0.01, 600),
+    },
+    {
+        "separator": record({}, {**nets.FIELD_RULES, "net": text()}, others=True),
+        "query": _QUERY,
+        "sed": record({"model": _TAGGER}, others=True),
+        "hashes": mapping_of(text()),
+        "licence": text(),
+        "training": mapping_of(anything()),
+        "step": whole(0, 1 << 53),
+    },
+    others=True,
+)
+Variables = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """An open bundle or workdir; parts are read on demand.
+
+    Attributes:
+      path: folder of the bundle.
+      config: `kind` (separator or tagger), `sample_rate` in Hz, `segment_seconds`, and a section
+        for each part with the fields of its net, and the net's name under `net`; a tagging net's
+        are under `model`.
+      averaged: whether to read the moving average of a run's parameters if there is one.
+    """
+
+    path: pathlib.Path
+    config: dict[str, Any]
+    averaged: bool = True
+
+    @property
+    def is_run(self) -> bool:
+        """True for the workdir of a run."""
+        return (self.path / "checkpoints").is_dir()
+
+    def separator(self) -> tuple[SeparatorNet, Variables]:
+        """Returns the separator and its variables."""
+        separator, variables = self._built(
+            "separator", nets.build_separator, self._section("separator")
+        )
+        if "query" in self.config:
+            width = self._query_net().width
+            if width != separator.condition_width:
+                raise UserError(
+                    f"{self.path}: separator.condition_width is {separator.condition_width}, but "
+                    f"its query net gives conditions of width {width}"
+                )
+        return separator, variables
+
+    def sed(self) -> tuple[TaggingNet, Variables]:
+        """Returns the sound event detector and its variables."""
+        sed, variables = self._built("sed", nets.build_sed, self._section("sed")["model"])
+        self._require_audioset(sed, "sed")
+        return sed, variables
+
+    def query(self) -> tuple[QueryNet, Variables]:
+        """Returns the query net and its variables, including those of an adaptor.
+
+        The query net of a tagger has the kind `soft`.
+        """
+        query = self._query_net()
+        nets.require_classes(query, f"{self.path}: query")
+        variables: Variables = {"params": {}, "batch_stats": {}}
+        if query.tagger is not None:
+            self._require_audioset(query.tagger, "query")
+            _, tagger = self._built("query", lambda net: net, query.tagger)
+            variables = {item: {"tagger": tagger[item]} for item in variables}
+        if query.adaptor_width:
+            variables["params"]["adaptor"] = self.variables("adaptor")["params"]
+        return query, variables
+
+    def variables(self, part: str, verify: bool = True) -> Variables:
+        """Reads `params` and `batch_stats` of a part as host arrays.
+
+        Args:
+          part: name of the part.
+          verify: whether to check the variables against the hash in the bundle's config.
+
+        Raises:
+          UserError: there are no variables, they cannot be read, or they do not match the hash.
+        """
+        for place in (self.path / part, self.path / "frozen" / part):
+            if place.is_dir():
+                variables = load_tree(place)
+                said = self.config.get("hashes", {}).get(part)
+                if verify and said is not None and said != net_hash(variables):
+                    raise UserError(
+                        f"{place}: the arrays do not match the hash of {part} in config.json; "
+                        "copy the bundle again, or remove the hash if the change is intended"
+                    )
+                return variables
+        # A run's nets are in its newest checkpoint, those of the query under `query`.
+        step = latest_step(self.path / "checkpoints")
+        if step is not None:
+            name = _TRAINED_AS.get(part, part)
+            with Checkpoints(self.path / "checkpoints", keep=None) as checkpoints:
+                items = checkpoints.items(step)
+                params = "ema" if self.averaged and "ema" in items else "params"
+                params = checkpoints.read(step, params)
+                # A separator without batch norm has no statistics.
+                stats = checkpoints.read(step, "batch_stats") if "batch_stats" in items else {}
+            params, stats = ({**tree, **tree.get("query", {})} for tree in (params, stats))
+            if name in params:
+                return {"params": params[name], "batch_stats": stats.get(name, {})}
+        raise UserError(
+            f"{self.path} holds no parameters of its {part}; copy it again or, if it is the "
+            "workdir of a run, wait for its first checkpoint"
+        )
+
+    def _query_net(self) -> QueryNet:
+        section = {"kind": "soft", **self._section("query")}
+        return nets.build_query(section, section.get("model"))
+
+    def _require_audioset(self, net: TaggingNet, part: str) -> None:
+        """Checks a tagging net for AudioSet's classes and the bundle's sampling rate."""
+        nets.require_classes(net, f"{self.path}: {part}.model")
+        if net.sample_rate != self.config["sample_rate"]:
+            raise UserError(
+                f"{self.path}: {part}.model.sample_rate is {net.sample_rate}, the bundle's "
+                f"sample_rate {self.config['sample_rate']}; both must be the same"
+            )
+
+    def _section(self, part: str) -> dict[str, Any]:
+        if part not in self.config:
+            raise UserError(f"{self.path} has no {part}; it is a {self.config['kind']} bundle")
+        return self.config[part]
+
+    def _built(self, part: str, build: Any, fields: Any) -> tuple[Any, Variables]:
+        net, variables = build(fields), self.variables(part)
+        require_same_layout(nets.layout(net), variables, part, str(self.path))
+        return net, variables
+
+
+def read_bundle(path: str | os.PathLike, averaged: bool = True) -> Bundle:
+    """Opens a bundle or a workdir; `averaged` as in `Bundle`.
+
+    Raises:
+      UserError: the config is missing, invalid, or of another format version or kind.
+    """
+    path = pathlib.Path(path)
+    config_path = path / "config.json"
+    try:
+        with open(config_path, "rb", opener=at_once) as file:
+            config = read_json(file, _CONFIG)
+    except OSError as error:
+        raise UserError(
+            f"{path} is not a bundle or workdir: {config_path} cannot be read "
+            f"({error.strerror or error})"
+        ) from error
+    except ValueError as error:
+        raise UserError(
+            f"{config_path} is not the config of a bundle or workdir: {error}"
+        ) from error
+    version, kind = config["format_version"], config["kind"]
+    if version != FORMAT_VERSION or kind not in ("separator", "tagger"):
+        raise UserError(
+            f"{config_path} has format version {version} and kind {kind}; this version reads "
+            f"format version {FORMAT_VERSION} and kind separator or tagger"
+        )
+    return Bundle(path, config, averaged)
+
+
+def write_bundle(
+    path: str | os.PathLike,
+    config: Mapping[str, Any],
+    parts: Mapping[str, Variables],
+    foreign: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """Writes a bundle atomically, with hashes of its parts added to the config.
+
+    Args:
+      path: folder to create; must not exist yet.
+      config: as in `Bundle`.
+      parts: variables of each part.
+      foreign: tensors of a foreign checkpoint without a counterpart here, kept verbatim.
+    """
+    path = pathlib.Path(path)
+    if path.exists():
+        raise UserError(f"{path} exists already; choose another name or remove it first")
+    with replacing_folder(path) as unfinished:
+        unfinished.mkdir()
+        for part, variables in parts.items():
+            save_tree(unfinished / part, dict(variables))
+        if foreign:
+            write_tensors(unfinished / "foreign.safetensors", foreign)
+        hashes = {part: net_hash(variables) for part, variables in parts.items()}
+        content = {"format_version": FORMAT_VERSION, **config, "hashes": hashes}
+        (unfinished / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def net_hash(variables: Variables) -> str:
+    """Returns the SHA-256 of the names, shapes, dtypes and values of a net's variables."""
+    digest = hashlib.sha256()
+    leaves = jax.tree_util.tree_leaves_with_path(variables)
+    for key, leaf in sorted((jax.tree_util.keystr(key), leaf) for key, leaf in leaves):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{key}{array.shape}{array.dtype}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads a safetensors file.
+
+    Raises:
+      UserError: the file is damaged; the library checks all sizes against that of the file.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path} cannot be read as a safetensors file ({str(error)[:200]}); get it again"
+        ) from error
+
+
+def write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a safetensors file with the permissions of any other new file."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({name: np.asarray(array, order="C") for name, array in tensors.items()}, path)
+    path.chmod(mode)

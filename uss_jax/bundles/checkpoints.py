@@ -1,0 +1,422 @@
+"""Trees of arrays on disk: checkpoints and parts of bundles. Only this module imports orbax."""
+
+import asyncio
+import contextlib
+import dataclasses
+import gc
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from uss_jax.bundles.fingerprint import by_path, fingerprint, path_of
+from uss_jax.disk.atomic import flush, flush_below, full, is_full, move
+from uss_jax.disk.checked_json import (
+    Rule,
+    anything,
+    either,
+    mapping_of,
+    nothing,
+    parse_json,
+    text,
+    whole,
+)
+from uss_jax.errors import UserError
+
+# Parts of the state of a run.
+ITEMS = ("params", "batch_stats", "opt_state", "ema", "skipped", "norms")
+_FINGERPRINTS = mapping_of(text())
+_METRICS = "metrics/metrics"
+# Files that orbax reads from every checkpoint when it opens their folder. A malformed one makes
+# opening fail for all checkpoints; a checkpoint without these files is usable.
+_READ_AT_ONCE = {
+    "_CHECKPOINT_METADATA": mapping_of(
+        either(nothing(), text(), whole(0, 2**63), mapping_of(anything()))
+    ),
+    _METRICS: mapping_of(anything()),
+}
+# Exceptions that orbax raises for missing, truncated or overwritten files.
+_DAMAGE = (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError)
+# Upper bound on the bytes of a checkpoint besides its arrays.
+_ROOM_FOR_NOTES = 2_000_000
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that cannot be read, or whose arrays differ from those saved.
+
+    Attributes:
+      where: folder of the checkpoint.
+      why: description of the damage.
+    """
+
+    def __init__(self, where: pathlib.Path, why: str):
+        super().__init__(
+            f"{where} is damaged ({why}); move it away to use the checkpoint before it"
+        )
+        self.where, self.why = where, why
+
+
+class _FlushedThenNamed(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """Flushes a checkpoint before renaming it, so that a power cut leaves no incomplete one."""
+
+    async def finalize(self) -> None:
+        await asyncio.to_thread(flush_below, self.get())
+        await super().finalize()  # also writes the commit time, which reading does not need
+        await asyncio.to_thread(flush, self.get_final().parent)
+
+
+def _sdri(figures: Mapping[str, float] | None) -> float:
+    return (figures or {}).get("sdri", -np.inf)
+
+
+@dataclasses.dataclass
+class _NewestAndBest:
+    """Policy that orbax applies after each save: keep the newest and the best checkpoints."""
+
+    newest: int | None
+    best: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = set(steps if self.newest is None else steps[-self.newest :])
+        evaluated = [c for c in checkpoints if _sdri(c.metrics) > -np.inf]
+        evaluated.sort(key=lambda checkpoint: _sdri(checkpoint.metrics), reverse=True)
+        kept |= {checkpoint.step for checkpoint in evaluated[: self.best]}
+        return [step in kept for step in steps]
+
+
+class Checkpoints:
+    """Checkpoints of a run, written in the background and atomically.
+
+    Each holds the parts of the state; `position`, a dict that together with the records determines
+    the data to come, without any iterator state; and `fingerprints`, one per part, which are
+    verified on reading. Checkpoints of older versions have no fingerprints and are not verified.
+    """
+
+    def __init__(self, directory: str | os.PathLike, keep: int | None, keep_best: int = 0):
+        """Opens the folder; for writing, creates it if needed and removes unfinished checkpoints.
+
+        Args:
+          directory: folder of the checkpoints.
+          keep: number of newest checkpoints to keep; None to open read-only.
+          keep_best: number of checkpoints with the highest SDRi to keep as well.
+        """
+        self._directory = pathlib.Path(directory).absolute()
+        writing = keep is not None
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_NewestAndBest(keep, keep_best),
+            # Without best_fn, orbax neither writes nor reads metrics.
+            best_fn=_sdri if writing else None,
+            create=writing,
+            cleanup_tmp_directories=writing,
+            temporary_path_class=_FlushedThenNamed,
+        )
+        self._leave_out_wrong_notes(writing)
+        # Without handlers, a manager cannot tell the shapes of arrays before its first save.
+        handlers = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
+        handlers |= {name: ocp.JsonCheckpointHandler() for name in ("position", "fingerprints")}
+        self._manager = ocp.CheckpointManager(
+            self._directory, options=options, item_handlers=handlers
+        )
+
+    def _leave_out_wrong_notes(self, writing: bool) -> None:
+        for name, rule in _READ_AT_ONCE.items():
+            for path in self._directory.glob(f"*/{name}"):
+                try:
+                    parse_json(path.read_bytes(), rule)
+                except ValueError as error:
+                    if writing:
+                        path.unlink()
+                    elif name != _METRICS:
+                        step = self._directory / path.relative_to(self._directory).parts[0]
+                        raise DamagedCheckpoint(step, f"{name} {error}") from error
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint; None if there is none."""
+        return self._manager.latest_step()
+
+    def save(
+        self,
+        step: int,
+        parts: Mapping[str, Any],
+        position: dict[str, Any],
+        figures: Mapping[str, float] | None = None,
+    ) -> None:
+        """Copies arrays to the host and returns; files are written in the background.
+
+        Args:
+          step: number of steps done.
+          parts: non-empty trees of arrays, by names in ITEMS.
+          position: data position.
+          figures: metrics of an evaluation, if any; the best checkpoints have the highest `sdri`.
+        """
+        items = {name: ocp.args.StandardSave(tree) for name, tree in parts.items()}
+        about = {
+            "position": position,
+            "fingerprints": {name: fingerprint(tree) for name, tree in parts.items()},
+        }
+        items |= {name: ocp.args.JsonSave(content) for name, content in about.items()}
+        with _room_for(self._directory):
+            self._manager.wait_until_finished()  # the previous save
+            _require_room(self._directory, parts)
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=dict(figures or {}))
+
+    def figures(self, step: int) -> dict[str, float]:
+        """Returns the metrics of the evaluation at a step; empty if none can be read."""
+        path = self._directory / str(step) / _METRICS
+        try:
+            return parse_json(path.read_bytes(), _READ_AT_ONCE[_METRICS])
+        except (OSError, ValueError):
+            return {}
+
+    def position(self, step: int, rule: Rule | None = None) -> dict[str, Any]:
+        """Reads the data position saved at a step.
+
+        Args:
+          step: step of the checkpoint.
+          rule: schema to check the position against; None accepts any dict.
+
+        Raises:
+          DamagedCheckpoint: the position cannot be read or violates the schema.
+        """
+        return self._json(step, "position", rule or mapping_of(anything()))
+
+    def restore(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
+        """Restores parts of the state saved at a step, with the shardings of `like`.
+
+        Args:
+          step: step of the checkpoint.
+          like: arrays or `jax.ShapeDtypeStruct`s of each part to restore.
+
+        Raises:
+          UserError: the checkpoint is of another model; names the first differing entry.
+          DamagedCheckpoint: it cannot be read, or its arrays differ from those saved.
+        """
+        for name, tree in like.items():
+            require_same_layout(tree, self.shapes(step, name), name, f"step {step}")
+        abstract = {name: jax.tree.map(_abstract, tree) for name, tree in like.items()}
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+        restored = dict(self._restore(step, **items))
+        self._verify(step, restored)
+        return restored
+
+    def read(self, step: int, item: str, like: Any = None) -> Any:
+        """Reads one item of a step, such as `params`, without the others.
+
+        Args:
+          step: step of the checkpoint.
+          item: name of the item.
+          like: arrays or `jax.ShapeDtypeStruct`s that give the expected layout, shardings and
+            dtypes; None returns host arrays with whatever layout was saved.
+
+        Raises:
+          UserError: the item is of another model than `like`; names the first differing entry.
+          DamagedCheckpoint: it cannot be read, or its arrays differ from those saved.
+        """
+        found = self.shapes(step, item)
+        if like is None:
+            items = {item: ocp.args.StandardRestore(_on_host(found))}
+            tree = jax.tree.map(np.asarray, self._restore(step, **items)[item])
+            self._verify(step, {item: tree})
+            return tree
+        require_same_layout(like, found, item, f"step {step}")
+        dtypes = by_path(found)
+        as_saved = jax.tree_util.tree_map_with_path(
+            lambda key, x: jax.ShapeDtypeStruct(
+                x.shape,
+                dtypes[path_of(key)].dtype,
+                sharding=x.sharding,
+            ),
+            like,
+        )
+        tree = self._restore(step, **{item: ocp.args.StandardRestore(as_saved)})[item]
+        self._verify(step, {item: tree})
+        return jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), tree, like)
+
+    def items(self, step: int) -> set[str]:
+        """Returns the names of the state's parts that a step holds, such as `ema`."""
+        return {name for name in ITEMS if (self._directory / str(step) / name).is_dir()}
+
+    def shapes(self, step: int, item: str) -> Any:
+        """Returns the shapes and dtypes of an item."""
+        with _readable(self._damaged(step, f"{item} cannot be read")):
+            return self._manager.item_metadata(step)[item].tree
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        folder = self._directory / str(step)
+        with _readable(self._damaged(step, f"{' or '.join(items)} cannot be read")):
+            # Check first: orbax would fail amid the arrays and leave its other reads running.
+            for path in [x for name in items for x in folder.glob(f"{name}/array_metadatas/*")]:
+                parse_json(path.read_bytes(), mapping_of(anything()))
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+    def _json(self, step: int, item: str, rule: Rule) -> Any:
+        content = self._restore(step, **{item: ocp.args.JsonRestore()})[item]
+        try:
+            rule(content, item)
+        except ValueError as error:
+            raise self._damaged(step, str(error)) from error
+        return content
+
+    def _verify(self, step: int, trees: Mapping[str, Any]) -> None:
+        """Checks arrays against the fingerprints in the checkpoint."""
+        if not (self._directory / str(step) / "fingerprints").exists():
+            return
+        saved = self._json(step, "fingerprints", _FINGERPRINTS)
+        for name, tree in trees.items():
+            if saved.get(name) != fingerprint(tree):
+                raise self._damaged(step, f"{name} does not match its saved fingerprint")
+
+    def _damaged(self, step: int, why: str) -> DamagedCheckpoint:
+        return DamagedCheckpoint(self._directory / str(step), why)
+
+    def set_aside(self, step: int) -> pathlib.Path:
+        """Moves a checkpoint to `<folder>-damaged`; returns its new path. Call on all hosts."""
+        aside = self._directory.with_name(f"{self._directory.name}-damaged")
+        number = 0
+        while (place := aside / (f"{step}-{number}" if number else str(step))).exists():
+            number += 1
+        multihost_utils.sync_global_devices("a damaged checkpoint is read no more")
+        if jax.process_index() == 0:
+            aside.mkdir(exist_ok=True)
+            move(self._directory / str(step), place)
+        multihost_utils.sync_global_devices("a damaged checkpoint is set aside")
+        self._manager.reload()
+        return place
+
+    def wait(self) -> None:
+        """Waits until the save in progress is complete."""
+        with _room_for(self._directory):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the save in progress and closes the manager."""
+        with _room_for(self._directory):
+            self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def latest_step(directory: str | os.PathLike) -> int | None:
+    """Returns the step of the newest checkpoint in a folder; None if there is none."""
+    return max(saved_steps(directory), default=None)
+
+
+def saved_steps(directory: str | os.PathLike) -> list[int]:
+    """Returns the steps of complete checkpoints; unlike opening them, contacts no other host."""
+    directory = pathlib.Path(directory)
+    return ocp.utils.checkpoint_steps(directory) if directory.is_dir() else []
+
+
+def save_tree(path: str | os.PathLike, tree: Any) -> None:
+    """Writes a tree of arrays as one orbax checkpoint, replacing any existing one."""
+    path = pathlib.Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _require_room(path.parent, tree)
+    with _room_for(path), ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, tree, force=True)
+
+
+def load_tree(path: str | os.PathLike) -> Any:
+    """Reads a tree of arrays as host arrays.
+
+    Raises:
+      UserError: there is no readable tree.
+    """
+    path = pathlib.Path(path).absolute()
+    with (
+        ocp.StandardCheckpointer() as checkpointer,
+        _readable(UserError(f"{path} is not a readable set of parameters; copy or make it again")),
+    ):
+        tree = checkpointer.metadata(path).item_metadata.tree
+        return jax.tree.map(np.asarray, checkpointer.restore(path, _on_host(tree)))
+
+
+def _require_room(folder: pathlib.Path, tree: Any) -> None:
+    """Raises a UserError if a tree does not fit on the disk; orbax would fail in many threads."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + _ROOM_FOR_NOTES
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise UserError(
+            f"{folder} has {free / 1e6:.1f} MB free, but {size / 1e6:.1f} MB are needed; "
+            "free some space and run the same command again"
+        )
+
+
+@contextlib.contextmanager
+def _room_for(path: str | os.PathLike) -> Iterator[None]:
+    """Converts any exception of orbax about a full disk to a UserError."""
+    try:
+        yield
+    except Exception as error:
+        if is_full(error):
+            raise UserError(full(path)) from error
+        raise
+
+
+@contextlib.contextmanager
+def _readable(or_else: UserError) -> Iterator[None]:
+    """Raises `or_else` in place of the exceptions of orbax about missing or damaged files."""
+    failed = False
+    try:
+        yield
+    except Exception as error:
+        # For arrays that it cannot decode, orbax raises a bare Exception.
+        if type(error) is not Exception and not isinstance(error, _DAMAGE):
+            raise
+        failed = True
+    if failed:
+        # Orbax abandons its other failed reads. Collect them now, with the hook that would print
+        # their tracebacks disabled.
+        hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+        try:
+            gc.collect()
+        finally:
+            sys.unraisablehook = hook
+        raise or_else
+
+
+def _abstract(x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+def _on_host(metadata: Any) -> Any:
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), metadata)
+
+
+def require_same_layout(expected: Any, found: Any, what: str, where: str) -> None:
+    """Raises a UserError naming the first entry that differs in presence or shape.
+
+    Args:
+      expected: arrays or shapes of the configured model.
+      found: arrays or shapes that were read.
+      what: name of the tree, for the message.
+      where: source of `found`, for the message.
+    """
+    wanted, present = _shapes(expected), _shapes(found)
+    for key in sorted(wanted.keys() | present.keys()):
+        if wanted.get(key) != present.get(key):
+            raise UserError(
+                f"{where} is of another model: {what}/{key} is {present.get(key, 'missing')}, "
+                f"the config's model has {wanted.get(key, 'no such entry')}; "
+                "use the config it was made with, or another workdir"
+            )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Maps the path of each array to its shape."""
+    return {path: tuple(leaf.shape) for path, leaf in by_path(tree).items()}

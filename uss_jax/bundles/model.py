@@ -1,0 +1,158 @@
+"""The nets of a bundle, callable on arrays.
+
+Letters: `b` batch, `t` samples, `s` samples of a segment, `d` width of the condition.
+"""
+
+import functools
+import os
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from uss_jax.bundles.bundle import net_hash, read_bundle
+from uss_jax.devices.mesh import on_all_devices
+from uss_jax.devices.precision import HIGHEST, at_precision, check_precision
+from uss_jax.errors import UserError
+from uss_jax.models.separator import separate
+from uss_jax.models.tagging import as_detector
+
+
+@struct.dataclass
+class Net:
+    """A module with its variables; calling it runs it, jitted, in evaluation mode.
+
+    It can be passed to jitted functions.
+
+    Attributes:
+      module: the Flax module.
+      variables: its parameters and batch statistics.
+      precision: precision of products and convolutions, see uss_jax/devices/precision.py.
+    """
+
+    module: nn.Module = struct.field(pytree_node=False)
+    variables: Any
+    precision: str = struct.field(pytree_node=False, default=HIGHEST)
+
+    def __call__(self, *arrays: Array | np.ndarray, method: str | None = None) -> Any:
+        """Runs a method of the module, by default `__call__`."""
+        return _apply(self, method, *arrays)
+
+    def on(self, mesh: Mesh) -> "Net":
+        """Returns the net with its variables on every device."""
+        return self.replace(variables=on_all_devices(self.variables, mesh))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _apply(net: Net, method: str | None, *arrays: Array) -> Any:
+    return at_precision(net.precision, net.module.apply)(net.variables, *arrays, method=method)
+
+
+@jax.jit
+def separate_with(
+    net: Net, mixture: Float[Array, "b t"], condition: Float[Array, "b d"]
+) -> Float[Array, "b t"]:
+    """Separates a batch of mono mixtures."""
+    estimate, _ = at_precision(net.precision, functools.partial(separate, net.module))(
+        net.variables, mixture, condition
+    )
+    return estimate
+
+
+class Model:
+    """The nets of a bundle or training workdir, each loaded on first use.
+
+    Attributes:
+      path: path of the bundle or workdir.
+      precision: precision of separator and query net; the detector's is always "highest".
+      config: content of config.json.
+      sample_rate: sampling rate, in Hz.
+      segment_samples: length of the training segments, in samples.
+    """
+
+    def __init__(self, path: str | os.PathLike, precision: str = HIGHEST):
+        """Reads the config.
+
+        Args:
+          path: path of the bundle or workdir.
+          precision: see devices/precision.py; "highest" gives the same metrics on every device.
+
+        Raises:
+          UserError: the path is neither a bundle nor a workdir, or the precision is unknown.
+        """
+        self.path = os.fspath(path)
+        self.precision = check_precision(precision, "precision")
+        self._bundle = read_bundle(path)
+        self.config = self._bundle.config
+        self.sample_rate = int(self.config["sample_rate"])
+        self._separator_on: dict[Mesh, Net] = {}
+        self.segment_samples = round(self.config["segment_seconds"] * self.sample_rate)
+
+    @functools.cached_property
+    def separator(self) -> Net:
+        """Separator: maps mixture [b, 1, t] and condition [b, d] to the estimate [b, 1, t]."""
+        module, variables = self._bundle.separator()
+        if module.audio_channels != 1:
+            raise UserError(
+                f"{self.path} separates {module.audio_channels} channels at once; "
+                "give a model with audio_channels=1"
+            )
+        return Net(module, jax.device_put(variables), self.precision)
+
+    def separator_on(self, mesh: Mesh) -> Net:
+        """Returns the separator on every device, cached for the recordings that follow."""
+        if mesh not in self._separator_on:
+            self._separator_on[mesh] = self.separator.on(mesh)
+        return self._separator_on[mesh]
+
+    @functools.cached_property
+    def query(self) -> Net:
+        """QueryNet: maps waveform [b, s] and class_index [b] to the condition [b, d]."""
+        module, variables = self._bundle.query()
+        return Net(module, jax.device_put(variables), self.precision)
+
+    @functools.cached_property
+    def tagger(self) -> Net:
+        """Tagging net: maps waveform [b, t] to `clipwise` and `embedding`.
+
+        The query net's; if conditions are `one_hot`, the detector.
+        """
+        if self.query.module.tagger is None:
+            return self.sed
+        parts = self.query.variables.items()
+        variables = {k: v["tagger"] for k, v in parts if "tagger" in v}
+        return Net(self.query.module.tagger, variables, self.precision)
+
+    @functools.cached_property
+    def sed(self) -> Net:
+        """Detector, a tagging net: maps waveform [b, t] to `clipwise`, `framewise` and more."""
+        module, variables = self._bundle.sed()
+        return Net(as_detector(module), jax.device_put(variables), HIGHEST)
+
+    @functools.cached_property
+    def query_hash(self) -> str:
+        """Hash of the query net; vectors of another one are meaningless to this separator."""
+        return net_hash(self.query.variables)
+
+    def condition(
+        self, waveform: Float[np.ndarray, "b s"], class_index: Int[np.ndarray, "b"]
+    ) -> Float[Array, "b d"]:
+        """Returns the conditions of clean targets and their classes."""
+        return self.query(jnp.asarray(waveform), jnp.asarray(class_index))
+
+    def adapt(self, vectors: Float[np.ndarray, "b _"]) -> Float[np.ndarray, "b d"]:
+        """Maps outputs of the tagging net to conditions, through the adaptor if there is one."""
+        net = self.query
+        adapt = at_precision(net.precision, net.module.apply)
+        return np.asarray(adapt(net.variables, jnp.asarray(vectors), method="adapt"))
+
+    def separate(
+        self, mixture: Float[np.ndarray, "b t"], condition: Float[Array | np.ndarray, "b d"]
+    ) -> Float[Array, "b t"]:
+        """Separates a batch of mono mixtures."""
+        return separate_with(self.separator, jnp.asarray(mixture), jnp.asarray(condition))

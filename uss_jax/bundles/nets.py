@@ -1,0 +1,227 @@
+"""Builds Flax modules from the sections of a config or bundle, and checks their fields."""
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.errors import FlaxError
+
+from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
+from uss_jax.disk.checked_json import Rule, flag, list_of, number, text, whole
+from uss_jax.errors import UserError
+from uss_jax.models.cnn14 import Cnn14, Cnn14DecisionLevelMax
+from uss_jax.models.htsat import HTSAT
+from uss_jax.models.norm import MOMENTUM
+from uss_jax.models.query import KINDS, Adaptor, QueryNet
+from uss_jax.models.resunet import ResUNet
+from uss_jax.models.separator import SeparatorNet
+from uss_jax.models.tagging import TaggingNet
+from uss_jax.ontology import load_ontology
+
+Net = TypeVar("Net", bound=nn.Module)
+Chosen = TypeVar("Chosen")
+
+# Nets by their name in a config (`net`, by default the first).
+SEPARATORS: dict[str, type[SeparatorNet]] = {"resunet": ResUNet}
+# Tagging nets: the class for each role. Both roles have the same variables.
+TAGGERS = {
+    "cnn14": {"query": Cnn14, "sed": Cnn14DecisionLevelMax},
+    "htsat": {"query": HTSAT, "sed": HTSAT},
+}
+
+# Rules for net fields, in a config or a bundle's config.json. The bounds are far above any net
+# that trains, and below what numpy, XLA or a host's memory cannot handle.
+FIELD_RULES: dict[str, Rule] = {
+    "sample_rate": whole(LOWEST_SAMPLE_RATE, HIGHEST_SAMPLE_RATE),
+    "n_fft": whole(16, 32768),
+    "hop_samples": whole(1, 32768),
+    "mel_bins": whole(1, 512),
+    "f_min": number(0, HIGHEST_SAMPLE_RATE),
+    "f_max": number(1, HIGHEST_SAMPLE_RATE),
+    "channels": list_of(whole(1, 16384), 1, 10),
+    "classes": whole(1, 100_000),
+    "dtype": text("float32", "bfloat16"),
+    "image_size": whole(16, 2048),
+    "token_width": whole(1, 8192),
+    "depths": list_of(whole(1, 48), 1, 6),
+    "heads": list_of(whole(1, 256), 1, 6),
+    "repeat_short": flag(),
+    "stochastic_depth": number(0, 0.999),
+    "blocks_per_level": whole(1, 16),
+    "audio_channels": whole(1, 64),
+    "condition_width": whole(1, 100_000),
+    "film_gain": flag(),
+    "kind": text(*KINDS),
+    "adaptor_width": whole(0, 100_000),
+    "adaptor_hidden": whole(1, 100_000),
+    "shortcut": flag(),
+    "dropout": number(0, 0.999),
+    "finetune": flag(),
+}
+
+# Fields that do not define a net: the first three configure training, the others are Flax's.
+_NO_FIELDS = ("norm_scope", "norm_momentum", "remat", "parent", "name")
+
+
+def build(net: type[Net], fields: Mapping[str, Any], where: str) -> Net:
+    """Builds a module from its fields.
+
+    Args:
+      net: class of the module.
+      fields: values of its dataclass fields; lists become tuples, which JSON lacks.
+      where: name of the config section, for the message.
+
+    Raises:
+      UserError: a field is unknown, or its value breaks its rule.
+    """
+    known = [f.name for f in dataclasses.fields(net) if f.name not in _NO_FIELDS]
+    for key in fields:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"its fields are {', '.join(known)}"
+            raise UserError(f"{where}.{key}: {net.__name__} has no such field; {hint}")
+    check_fields(fields, where)
+    return net(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def check_fields(fields: Mapping[str, Any], where: str) -> None:
+    """Raises a UserError if a field breaks its rule or fields are inconsistent."""
+    try:
+        for key, value in fields.items():
+            if key in FIELD_RULES:
+                FIELD_RULES[key](list(value) if isinstance(value, tuple) else value, key)
+    except ValueError as error:
+        raise UserError(f"{where}.{error}") from error
+    if fields.get("n_fft", 2) % 2:
+        raise UserError(f"{where}.n_fft is {fields['n_fft']}, expected an even number")
+    if {"f_min", "f_max", "sample_rate"} <= fields.keys():
+        low, high, rate = (fields[name] for name in ("f_min", "f_max", "sample_rate"))
+        if not low < high <= rate / 2:
+            raise UserError(
+                f"{where}: f_min {low:g} must be below f_max {high:g} Hz, and f_max at most half "
+                f"of sample_rate {rate} Hz"
+            )
+
+
+def fields_of(net: nn.Module) -> dict[str, Any]:
+    """Returns `net` and fields in JSON types; inverse of `build_separator` and `build_tagger`."""
+    fields = {f.name: getattr(net, f.name) for f in dataclasses.fields(net)}
+    classes = {name: tuple(roles.values()) for name, roles in TAGGERS.items()}
+    classes |= {name: (separator,) for name, separator in SEPARATORS.items()}
+    names = [name for name, alike in classes.items() if type(net) in alike]
+    content = {"net": names[0]} if names else {}
+    for name, value in fields.items():
+        if name not in _NO_FIELDS:
+            content[name] = list(value) if isinstance(value, tuple) else value
+    return content
+
+
+def build_separator(section: Mapping[str, Any]) -> SeparatorNet:
+    """Builds the separator of a config's or bundle's `separator` section (`net` and fields)."""
+    net, fields = _chosen(SEPARATORS, section, "separator")
+    return build(net, fields, "separator")
+
+
+def build_tagger(model: Mapping[str, Any], role: str, where: str) -> TaggingNet:
+    """Builds a tagging net.
+
+    Args:
+      model: `net`, a name in TAGGERS, and fields.
+      role: "query" or "sed".
+      where: name of the config section, for messages.
+    """
+    roles, fields = _chosen(TAGGERS, model, where)
+    return build(roles[role], fields, where)
+
+
+def name_of(table: Mapping[str, Any], section: Mapping[str, Any]) -> str:
+    """Returns the name of a section's net in SEPARATORS or TAGGERS."""
+    return section.get("net", next(iter(table)))
+
+
+def _chosen(
+    table: Mapping[str, Chosen], section: Mapping[str, Any], where: str
+) -> tuple[Chosen, dict[str, Any]]:
+    """Returns the table entry that a section's `net` selects, and the section's other entries."""
+    name = name_of(table, section)
+    if name not in table:
+        raise UserError(f"{where}.net is {name!r}, expected {' or '.join(table)}")
+    return table[name], {key: value for key, value in section.items() if key != "net"}
+
+
+def build_sed(model: Mapping[str, Any]) -> TaggingNet:
+    """Builds the sound event detector of a bundle's `sed.model` section."""
+    return build_tagger(model, "sed", "sed.model")
+
+
+def build_query(section: Mapping[str, Any], model: Mapping[str, Any] | None) -> QueryNet:
+    """Builds the query net.
+
+    Args:
+      section: `kind` and further fields, as in a config's `query` section.
+      model: `net` and fields of the tagging net; None for `one_hot`.
+    """
+    fields = {k: v for k, v in section.items() if k != "model"}
+    if fields.get("kind") not in KINDS:
+        raise UserError(f"query.kind is {fields.get('kind')!r}, expected {', '.join(KINDS)}")
+    tagger = None
+    if model is not None:
+        tagger = build_tagger(model, "query", "query.model")
+        if fields.get("finetune"):  # trained with the separator, at the separator's momentum
+            tagger = tagger.clone(norm_momentum=MOMENTUM)
+    query = build(QueryNet, {**fields, "tagger": tagger}, "query")
+    if query.shortcut and query.adaptor_width not in (0, width := query.source_width):
+        raise UserError(
+            f"query.shortcut needs query.adaptor_width={width}, the width of the adaptor's input"
+        )
+    return query
+
+
+def require_classes(net: TaggingNet | QueryNet, where: str) -> None:
+    """Raises a UserError unless a net has as many classes as AudioSet, since labels index them."""
+    wanted = len(load_ontology().class_mids)
+    if net.classes != wanted:
+        raise UserError(
+            f"{where} has {net.classes} classes; labels, queries and metrics use AudioSet's "
+            f"{wanted}, so the net must have as many"
+        )
+
+
+# Raised by flax, jax and numpy when fields are inconsistent.
+_MISFITS = (ValueError, TypeError, IndexError, ZeroDivisionError, AssertionError, FlaxError)
+
+
+def layout(net: TaggingNet | SeparatorNet) -> Any:
+    """Returns the shapes of a net's variables."""
+    return jax.eval_shape(functools.partial(init, net), jax.random.key(0))
+
+
+def init(net: TaggingNet | SeparatorNet, key: jax.Array) -> dict[str, Any]:
+    """Initialises a net's variables; a tagging net has the same in both roles.
+
+    A net without batch norms has empty `batch_stats`.
+    """
+    try:
+        return {"batch_stats": {}, **net.init(key, *_inputs(net))}
+    except _MISFITS as error:
+        words = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+        raise UserError(f"the fields of {type(net).__name__} are inconsistent: {words}") from error
+
+
+def _inputs(net: TaggingNet | SeparatorNet) -> tuple[jax.Array, ...]:
+    if isinstance(net, TaggingNet):
+        return (jnp.zeros((1, net.sample_rate), jnp.float32),)
+    waveform = jnp.zeros((1, net.audio_channels, net.grid_samples), jnp.float32)
+    return waveform, jnp.zeros((1, net.condition_width), jnp.float32)
+
+
+def init_adaptor(net: QueryNet, key: jax.Array) -> Any:
+    """Initialises the parameters of a query net's adaptor."""
+    adaptor = Adaptor(net.adaptor_width, net.adaptor_hidden)
+    unadapted = jnp.zeros((1, net.source_width))
+    return adaptor.init(key, unadapted, train=False)["params"]

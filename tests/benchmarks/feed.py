@@ -43,7 +43,7 @@ from uss_jax.data.reader import ClipReader
 from uss_jax.devices.mesh import make_mesh, on_all_devices
 from uss_jax.models.cnn14 import Cnn14
 from uss_jax.models.resunet import ResUNet
-from uss_jax.training.loop import fit
+from uss_jax.training.loop import Pace, Reports, fit
 from uss_jax.training.optim import adamw_amsgrad
 from uss_jax.training.state import TrainState, create_state
 from uss_jax.training.throughput import Throughput, Trace
@@ -181,15 +181,12 @@ def measure(feed: Iterator[dict[str, np.ndarray]], steps: int) -> tuple[float, .
                 feed,
                 key=on_all_devices(jax.random.key(0), mesh),
                 mesh=mesh,
-                total_steps=WARM_UP + steps,
+                pace=Pace(WARM_UP + steps, 100, 10**9),
                 checkpoints=checkpoints,
                 position=lambda done: {},
-                writer=writer,
-                throughput=stand_in,
-                trace=Trace(workdir / "profile", 0, 0),
-                learning_rate=lambda done: 1e-3,
-                log_every_steps=100,
-                checkpoint_every_steps=10**9,
+                reports=Reports(
+                    writer, stand_in, Trace(workdir / "profile", 0, 0), lambda done: 1e-3
+                ),
             )
     return stand_in.row
 

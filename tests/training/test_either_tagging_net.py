@@ -38,13 +38,15 @@ from uss_jax.evaluation.tagging import evaluate_tagging
 from uss_jax.models.cnn14 import Cnn14DecisionLevelMax
 from uss_jax.models.resunet import ResUNet
 from uss_jax.separation.queries import vector_of_recordings
+from uss_jax.training.condition_nets import ConditionNets
 from uss_jax.training.examples import Mixing
 from uss_jax.training.losses import LOSSES
 from uss_jax.training.optim import adamw
 from uss_jax.training.separation_step import Anchoring, Nets, make_separation_step
+from uss_jax.training.settings import separator_settings
 from uss_jax.training.state import create_state
 from uss_jax.training.tagging_step import make_tagging_step
-from uss_jax.training.train_separator import _step, train_separator
+from uss_jax.training.train_separator import make_step, train_separator
 from uss_jax.training.train_tagger import train_tagger
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -251,7 +253,8 @@ def test_the_rule_of_anchors_reaches_the_step():
     )
     config.anchors.rule = "htsat"
     query = build_query({"kind": "one_hot"}, None)
-    step = _step(config, separator, query, ONE_BLOCK, optimizer, make_mesh())
+    around = ConditionNets(ONE_BLOCK, True, query, {}, {})
+    step = make_step(separator_settings(config), separator, around, make_mesh())
     score = quick_jit(lambda *args: step(*args)[1]["anchor_score"])
     means = {rule: float(anchors.score.mean()) for rule, anchors in wanted.items()}
     found = float(score(state, {"sed": variables}, batch, key))

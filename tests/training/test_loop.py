@@ -13,7 +13,7 @@ import pytest
 from uss_jax.bundles.checkpoints import Checkpoints
 from uss_jax.devices.mesh import make_mesh, on_all_devices
 from uss_jax.errors import Stopped, UserError
-from uss_jax.training.loop import fit
+from uss_jax.training.loop import Pace, Reports, fit
 from uss_jax.training.state import TrainState
 from uss_jax.training.throughput import Throughput, Trace, read_ledger
 from uss_jax.training.writer import MetricsWriter
@@ -70,16 +70,15 @@ def _fit(
             batches or (_batch(i, loss, skipped, norms, spikes) for i in itertools.count(1)),
             key=jax.random.key(0),
             mesh=mesh,
-            total_steps=total,
+            pace=Pace(total, log, checkpoint, stop, options.pop("evaluate_every_steps", 0)),
             checkpoints=checkpoints,
             position=lambda done: {"done": done},
-            writer=writer,
-            throughput=Throughput(workdir, 0, 8, 1, "float32", _step),
-            trace=Trace(workdir / "profile", *trace),
-            learning_rate=options.pop("learning_rate", lambda done: 1 / (1 + done)),
-            log_every_steps=log,
-            checkpoint_every_steps=checkpoint,
-            max_skipped_steps=stop,
+            reports=Reports(
+                writer,
+                Throughput(workdir, 0, 8, 1, "float32", _step),
+                Trace(workdir / "profile", *trace),
+                options.pop("learning_rate", lambda done: 1 / (1 + done)),
+            ),
             **options,
         )
 

@@ -1,6 +1,5 @@
 """Runs that stop and go on, through `uss-jax train` and `train-tagger`."""
 
-import dataclasses
 import itertools
 import json
 import os
@@ -14,11 +13,9 @@ import time
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from tests.tiny import (
     CONFIGS,
-    RATE,
     noise,
     tagger_variables,
     train_words,
@@ -28,10 +25,8 @@ from tests.tiny import (
 )
 from uss_jax.bundles.bundle import read_bundle
 from uss_jax.bundles.checkpoints import Checkpoints, latest_step, save_tree
-from uss_jax.cli.config import load_config
 from uss_jax.cli.main import main
-from uss_jax.errors import UserError
-from uss_jax.training import run
+from uss_jax.training import records
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -46,11 +41,11 @@ def interrupt(monkeypatch):
     """Makes the next runs end as by Ctrl-C when they ask for a batch after so many."""
 
     def after(count):
-        def batches(*args, _read=run.batches, **kwargs):
+        def batches(*args, _read=records.batches, **kwargs):
             yield from itertools.islice(_read(*args, **kwargs), count)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(run, "batches", batches)
+        monkeypatch.setattr(records, "batches", batches)
 
     return after
 
@@ -66,35 +61,6 @@ def _lines(workdir):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     clocks = ("items_per_second", "step_seconds", "input_wait_share")
     return [{k: v for k, v in line.items() if k not in clocks} for line in lines]
-
-
-def test_records_of_other_labels_are_not_resumed(tmp_path):
-    clips = [("a", noise(1, 0.9), [72, 3])]
-    index = write_records(tmp_path / "records", "train", clips)
-    position = {"seed": 1, "global_batch": 8, "index_digest": index.digest}
-    run._require_same_data(position, position, index)
-    # A run of before the digest covered labels goes on.
-    run._require_same_data({**position, "index_digest": index._digest_of_shards}, position, index)
-    relabelled = dataclasses.replace(index, label_class=index.label_class + np.uint16(1))
-    now = {**position, "index_digest": relabelled.digest}
-    with pytest.raises(UserError, match="the records have changed since this run was started"):
-        run._require_same_data(position, now, relabelled)
-
-
-@pytest.mark.parametrize("places", [-1, 10**9, 1.5, True, "2"])
-def test_class_weights_have_a_range(places):
-    with pytest.raises(UserError, match=r"class_weights\['Dog'\] is .*, expected a whole number"):
-        run._class_weights(ConfigDict({"Dog": places}))
-
-
-def test_weights_of_classes_without_clips_are_reported(tmp_path, capsys):
-    write_records(tmp_path, "train", [("a", noise(1, 0.9), [72, 3])])
-    section = ConfigDict(dict(records=str(tmp_path), split="train", order="balanced"))
-    section.class_weights = ConfigDict({"Drum": 3, "72": 2})
-    run.open_records(section, RATE, seed=0)
-    said = capsys.readouterr().out
-    assert "config.data.class_weights['Drum'] has no effect: no clip of" in said
-    assert said.count("has no effect") == 1
 
 
 def _require_same_run(found, wanted, steps):
@@ -168,13 +134,6 @@ def test_a_run_goes_on_only_as_it_was_started(place, whole, capsys, config, chan
     assert said in error
     assert error.count("\n") == 1
     assert before == written()
-
-
-def test_a_run_of_before_the_rule_of_anchors_goes_on_with_the_default():
-    before, now, other = ({"anchors": keys} for keys in ({}, {"rule": "uss"}, {"rule": "htsat"}))
-    run._require_same_drawing(before, now)
-    with pytest.raises(UserError, match=r"config\.anchors\.rule=uss, not htsat"):
-        run._require_same_drawing(before, other)
 
 
 def _break_newest(workdir):
@@ -262,15 +221,6 @@ def test_before_the_first_checkpoint_a_start_is_a_fresh_one(place, tmp_path, int
         assert main(train_words("resunet30.py", place, tmp_path / "run", changed)) == 130
         frozen = read_bundle(tmp_path / "run").variables("sed")
         jax.tree.map(np.testing.assert_array_equal, frozen, tagger_variables(seed))
-
-
-def test_a_share_of_the_clips_holds_those_of_a_smaller_one(place):
-    drawn = []
-    for share in (0.25, 0.5, 1.0):
-        section = {"records": str(place / "records"), "split": "train", "order": "uniform"}
-        records = run.open_records(ConfigDict({**section, "share": share}), RATE, seed=3)
-        drawn.append(set(records.order.draw(np.arange(1000))[0].tolist()))
-    assert drawn[0] < drawn[1] < drawn[2] == set(range(8))
 
 
 # `uss-jax`, but the loss of every seventh step is no number.
@@ -402,21 +352,3 @@ def test_runs_and_configs_from_before_there_was_a_precision_go_on(
     said = capsys.readouterr().out
     assert "resuming after step 1" in said
     assert "config.precision" not in said
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda config: config.clear(), "config.seed is missing"),
-        (lambda config: config.pop("global_batch"), "config.global_batch is missing"),
-        (lambda config: config.update(data=3), "config.data.clip_seconds is missing"),
-        (lambda config: config.update(total_steps="9"), "config.total_steps is '9', expected"),
-        (lambda config: config.update(total_steps=True), "config.total_steps is True, expected"),
-        (lambda config: config.update(weight_decay=np.nan), "config.weight_decay is nan, expected"),
-    ],
-)
-def test_a_config_file_of_other_keys_or_types_is_said(change, said):
-    values = load_config(str(CONFIGS / "resunet30.py"), []).to_dict()
-    change(values)
-    with pytest.raises(UserError, match=said):
-        run.check(ConfigDict(values), (), "")

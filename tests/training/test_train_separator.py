@@ -26,7 +26,7 @@ from uss_jax.bundles.model import Model
 from uss_jax.bundles.nets import layout
 from uss_jax.cli.main import main
 from uss_jax.models.resunet import ResUNet
-from uss_jax.training import run
+from uss_jax.training import records as records_module
 from uss_jax.training.state import parameter_count
 
 ADAPTOR = {"query.adaptor_width": 6, "query.adaptor_hidden": 8, "query.shortcut": True}
@@ -274,7 +274,7 @@ def test_what_cannot_run_is_said_before_the_first_step(place, tmp_path, changed,
         ({"outputs": ()}, "config.outputs is (), expected one or more of"),
         ({"tagger.dtype": "int8"}, "sed.model.dtype is 'int8', expected float32, bfloat16"),
         ({"schedule.name": "none"}, "config.schedule.name is 'none'"),
-        ({"schedule": {"learning_rate": 0.1}}, "config.schedule.name is missing"),
+        ({"schedule": {"learning_rate": 0.1}}, "config.schedule has no key 'config.schedule.name'"),
         (
             {"schedule": {"name": "cosine"}},
             "cosine takes learning_rate, warm_up_steps, total_steps",
@@ -344,11 +344,11 @@ def _cut(shard):
 def test_records_damaged_while_training_stop_it(tmp_path, place, monkeypatch, capsys, damage, said):
     records = _records(tmp_path / "records")
 
-    def batches(*args, _read=run.batches, **kwargs):
+    def batches(*args, _read=records_module.batches, **kwargs):
         damage(next(records.glob("*.tfrecord-*")))
         return _read(*args, **kwargs)
 
-    monkeypatch.setattr(run, "batches", batches)
+    monkeypatch.setattr(records_module, "batches", batches)
     changed = {**OPEN, "data.records": records}
     assert main(train_words("resunet30.py", place, tmp_path / "run", changed)) == 1
     error = capsys.readouterr().err

@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     from uss_jax.cli.config import joined_hosts, load_config
-    from uss_jax.training.train_separator import dry_run, train_separator
+    from uss_jax.training.plan import dry_run
+    from uss_jax.training.train_separator import train_separator
 
     if args.workdir is None and not args.dry_run:
         raise UserError("--workdir is missing; give the folder of the run")

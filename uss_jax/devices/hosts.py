@@ -207,6 +207,12 @@ def _of_tpu_pod() -> dict[str, Any] | None:
     return {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
 
 
+def say(text: str) -> None:
+    """Prints a line, on the first host only."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
 class StopNotice:
     """Detects a request to stop: SIGTERM to any process of the run. A context manager.
 

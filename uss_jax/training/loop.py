@@ -1,6 +1,7 @@
 """The training loop, the same for every net: runs steps, writes metrics and checkpoints."""
 
 import contextlib
+import dataclasses
 import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,55 @@ _EVERY_STEP = ("loss", "grad_norm", "spike")
 Evaluate = Callable[[TrainState], Mapping[str, float]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """When a run reports, saves, evaluates and ends.
+
+    Attributes:
+      total_steps: number of steps of the whole run.
+      log_every_steps: steps between reports; each checkpoint has one too.
+      checkpoint_every_steps: steps between checkpoints; the last step always has one.
+      max_skipped_steps: number of consecutive skipped updates that ends the run with an error.
+      evaluate_every_steps: steps between evaluations, each with a checkpoint; 0 for none.
+    """
+
+    total_steps: int
+    log_every_steps: int
+    checkpoint_every_steps: int
+    max_skipped_steps: int = 1
+    evaluate_every_steps: int = 0
+
+    def evaluates(self, done: int) -> bool:
+        """Returns whether an evaluation is due after step `done`."""
+        return self.evaluate_every_steps > 0 and done % self.evaluate_every_steps == 0
+
+    def saves(self, done: int) -> bool:
+        """Returns whether a checkpoint is due after step `done`."""
+        return done % self.checkpoint_every_steps == 0 or done == self.total_steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Reports:
+    """Where a run reports.
+
+    Attributes:
+      writer: writer of metrics; None on all hosts but the first.
+      throughput: throughput meter of the run.
+      trace: profiler trace.
+      learning_rate: maps the number of updates done to the next learning rate.
+    """
+
+    writer: MetricsWriter | None
+    throughput: Throughput
+    trace: Trace
+    learning_rate: Callable[[int], Any]
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the metrics of a step, on the first host."""
+        if self.writer is not None:
+            self.writer.write(step, dict(values))
+
+
 def fit(
     step: Step,
     state: TrainState,
@@ -36,20 +86,13 @@ def fit(
     *,
     key: jax.Array,
     mesh: Mesh,
-    total_steps: int,
+    pace: Pace,
     checkpoints: Checkpoints,
     position: Callable[[int], dict[str, Any]],
-    writer: MetricsWriter | None,
-    throughput: Throughput,
-    trace: Trace,
-    learning_rate: Callable[[int], Any],
-    log_every_steps: int,
-    checkpoint_every_steps: int,
-    max_skipped_steps: int = 1,
+    reports: Reports,
     evaluate: Evaluate | None = None,
-    evaluate_every_steps: int = 0,
 ) -> TrainState:
-    """Trains from the state's step to `total_steps`; returns the final state.
+    """Trains from the state's step to the last one; returns the final state.
 
     Args:
       step: training step.
@@ -59,20 +102,11 @@ def fit(
         separate thread and closed at the end.
       key: random key of the run, on the devices.
       mesh: mesh of the devices.
-      total_steps: number of steps of the whole run.
+      pace: when to report, save, evaluate and end.
       checkpoints: checkpoints of the run.
       position: maps the number of steps done to the data position saved in a checkpoint.
-      writer: writer of metrics; None on all hosts but the first.
-      throughput: throughput meter of the run.
-      trace: profiler trace.
-      learning_rate: maps the number of updates done to the next learning rate.
-      log_every_steps: steps between reports; each checkpoint has one too. A report gives the mean
-        loss and the largest gradient norm since the last one, over finite values, and the step and
-        norm of each update skipped as a spike.
-      checkpoint_every_steps: steps between checkpoints; the last step always has one.
-      max_skipped_steps: number of consecutive skipped updates that ends the run with an error.
+      reports: where to report.
       evaluate: returns metrics of a state, on all hosts; `sdri` ranks the checkpoints to keep.
-      evaluate_every_steps: steps between evaluations, each with a checkpoint; 0 for none.
 
     Raises:
       UserError: too many updates in a row were skipped; the last good state is saved.
@@ -80,51 +114,36 @@ def fit(
     """
     recent: list[Mapping[str, jax.Array]] = []  # metrics of the steps since the last report
     idle = None  # returns whether every dispatched step is done
-    shardings = jax.tree.map(lambda x: x.sharding, state)
     compiled = None
+    throughput, trace = reports.throughput, reports.trace
     feed = DeviceFeed(batches, mesh)
     with jax.set_mesh(mesh), StopNotice() as notice, trace, feed, _sparing_collector() as spare:
-        for done in range(int(state.step) + 1, total_steps + 1):
+        for done in range(int(state.step) + 1, pace.total_steps + 1):
             batch = throughput.next_batch(feed, idle)
             if compiled is None:
-                jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-                compiled = throughput.compile(jitted, state, frozen, batch, key)
+                compiled = throughput.compile(_jitted(step, state), state, frozen, batch, key)
                 spare()
             trace.before(done, state)
             state, metrics = compiled(state, frozen, batch, key)
             throughput.step()
             idle = metrics["loss"].is_ready
-            recent.append({name: metrics[name] for name in _EVERY_STEP if name in metrics})
+            recent.append(metrics)
             if len(recent) > _STEPS_AHEAD:
                 jax.block_until_ready(recent[-1 - _STEPS_AHEAD])
 
-            stopping = notice.heard(done) and done < total_steps
-            evaluating = evaluate_every_steps and done % evaluate_every_steps == 0 and not stopping
+            stopping = notice.heard(done) and done < pace.total_steps
+            evaluating = evaluate is not None and pace.evaluates(done) and not stopping
             # Each checkpoint follows a report, so that a run that went wrong is detected first.
-            due = done % checkpoint_every_steps == 0 or done == total_steps
-            due = due or evaluating or stopping
-            if not (due or done % log_every_steps == 0):
+            due = pace.saves(done) or evaluating or stopping
+            if not (due or done % pace.log_every_steps == 0):
                 continue
-            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            steps = jax.device_get(recent)
-            spikes = _spikes(steps, done)
-            values.pop("spike", None)
-            if math.isnan(values.get("grad_norm_median", 0.0)):
-                del values["grad_norm_median"]  # NaN: too few updates
-            values |= _summary(steps)
-            left_out = int(values["skipped_steps"] + values.get("skipped_spikes", 0))
-            values["learning_rate"] = float(learning_rate(done - 1 - left_out))
-            if writer is not None:
-                for at, norm in spikes.items():
-                    writer.write(at, {"skipped_grad_norm": norm})
-            if values["skipped_in_a_row"] >= max_skipped_steps:
+            values = _report(recent, done, reports)
+            if (in_a_row := int(values["skipped_in_a_row"])) >= pace.max_skipped_steps:
                 # The state is that of the last good step, the position is after the clips read.
                 checkpoints.save(done, state.parts(), position(done))
-                raise UserError(_gone_wrong(done, int(values["skipped_in_a_row"]), done in spikes))
-            values |= throughput.report(done)
+                raise UserError(_gone_wrong(done, in_a_row, bool(recent[-1].get("spike"))))
             figures = evaluate(state) if evaluating else {}
-            if writer is not None:
-                writer.write(done, values | {f"eval/{name}": x for name, x in figures.items()})
+            reports.write(done, values | {f"eval/{name}": x for name, x in figures.items()})
             if due:
                 checkpoints.save(done, state.parts(), position(done), figures)
             if stopping:
@@ -136,6 +155,32 @@ def fit(
             recent = []
             throughput.go()
     return state
+
+
+def _jitted(step: Step, state: TrainState) -> Callable:
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _report(
+    recent: Sequence[Mapping[str, jax.Array]], done: int, reports: Reports
+) -> dict[str, float]:
+    """Reports the updates skipped as spikes; returns the metrics since the last report.
+
+    The loss is the mean of the steps and the gradient norm their largest, over finite values;
+    the other metrics are those of the last step.
+    """
+    values = {name: float(value) for name, value in jax.device_get(recent[-1]).items()}
+    steps = jax.device_get([{name: x[name] for name in _EVERY_STEP if name in x} for x in recent])
+    values.pop("spike", None)
+    if math.isnan(values.get("grad_norm_median", 0.0)):
+        del values["grad_norm_median"]  # NaN: too few updates
+    values |= _summary(steps)
+    left_out = int(values["skipped_steps"] + values.get("skipped_spikes", 0))
+    values["learning_rate"] = float(reports.learning_rate(done - 1 - left_out))
+    for at, norm in _spikes(steps, done).items():
+        reports.write(at, {"skipped_grad_norm": norm})
+    return values | reports.throughput.report(done)
 
 
 def _summary(steps: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:

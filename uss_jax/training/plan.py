@@ -1,19 +1,51 @@
 """Compiles a training step and reports its cost without running it: `uss-jax train --dry-run`."""
 
+import functools
 import time
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from uss_jax.devices.cost import BFLOAT16, device_bytes, flops_by_way, least_seconds
-from uss_jax.devices.mesh import batch_sharded, laid_out, replicated
+from uss_jax.devices.mesh import batch_sharded, laid_out, make_mesh, replicated, shapes
 from uss_jax.devices.precision import PRECISIONS
+from uss_jax.training.condition_nets import shapes_of_condition_nets
+from uss_jax.training.settings import separator_settings
 from uss_jax.training.state import TrainState, parameter_count
 from uss_jax.training.step import Step
+from uss_jax.training.train_separator import build_separator, fresh_state, make_step
 
 _WAYS = {BFLOAT16: "bfloat16", **{word: f"float32 at {word} precision" for word in PRECISIONS}}
+
+
+def dry_run(config: ConfigDict) -> list[str]:
+    """Compiles a config's training step for the available devices, without data or workdir.
+
+    A net without a bundle gets the published architecture named by `sed_net` or `query_net`.
+
+    Returns:
+      Lines that report mesh, parameters, FLOPs, memory and input size.
+    """
+    mesh = make_mesh()
+    settings = separator_settings(config)
+    around = shapes_of_condition_nets(settings)
+    separator = build_separator(settings, around)
+    fresh = functools.partial(fresh_state, settings, separator)
+    key = jax.random.key(settings.seed)
+    state = shapes(fresh, key, around.trained, rules=settings.sharding, mesh=mesh)
+    from_table = settings.anchors.source == "table"
+    samples = settings.segment_samples if from_table else settings.clip_samples
+    return describe(
+        make_step(settings, separator, around, mesh),
+        state,
+        around.frozen,
+        clip_batch(settings.global_batch, samples, from_table=from_table),
+        counted=make_step(settings, separator, around, mesh, remat=False),
+        mesh=mesh,
+    )
 
 
 def clip_batch(items: int, samples: int, *, from_table: bool) -> dict[str, jax.ShapeDtypeStruct]:

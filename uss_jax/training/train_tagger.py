@@ -10,16 +10,14 @@ from uss_jax.bundles import nets
 from uss_jax.devices.mesh import make_mesh
 from uss_jax.devices.precision import at_precision
 from uss_jax.errors import UserError
-from uss_jax.models.norm import MOMENTUM
 from uss_jax.models.tagging import TaggingNet
-from uss_jax.training import run
 from uss_jax.training.optim import OPTIMIZERS, clipped, make_schedule
+from uss_jax.training.records import open_records
+from uss_jax.training.run import Trained, run
+from uss_jax.training.settings import TaggerSettings, tagger_settings
 from uss_jax.training.state import TrainState, create_state
 from uss_jax.training.tagging_step import make_tagging_step
-
-# Needed in a tagger's config besides the keys of every run.
-_KEYS = ("optimizer", "tagger", "tagger.dtype", "outputs", "mixup_alpha", "spec_augment")
-_KEYS += ("noise", "speed", "weight_decay")
+from uss_jax.training.workdir import open_workdir
 
 
 def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
@@ -35,26 +33,28 @@ def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
     Raises:
       UserError: config, records or workdir are unusable; checked before the first step.
     """
-    # Devices, optimiser and records. Mixup blends pairs of clips, so twice the batch is read.
     mesh = make_mesh()
-    remedy = "give a tagger's config, such as tagger_cnn14 or quickstart:part=tagger"
-    run.check(config, _KEYS, f"{remedy} (`train` takes those of separators)")
-    if config.optimizer not in OPTIMIZERS:
-        raise UserError(
-            f"config.optimizer is {config.optimizer!r}, expected {' or '.join(OPTIMIZERS)}"
-        )
-    schedule = make_schedule(**config.schedule)
-    optimizer = clipped(
-        OPTIMIZERS[config.optimizer](schedule, config.weight_decay), config.get("clip_norm", 0.0)
-    )
-    records = run.open_records(config.data, config.sample_rate, config.seed)
-    clips_per_step = config.global_batch * (1 if config.mixup_alpha is None else 2)
+    settings = tagger_settings(config)
+    schedule = make_schedule(**settings.schedule)
+    optimizer = OPTIMIZERS[settings.optimizer](schedule, settings.weight_decay)
+    optimizer = clipped(optimizer, settings.clip_norm)
+    records = open_records(settings)
 
-    # The net.
-    tagger = nets.build_sed({**config.tagger, "sample_rate": config.sample_rate})
+    # The net and its step.
+    tagger = nets.build_sed({**settings.tagger, "sample_rate": settings.sample_rate})
     nets.require_classes(tagger, "config.tagger")
-    _check_outputs(config, tagger)
-    key = jax.random.key(config.seed)
+    _check_outputs(settings, tagger)
+    step = make_tagging_step(
+        tagger.clone(norm_momentum=settings.norm_momentum),
+        optimizer,
+        outputs=tuple(settings.outputs),
+        mixup_alpha=settings.mixup_alpha,
+        spec_augment_stripes=settings.spec_augment,
+        noise=settings.noise,
+        speed=settings.speed,
+        max_norm_ratio=settings.max_norm_ratio,
+    )
+    step = at_precision(settings.precision, step)
 
     def fresh(key: jax.Array) -> TrainState:
         variables = nets.init(tagger, key)
@@ -62,47 +62,31 @@ def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
             {"tagger": variables["params"]}, {"tagger": variables["batch_stats"]}, optimizer
         )
 
-    # One step as a pure function.
-    step = make_tagging_step(
-        tagger.clone(norm_momentum=config.get("norm_momentum", MOMENTUM)),
-        optimizer,
-        outputs=tuple(config.outputs),
-        mixup_alpha=config.mixup_alpha,
-        spec_augment_stripes=config.spec_augment and config.spec_augment.to_dict(),
-        noise=config.noise and config.noise.to_dict(),
-        speed=config.speed and config.speed.to_dict(),
-        max_norm_ratio=run.max_norm_ratio_of(config),
-    )
-    step = at_precision(run.precision_of(config), step)
-
-    # The training loop, from the last checkpoint if there is one.
+    # The run: from its last checkpoint if there is one.
     model = {"model": nets.fields_of(tagger)}
-    with run.open_workdir(workdir) as held:
-        run.train_on(
-            records,
-            step,
-            fresh,
-            (key,),
-            {},
-            config=config,
-            workdir=held,
-            mesh=mesh,
-            key=key,
-            kind="tagger",
-            nets={"sed": model, "query": model},
-            clips_per_step=clips_per_step,
-            learning_rate=schedule,
-            dtype=config.tagger.dtype,
-            labels=True,
-        )
+    trained = Trained(
+        kind="tagger",
+        sections={"sed": model, "query": model},
+        step=step,
+        counted=step,
+        fresh=fresh,
+        fresh_from=(jax.random.key(settings.seed),),
+        frozen={},
+        learning_rate=schedule,
+        dtype=tagger.dtype,
+        clips_per_step=settings.clips_per_step,
+        labels=True,
+    )
+    with open_workdir(workdir) as held:
+        run(trained, records, settings, config, held, mesh)
 
 
-def _check_outputs(config: ConfigDict, tagger: TaggingNet) -> None:
+def _check_outputs(settings: TaggerSettings, tagger: TaggingNet) -> None:
     second = np.zeros((1, tagger.sample_rate), np.float32)
     given, _ = jax.eval_shape(tagger.init_with_output, jax.random.key(0), second)
     known = [name for name, value in given.items() if value.shape == (1, tagger.classes)]
-    if not config.outputs or set(config.outputs) - set(known):
+    if not settings.outputs or set(settings.outputs) - set(known):
         raise UserError(
-            f"config.outputs is {tuple(config.outputs)}, expected one or more of this net's clip "
+            f"config.outputs is {tuple(settings.outputs)}, expected one or more of this net's clip "
             f"probabilities: {', '.join(known)}"
         )

@@ -1,0 +1,174 @@
+"""The nets around a separator in training: detector and query net."""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+
+from uss_jax.anchors.table import AnchorTable
+from uss_jax.bundles import nets
+from uss_jax.bundles.bundle import Bundle, net_hash, read_bundle
+from uss_jax.bundles.checkpoints import latest_step, save_tree
+from uss_jax.errors import UserError
+from uss_jax.models.query import KINDS, QueryNet
+from uss_jax.models.tagging import TaggingNet
+from uss_jax.training.settings import SeparatorSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class ConditionNets:
+    """Detector and query net of a run.
+
+    Attributes:
+      sed: the detector that the workdir stores; None if it stores none.
+      detects: whether the step runs it; with a table of anchors it is only stored, so that the
+        workdir is a complete bundle.
+      query: computes conditions.
+      frozen: variables that the step needs and that do not train, of `sed` and `query`.
+      trained: trainable variables of `query`.
+    """
+
+    sed: TaggingNet | None
+    detects: bool
+    query: QueryNet
+    frozen: dict[str, Any]
+    trained: dict[str, Any]
+
+    @property
+    def detector(self) -> TaggingNet | None:
+        """The detector that the step runs, if it does."""
+        return self.sed if self.detects else None
+
+    def sections(self, settings: SeparatorSettings) -> dict[str, Any]:
+        """Returns their sections of config.json."""
+        tagger = self.query.tagger
+        found = {"query": {**settings.query, "model": tagger and nets.fields_of(tagger)}}
+        if self.sed is not None:
+            found["sed"] = {"model": nets.fields_of(self.sed)}
+        return found
+
+
+def load_condition_nets(
+    settings: SeparatorSettings, workdir: pathlib.Path, table: AnchorTable | None = None
+) -> ConditionNets:
+    """Loads the nets from their bundles.
+
+    A new run copies the frozen nets into the workdir. A run with a checkpoint reads these copies,
+    so the bundles may have changed since.
+
+    Args:
+      settings: settings of the run.
+      workdir: folder of the run.
+      table: table of the anchors; None without one.
+
+    Raises:
+      UserError: a bundle is missing or unsuitable, or the table is of another detector.
+    """
+    sed, frozen = None, {}
+    detects = settings.anchors.source == "device"
+    if detects or (table is not None and settings.sed_bundle):
+        sed, frozen["sed"] = _source_bundle(settings, workdir, "sed").sed()
+        _check_net(sed, "sed", settings)
+        _check_rate(sed.sample_rate, settings, "sed_bundle")
+        if table is not None:
+            _require_detector_of(table, frozen["sed"], settings)
+        _keep(workdir, "sed", frozen["sed"])
+        if not detects:
+            del frozen["sed"]
+
+    model, tagger = None, {"params": {}, "batch_stats": {}}
+    if KINDS[settings.query["kind"]].recordings:
+        bundle = _source_bundle(settings, workdir, "query")
+        source, variables = bundle.query()
+        if source.tagger is None:
+            raise UserError(f"{bundle.path} has no tagging net: its conditions are one_hot")
+        _check_net(source.tagger, "query", settings)
+        model = nets.fields_of(source.tagger)
+        _check_rate(source.tagger.sample_rate, settings, "query_bundle")
+        tagger = {item: {"tagger": variables[item]["tagger"]} for item in variables}
+    query = nets.build_query(settings.query, model)
+
+    trained = {"params": {}, "batch_stats": {}}
+    if query.finetune:
+        tagger, trained = trained, tagger
+    elif model is not None:
+        _keep(workdir, "query", {item: tagger[item]["tagger"] for item in tagger})
+    if query.adaptor_width:
+        trained["params"]["adaptor"] = nets.init_adaptor(query, jax.random.key(settings.seed))
+    return ConditionNets(sed, detects, query, {**frozen, "query": tagger}, trained)
+
+
+def shapes_of_condition_nets(settings: SeparatorSettings) -> ConditionNets:
+    """Returns what `load_condition_nets` returns, with shapes instead of arrays.
+
+    A net without a bundle gets the published architecture named by `sed_net` or `query_net`.
+    """
+
+    def model(part: str) -> dict[str, Any]:
+        location = getattr(settings, f"{part}_bundle")
+        if location:
+            return read_bundle(location).config[part]["model"]
+        return {"net": getattr(settings, f"{part}_net"), "sample_rate": settings.sample_rate}
+
+    sed, frozen = None, {}
+    detects = settings.anchors.source == "device"
+    if detects:
+        sed = nets.build_sed(model("sed"))
+        frozen["sed"] = nets.layout(sed)
+    has_tagger = KINDS[settings.query["kind"]].recordings
+    query = nets.build_query(settings.query, model("query") if has_tagger else None)
+    tagger, trained = ({"params": {}, "batch_stats": {}} for _ in range(2))
+    if has_tagger:
+        tagger = {name: {"tagger": tree} for name, tree in nets.layout(query.tagger).items()}
+    if query.finetune:
+        tagger, trained = trained, tagger
+    if query.adaptor_width:
+        adaptor = functools.partial(nets.init_adaptor, query)
+        trained["params"]["adaptor"] = jax.eval_shape(adaptor, jax.random.key(0))
+    return ConditionNets(sed, detects, query, {**frozen, "query": tagger}, trained)
+
+
+def _require_detector_of(table: AnchorTable, sed: Any, settings: SeparatorSettings) -> None:
+    """Raises a UserError unless a table was mined with these variables."""
+    if net_hash(sed) != table.header["sed_hash"]:
+        raise UserError(
+            f"{settings.anchors.table} was mined with another detector than config.sed_bundle="
+            f"{settings.sed_bundle}; mine again with this one, or set config.sed_bundle to that one"
+        )
+
+
+def _source_bundle(settings: SeparatorSettings, workdir: pathlib.Path, part: str) -> Bundle:
+    if latest_step(workdir / "checkpoints") is not None:
+        bundle = read_bundle(workdir)
+        if part in bundle.config:
+            return bundle
+    location = getattr(settings, f"{part}_bundle")
+    if not location:
+        raise UserError(
+            f"config.{part}_bundle is empty; give a tagger's bundle or workdir "
+            "(`uss-jax convert` and `uss-jax train-tagger` make them)"
+        )
+    return read_bundle(location)
+
+
+def _keep(workdir: pathlib.Path, part: str, variables: dict[str, Any]) -> None:
+    if latest_step(workdir / "checkpoints") is None:
+        save_tree(workdir / "frozen" / part, variables)
+
+
+def _check_net(net: TaggingNet, part: str, settings: SeparatorSettings) -> None:
+    found, wanted = nets.fields_of(net)["net"], getattr(settings, f"{part}_net")
+    if found != wanted:
+        raise UserError(
+            f"config.{part}_bundle holds the net {found}, config.{part}_net is {wanted}; give "
+            f"another bundle or --config.{part}_net={found}"
+        )
+
+
+def _check_rate(found: int, settings: SeparatorSettings, name: str) -> None:
+    if found != settings.sample_rate:
+        raise UserError(
+            f"config.{name} is a net for {found} Hz, config.sample_rate is {settings.sample_rate}"
+        )

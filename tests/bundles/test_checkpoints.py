@@ -22,7 +22,8 @@ from uss_jax.disk.checked_json import either, record, text, whole
 from uss_jax.errors import UserError
 from uss_jax.training.guard import no_norms
 from uss_jax.training.optim import adamw_amsgrad, clipped
-from uss_jax.training.state import TrainState, create_state, restore_state
+from uss_jax.training.resuming import restore_state
+from uss_jax.training.state import TrainState, create_state
 
 OPTIMIZER = adamw_amsgrad(1e-3)
 POSITION = {"seed": 3, "global_batch": 8, "index_digest": "abc", "examples_seen": 40}

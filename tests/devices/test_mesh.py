@@ -32,8 +32,9 @@ from uss_jax.models.resunet import ResUNet
 from uss_jax.training.examples import Mixing
 from uss_jax.training.losses import LOSSES
 from uss_jax.training.optim import adamw_amsgrad
+from uss_jax.training.resuming import restore_state
 from uss_jax.training.separation_step import Anchoring, Nets, Updating, make_separation_step
-from uss_jax.training.state import create_state, restore_state
+from uss_jax.training.state import create_state
 from uss_jax.training.tagging_step import make_tagging_step
 
 SMALL = TAGGER.clone(channels=(4, 4))

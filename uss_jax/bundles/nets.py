@@ -73,20 +73,27 @@ def build(net: type[Net], fields: Mapping[str, Any], where: str) -> Net:
 
     Args:
       net: class of the module.
-      fields: values of its dataclass fields; lists become tuples, which JSON lacks.
+      fields: values of its dataclass fields, as in JSON: a list may stand for a tuple, and a whole
+        number for a float.
       where: name of the config section, for the message.
 
     Raises:
       UserError: a field is unknown, or its value breaks its rule.
     """
-    known = [f.name for f in dataclasses.fields(net) if f.name not in _NO_FIELDS]
+    known = {f.name: f.type for f in dataclasses.fields(net) if f.name not in _NO_FIELDS}
     for key in fields:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"its fields are {', '.join(known)}"
             raise UserError(f"{where}.{key}: {net.__name__} has no such field; {hint}")
     check_fields(fields, where)
-    return net(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    return net(**{name: _cast(value, known[name]) for name, value in fields.items()})
+
+
+def _cast(value: Any, wanted: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    return float(value) if wanted is float else value
 
 
 def check_fields(fields: Mapping[str, Any], where: str) -> None:

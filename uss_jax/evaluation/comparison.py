@@ -162,7 +162,8 @@ def _classes(results: dict[str, Any] | None) -> int | None:
 
 
 def _figure(results: dict[str, Any] | None, asked: str, figure: str) -> float | None:
-    return _row(results, asked).get(figure)
+    value = _row(results, asked).get(figure)
+    return None if value is None else float(value)
 
 
 def _row(results: dict[str, Any] | None, asked: str) -> dict[str, Any]:

@@ -8,8 +8,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from uss_jax.audio.pcm import to_float
+from uss_jax.disk.checked_json import number, record, whole
+from uss_jax.training.sections import span
 
 _OCTAVES = 8
+# Rules for the arguments of these functions in a config, where None turns one off.
+AUGMENTATIONS = {
+    "speed": span(number(0.1, 10), "least", "most"),
+    "noise": span(number(-200, 200), "least_snr_db", "most_snr_db"),
+    "spec_augment": record(
+        {f"{axis}_width": whole(1, 100_000) for axis in ("time", "mel")}
+        | {f"{axis}_stripes": whole(0, 1000) for axis in ("time", "mel")}
+    ),
+    "mixup_alpha": number(1e-3, 1e3),
+}
 
 
 def change_speed(

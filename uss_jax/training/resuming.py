@@ -6,17 +6,22 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import optax
+
 from uss_jax.bundles.bundle import read_bundle
 from uss_jax.bundles.checkpoints import Checkpoints, DamagedCheckpoint
-from uss_jax.bundles.fingerprint import fingerprint
+from uss_jax.bundles.fingerprint import by_path, fingerprint
 from uss_jax.data.index import RecordIndex
 from uss_jax.devices.hosts import say
 from uss_jax.disk.checked_json import record, text, whole
 from uss_jax.errors import UserError
+from uss_jax.training.guard import no_norms
 from uss_jax.training.records import Records
 from uss_jax.training.sections import default_of
 from uss_jax.training.settings import RunSettings
-from uss_jax.training.state import TrainState, restore_state
+from uss_jax.training.state import TrainState
 
 # Keys that may change when a run is resumed; all others of these sections determine the data of
 # each step. Records, split and anchors are compared by their digests.
@@ -101,6 +106,49 @@ def resume(
             say(f"config.precision is {now} from here on; up to here it was {before}")
         return step, state
     return None
+
+
+def restore_state(checkpoints: Checkpoints, step: int, like: TrainState) -> TrainState:
+    """Restores the state saved at a step, with the shardings of `like`.
+
+    Checkpoints of older versions differ as follows:
+
+    | they have | it becomes |
+    |---|---|
+    | no `ema`, though the run now keeps one | a copy of the parameters |
+    | no `norms` | an empty record |
+    | `opt_state` behind the empty state of gradient clipping | itself |
+
+    Raises:
+      UserError: the checkpoint is of another model.
+      DamagedCheckpoint: it cannot be read, or its arrays differ from those saved.
+    """
+    saved, wanted = checkpoints.items(step), like.parts()
+    absent = [name for name in ("ema", "norms") if name in wanted and name not in saved]
+    asked = {name: tree for name, tree in wanted.items() if name not in absent}
+    behind = "opt_state" in saved and _stands_behind(
+        like.opt_state, checkpoints.shapes(step, "opt_state")
+    )
+    if behind:
+        asked["opt_state"] = (optax.EmptyState(), like.opt_state)
+    restored = checkpoints.restore(step, asked)
+    if behind:
+        restored["opt_state"] = restored["opt_state"][1]
+    if "ema" in absent:
+        restored["ema"] = jax.tree.map(jnp.copy, restored["params"])
+    if "norms" in absent:
+        place = lambda x, wanted: jax.device_put(x, wanted.sharding)  # noqa: E731
+        restored["norms"] = jax.tree.map(place, no_norms(), like.norms)
+    count = jax.device_put(jnp.int32(step), like.step.sharding)
+    return like.replace(step=count, **restored)
+
+
+def _stands_behind(state: Any, found: Any) -> bool:
+    """Detects an optimiser state that was saved as the second of a chain."""
+    shapes, saved = (
+        {path: tuple(leaf.shape) for path, leaf in by_path(tree).items()} for tree in (state, found)
+    )
+    return {f"1/{path}" for path in shapes} == saved.keys()
 
 
 def _set_aside(

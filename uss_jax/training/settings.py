@@ -19,10 +19,11 @@ from uss_jax.disk.checked_json import Rule, number, record, text, whole
 from uss_jax.errors import UserError
 from uss_jax.models.norm import MOMENTUM, SCOPES
 from uss_jax.models.query import KINDS
+from uss_jax.training.augment import AUGMENTATIONS
 from uss_jax.training.examples import Mixing
 from uss_jax.training.losses import LOSSES
 from uss_jax.training.optim import OPTIMIZERS
-from uss_jax.training.sections import MOST, one_of, read_section, span
+from uss_jax.training.sections import MOST, one_of, read_section
 
 Settings = TypeVar("Settings")
 
@@ -173,19 +174,9 @@ def _steps(value: Any, key: str) -> None:
         )
 
 
-# Arguments of the functions in training/augment.py; None turns one off.
-_AUGMENTATIONS = {
-    "speed": span(number(0.1, 10), "least", "most"),
-    "noise": span(number(-200, 200), "least_snr_db", "most_snr_db"),
-    "spec_augment": record(
-        {f"{axis}_width": whole(1, 100_000) for axis in ("time", "mel")}
-        | {f"{axis}_stripes": whole(0, 1000) for axis in ("time", "mel")}
-    ),
-    "mixup_alpha": number(1e-3, 1e3),
-}
 # Rules of keys by dotted name; other keys follow that of their type.
 _RULES: dict[str, Rule] = {
-    **_AUGMENTATIONS,
+    **AUGMENTATIONS,
     "seed": whole(0, 2**32 - 1),
     "sample_rate": whole(LOWEST_SAMPLE_RATE, HIGHEST_SAMPLE_RATE),
     "segment_seconds": number(0.01, 600),
@@ -271,8 +262,8 @@ def _require_values(section: Mapping[str, Any], where: str) -> None:
     for key, value in section.items():
         if isinstance(value, Mapping):
             _require_values(value, f"{where}.{key}")
-        elif value is None and not (where == "config" and key in _AUGMENTATIONS):
-            off = ", ".join(_AUGMENTATIONS)
+        elif value is None and not (where == "config" and key in AUGMENTATIONS):
+            off = ", ".join(AUGMENTATIONS)
             raise UserError(f"{where}.{key} is None; give it a value (only {off} may be None)")
 
 

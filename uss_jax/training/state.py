@@ -1,5 +1,6 @@
 """The state of a training run."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,8 +8,6 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from uss_jax.bundles.checkpoints import ITEMS, Checkpoints
-from uss_jax.bundles.fingerprint import by_path
 from uss_jax.training.guard import no_norms
 
 
@@ -44,7 +43,8 @@ class TrainState:
 
     def parts(self) -> dict[str, Any]:
         """Returns the non-empty trees by name, as a checkpoint stores them; without `step`."""
-        trees = {name: getattr(self, name) for name in ITEMS}
+        trees = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del trees["step"]
         return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
 
 
@@ -62,49 +62,6 @@ def create_state(
         skipped={"total": zero(), "in_a_row": zero()},
         norms=no_norms(),
     )
-
-
-def restore_state(checkpoints: Checkpoints, step: int, like: TrainState) -> TrainState:
-    """Restores the state saved at a step, with the shardings of `like`.
-
-    Checkpoints of older versions differ as follows:
-
-    | they have | it becomes |
-    |---|---|
-    | no `ema`, though the run now keeps one | a copy of the parameters |
-    | no `norms` | an empty record |
-    | `opt_state` behind the empty state of gradient clipping | itself |
-
-    Raises:
-      UserError: the checkpoint is of another model.
-      DamagedCheckpoint: it cannot be read, or its arrays differ from those saved.
-    """
-    saved, wanted = checkpoints.items(step), like.parts()
-    absent = [name for name in ("ema", "norms") if name in wanted and name not in saved]
-    asked = {name: tree for name, tree in wanted.items() if name not in absent}
-    behind = "opt_state" in saved and _stands_behind(
-        like.opt_state, checkpoints.shapes(step, "opt_state")
-    )
-    if behind:
-        asked["opt_state"] = (optax.EmptyState(), like.opt_state)
-    restored = checkpoints.restore(step, asked)
-    if behind:
-        restored["opt_state"] = restored["opt_state"][1]
-    if "ema" in absent:
-        restored["ema"] = jax.tree.map(jnp.copy, restored["params"])
-    if "norms" in absent:
-        place = lambda x, wanted: jax.device_put(x, wanted.sharding)  # noqa: E731
-        restored["norms"] = jax.tree.map(place, no_norms(), like.norms)
-    count = jax.device_put(jnp.int32(step), like.step.sharding)
-    return like.replace(step=count, **restored)
-
-
-def _stands_behind(state: Any, found: Any) -> bool:
-    """Detects an optimiser state that was saved as the second of a chain."""
-    shapes, saved = (
-        {path: tuple(leaf.shape) for path, leaf in by_path(tree).items()} for tree in (state, found)
-    )
-    return {f"1/{path}" for path in shapes} == saved.keys()
 
 
 def parameter_count(params: Any) -> int:

@@ -5,6 +5,8 @@ so that tests of nets alone run there.
 """
 
 import functools
+import json
+import math
 import pathlib
 
 import jax
@@ -197,3 +199,16 @@ def train_words(config, place, workdir, changed=None) -> list[str]:
     command = ["train-tagger" if tagger else "train", "--config", str(CONFIGS / config)]
     words = [f"--config.{key}={value}" for key, value in leaves.items()]
     return [*command, "--workdir", str(workdir), *words]
+
+
+def finish_run(config, place, workdir, changed):
+    """Trains for two steps, checks that each is reported, and returns the workdir's Model."""
+    from uss_jax.bundles.model import Model
+    from uss_jax.cli.main import main
+
+    assert main(train_words(config, place, workdir, {"total_steps": 2, **changed})) == 0
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert lines[0]["grad_norm"] > 0
+    return Model(workdir)

@@ -1,0 +1,45 @@
+"""What `uss-jax train --dry-run` says."""
+
+import re
+
+import pytest
+
+from tests.tiny import RATE, tagger_variables, train_words, write_place
+from uss_jax.bundles.nets import layout
+from uss_jax.cli.main import main
+from uss_jax.models.resunet import ResUNet
+from uss_jax.training.state import parameter_count
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return write_place(tmp_path_factory.mktemp("train"))
+
+
+@pytest.mark.long
+def test_a_dry_run_says_what_a_run_would_need_and_writes_nothing(
+    place, tmp_path, capsys, quick_compilation
+):
+    changed = {"data.records": "", "sed_bundle": place / "tagger", "query_bundle": place / "tagger"}
+    words = train_words("resunet30.py", place, tmp_path / "run", changed)
+    del words[words.index("--workdir") : words.index("--workdir") + 2]
+    assert main([*words, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    separator = parameter_count(
+        layout(ResUNet(n_fft=128, hop_samples=64, channels=(4, 4)))["params"]
+    )
+    tagger = parameter_count(tagger_variables()["params"])
+    for part in (
+        "mesh: 8 x cpu along data",
+        f"{separator / 1e6:.2f} M trained, {2 * tagger / 1e6:.2f} M frozen",
+        "8 items, 1 per device",
+        "no upper bound on the speed: the peak FLOP/s of cpu is not known (devices/cost.py lists",
+    ):
+        assert part in said
+    assert re.search(r"memory per device: 0\.\d+ GB", said)
+    (read,) = re.findall("input: (.*) MB per step", said)
+    assert float(read) == pytest.approx(8 * (2 * RATE + 3 * 4 + 2) / 1e6, rel=1e-3)
+    assert not (tmp_path / "run").exists()
+
+    assert main(words) == 1
+    assert "--workdir is missing" in capsys.readouterr().err

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from uss_jax.data.sampling import BalancedOrder, GroupedOrder
+from uss_jax.data.grouping import GroupedOrder
+from uss_jax.data.orders import BalancedOrder
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 from uss_jax.training.run import _class_weights

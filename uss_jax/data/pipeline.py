@@ -20,8 +20,9 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int16, Int32, Integer
 
+from uss_jax.data.grouping import GroupedOrder
+from uss_jax.data.orders import Order
 from uss_jax.data.reader import ClipReader
-from uss_jax.data.sampling import GroupedOrder
 from uss_jax.data.tfrecord import DamagedRecord
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
@@ -30,13 +31,6 @@ _FAR = 2**44
 _DRAWN_AT_ONCE = 256  # positions; drawing them takes a few milliseconds
 _BLOCKS_KEPT = 4  # enough, as threads are at most a few steps apart
 _OF_RECORD = {"record", "class_index", "begin_sample", "score"}
-
-
-@runtime_checkable
-class Order(Protocol):
-    """Maps positions to records and class indexes; see data/sampling.py."""
-
-    def draw(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 @runtime_checkable

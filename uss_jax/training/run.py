@@ -20,11 +20,12 @@ from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
 from uss_jax.bundles.bundle import FORMAT_VERSION, read_bundle
 from uss_jax.bundles.checkpoints import Checkpoints, DamagedCheckpoint
 from uss_jax.bundles.fingerprint import fingerprint
+from uss_jax.data.grouping import GroupedOrder
 from uss_jax.data.index import RecordIndex, load_index
 from uss_jax.data.metadata import read_sample_rate
+from uss_jax.data.orders import BalancedOrder, Order, UniformOrder
 from uss_jax.data.pipeline import batches
 from uss_jax.data.reader import ClipReader
-from uss_jax.data.sampling import BalancedOrder, GroupedOrder, UniformOrder
 from uss_jax.devices.mesh import create, on_all_devices, shapes
 from uss_jax.devices.precision import check_precision
 from uss_jax.disk.atomic import replacing
@@ -125,7 +126,7 @@ class Records:
 
     index: RecordIndex
     reader: ClipReader
-    order: BalancedOrder | UniformOrder | GroupedOrder
+    order: Order
     places: Placement | None = None
 
 

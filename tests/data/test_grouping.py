@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.data.toy import audioset_labels
 from uss_jax.data.grouping import GroupedOrder, _mixed_conflicts, _swap_changes, arrange
 from uss_jax.data.orders import BalancedOrder, UniformOrder
 from uss_jax.data.permutation import hash_key
@@ -164,3 +165,20 @@ def test_arrangements_stay_what_they_were():
         item = arrange(conflict | conflict.T, 2 + group % 3, hash_key(7, group))
         sha.update(item.astype(np.int64).tobytes())
     assert sha.hexdigest()[:16] == "d4b216885b556904"
+
+
+def test_mixtures_that_hold_a_sound_twice_become_rare():
+    labels = audioset_labels()
+    share = {}
+    for conflict_free in (False, True):
+        grouped = GroupedOrder(
+            BalancedOrder(*labels, 0),
+            *labels,
+            0,
+            group_size=16,
+            sources=2,
+            conflict_free=conflict_free,
+        )
+        share[conflict_free] = grouped.draw_marked(np.arange(16 * 100))[2].mean()
+    assert share[False] > 0.2
+    assert share[True] < 0.02

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from tests.data.toy import audioset_labels
 from uss_jax.data.orders import BalancedOrder, UniformOrder
 from uss_jax.errors import UserError
 
@@ -137,3 +138,17 @@ def test_nothing_to_draw_is_an_error():
             kind(np.zeros(5, np.int64), np.zeros(0, np.int64), 0)
     with pytest.raises(UserError, match="whole numbers from 0"):
         BalancedOrder(*_csr(np.eye(3, dtype=int)), 0, [1, -1, 1], classes=3)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_hundred_rounds_draw_every_class_a_hundred_times(seed):
+    label_row, label_class = audioset_labels()
+    order = BalancedOrder(label_row, label_class, seed)
+    records, classes = order.draw(np.arange(527 * 100))
+    assert np.bincount(classes, minlength=527).tolist() == [100] * 527
+    # Of a class with 100 clips or more, 100 draws are 100 clips.
+    clips = np.bincount(label_class, minlength=527)
+    for k in np.flatnonzero(clips >= 100):
+        assert len(set(records[classes == k].tolist())) == 100
+    rounds = classes.reshape(100, 527)
+    assert (rounds[1:] != rounds[:-1]).any(axis=1).all()

@@ -10,7 +10,8 @@ import pytest
 
 from uss_jax.anchors.table import AnchorTable, Placement
 from uss_jax.data.grouping import GroupedOrder
-from uss_jax.data.index import build_index, load_index
+from uss_jax.data.index import load_index
+from uss_jax.data.indexing import build_index
 from uss_jax.data.orders import BalancedOrder
 from uss_jax.data.pipeline import batches
 from uss_jax.data.reader import ClipReader

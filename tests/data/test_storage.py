@@ -6,7 +6,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from uss_jax.cli.main import main
-from uss_jax.data.index import build_index, load_index
+from uss_jax.data.index import load_index
+from uss_jax.data.indexing import build_index
 from uss_jax.data.metadata import read_sample_rate, write_format
 from uss_jax.data.orders import BalancedOrder
 from uss_jax.data.pipeline import batches

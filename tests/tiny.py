@@ -114,7 +114,7 @@ def noise(seed, seconds, amplitude=0.1) -> np.ndarray:
 
 def write_records(directory, split, clips):
     """Writes records of (id, float waveform, labels); their index."""
-    from uss_jax.data.index import build_index
+    from uss_jax.data.indexing import build_index
     from uss_jax.data.metadata import write_metadata
     from uss_jax.data.tf_example import serialise
     from uss_jax.data.tfrecord import RecordWriter

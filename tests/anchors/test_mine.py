@@ -20,7 +20,8 @@ from uss_jax.anchors.mine import MiningSettings, mine
 from uss_jax.anchors.table import read_header, read_table
 from uss_jax.bundles.model import Net
 from uss_jax.bundles.nets import build_sed, fields_of
-from uss_jax.data.index import build_index, load_index
+from uss_jax.data.index import load_index
+from uss_jax.data.indexing import build_index
 from uss_jax.data.metadata import write_metadata
 from uss_jax.data.reader import ClipReader
 from uss_jax.data.tf_example import serialise

@@ -60,11 +60,11 @@ def separator_and_state(dtype: str, on_cpu: bool, shapes: bool = False) -> tuple
     import jax
     import jax.numpy as jnp
 
-    from uss_jax.models.resunet import resunet30
+    from uss_jax.models.resunet import ResUNet
     from uss_jax.training.optim import adamw_amsgrad
     from uss_jax.training.state import create_state
 
-    net, optimizer = resunet30(dtype=dtype, **(QUICKSTART if on_cpu else {})), adamw_amsgrad(1e-3)
+    net, optimizer = ResUNet(dtype=dtype, **(QUICKSTART if on_cpu else {})), adamw_amsgrad(1e-3)
 
     def fresh(key):
         waveform = jnp.zeros((1, 1, SEGMENT))

@@ -20,10 +20,12 @@ import numpy as np
 
 from uss_jax.anchors.table import AnchorTable, Placement
 from uss_jax.audio.files import flac_bytes
-from uss_jax.data.index import RecordIndex, build_index, load_index
+from uss_jax.data.grouping import GroupedOrder
+from uss_jax.data.index import RecordIndex, load_index
+from uss_jax.data.indexing import build_index
+from uss_jax.data.orders import BalancedOrder
 from uss_jax.data.pipeline import batches
 from uss_jax.data.reader import ClipReader
-from uss_jax.data.sampling import BalancedOrder, GroupedOrder
 from uss_jax.data.schema import Schema
 from uss_jax.data.tf_example import serialise
 from uss_jax.data.tfrecord import RecordWriter

@@ -15,8 +15,9 @@ import numpy as np
 
 from tests.tiny import CONFIGS
 from uss_jax.cli.main import main as uss_jax
+from uss_jax.data.conversion import ClipSettings
 from uss_jax.data.labels import read_labels
-from uss_jax.data.prepare import ClipSettings, prepare
+from uss_jax.data.prepare import prepare
 
 RATE, CLIP_SECONDS = 8000, 2.0
 CONFIG = {

@@ -80,7 +80,7 @@ def jax_job(job: str) -> Job:
     import optax
 
     from uss_jax.models.cnn14 import Cnn14
-    from uss_jax.models.resunet import resunet30
+    from uss_jax.models.resunet import ResUNet
     from uss_jax.training.losses import l1_waveform
     from uss_jax.training.optim import adamw_amsgrad
     from uss_jax.weights.torch import convert_cnn14, convert_resunet
@@ -94,7 +94,7 @@ def jax_job(job: str) -> Job:
     if job == "tag":
         tag = jax.jit(Cnn14().apply)
         return lambda: np.asarray(tag(variables, waveform)["clipwise"])
-    net = resunet30()
+    net = ResUNet()
     if job == "separate":
         separate = jax.jit(net.apply)
         return lambda: np.asarray(separate(variables, waveform[:, None], condition))

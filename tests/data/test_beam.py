@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from uss_jax.data.conversion import ClipSettings
 from uss_jax.data.labels import LabelledFile
-from uss_jax.data.prepare import ClipSettings, prepare
+from uss_jax.data.prepare import prepare
 from uss_jax.errors import UserError
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tensorflow_datasets.proto import tf_example_pb2
 
 from uss_jax.audio.files import flac_bytes
-from uss_jax.data.encodings import count_samples, decode, decode_into, varints
+from uss_jax.data.encodings import count_samples, decode, decode_into, to_int16, varints
 from uss_jax.data.schema import Schema
 from uss_jax.data.tf_example import parse
 
@@ -113,3 +113,8 @@ def test_what_is_no_audio_is_said(data, encoding, said):
 def test_a_file_without_samples_is_said():
     with pytest.raises(ValueError, match="no samples"):
         count_samples(_wav_bytes(SAMPLES[:0]), "wav", 8000)
+
+
+def test_full_scale_is_cut_to_16_bits():
+    waveform = np.array([-2, -1, -0.5, 0, 0.5, 1, 2], np.float32)
+    assert to_int16(waveform).tolist() == [-32768, -32768, -16384, 0, 16384, 32767, 32767]

@@ -1,5 +1,4 @@
 import json
-import os
 
 import numpy as np
 import pytest
@@ -7,11 +6,12 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from tests.data.test_encodings import SAMPLES, STORED
 from uss_jax.cli.main import main
-from uss_jax.data.index import build_index, load_index, shards_of_split
+from uss_jax.data.index import load_index
+from uss_jax.data.indexing import build_index
 from uss_jax.data.metadata import read_sample_rate
 from uss_jax.data.reader import ClipReader
-from uss_jax.data.schema import Schema, read_schema
-from uss_jax.data.tf_example import guess_schema, parse, serialise
+from uss_jax.data.schema import Schema
+from uss_jax.data.tf_example import guess_schema, parse
 from uss_jax.data.tfrecord import RecordWriter
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
@@ -195,41 +195,6 @@ def test_what_is_not_as_the_schema_says_is_said_with_its_place(tmp_path, record,
     assert "part-1.tfrecord: the record at byte 0 " in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("{", "is not JSON"),
-        ("[" * 10**5, "is nested deeper"),
-        ("[]", "is a list of 0, expected an object"),
-        ('{"idd": "a"}', "unknown key 'idd'; expected id, audio"),
-        ('{"sample_rate": "8000"}', "sample_rate is '8000', expected a whole number"),
-        ('{"sample_rate": 0}', "sample_rate is 0, expected a whole number from 1,000 to 768,000"),
-        ('{"sample_rate": %s}' % ("9" * 30), "expected a whole number from 1,000"),
-        ('{"encoding": "mp3"}', "encoding is 'mp3', expected pcm_s16le, flac"),
-        ('{"split": "../x"}', "split is '../x', expected letters, digits"),
-        ('{"split": ""}', "split is '', expected letters, digits"),
-        ('{"split": "a\\nb"}', r"split is 'a\\nb', expected letters, digits"),
-        ('{"split": "%s"}' % ("x" * 300), "expected letters, digits"),
-        ('{"id": ""}', "id is '', expected 1 to 200 printable characters"),
-        ('{"id": "%s"}' % ("x" * 10**6), "expected 1 to 200 printable characters"),
-        ('{"id": "\\ud800"}', "expected 1 to 200 printable characters"),
-        ('{"label_form": "words"}', "label_form is 'words', expected index, mid, name, multi_hot"),
-    ],
-)
-def test_bad_schemas_are_said(tmp_path, text, said):
-    (tmp_path / "s.json").write_text(text)
-    with pytest.raises(UserError, match=said) as error:
-        read_schema(tmp_path / "s.json")
-    assert str(tmp_path / "s.json") in str(error.value)
-
-
-def test_shards_with_numbers_beyond_their_count_are_no_set(tmp_path):
-    names = tuple(f"lab-eval.tfrecord-0000{at}-of-00002" for at in (0, 1, 5))
-    directory = _write(tmp_path / "lab", names=names)
-    with pytest.raises(UserError, match=r'a shard of split "eval" has the number 5 of 2'):
-        shards_of_split(directory, "eval")
-
-
 def test_a_pattern_without_files_and_a_missing_schema_are_said(tmp_path, capsys):
     directory = _write(tmp_path / "lab")
     assert _index(directory, "--schema", tmp_path / "nothing.json") == 1
@@ -238,41 +203,3 @@ def test_a_pattern_without_files_and_a_missing_schema_are_said(tmp_path, capsys)
     assert 'give a --schema with "shards"' in capsys.readouterr().err
     assert _index(directory, "--schema", _schema(tmp_path / "s.json", shards="*.rec")) == 1
     assert "has no files that match the schema's pattern '*.rec'" in capsys.readouterr().err
-
-
-def _own(directory, shards=3):
-    directory.mkdir()
-    for number in range(shards):
-        name = f"toy-train.tfrecord-{number:05d}-of-{shards:05d}"
-        with RecordWriter(directory / name) as writer:
-            for at in range(3):
-                writer.write(serialise(b"%d.%d" % (number, at), SAMPLES[: 10 + at], [at]))
-    return directory
-
-
-def test_an_index_that_was_stopped_goes_on_with_the_shards_that_are_left(tmp_path, monkeypatch):
-    from uss_jax.data import index as of_index
-
-    directory = _own(tmp_path / "own")
-    last = directory / "toy-train.tfrecord-00002-of-00003"
-    good = last.read_bytes()
-    last.write_bytes(good[:-5])
-    with pytest.raises(UserError, match="is cut off"):
-        build_index(directory, "train")
-    last.write_bytes(good)
-    scanned, scan = [], of_index.scan_records
-    monkeypatch.setattr(
-        of_index, "scan_records", lambda path: scanned.append(os.path.basename(path)) or scan(path)
-    )
-    index = build_index(directory, "train")
-    assert scanned == [last.name]
-    assert index.digest == build_index(_own(tmp_path / "other"), "train").digest
-    assert not [path for path in directory.iterdir() if path.name.startswith(".")]
-
-
-@pytest.mark.long
-def test_any_number_of_processes_makes_the_same_index(tmp_path):
-    one = build_index(_own(tmp_path / "one"), "train")
-    two = build_index(_own(tmp_path / "two"), "train", workers=2)
-    assert one.digest == two.digest
-    np.testing.assert_array_equal(one.ids, two.ids)

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uss_jax.data import pipeline
-from uss_jax.data.index import build_index
+from uss_jax.data.indexing import build_index
+from uss_jax.data.orders import BalancedOrder
 from uss_jax.data.pipeline import batches
 from uss_jax.data.reader import ClipReader
-from uss_jax.data.sampling import BalancedOrder
 from uss_jax.data.tf_example import serialise
 from uss_jax.data.tfrecord import RecordWriter
 from uss_jax.errors import UserError

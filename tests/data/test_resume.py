@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from uss_jax.anchors.table import AnchorTable, Placement
-from uss_jax.data.index import build_index, load_index
+from uss_jax.data.grouping import GroupedOrder
+from uss_jax.data.index import load_index
+from uss_jax.data.indexing import build_index
+from uss_jax.data.orders import BalancedOrder
 from uss_jax.data.pipeline import batches
 from uss_jax.data.reader import ClipReader
-from uss_jax.data.sampling import BalancedOrder, GroupedOrder
 from uss_jax.data.tf_example import serialise
 from uss_jax.data.tfrecord import RecordWriter
 from uss_jax.errors import UserError

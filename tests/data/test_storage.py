@@ -6,11 +6,12 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from uss_jax.cli.main import main
-from uss_jax.data.index import build_index, load_index
+from uss_jax.data.index import load_index
+from uss_jax.data.indexing import build_index
 from uss_jax.data.metadata import read_sample_rate, write_format
+from uss_jax.data.orders import BalancedOrder
 from uss_jax.data.pipeline import batches
 from uss_jax.data.reader import ClipReader
-from uss_jax.data.sampling import BalancedOrder
 from uss_jax.data.storage import open_folder, split_path
 from uss_jax.data.tf_example import serialise
 from uss_jax.data.tfrecord import RecordWriter

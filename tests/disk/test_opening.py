@@ -8,7 +8,8 @@ import pytest
 
 from uss_jax.anchors.table import read_header
 from uss_jax.bundles.bundle import read_bundle
-from uss_jax.data.labels import read_file_list, read_label_map, read_labels
+from uss_jax.data.label_map import read_label_map
+from uss_jax.data.labels import read_file_list, read_labels
 from uss_jax.data.schema import read_schema
 from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError

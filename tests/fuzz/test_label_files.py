@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fuzz.damage import check_words, damaged, fuzz
-from uss_jax.data.labels import read_file_list, read_label_map, read_labels
+from uss_jax.data.label_map import read_label_map
+from uss_jax.data.labels import read_file_list, read_labels
 from uss_jax.errors import UserError
 
 TABLE = 'file,labels,split\n"a,b.wav",Dog;"Speech",train\nsub/é.ogg,/m/09x0r;5,train\n'.encode()

@@ -14,7 +14,8 @@ from tests.fuzz.damage import check_words, damaged, fuzz, json_values
 from uss_jax.anchors.table import COLUMNS as TABLE_COLUMNS
 from uss_jax.anchors.table import read_table, write_table
 from uss_jax.data.encodings import clipped_share, count_samples, decode
-from uss_jax.data.index import COLUMNS, build_index, load_index
+from uss_jax.data.index import COLUMNS, load_index
+from uss_jax.data.indexing import build_index
 from uss_jax.data.metadata import check_format, read_encoding, read_sample_rate
 from uss_jax.data.reader import ClipReader
 from uss_jax.data.schema import Schema, read_schema

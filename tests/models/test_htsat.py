@@ -3,24 +3,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.golden.weights import relative_index, shift_mask
 from tests.tiny import TINY_HTSAT, random_variables
 from uss_jax.models import htsat
-from uss_jax.models.cnn14 import Cnn14, Cnn14DecisionLevelMax
 from uss_jax.models.htsat import (
     HTSAT,
-    WindowAttention,
     bicubic_matrix,
-    cut_windows,
     fold,
-    join_windows,
     random_frames,
-    relative_positions,
-    side_labels,
     steps_of_frames,
     view_frames,
 )
-from uss_jax.models.tagging import TaggingNet
 
 TINY = TINY_HTSAT.clone(classes=5)
 CAPACITY = 256  # frames of its image
@@ -50,18 +42,6 @@ def test_published_size_is_the_default():
     assert HTSAT().embedding_width == 768
     assert HTSAT(token_width=256).embedding_width == 2048
     assert HTSAT().image_frames == 1024
-
-
-@pytest.mark.parametrize("net", [Cnn14(), Cnn14DecisionLevelMax(), HTSAT()])
-def test_every_tagging_net_keeps_the_protocol(net):
-    assert isinstance(net, TaggingNet)
-    waveform = np.zeros((2, 5 * net.sample_rate), np.float32)
-    given = jax.eval_shape(lambda x: net.init_with_output(jax.random.key(0), x)[0], waveform)
-    assert given["clipwise"].shape == (2, net.classes)
-    assert given["embedding"].shape == (2, net.embedding_width)
-    if "framewise" in given:
-        frames = waveform.shape[1] // net.frame_hop_samples + 1
-        assert given["framewise"].shape == (2, frames, net.classes)
 
 
 @pytest.mark.parametrize("frames", [40, CAPACITY + 45, 2 * CAPACITY + 70])
@@ -191,49 +171,6 @@ def test_image_has_quarters_of_the_clip_below_each_other():
     for quarter in range(4):
         of_quarter = frames[0, 64 * quarter : 64 * (quarter + 1)]
         np.testing.assert_array_equal(image[16 * quarter : 16 * (quarter + 1)], of_quarter.T)
-
-
-def test_windows_are_cut_row_by_row_and_joined_again():
-    grid = np.arange(2 * 16 * 16 * 3).reshape(2, 16, 16, 3).astype(np.float32)
-    windows = np.asarray(cut_windows(jnp.asarray(grid), 8))
-    assert windows.shape == (2, 4, 64, 3)
-    np.testing.assert_array_equal(windows[1, 1].reshape(8, 8, 3), grid[1, :8, 8:])
-    np.testing.assert_array_equal(join_windows(jnp.asarray(windows), 16), grid)
-
-
-def test_positions_and_labels_are_those_of_the_published_buffers():
-    np.testing.assert_array_equal(relative_positions(8), relative_index(8))
-    for side in (16, 32, 64):
-        labels = side_labels(side, 8, 4)
-        apart = labels[:, :, None] != labels[:, None, :]
-        np.testing.assert_array_equal(apart, shift_mask(side, side, 8, 4) < 0)
-
-
-def test_attention_is_that_of_a_loop_over_windows_and_heads():
-    net = WindowAttention(heads=2, window=4, dtype="float32")
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((2, 4, 16, 6)).astype(np.float32)
-    labels = side_labels(8, 4, 2)
-    shapes = jax.eval_shape(lambda key: net.init(key, jnp.asarray(x), labels), jax.random.key(0))
-    variables = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype(np.float32), shapes)
-    params = variables["params"]
-    expected = np.empty_like(x)
-    index = relative_index(4)
-    for b in range(2):
-        for w in range(4):
-            qkv = x[b, w] @ params["qkv"]["kernel"] + params["qkv"]["bias"]
-            heads = []
-            for h in range(2):
-                q, k, v = (qkv[:, 6 * i + 3 * h : 6 * i + 3 * h + 3] for i in range(3))
-                logits = q @ k.T / np.sqrt(3) + params["relative_position_bias"][index, h]
-                logits = logits - 100.0 * (labels[w][:, None] != labels[w][None, :])
-                weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-                heads.append(weights / weights.sum(axis=1, keepdims=True) @ v)
-            y = np.concatenate(heads, axis=1)
-            expected[b, w] = y @ params["projection"]["kernel"] + params["projection"]["bias"]
-    np.testing.assert_allclose(
-        net.apply(variables, jnp.asarray(x), labels), expected, rtol=1e-4, atol=1e-4
-    )
 
 
 def test_nothing_is_gathered_but_each_block_s_bias(variables):

@@ -14,7 +14,7 @@ from tests.golden.nets import golden_separator
 from tests.golden.ways import limit
 from tests.tiny import quick_jit, random_variables
 from uss_jax.devices.mesh import batch_sharded, make_mesh
-from uss_jax.models.resunet import ResUNet, _direction, _mask, resunet30
+from uss_jax.models.resunet import ResUNet
 from uss_jax.training.state import parameter_count
 
 RUNS = {run["tag"]: run for run in json.loads((GOLDEN / "resunet30_eval.json").read_text())}
@@ -78,7 +78,7 @@ def test_golden_waveform_and_blocks(golden, tag, every_frame):
 
 @pytest.mark.parametrize(("width", "millions"), [(527, 25.7), (2048, 38.3)])
 def test_published_net_has_its_size(width, millions):
-    net = resunet30(condition_width=width)
+    net = ResUNet(condition_width=width)
     inputs = jnp.zeros((1, 1, 20480)), jnp.zeros((1, width))
     variables = jax.eval_shape(net.init, jax.random.key(0), *inputs)
     assert round(parameter_count(variables["params"]) / 1e6, 1) == millions
@@ -144,78 +144,6 @@ def test_padding_that_does_not_count_is_left_out(samples, blocks, request):
     assert lean_cost["flops"] <= whole_cost["flops"]
     if samples == 81:  # 9 frames on a grid of 16
         assert lean_cost["flops"] < 0.95 * whole_cost["flops"]
-
-
-def test_mask_scales_and_turns_as_the_reference_does():
-    rng = np.random.default_rng(0)
-    spectrum = rng.standard_normal((2, 2, 7, 9)) + 1j * rng.standard_normal((2, 2, 7, 9))
-    maps = rng.standard_normal((2, 7, 8, 6))
-    maps[0, 2, 3] = 0  # no direction: the floor of the norm applies
-    with jax.enable_x64(True):
-        actual = np.asarray(spectrum * _mask(jnp.asarray(maps), audio_channels=2))
-    for channel in range(2):
-        mag, real, imag = np.moveaxis(np.pad(maps, ((0, 0), (0, 0), (0, 1), (0, 0))), -1, 0)[
-            3 * channel : 3 * channel + 3
-        ]
-        mixture = spectrum[:, channel]
-        cos_in, sin_in = mixture.real / np.abs(mixture), mixture.imag / np.abs(mixture)
-        cos, sin = np.tanh(real), np.tanh(imag)
-        norm = np.maximum(np.hypot(cos, sin), 1e-10)
-        cos, sin = cos / norm, sin / norm
-        magnitude = np.maximum(np.abs(mixture) / (1 + np.exp(-mag)), 0)
-        expected = magnitude * ((cos_in * cos - sin_in * sin) + 1j * (sin_in * cos + cos_in * sin))
-        np.testing.assert_allclose(actual[:, channel], expected, atol=1e-14)
-    assert not actual[..., -1].any()  # the Nyquist bin
-    assert not actual[0, :, 2, 3].any()
-
-
-STEEPEST = 1e4
-# From exact zeros over denormals to infinity, of either sign.
-EXTREMES = np.array([0, 1e-45, 1e-40, 1e-30, 1e-12, 1e-10, 1e-5, 1e-4, 1e-2, 1, 1e4, np.inf])
-EXTREMES = np.float32([*-EXTREMES, *EXTREMES])
-
-
-def derivatives(function, real, imag):
-    """[outputs, inputs, values] of a function of two arrays that gives two."""
-    push = lambda *tangent: jax.jvp(function, (real, imag), tangent)[1]  # noqa: E731
-    one, none = jnp.ones_like(real), jnp.zeros_like(real)
-    return np.stack([push(one, none), push(none, one)], axis=1)
-
-
-def test_the_direction_of_any_two_maps_has_a_bounded_derivative():
-    real, imag = (jnp.asarray(x.ravel()) for x in np.meshgrid(EXTREMES, EXTREMES))
-    values = _direction(jnp.tanh(real), jnp.tanh(imag))
-    assert np.isfinite(values).all()
-    found = derivatives(lambda a, b: _direction(jnp.tanh(a), jnp.tanh(b)), real, imag)
-    assert np.abs(found).max() <= STEEPEST * (1 + 1e-6)
-    # Reverse mode, as training uses it, of the whole mask.
-    maps = jnp.stack([jnp.zeros_like(real), real, imag], axis=-1)[None, None]
-    gradient = jax.grad(lambda x: jnp.sum(jnp.real(_mask(x, 1) * (1 + 0.5j))))(maps)
-    assert np.abs(gradient).max() <= 0.5 * (1 + 0.5) * STEEPEST
-
-
-def test_the_direction_has_the_derivative_of_finite_differences_where_it_has_one():
-    rng = np.random.default_rng(0)
-    with jax.enable_x64(True):
-        angle, length = rng.uniform(0, 2 * np.pi, 500), 10 ** rng.uniform(-3.9, 0.1, 500)
-        maps = jnp.asarray([length * np.cos(angle), length * np.sin(angle)])
-        found = derivatives(_direction, *maps)
-        for i in range(2):
-            step = np.zeros((2, 500))
-            step[i] = 1e-6 * length
-            ahead, behind = (np.stack(_direction(*(maps + s))) for s in (step, -step))
-            expected = (ahead - behind) / (2 * step[i])
-            np.testing.assert_allclose(found[:, i], expected, rtol=1e-6, atol=1e-6 / length.min())
-
-
-def test_the_direction_is_the_references_for_any_two_maps():
-    real, imag = map(np.ravel, np.meshgrid(EXTREMES, EXTREMES))
-    finite = np.isfinite(real) & np.isfinite(imag)
-    real, imag = np.float64(real[finite]), np.float64(imag[finite])
-    length = np.maximum(np.hypot(real, imag), 1e-10)
-    with jax.enable_x64(True):
-        found = np.stack(_direction(jnp.asarray(real), jnp.asarray(imag)))
-    np.testing.assert_allclose(found, np.stack([real, imag]) / length, rtol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -24,12 +24,13 @@ from uss_jax.anchors.table import Placement, read_table
 from uss_jax.bundles.model import Net
 from uss_jax.bundles.nets import build_sed, fields_of
 from uss_jax.cli.main import main
+from uss_jax.data.conversion import ClipSettings
 from uss_jax.data.index import load_index
 from uss_jax.data.labels import read_labels
+from uss_jax.data.orders import BalancedOrder
 from uss_jax.data.pipeline import batches
-from uss_jax.data.prepare import ClipSettings, prepare
+from uss_jax.data.prepare import prepare
 from uss_jax.data.reader import ClipReader
-from uss_jax.data.sampling import BalancedOrder
 
 DEMO = pathlib.Path(uss_jax.__file__).parent / "assets" / "demo"
 LENGTH = 5 * SEGMENT

@@ -1,7 +1,7 @@
 """Every division, root, logarithm and norm between a loss and parameters, at its worst inputs.
 
 A row holds a function, an input, and the bound on each element of the gradient of its outputs'
-sum. The mask's direction has tests of its own in tests/models/test_resunet.py.
+sum. The mask's direction has tests of its own in tests/models/test_masks.py.
 """
 
 import flax.linen as nn
@@ -12,8 +12,9 @@ import pytest
 
 from tests.tiny import ONE_BLOCK, RATE, TAGGER, quick_jit, tagger_variables
 from tests.training.test_step import BATCH, _batch, _made
+from uss_jax.models.masks import Head
 from uss_jax.models.norm import EPSILON, BatchNorm
-from uss_jax.models.resunet import Head, ResUNet
+from uss_jax.models.resunet import ResUNet
 from uss_jax.training.losses import LOSSES, binary_cross_entropy
 from uss_jax.training.optim import adamw_amsgrad
 

@@ -12,11 +12,12 @@ from tests.tiny import CONFIGS
 from uss_jax.anchors.find import find_anchors
 from uss_jax.anchors.mix import energy, mix
 from uss_jax.bundles.model import Model
+from uss_jax.data.conversion import ClipSettings
 from uss_jax.data.labels import read_labels
+from uss_jax.data.orders import BalancedOrder
 from uss_jax.data.pipeline import batches
-from uss_jax.data.prepare import ClipSettings, prepare
+from uss_jax.data.prepare import prepare
 from uss_jax.data.reader import ClipReader
-from uss_jax.data.sampling import BalancedOrder
 
 RATE, STEPS, BATCH = 8000, 400, 8
 CONFIG = {

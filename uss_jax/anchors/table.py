@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Integer
 
 from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
 from uss_jax.data.index import RecordIndex
-from uss_jax.data.sampling import ANCHORS, JITTER, uniform
+from uss_jax.data.permutation import ANCHORS, JITTER, uniform
 from uss_jax.disk.atomic import replacing
 from uss_jax.disk.checked_json import either, nothing, number, parse_json, record, text, whole
 from uss_jax.disk.checked_npz import Column, read_npz

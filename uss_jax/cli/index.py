@@ -39,9 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from uss_jax.data.foreign import find_schema
-    from uss_jax.data.index import build_index, splits
+    from uss_jax.data.indexing import build_index
     from uss_jax.data.metadata import write_format
     from uss_jax.data.schema import read_schema
+    from uss_jax.data.shards import splits
     from uss_jax.data.storage import versions_below
     from uss_jax.errors import UserError
 

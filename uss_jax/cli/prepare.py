@@ -131,8 +131,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from uss_jax.data.labels import read_file_list, read_label_map, read_labels
-    from uss_jax.data.prepare import ClipSettings, prepare
+    from uss_jax.data.conversion import ClipSettings
+    from uss_jax.data.label_map import read_label_map
+    from uss_jax.data.labels import read_file_list, read_labels
+    from uss_jax.data.prepare import prepare
     from uss_jax.errors import UserError
 
     engine = None

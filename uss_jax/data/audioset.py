@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from uss_jax.data.conversion import ClipSettings, Skipped, prepare_clip
 from uss_jax.data.labels import read_labels
 from uss_jax.data.metadata import tfds_features
-from uss_jax.data.prepare import ClipSettings, Skipped, prepare_clip
 from uss_jax.data.tf_example import parse
 
 SETTINGS = ClipSettings()

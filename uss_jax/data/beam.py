@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import os
 
-from uss_jax.data.prepare import Block, Engine
+from uss_jax.data.blocks import Block, Engine
 from uss_jax.errors import UserError
 
 

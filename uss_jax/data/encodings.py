@@ -24,6 +24,8 @@ from uss_jax.audio.files import (
 ENCODINGS = ("pcm_s16le", "flac", "wav", "float", "int64")
 # Bytes per sample, for encodings of fixed sample width.
 SAMPLE_BYTES = {"pcm_s16le": 2, "float": 4}
+# Clips with a larger share of clipped samples are reported.
+CLIPPED_SHARE = 0.001
 
 
 def to_int16(waveform: Float32[np.ndarray, " t"]) -> Int16[np.ndarray, " t"]:

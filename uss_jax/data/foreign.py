@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
-from uss_jax.data.index import shards_of_split
 from uss_jax.data.metadata import read_encoding, read_sample_rate
 from uss_jax.data.schema import Schema
+from uss_jax.data.shards import shards_of_split
 from uss_jax.data.storage import Folder, open_folder
 from uss_jax.data.tf_example import guess_schema, parse
 from uss_jax.data.tfrecord import HEADER, scan_records

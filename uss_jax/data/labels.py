@@ -7,7 +7,6 @@ dogs/a.wav,Bark;Dog               labels separated by ";": names, mids or class 
 --PJHxphWEs, 30.000, 40.000, "/m/09x0r,/t/dd00088"
 """
 
-import csv
 import dataclasses
 import functools
 import os
@@ -16,11 +15,11 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from uss_jax.audio.files import find_recordings
+from uss_jax.data.csv_rows import read_rows
+from uss_jax.data.label_map import Resolver
 from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError
-from uss_jax.ontology import load_ontology
 
-_UNKNOWN_SHOWN = 10
 _LONGEST_VIDEO = 1e6  # seconds
 
 
@@ -82,14 +81,14 @@ def read_labels(
     """
     if not os.path.isdir(audio):
         raise UserError(f"{audio} is not a folder; give the folder that holds the recordings")
-    rows = _read_rows(path)
+    rows = read_rows(path)
     first = next(rows, None)
     if first is None:
         raise UserError(f"{path} is empty; expected lines of file and labels")
     line, header = first
     recordings, others = find_recordings(audio)
     names = [os.path.relpath(found, audio) for found in recordings]
-    resolver = _Resolver(label_map or {})
+    resolver = Resolver(label_map or {})
     if header[0].startswith("#"):
         clips = _audioset_segments(path, rows, names, resolver)
     else:
@@ -112,35 +111,6 @@ def read_labels(
     return Labels(clips, resolver.unknown, unlisted, others)
 
 
-def read_label_map(path: str | os.PathLike) -> dict[str, str]:
-    """Reads a CSV file that maps custom label names to classes, with columns `name` and `class`.
-
-    Several classes are separated by ";"; labels mapped to none are ignored.
-    """
-    rows = _read_rows(path)
-    line, header = next(rows, (1, []))
-    if [field.strip().lower() for field in header] != ["name", "class"]:
-        raise UserError(f'{path}, line {line}: expected a header with the columns "name,class"')
-    found: dict[str, str] = {}
-    for line, row in rows:
-        if len(row) != 2:
-            raise UserError(
-                f"{path}, line {line}: {len(row)} fields, expected name and class; put quotes "
-                "around a name that has commas"
-            )
-        name, classes = row
-        for word in filter(str.strip, classes.split(";")):
-            try:
-                load_ontology().resolve(word)
-            except UserError as error:
-                raise UserError(f"{path}, line {line}: {error}") from None
-        if found.setdefault(name.strip().casefold(), classes) != classes:
-            raise UserError(
-                f"{path}, line {line}: {name!r} was mapped to other classes in an earlier line"
-            )
-    return found
-
-
 def read_file_list(path: str | os.PathLike) -> list[str]:
     """Reads file names from a text file, one a line; blank lines are ignored."""
     try:
@@ -153,59 +123,6 @@ def read_file_list(path: str | os.PathLike) -> list[str]:
     if not lines:
         raise UserError(f"{path} contains no file names; write one in each line")
     return lines
-
-
-class _Resolver:
-    """Maps labels to class indexes and records the unknown labels, with their lines."""
-
-    def __init__(self, label_map: Mapping[str, str]):
-        self._map = label_map
-        self._known: dict[str, tuple[int, ...]] = {}
-        self.unknown: dict[str, list[int]] = {}
-        self._advice: dict[str, str] = {}
-
-    def __call__(self, line: int, labels: list[str]) -> tuple[int, ...]:
-        found: set[int] = set()
-        for label in labels:
-            if label not in self._known:
-                self._known[label] = self._resolve(label)
-            found.update(self._known[label])
-            if label in self._advice:
-                self.unknown.setdefault(label, []).append(line)
-        return tuple(sorted(found))
-
-    def _resolve(self, label: str) -> tuple[int, ...]:
-        own = self._map.get(label.strip().casefold())
-        words = [label] if own is None else list(filter(str.strip, own.split(";")))
-        try:
-            return tuple(load_ontology().resolve(word) for word in words)
-        except UserError as error:
-            self._advice[label] = str(error)
-            parts = label.split(",")
-            if len(parts) > 1 and all(map(_is_class, parts)):
-                self._advice[label] = f'no sound class is called "{label}"; put ";" between labels'
-            return ()
-
-    def complaint(self) -> str:
-        """Returns an error text: the line of the first unknown label, and counts of all."""
-        (first, lines), *rest = self.unknown.items()
-        said = f"line {lines[0]}: {self._advice[first]}"
-        if rest:
-            counts = [f'"{name}" ({len(at)})' for name, at in list(self.unknown.items())]
-            more = ", ..." if len(counts) > _UNKNOWN_SHOWN else ""
-            said += (
-                f" (unknown labels and how many lines have them: "
-                f"{', '.join(counts[:_UNKNOWN_SHOWN])}{more})"
-            )
-        return f"{said}; or give --label-map or --skip-unknown-labels"
-
-
-def _is_class(label: str) -> bool:
-    try:
-        load_ontology().resolve(label)
-    except UserError:
-        return False
-    return True
 
 
 def _checked_header(path: str | os.PathLike, line: int, header: list[str]) -> list[str]:
@@ -225,50 +142,12 @@ def _checked_header(path: str | os.PathLike, line: int, header: list[str]) -> li
     )
 
 
-def _read_rows(path: str | os.PathLike) -> Iterator[tuple[int, list[str]]]:
-    """Yields (line number, fields) of every non-blank line."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="", opener=at_once) as file:
-            reader = csv.reader(file, skipinitialspace=True, strict=True)
-            read_lines = 0
-            try:
-                for row in reader:
-                    read_lines = reader.line_num
-                    if row:
-                        yield read_lines, row
-            except csv.Error as error:
-                raise UserError(
-                    f"{path}, line {read_lines + 1}: not valid CSV in UTF-8 "
-                    f"({error}); save the file again as one"
-                ) from error
-            except UnicodeDecodeError as error:
-                line = _undecodable_line(path)
-                raise UserError(
-                    f"{path}{f', line {line}' if line else ''}: not valid CSV in UTF-8 (byte "
-                    f"0x{error.object[error.start]:02x}); save the file again as UTF-8"
-                ) from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give a CSV file") from None
-
-
-def _undecodable_line(path: str | os.PathLike) -> int | None:
-    """Returns the number of the first line that is not UTF-8; None for what is read only once."""
-    if os.path.isfile(path):
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    line.decode()
-                except UnicodeDecodeError:
-                    return number
-    return None
-
-
 def _table(
     path: str | os.PathLike,
     header: list[str],
     rows: Iterator[tuple[int, list[str]]],
     split: str,
-    resolve: _Resolver,
+    resolve: Resolver,
 ) -> list[LabelledFile]:
     labelled, other_splits = [], set()
     for line, row in rows:
@@ -295,7 +174,7 @@ def _audioset_segments(
     path: str | os.PathLike,
     rows: Iterator[tuple[int, list[str]]],
     recordings: list[str],
-    resolve: _Resolver,
+    resolve: Resolver,
 ) -> list[LabelledFile]:
     files: dict[str, str] = {}
     for name in recordings:

@@ -20,8 +20,9 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int16, Int32, Integer
 
+from uss_jax.data.grouping import GroupedOrder
+from uss_jax.data.orders import Order
 from uss_jax.data.reader import ClipReader
-from uss_jax.data.sampling import GroupedOrder
 from uss_jax.data.tfrecord import DamagedRecord
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
@@ -30,13 +31,6 @@ _FAR = 2**44
 _DRAWN_AT_ONCE = 256  # positions; drawing them takes a few milliseconds
 _BLOCKS_KEPT = 4  # enough, as threads are at most a few steps apart
 _OF_RECORD = {"record", "class_index", "begin_sample", "score"}
-
-
-@runtime_checkable
-class Order(Protocol):
-    """Maps positions to records and class indexes; see data/sampling.py."""
-
-    def draw(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 @runtime_checkable
@@ -71,16 +65,14 @@ def batches(
       order: the sampling order; step n uses the `batch_size` positions from n * batch_size on.
       start_step, stop_step: range of training steps.
       batch_size: global batch size over all hosts.
-      clip_samples: length of a row, in samples; shorter clips are zero-padded, longer ones cut at
-        the end. With `places`, the length of an anchor.
+      clip_samples: length of a row or anchor, in samples; clips are zero-padded or cut at the end.
       host, hosts: index of this host and number of hosts; each gets a contiguous block of rows.
       threads: batches read concurrently in each process, which holds up to `threads` + 1 batches;
         a worker holds two more in shared memory.
       workers: processes that read, for when one is too slow (FLAC); 0: this process reads.
       labels: whether to yield all labels of the clips.
       places: where the anchors to read begin; None: read clips from their beginning.
-      max_corrupt: number of damaged records that are reported and replaced by other clips; one more
-        raises an error.
+      max_corrupt: damaged records to report and replace by other clips; one more is an error.
 
     Yields:
       audio [b, t] int16, samples [b] int32 (true length, at most t), class_index [b] int32 (the

@@ -20,8 +20,8 @@ from uss_jax.anchors.mix import GAIN_RANGE
 from uss_jax.audio.files import write_wav
 from uss_jax.bundles.model import Model
 from uss_jax.data.index import RecordIndex
+from uss_jax.data.orders import BalancedOrder
 from uss_jax.data.reader import ClipReader
-from uss_jax.data.sampling import BalancedOrder
 from uss_jax.disk.atomic import replacing_folder
 from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError

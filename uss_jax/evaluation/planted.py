@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Integer
 
 from uss_jax.bundles.model import Model, Net
+from uss_jax.data.orders import BalancedOrder
 from uss_jax.data.reader import ClipReader
-from uss_jax.data.sampling import BalancedOrder
 from uss_jax.errors import UserError
 from uss_jax.evaluation.clips import BATCH_SIZE, anchors_of_batch
 from uss_jax.evaluation.metrics import is_silent

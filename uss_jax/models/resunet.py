@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float
 
 from uss_jax.audio.stft import istft, stft
-from uss_jax.models.conv import Conv1x1, Conv3x3, Upsample, linear
+from uss_jax.models.conv import Conv1x1, Conv3x3, Upsample
 from uss_jax.models.film import modulated_activation
+from uss_jax.models.masks import Head, complex_mask
 from uss_jax.models.norm import STATISTICS, BatchNorm
 
 _WINDOW_FRAMES = 480
@@ -139,6 +140,10 @@ class ResUNet(nn.Module):
     zero as in the reference. STFT, masks and batch statistics stay float32 (float64 for float64
     input); only the U-Net computes in `dtype`.
 
+    The defaults are the published ResUNet30: 25.7 M parameters for a condition of width 527, 38.3 M
+    for 2048. The published checkpoints hold 26.6 M and 41.6 M, as some layers are in no forward
+    pass.
+
     Attributes:
       n_fft: STFT window length in samples; half of it must be divisible by 2 ** levels.
       hop_samples: STFT hop in samples.
@@ -231,7 +236,7 @@ class ResUNet(nn.Module):
         x = jnp.pad(x, [(0, 0), (0, -frames % time_stride), (0, 0), (0, 0)])
         x = self._unet(x[:, :, :-1], condition, train, frames)
         x = Head(3 * self.audio_channels, name="after_conv")(x.astype(power.dtype))
-        return _mask(x[:, :frames], self.audio_channels)
+        return complex_mask(x[:, :frames], self.audio_channels)
 
     def _check(self, power: Array, condition: Array) -> None:
         if power.shape[1] != self.audio_channels:
@@ -292,90 +297,3 @@ class ResUNet(nn.Module):
             needed.append(frames)
             frames = -(-frames // stride)
         return needed
-
-
-class Head(nn.Module):
-    """Maps the U-Net's channels linearly to the maps that the masks are computed from.
-
-    It computes in its input's dtype, float32 in every net: in bfloat16, product and bias would
-    sometimes cancel exactly and leave the phase undefined. The result is laid out as one plane per
-    map, like the spectrum, and channels-last only in shape. Masks then need no transposition, and
-    the gradient of a bias is the sum over a plane.
-    """
-
-    features: int
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b n f c"]) -> Float[Array, "b n f d"]:
-        init = nn.initializers.variance_scaling(0.01, "fan_avg", "uniform")
-        kernel = self.param("kernel", init, (1, 1, x.shape[-1], self.features))
-        bias = self.param("bias", _phase_of_the_mixture, (self.features,))
-        planes = jax.lax.platform_dependent(
-            x,
-            kernel[0, 0].astype(x.dtype),
-            cpu=lambda x, matrix: jnp.moveaxis(linear(x, matrix), -1, 1),  # three times as fast
-            default=lambda x, matrix: jnp.einsum("bnfc,cd->bdnf", x, matrix),
-        )
-        planes = planes + bias.astype(x.dtype)[:, None, None]
-        return jnp.moveaxis(planes, 1, -1)
-
-
-def _phase_of_the_mixture(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
-    """Initialises each channel's biases (magnitude, cosine, sine): it starts at half the mixture.
-
-    With the reference's random initial phases the easiest descent is towards silence, and at a high
-    learning rate training stays there.
-    """
-    del key
-    return jnp.tile(jnp.array([0.0, 1.0, 0.0], dtype), shape[0] // 3)
-
-
-def _mask(x: Float[Array, "b n f c"], audio_channels: int) -> Complex[Array, "b a n F"]:
-    """Computes the complex mask from the head's maps, ordered (audio channel, kind).
-
-    A zero Nyquist bin is appended. The reference scales the magnitude of the mixture and rotates
-    its phase; multiplying the spectrum by one complex number is equivalent.
-    """
-    planes = jnp.moveaxis(x, -1, 1).reshape(x.shape[0], audio_channels, 3, *x.shape[1:3])
-    magnitude = nn.sigmoid(planes[:, :, 0])
-    real, imag = _direction(jnp.tanh(planes[:, :, 1]), jnp.tanh(planes[:, :, 2]))
-    mask = jax.lax.complex(magnitude * real, magnitude * imag)
-    return jnp.pad(mask, [(0, 0)] * 3 + [(0, 1)])
-
-
-# Bound on the derivative of a direction by either of its two input maps.
-_STEEPEST = 1e4
-
-
-@jax.custom_jvp
-def _direction(
-    real: Float[Array, "*any"], imag: Float[Array, "*any"]
-) -> tuple[Float[Array, "*any"], Float[Array, "*any"]]:
-    """Returns (real, imag) / max(|(real, imag)|, 1e-10), the direction as in the reference.
-
-    The true derivative, the tangent's part across the direction divided by the length, is unbounded
-    near 0. Here it is at most 1e4: exact for lengths of at least 1e-4, and for shorter ones as
-    steep as at 1e-4. Otherwise one bin of exactly 0 would ruin a run: its gradient is 1e10 times
-    too large, and amsgrad's maximum of second moments never forgets it.
-    """
-    scale = jax.lax.rsqrt(jnp.maximum(real**2 + imag**2, 1e-20))
-    return real * scale, imag * scale
-
-
-@_direction.defjvp
-def _direction_jvp(primals, tangents):
-    real, imag = primals
-    direction = cos, sin = _direction(real, imag)
-    steepness = jax.lax.rsqrt(jnp.maximum(real**2 + imag**2, _STEEPEST**-2))
-    d_real, d_imag = (steepness * tangent for tangent in tangents)
-    along = cos * d_real + sin * d_imag
-    return direction, (d_real - cos * along, d_imag - sin * along)
-
-
-def resunet30(**overrides) -> ResUNet:
-    """Returns the published separator, ResUNet30.
-
-    It has 25.7 M parameters for a condition of width 527, 38.3 M for 2048. The published
-    checkpoints hold 26.6 M and 41.6 M, as some layers are in no forward pass.
-    """
-    return ResUNet(**overrides)

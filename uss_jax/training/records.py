@@ -7,11 +7,12 @@ import jax
 import numpy as np
 
 from uss_jax.anchors.table import Placement, read_table, usable, without
+from uss_jax.data.grouping import GroupedOrder
 from uss_jax.data.index import RecordIndex, load_index
 from uss_jax.data.metadata import read_sample_rate
+from uss_jax.data.orders import BalancedOrder, Order, UniformOrder
 from uss_jax.data.pipeline import batches
 from uss_jax.data.reader import ClipReader
-from uss_jax.data.sampling import BalancedOrder, GroupedOrder, UniformOrder
 from uss_jax.devices.hosts import say
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
@@ -31,7 +32,7 @@ class Records:
 
     index: RecordIndex
     reader: ClipReader
-    order: BalancedOrder | UniformOrder | GroupedOrder
+    order: Order
     places: Placement | None = None
 
 
@@ -110,9 +111,7 @@ def read_batches(
     )
 
 
-def _order(
-    data: Data, label_row: np.ndarray, label_class: np.ndarray, seed: int
-) -> BalancedOrder | UniformOrder:
+def _order(data: Data, label_row: np.ndarray, label_class: np.ndarray, seed: int) -> Order:
     """Returns the order of the labels drawn, and reports classes without clips."""
     if data.order == "uniform":
         return UniformOrder(label_row, label_class, seed)

@@ -12,8 +12,9 @@ from uss_jax.anchors.table import COLUMNS, read_header
 from uss_jax.bundles import nets
 from uss_jax.bundles.bundle import Bundle, net_hash, read_bundle, read_tensors
 from uss_jax.bundles.checkpoints import latest_step
-from uss_jax.data.index import load_index, splits
+from uss_jax.data.index import load_index
 from uss_jax.data.metadata import read_encoding, read_sample_rate
+from uss_jax.data.shards import splits
 from uss_jax.data.storage import versions_below
 from uss_jax.disk.checked_json import parse_json, record, whole
 from uss_jax.disk.checked_npz import names_in_npz, read_npz

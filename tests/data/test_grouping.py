@@ -6,15 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uss_jax.data.sampling import (
-    BalancedOrder,
-    GroupedOrder,
-    UniformOrder,
-    _key,
-    _mixed_conflicts,
-    _swap_changes,
-    arrange,
-)
+from tests.data.toy import audioset_labels
+from uss_jax.data.grouping import GroupedOrder, _mixed_conflicts, _swap_changes, arrange
+from uss_jax.data.orders import BalancedOrder, UniformOrder
+from uss_jax.data.permutation import hash_key
 from uss_jax.ontology import load_ontology
 
 SEEDS = range(10)
@@ -134,7 +129,7 @@ def test_arranging_keeps_every_item_and_never_adds_conflicts(size, sources, seed
         for far in range(1, sources)
         for near in range(far)
     )
-    item = arrange(conflict, sources, _key(seed))
+    item = arrange(conflict, sources, hash_key(seed))
     assert sorted(item.tolist()) == list(range(size))
     assert cost(item) <= cost(np.arange(size))
     if cost(np.arange(size)) == 0:
@@ -144,7 +139,7 @@ def test_arranging_keeps_every_item_and_never_adds_conflicts(size, sources, seed
 def test_arranging_finds_the_one_free_order_of_two_kinds():
     # Items of a kind conflict; only taking turns is free.
     kind = np.array([0, 0, 0, 0, 1, 1, 1, 1])
-    item = arrange(kind[:, None] == kind, 2, _key(0))
+    item = arrange(kind[:, None] == kind, 2, hash_key(0))
     assert (kind[item] != np.roll(kind[item], -1)).all()
 
 
@@ -167,6 +162,23 @@ def test_arrangements_stay_what_they_were():
     sha = hashlib.sha256()
     for group in range(200):
         conflict = rng.random((16, 16)) < rng.uniform(0.02, 0.4)
-        item = arrange(conflict | conflict.T, 2 + group % 3, _key(7, group))
+        item = arrange(conflict | conflict.T, 2 + group % 3, hash_key(7, group))
         sha.update(item.astype(np.int64).tobytes())
     assert sha.hexdigest()[:16] == "d4b216885b556904"
+
+
+def test_mixtures_that_hold_a_sound_twice_become_rare():
+    labels = audioset_labels()
+    share = {}
+    for conflict_free in (False, True):
+        grouped = GroupedOrder(
+            BalancedOrder(*labels, 0),
+            *labels,
+            0,
+            group_size=16,
+            sources=2,
+            conflict_free=conflict_free,
+        )
+        share[conflict_free] = grouped.draw_marked(np.arange(16 * 100))[2].mean()
+    assert share[False] > 0.2
+    assert share[True] < 0.02

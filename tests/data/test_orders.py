@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from uss_jax.data.sampling import BalancedOrder, UniformOrder, _key, permute
+from tests.data.toy import audioset_labels
+from uss_jax.data.orders import BalancedOrder, UniformOrder
 from uss_jax.errors import UserError
 
 SEEDS = range(10)
@@ -22,48 +23,6 @@ def _random_targets(records=300, classes=30, seed=0):
     targets = np.random.default_rng(seed).random((records, classes)) < 0.1
     targets[:, 7] = targets[:, 20] = False
     return targets
-
-
-@settings(max_examples=100)
-@given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
-def test_permute_is_a_permutation_and_inverse_undoes_it(size, key):
-    index, key = np.arange(size), np.array([key], np.uint64)
-    sent = permute(index, size, key)
-    np.testing.assert_array_equal(np.sort(sent), index)
-    np.testing.assert_array_equal(permute(sent, size, key, inverse=True), index)
-
-
-@pytest.mark.parametrize("size", [2, 3, 4, 5, 8, 13])
-def test_permute_sends_every_index_everywhere_equally_often(size):
-    trials = 20000
-    key = _key(0, np.repeat(np.arange(trials), size))
-    sent = permute(np.tile(np.arange(size), trials), size, key)
-    counts = np.zeros((size, size))
-    np.add.at(counts, (np.tile(np.arange(size), trials), sent.astype(int)), 1)
-    chi_square = ((counts - trials / size) ** 2 / (trials / size)).sum()
-    # Rows and columns have fixed sums. One in 10,000 fair permutations would fail here.
-    assert chi_square < stats.chi2.ppf(1 - 1e-4, (size - 1) ** 2)
-
-
-@pytest.mark.parametrize("size", [3, 4])
-def test_all_permutations_are_equally_likely(size):
-    trials = 24000
-    key = _key(1, np.repeat(np.arange(trials), size))
-    sent = permute(np.tile(np.arange(size), trials), size, key).reshape(trials, size)
-    _, counts = np.unique(sent, axis=0, return_counts=True)
-    assert len(counts) == {3: 6, 4: 24}[size]
-    assert stats.chisquare(counts).pvalue > 1e-4  # fixed keys: passes or fails for ever
-
-
-def test_permute_takes_a_size_and_key_for_each_index():
-    sizes = np.array([5, 1, 1000003, 7])
-    keys = _key(3, np.arange(4))
-    index = np.array([4, 0, 999999, 6])
-    together = permute(index, sizes, keys)
-    for at in range(4):
-        alone = permute(index[at : at + 1], int(sizes[at]), keys[at : at + 1])
-        assert together[at] == alone[0]
-    assert (together < sizes).all()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -179,3 +138,17 @@ def test_nothing_to_draw_is_an_error():
             kind(np.zeros(5, np.int64), np.zeros(0, np.int64), 0)
     with pytest.raises(UserError, match="whole numbers from 0"):
         BalancedOrder(*_csr(np.eye(3, dtype=int)), 0, [1, -1, 1], classes=3)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_hundred_rounds_draw_every_class_a_hundred_times(seed):
+    label_row, label_class = audioset_labels()
+    order = BalancedOrder(label_row, label_class, seed)
+    records, classes = order.draw(np.arange(527 * 100))
+    assert np.bincount(classes, minlength=527).tolist() == [100] * 527
+    # Of a class with 100 clips or more, 100 draws are 100 clips.
+    clips = np.bincount(label_class, minlength=527)
+    for k in np.flatnonzero(clips >= 100):
+        assert len(set(records[classes == k].tolist())) == 100
+    rounds = classes.reshape(100, 527)
+    assert (rounds[1:] != rounds[:-1]).any(axis=1).all()

@@ -17,8 +17,6 @@ from uss_jax.devices.mesh import make_mesh
 from uss_jax.errors import UserError
 from uss_jax.evaluation import scoring
 from uss_jax.evaluation.averages import class_averages, file_averages
-from uss_jax.evaluation.pairs import find_pairs, sources_by_class
-from uss_jax.evaluation.run import sibling
 from uss_jax.evaluation.scoring import (
     AVERAGE,
     CLASS,
@@ -30,7 +28,9 @@ from uss_jax.evaluation.scoring import (
     score,
     unrelated_items,
 )
+from uss_jax.evaluation.suites.pairs import find_pairs, sources_by_class
 from uss_jax.evaluation.summary import bootstrap_interval
+from uss_jax.evaluation.text_table import sibling
 from uss_jax.ontology import load_ontology
 from uss_jax.separation.queries import read_bank
 

@@ -33,8 +33,8 @@ from uss_jax.data.reader import ClipReader
 from uss_jax.devices.mesh import make_mesh
 from uss_jax.errors import UserError
 from uss_jax.evaluation.clips import Chosen, mine
-from uss_jax.evaluation.planted import evaluate_planted, format_planted, plant
-from uss_jax.evaluation.tagging import evaluate_tagging
+from uss_jax.evaluation.suites.planted import evaluate_planted, format_planted, plant
+from uss_jax.evaluation.suites.tagging import evaluate_tagging
 from uss_jax.models.cnn14 import Cnn14DecisionLevelMax
 from uss_jax.models.resunet import ResUNet
 from uss_jax.separation.queries import vector_of_recordings

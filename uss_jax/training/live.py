@@ -25,7 +25,7 @@ from uss_jax.errors import UserError
 from uss_jax.evaluation.averages import class_averages
 from uss_jax.evaluation.clips import open_records
 from uss_jax.evaluation.metrics import class_medians, separation_figures
-from uss_jax.evaluation.pairs import Pair
+from uss_jax.evaluation.suites.pairs import Pair
 from uss_jax.models.query import QueryNet
 from uss_jax.models.separator import SeparatorNet, separate
 from uss_jax.training.separation_step import query_variables

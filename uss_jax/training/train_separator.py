@@ -19,7 +19,7 @@ from uss_jax.bundles.checkpoints import latest_step, save_tree
 from uss_jax.devices.mesh import check_rules, make_mesh, replicated, shapes
 from uss_jax.devices.precision import at_precision
 from uss_jax.errors import UserError
-from uss_jax.evaluation.pairs import find_pairs
+from uss_jax.evaluation.suites.pairs import find_pairs
 from uss_jax.models.norm import SCOPES
 from uss_jax.models.query import KINDS, QueryNet
 from uss_jax.models.separator import SeparatorNet

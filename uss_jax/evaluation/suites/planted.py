@@ -20,8 +20,9 @@ from uss_jax.bundles.model import Model, Net
 from uss_jax.data.reader import ClipReader
 from uss_jax.data.sampling import BalancedOrder
 from uss_jax.errors import UserError
-from uss_jax.evaluation.clips import BATCH_SIZE, anchors_of_batch
+from uss_jax.evaluation.clips import BATCH_SIZE, anchors_of_batch, open_records
 from uss_jax.evaluation.metrics import is_silent
+from uss_jax.evaluation.suite import Results
 from uss_jax.evaluation.text_table import format_table, silent_note
 
 CLIP_SECONDS = 10.0
@@ -49,6 +50,21 @@ class Planted:
     begin_sample: Integer[np.ndarray, " n"]
     end_sample: Integer[np.ndarray, " n"]
     heard: Bool[np.ndarray, " n"]
+
+
+def run(
+    model: Model, data: str, out: str, *, split: str, clips: int, seed: int
+) -> tuple[Results, str]:
+    """Plants events of a split of the records and evaluates the anchors found."""
+    summaries = evaluate_planted(model, open_records(data, split, model), clips=clips, seed=seed)
+    how = {
+        "split": split,
+        "clips": clips,
+        "seed": seed,
+        "event_seconds": EVENT_SECONDS,
+        "snr_db": SNR_DB,
+    }
+    return {"rows": summaries, "how": how}, format_planted(summaries)
 
 
 def evaluate_planted(

@@ -17,7 +17,7 @@ from uss_jax.disk.checked_json import (
     whole,
 )
 from uss_jax.errors import UserError, one_line
-from uss_jax.evaluation.scoring import AVERAGE, CLASS, HALF, ORACLE
+from uss_jax.evaluation.rows import AVERAGE, CLASS, HALF, ORACLE
 from uss_jax.evaluation.suite import Suite
 from uss_jax.evaluation.suites import SUITES
 

@@ -15,17 +15,10 @@ from matplotlib.figure import Figure
 
 from uss_jax.bundles.model import Model
 from uss_jax.disk.atomic import replacing
+from uss_jax.evaluation.items import Item
 from uss_jax.evaluation.metrics import SEPARATION_FIGURES, class_medians
-from uss_jax.evaluation.scoring import (
-    CLASS,
-    HALF,
-    IDENTITY,
-    MIXTURE,
-    ORACLE,
-    SHUFFLED,
-    Figures,
-    Item,
-)
+from uss_jax.evaluation.rows import CLASS, HALF, IDENTITY, MIXTURE, ORACLE, SHUFFLED
+from uss_jax.evaluation.scoring import Figures
 from uss_jax.evaluation.suite import Results
 from uss_jax.evaluation.text_table import format_table, markdown_table, sibling, silent_note
 from uss_jax.ontology import load_ontology

@@ -12,7 +12,7 @@ from tests.tiny import write_separator
 from uss_jax.bundles.model import Model
 from uss_jax.cli.main import main
 from uss_jax.errors import UserError
-from uss_jax.evaluation.scoring import AVERAGE, CLASS, ORACLE
+from uss_jax.evaluation.rows import AVERAGE, CLASS, ORACLE
 from uss_jax.evaluation.suites import fsd50k, fsdkaggle2018, mixing, slakh2100
 from uss_jax.evaluation.suites.mixing import Recording, class_index_of, mixed_neighbours
 from uss_jax.ontology import load_ontology

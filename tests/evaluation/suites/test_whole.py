@@ -16,7 +16,7 @@ from uss_jax.audio.files import read_mono, resample
 from uss_jax.bundles.model import Model
 from uss_jax.cli.main import main
 from uss_jax.errors import UserError
-from uss_jax.evaluation.scoring import AVERAGE, HALF, MIXTURE, ORACLE
+from uss_jax.evaluation.rows import AVERAGE, HALF, MIXTURE, ORACLE
 from uss_jax.evaluation.suites import musdb18, speech, voicebank_demand
 from uss_jax.evaluation.suites import whole as recordings
 from uss_jax.evaluation.suites.speech import speech_figures

@@ -21,7 +21,8 @@ from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError
 from uss_jax.evaluation.averages import source_averages
 from uss_jax.evaluation.finished import unfinished_beside
-from uss_jax.evaluation.scoring import Item, score
+from uss_jax.evaluation.items import Item
+from uss_jax.evaluation.scoring import score
 from uss_jax.evaluation.suite import Results
 from uss_jax.evaluation.summary import report
 from uss_jax.ontology import load_ontology

@@ -29,7 +29,7 @@ from uss_jax.bundles.model import Model
 from uss_jax.errors import UserError
 from uss_jax.evaluation.averages import Averages, file_averages
 from uss_jax.evaluation.finished import Finished, unfinished_beside
-from uss_jax.evaluation.scoring import MIXTURE
+from uss_jax.evaluation.rows import MIXTURE
 from uss_jax.evaluation.suite import Results
 from uss_jax.evaluation.suites.mixing import require_files
 from uss_jax.evaluation.suites.whole import Values, answers, identity, report

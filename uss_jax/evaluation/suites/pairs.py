@@ -23,8 +23,10 @@ from uss_jax.evaluation.averages import (
 )
 from uss_jax.evaluation.clips import open_records
 from uss_jax.evaluation.finished import unfinished_beside
+from uss_jax.evaluation.items import Item
 from uss_jax.evaluation.make_pairs import MANIFEST
-from uss_jax.evaluation.scoring import ORACLE, Figures, Item, Row, score
+from uss_jax.evaluation.rows import ORACLE, Row
+from uss_jax.evaluation.scoring import Figures, score
 from uss_jax.evaluation.suite import Results
 from uss_jax.evaluation.summary import report
 from uss_jax.ontology import load_ontology, whole_number

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Integer
 from uss_jax.bundles.model import Model, Net
 from uss_jax.data.reader import ClipReader
 from uss_jax.data.sampling import BalancedOrder
+from uss_jax.devices.batching import in_batches
 from uss_jax.errors import UserError
 from uss_jax.evaluation.clips import BATCH_SIZE, anchors_of_batch, open_records
 from uss_jax.evaluation.metrics import is_silent
@@ -163,14 +164,14 @@ def _find(
 ) -> Integer[np.ndarray, " n"]:
     """Finds anchors in batches of one shape; returns their begin samples."""
     begins = []
-    for first in range(0, len(planted.audio), BATCH_SIZE):
-        at = np.minimum(np.arange(first, first + BATCH_SIZE), len(planted.audio) - 1)
+    for places, _ in in_batches(range(len(planted.audio)), BATCH_SIZE):
+        at = np.array(places)
         batch = {
             "audio": jnp.asarray(planted.audio[at]),
             "samples": jnp.full(BATCH_SIZE, planted.audio.shape[1], jnp.int32),
             "class_index": jnp.asarray(planted.class_index[at]),
         }
-        key = jax.random.fold_in(jax.random.key(seed), first)
+        key = jax.random.fold_in(jax.random.key(seed), places[0])
         begins.append(anchors_of_batch(sed, batch, key, segment_samples).begin_sample)
     return np.concatenate(begins)[: len(planted.audio)]
 

@@ -12,9 +12,10 @@ from jaxtyping import Array, Bool, Float
 
 from uss_jax.audio.pcm import to_float
 from uss_jax.bundles.model import Model
+from uss_jax.data.chosen import Chosen
 from uss_jax.data.reader import ClipReader
 from uss_jax.errors import UserError
-from uss_jax.evaluation.clips import Chosen, batches_of, open_records
+from uss_jax.evaluation.clips import batches_of, open_records
 from uss_jax.evaluation.metrics import average_precision, d_prime, per_class, roc_auc
 from uss_jax.evaluation.suite import Results
 from uss_jax.evaluation.text_table import format_table

@@ -18,7 +18,7 @@ from uss_jax.devices.mesh import make_mesh
 from uss_jax.disk.atomic import replacing
 from uss_jax.errors import UserError
 from uss_jax.evaluation.averages import Averages
-from uss_jax.evaluation.scoring import AVERAGE, HALF, MIXTURE, ORACLE
+from uss_jax.evaluation.rows import AVERAGE, HALF, MIXTURE, ORACLE
 from uss_jax.evaluation.suite import Results
 from uss_jax.evaluation.text_table import format_table, markdown_table, sibling, silent_note
 from uss_jax.separation.queries import Vectors, recording_vector

@@ -69,8 +69,9 @@ def work(place: pathlib.Path) -> None:
     from uss_jax.bundles.model import Model
     from uss_jax.devices.memory import keep_freed_memory
     from uss_jax.devices.mesh import one_device_per_core
-    from uss_jax.evaluation.pairs import find_pairs
-    from uss_jax.evaluation.scoring import ORACLE, score
+    from uss_jax.evaluation.rows import ORACLE
+    from uss_jax.evaluation.scoring import score
+    from uss_jax.evaluation.suites.pairs import find_pairs
 
     keep_freed_memory()
     one_device_per_core()

@@ -8,12 +8,13 @@ import soundfile
 from tests.tiny import RATE, SEGMENT, noise, tone, write_records, write_tagger
 from uss_jax.bundles.model import Model
 from uss_jax.cli.main import main
+from uss_jax.data.chosen import Chosen
 from uss_jax.data.index import load_index
 from uss_jax.data.orders import BalancedOrder
 from uss_jax.data.reader import ClipReader
 from uss_jax.errors import UserError
 from uss_jax.evaluation import make_pairs
-from uss_jax.evaluation.clips import Chosen, mine
+from uss_jax.evaluation.clips import mine
 from uss_jax.evaluation.make_pairs import draw_pairs, mixed_pairs, read_groups
 from uss_jax.ontology import load_ontology
 

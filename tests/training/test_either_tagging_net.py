@@ -28,13 +28,14 @@ from uss_jax.audio.files import write_wav
 from uss_jax.bundles.bundle import read_bundle, write_bundle
 from uss_jax.bundles.model import Model
 from uss_jax.bundles.nets import TAGGERS, build_query, build_sed, fields_of
+from uss_jax.data.chosen import Chosen
 from uss_jax.data.index import load_index
 from uss_jax.data.reader import ClipReader
 from uss_jax.devices.mesh import make_mesh
 from uss_jax.errors import UserError
-from uss_jax.evaluation.clips import Chosen, mine
-from uss_jax.evaluation.planted import evaluate_planted, format_planted, plant
-from uss_jax.evaluation.tagging import evaluate_tagging
+from uss_jax.evaluation.clips import mine
+from uss_jax.evaluation.suites.planted import evaluate_planted, format_planted, plant
+from uss_jax.evaluation.suites.tagging import evaluate_tagging
 from uss_jax.models.cnn14 import Cnn14DecisionLevelMax
 from uss_jax.models.resunet import ResUNet
 from uss_jax.separation.queries import vector_of_recordings

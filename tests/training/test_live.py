@@ -15,8 +15,8 @@ from uss_jax.errors import UserError
 from uss_jax.evaluation.averages import by_name, class_averages
 from uss_jax.evaluation.clips import open_records
 from uss_jax.evaluation.metrics import class_medians
-from uss_jax.evaluation.pairs import find_pairs
 from uss_jax.evaluation.scoring import score
+from uss_jax.evaluation.suites.pairs import find_pairs
 from uss_jax.evaluation.summary import summarise
 from uss_jax.models.query import QueryNet
 from uss_jax.models.resunet import ResUNet

@@ -30,6 +30,7 @@ from uss_jax.anchors.table import COLUMNS, read_header, typed, write_table
 from uss_jax.audio.pcm import to_float
 from uss_jax.bundles.bundle import net_hash
 from uss_jax.bundles.model import Net
+from uss_jax.data.chosen import Chosen
 from uss_jax.data.index import RecordIndex
 from uss_jax.data.pipeline import batches
 from uss_jax.data.reader import ClipReader
@@ -259,17 +260,6 @@ def _part(parts: pathlib.Path, number: int) -> pathlib.Path:
     return parts / f"{number:05d}.npz"
 
 
-@dataclasses.dataclass(frozen=True)
-class _InOrder:
-    """An order of records in sequence; the last record fills up the last batch."""
-
-    records: Integer[np.ndarray, " r"]
-
-    def draw(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        at = np.minimum(positions, len(self.records) - 1)
-        return self.records[at], np.zeros(len(at), np.int64)
-
-
 def _mine_part(
     reader: ClipReader,
     records: Integer[np.ndarray, " r"],
@@ -319,7 +309,7 @@ def _label_batches(
     most = int(np.diff(index.label_row.astype(np.int64)).max())
     for batch in batches(
         reader,
-        _InOrder(records),
+        Chosen(records, np.zeros_like(records)),  # the class is not used
         start_step=0,
         stop_step=-(-len(records) // batch_size),
         batch_size=batch_size,

@@ -13,10 +13,12 @@ from tqdm import tqdm
 
 from uss_jax.audio.files import read_mono
 from uss_jax.bundles.model import Model
+from uss_jax.data.chosen import Chosen
 from uss_jax.data.reader import ClipReader
-from uss_jax.evaluation.clips import BATCH_SIZE, MIN_DBFS, Chosen, mine, read_segments
+from uss_jax.devices.batching import in_batches
+from uss_jax.evaluation.clips import BATCH_SIZE, MIN_DBFS, mine, read_segments
+from uss_jax.evaluation.items import Item
 from uss_jax.evaluation.metrics import is_silent
-from uss_jax.evaluation.scoring import Item
 from uss_jax.ontology import load_ontology
 from uss_jax.separation.queries import Bank, remove_silence
 
@@ -80,27 +82,19 @@ def _vectors(model: Model, waveforms: Iterable[np.ndarray]) -> list[Float[np.nda
     batch = -(-_SEGMENTS_AT_A_TIME // jax.device_count()) * jax.device_count()
     sums: dict[int, np.ndarray] = {}
     counts: dict[int, int] = {}
-    waiting: list[tuple[int, np.ndarray]] = []
-
-    def flush() -> None:
-        some = waiting[:batch]
-        segments = np.stack([segment for _, segment in some + some[-1:] * (batch - len(some))])
-        found = np.asarray(model.condition(segments, np.zeros(batch, np.int32)))
-        for (number, _), vector in zip(some, found, strict=False):
+    length = model.segment_samples
+    segments = (
+        (number, np.resize(waveform[begin : begin + length], length))
+        for number, waveform in enumerate(waveforms)
+        if waveform.size and not is_silent(waveform)
+        for begin in range(0, len(waveform), length)
+    )
+    for some, rows in in_batches(segments, batch):
+        inputs = np.stack([segment for _, segment in some])
+        found = np.asarray(model.condition(inputs, np.zeros(batch, np.int32)))
+        for (number, _), vector in zip(some[:rows], found, strict=False):
             sums[number] = sums.get(number, 0) + vector.astype(np.float64)
             counts[number] = counts.get(number, 0) + 1
-        del waiting[:batch]
-
-    length = model.segment_samples
-    for number, waveform in enumerate(waveforms):
-        if not waveform.size or is_silent(waveform):
-            continue
-        for begin in range(0, len(waveform), length):
-            waiting.append((number, np.resize(waveform[begin : begin + length], length)))
-        while len(waiting) >= batch:
-            flush()
-    while waiting:
-        flush()
     return [(sums[number] / counts[number]).astype(np.float32) for number in sorted(sums)]
 
 
@@ -126,8 +120,8 @@ def class_averages(
     anchors = mine(reader, chosen, model.sed, model.segment_samples)
 
     conditions, loud = [], []
-    for first in range(0, len(chosen.records), BATCH_SIZE):
-        at = np.minimum(np.arange(first, first + BATCH_SIZE), len(chosen.records) - 1)
+    for places, _ in in_batches(range(len(chosen.records)), BATCH_SIZE):
+        at = np.array(places)
         segments = read_segments(reader, chosen.records[at], anchors.at(at), model.segment_samples)
         conditions.append(model.condition(segments, chosen.classes[at].astype(np.int32)))
         loud.append(np.mean(np.square(segments), axis=1) >= 10 ** (MIN_DBFS / 10))

@@ -15,6 +15,7 @@ from jaxtyping import Float, Integer
 
 from uss_jax.anchors.find import find_anchors
 from uss_jax.bundles.model import Model, Net
+from uss_jax.data.chosen import Chosen
 from uss_jax.data.index import load_index
 from uss_jax.data.metadata import read_sample_rate
 from uss_jax.data.pipeline import batches
@@ -24,22 +25,6 @@ from uss_jax.errors import UserError
 BATCH_SIZE = 8
 # As in training, quieter segments are not chosen as anchors.
 MIN_DBFS = -60.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Chosen:
-    """A fixed list of records, with one class each, as an `Order` of the data pipeline.
-
-    Attributes:
-      records, classes: [n] record numbers and class indexes.
-    """
-
-    records: Integer[np.ndarray, " n"]
-    classes: Integer[np.ndarray, " n"]
-
-    def draw(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        at = np.minimum(positions, len(self.records) - 1)  # pads the last batch
-        return self.records[at], self.classes[at]
 
 
 def open_records(directory: str | os.PathLike, split: str, model: Model) -> ClipReader:

@@ -1,16 +1,12 @@
-"""Compares results with the published ones.
+"""Compares results with the published ones of each suite."""
 
-Published: Kong et al., arXiv:2305.07447 (abstract and tables), with conditions averaged over a
-training split; AudioSep, arXiv:2308.05037, on the same AudioSet pairs.
-"""
-
-import dataclasses
 import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from uss_jax.disk.checked_json import (
+    Rule,
     either,
     list_of,
     nothing,
@@ -21,58 +17,34 @@ from uss_jax.disk.checked_json import (
     whole,
 )
 from uss_jax.errors import UserError, one_line
-from uss_jax.evaluation.scoring import AVERAGE, CLASS, HALF, ORACLE
+from uss_jax.evaluation.rows import AVERAGE, CLASS, HALF, ORACLE
+from uss_jax.evaluation.suite import Suite
+from uss_jax.evaluation.suites import SUITES
 
 _ASKED = (AVERAGE, CLASS, ORACLE)
 
 
-@dataclasses.dataclass(frozen=True)
-class Published:
-    """A published result.
+def _results() -> Rule:
+    """Describes the keys used of a result file.
 
-    Attributes:
-      data_set: name of the data set, for the table.
-      suite: suite of `uss-jax evaluate`.
-      figure: key of the metric in result files.
-      unit: metric and unit, for the table.
-      paper, audiosep: published values; None where not reported.
-      classes: number of classes averaged over; None where not compared.
+    All are optional: suites that are not compared have other rows.
     """
-
-    data_set: str
-    suite: str
-    figure: str
-    unit: str
-    paper: float | None
-    audiosep: float | None = None
-    classes: int | None = None
-
-
-PUBLISHED = (
-    Published("AudioSet, 527 classes", "pairs", "sdri", "SDRi, dB", 5.57, 7.74, 527),
-    Published("FSDKaggle2018, 41 classes", "fsdkaggle2018", "sdri", "SDRi, dB", 10.57, None, 41),
-    Published("FSD50K, 200 classes", "fsd50k", "sdri", "SDRi, dB", None, None, 200),
-    Published("MUSDB18, 4 stems", "musdb18", "legacy_sdri", "SDRi, dB", 8.12),
-    Published("Slakh2100", "slakh2100", "sdri", "SDRi, dB", 7.28),
-    Published("Voicebank-Demand", "voicebank_demand", "ssnr", "SSNR, dB", 9.00),
-)
-# Options a suite needs to compute the published metric.
-_MORE = {"pairs": " --train-pairs TRAIN_PAIRS", "musdb18": " --legacy"}
+    figures = {suite.published.figure for suite in _published()}
+    row = record(
+        {},
+        {
+            "query": text(),
+            "group": text(),
+            "classes": record({"number": whole(0, 10**6)}, others=True),
+            **dict.fromkeys(figures, either(nothing(), number())),
+        },
+        others=True,
+    )
+    return record({"suite": text(), "rows": list_of(row)}, others=True)
 
 
-_FIGURE = either(nothing(), number())
-# The keys used of a result file. All are optional: suites not compared have other rows.
-_ROW = record(
-    {},
-    {
-        "query": text(),
-        "group": text(),
-        "classes": record({"number": whole(0, 10**6)}, others=True),
-        **{published.figure: _FIGURE for published in PUBLISHED},
-    },
-    others=True,
-)
-_RESULTS = record({"suite": text(), "rows": list_of(_ROW)}, others=True)
+def _published() -> list[Suite]:
+    return [suite for suite in SUITES.values() if suite.published]
 
 
 def find_results(workdir: str | os.PathLike) -> dict[str, dict[str, Any]]:
@@ -85,6 +57,7 @@ def find_results(workdir: str | os.PathLike) -> dict[str, dict[str, Any]]:
     if not workdir.is_dir():
         raise UserError(f"{workdir} is not a folder; give workdirs that hold results")
     found: dict[str, dict[str, Any]] = {}
+    check = _results()
     files = [*workdir.glob("*.json"), *workdir.glob("*/*.json")]
     files = [path for path in files if path.is_file()]
     for path in sorted(files, key=lambda path: path.stat().st_mtime):
@@ -95,7 +68,7 @@ def find_results(workdir: str | os.PathLike) -> dict[str, dict[str, Any]]:
         if not isinstance(content, dict) or not {"suite", "rows"} <= content.keys():
             continue
         try:
-            _RESULTS(content, "")
+            check(content, "")
         except ValueError as error:
             raise UserError(
                 f"{path}: {error}; run the evaluation again or remove the file"
@@ -119,32 +92,34 @@ def compare(
     names = [one_line(os.path.normpath(os.fspath(workdir))) for workdir in workdirs]
     header = ["", "metric", "query", *names, "paper", "AudioSep"]
     rows, unlike, missing = [], [], []
-    for published in PUBLISHED:
-        of_suite = [found.get(published.suite) for found in results]
+    for suite in _published():
+        published = suite.published
+        of_suite = [found.get(suite.name) for found in results]
         counts = [published.classes and (_classes(of) or published.classes) for of in of_suite]
         for count in (published.classes, *sorted({*counts} - {published.classes})):
             of_count = [
                 of if of_classes == count else None
                 for of, of_classes in zip(of_suite, counts, strict=True)
             ]
-            rows += _rows(published, count, of_count)
+            rows += _rows(suite, count, of_count)
         for workdir, of, count in zip(names, of_suite, counts, strict=True):
             if _figure(of, AVERAGE, published.figure) is None:
-                missing.append(_how(published.suite, workdir, of is not None))
+                missing.append(_how(suite, workdir, of is not None))
             if count != published.classes:
                 unlike.append(
-                    f"{workdir}: {published.suite} averaged over {count} classes, "
+                    f"{workdir}: {suite.name} averaged over {count} classes, "
                     f"published over {published.classes}"
                 )
     return header, rows, unlike, missing
 
 
 def _rows(
-    published: Published, count: int | None, results: Sequence[dict[str, Any] | None]
+    suite: Suite, count: int | None, results: Sequence[dict[str, Any] | None]
 ) -> list[list[Any]]:
     """Builds the rows over `count` classes, with published values if theirs is the same count."""
+    published = suite.published
     is_like = count == published.classes
-    name = published.data_set if is_like else f"{published.suite}, {count} classes of your own"
+    name = published.data_set if is_like else f"{suite.name}, {count} classes of your own"
     rows = []
     for asked in (*_ASKED, HALF):
         ours = [_figure(of, asked, published.figure) for of in results]
@@ -174,12 +149,12 @@ def _row(results: dict[str, Any] | None, asked: str) -> dict[str, Any]:
     return {}
 
 
-def _how(suite: str, workdir: str, scored: bool) -> str:
+def _how(suite: Suite, workdir: str, scored: bool) -> str:
     """Returns the command that computes a missing metric."""
-    more = _MORE.get(suite, "")
-    data = "PAIRS" if suite == "pairs" else f"FOLDER_OF_{suite.upper()}"
-    why = f" (evaluated without{more})" if scored else ""
+    data = suite.published.data or f"FOLDER_OF_{suite.name.upper()}"
+    needed = f" {suite.published.options}" if suite.published.options else ""
+    why = f" (evaluated without{needed})" if scored and needed else ""
     return (
-        f"{workdir}: uss-jax evaluate {suite} --model {workdir} --data {data}{more} "
-        f"--out {workdir}/{suite}.json{why}"
+        f"{workdir}: uss-jax evaluate {suite.name} --model {workdir} --data {data}{needed} "
+        f"--out {workdir}/{suite.name}.json{why}"
     )

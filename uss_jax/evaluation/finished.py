@@ -12,6 +12,12 @@ import jax
 from uss_jax.errors import UserError
 
 
+def unfinished_beside(out: str) -> pathlib.Path:
+    """Returns the hidden file that holds partial results until `out` is written."""
+    path = pathlib.Path(out)
+    return path.with_name(f".{path.name}.unfinished")
+
+
 class Finished:
     """Metrics by batch number or recording name, stored as lines of JSON.
 

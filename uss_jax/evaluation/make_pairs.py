@@ -19,14 +19,15 @@ from tqdm import tqdm
 from uss_jax.anchors.mix import GAIN_RANGE
 from uss_jax.audio.files import write_wav
 from uss_jax.bundles.model import Model
+from uss_jax.data.chosen import Chosen
 from uss_jax.data.index import RecordIndex
 from uss_jax.data.orders import BalancedOrder
 from uss_jax.data.reader import ClipReader
 from uss_jax.disk.atomic import replacing_folder
 from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError
-from uss_jax.evaluation.clips import MIN_DBFS, Chosen, MinedAnchors, mine, read_segments
-from uss_jax.evaluation.scoring import samples_digest
+from uss_jax.evaluation.clips import MIN_DBFS, MinedAnchors, mine, read_segments
+from uss_jax.evaluation.items import samples_digest
 from uss_jax.ontology import load_ontology
 
 MANIFEST = "manifest.csv"

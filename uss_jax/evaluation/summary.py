@@ -13,19 +13,14 @@ from jaxtyping import Float, Integer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from uss_jax.bundles.model import Model
 from uss_jax.disk.atomic import replacing
+from uss_jax.evaluation.items import Item
 from uss_jax.evaluation.metrics import SEPARATION_FIGURES, class_medians
-from uss_jax.evaluation.scoring import (
-    CLASS,
-    HALF,
-    IDENTITY,
-    MIXTURE,
-    ORACLE,
-    SHUFFLED,
-    Figures,
-    Item,
-)
-from uss_jax.evaluation.text_table import format_table, markdown_table
+from uss_jax.evaluation.rows import CLASS, HALF, IDENTITY, MIXTURE, ORACLE, SHUFFLED
+from uss_jax.evaluation.scoring import Figures
+from uss_jax.evaluation.suite import Results
+from uss_jax.evaluation.text_table import format_table, markdown_table, sibling, silent_note
 from uss_jax.ontology import load_ontology
 
 _FIGURES = (*SEPARATION_FIGURES, "level")
@@ -50,6 +45,39 @@ def without_silent(
         row: {figure: of[heard] for figure, of in by_figure.items()}
         for row, by_figure in figures.items()
     }
+
+
+def report(
+    model: Model, items: Sequence[Item], figures: dict[str, Figures], out: str
+) -> tuple[Results, str]:
+    """Summarises metrics; writes a CSV file, a plot and Markdown beside `out`, under the same name.
+
+    Args:
+      model: the separator.
+      items: items as given to `score`.
+      figures: their metrics as returned by `score`.
+      out: JSON file of the results.
+
+    Returns:
+      Results, and a table as text.
+    """
+    kept, figures_kept = without_silent(items, figures)
+    summaries = summarise(kept, figures_kept)
+    for group in sorted({item.group for item in kept if item.group}):
+        summaries += summarise(kept, figures_kept, group)
+    write_class_table(sibling(out, ".csv"), kept, summaries)
+    write_class_plot(sibling(out, ".png"), kept, summaries)
+    silent = len(items) - len(kept)
+    note = [silent_note(silent)] if silent else []
+    explanation = "\n\n".join([EXPLANATION, *note])
+    write_markdown(sibling(out, ".md"), f"{model.path}", summaries, explanation)
+    results = {
+        "condition": model.query.module.kind,
+        "silent_targets": silent,
+        **headline(summaries),
+        "rows": summaries,
+    }
+    return results, "\n\n".join([format_summaries(summaries), *note])
 
 
 def summarise(

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,6 +48,11 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(of) for of in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def sibling(out: str, suffix: str) -> pathlib.Path:
+    """Returns the path of a JSON file with another suffix."""
+    return pathlib.Path(out.removesuffix(".json") + suffix)
 
 
 def write_results(path: str | os.PathLike, results: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from jaxtyping import Float, Float32
 
 from uss_jax.audio.files import find_recordings, read_mono
 from uss_jax.bundles.model import Model
+from uss_jax.devices.batching import in_batches
 from uss_jax.disk.atomic import replacing
 from uss_jax.disk.checked_npz import Column, read_npz
 from uss_jax.disk.opening import at_once
@@ -213,13 +214,11 @@ def recording_vector(
     """
     length = model.segment_samples
     segments = [waveform[begin : begin + length] for begin in range(0, len(waveform), length)]
-    segments = np.stack([np.resize(segment, length) for segment in segments])
+    segments = [np.resize(segment, length) for segment in segments]
+    classes = np.zeros(_BATCH_SIZE, np.int32)  # unused: one_hot takes no recordings
     vectors = []
-    for first in range(0, len(segments), _BATCH_SIZE):
-        some = segments[first : first + _BATCH_SIZE]
-        batch = np.pad(some, ((0, _BATCH_SIZE - len(some)), (0, 0)))
-        classes = np.zeros(_BATCH_SIZE, np.int32)  # unused: one_hot takes no recordings
-        vectors.append(np.asarray(model.condition(batch, classes))[: len(some)])
+    for some, rows in in_batches(segments, _BATCH_SIZE):
+        vectors.append(np.asarray(model.condition(np.stack(some), classes))[:rows])
     return np.concatenate(vectors).mean(axis=0)
 
 

@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Float32
 
 from uss_jax.audio.files import mono
 from uss_jax.bundles.model import Model, Net
+from uss_jax.devices.batching import in_batches
 from uss_jax.devices.mesh import batch_sharded
 
 _FADE_SECONDS = 0.05
@@ -105,9 +106,8 @@ def tag_segments(model: Model, blocks: Blocks) -> Float32[np.ndarray, "s k"]:
     """
     cut = Layout.blocks(model)
     probabilities = []
-    for segments in _in_batches((mono(w) for _, w in _windows(blocks, cut)), _TAGGING_BATCH):
-        padded = np.pad(segments, ((0, _TAGGING_BATCH - len(segments)), (0, 0)))
-        probabilities.append(np.asarray(model.tagger(padded)["clipwise"])[: len(segments)])
+    for segments, rows in in_batches((mono(w) for _, w in _windows(blocks, cut)), _TAGGING_BATCH):
+        probabilities.append(np.asarray(model.tagger(np.stack(segments))["clipwise"])[:rows])
     return np.concatenate(probabilities)
 
 
@@ -136,17 +136,15 @@ def separate_blocks(
 
     def flush() -> Iterator[np.ndarray]:
         estimates = {}
-        for begin in range(0, len(jobs), batch_size):
-            some = jobs[begin : begin + batch_size]
-            filled = some + some[-1:] * (batch_size - len(some))
-            windows = np.stack([pending[place][1] for place, _, _ in filled])
-            conditions = np.stack([condition for _, _, condition in filled])
+        for some, count in in_batches(jobs, batch_size):
+            windows = np.stack([pending[place][1] for place, _, _ in some])
+            conditions = np.stack([condition for _, _, condition in some])
             if mesh is not None:
                 windows, conditions = jax.device_put((windows, conditions), batch_sharded(mesh))
             with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
                 separated = _separate(net, windows, conditions)
-            for (place, number, _), estimate in zip(some, np.asarray(separated), strict=False):
-                estimates[place, number] = estimate
+            keys = [(place, number) for place, number, _ in some[:count]]
+            estimates |= zip(keys, np.asarray(separated), strict=False)
         for place, (index, window, true) in enumerate(pending):
             first, last = _kept(layout, index, true)
             out = np.zeros((len(targets), len(window), last - first), np.float32)
@@ -199,17 +197,6 @@ def _windows(blocks: Blocks, layout: Layout) -> Iterator[tuple[int, Float32[np.n
 def _kept(layout: Layout, index: int, true: int) -> tuple[int, int]:
     """Returns (first, last) of a window's kept samples; no context is cut at a recording's ends."""
     return (layout.context if index else 0), min(true, layout.window - layout.context)
-
-
-def _in_batches(items: Iterable[np.ndarray], size: int) -> Iterator[Float32[np.ndarray, "b t"]]:
-    batch: list[np.ndarray] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield np.stack(batch)
-            batch = []
-    if batch:
-        yield np.stack(batch)
 
 
 def _active_rows(layout: Layout, target: Target, index: int) -> np.ndarray:

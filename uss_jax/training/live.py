@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from uss_jax.bundles.model import Model
+from uss_jax.devices.batching import in_batches
 from uss_jax.devices.mesh import replicated, to_devices
 from uss_jax.devices.precision import HIGHEST, at_precision
 from uss_jax.disk.atomic import replacing
@@ -25,7 +26,7 @@ from uss_jax.errors import UserError
 from uss_jax.evaluation.averages import class_averages
 from uss_jax.evaluation.clips import open_records
 from uss_jax.evaluation.metrics import class_medians, separation_figures
-from uss_jax.evaluation.pairs import Pair
+from uss_jax.evaluation.suites.pairs import Pair
 from uss_jax.models.query import QueryNet
 from uss_jax.models.separator import SeparatorNet, separate
 from uss_jax.training.separation_step import query_variables
@@ -78,8 +79,7 @@ def make_evaluation(
         began = time.monotonic()
         parts = []
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            for first in range(0, len(pairs), batch_size):
-                at = np.minimum(np.arange(first, first + batch_size), len(pairs) - 1)
+            for at, _ in in_batches(range(len(pairs)), batch_size):
                 rows = np.array_split(at, mine[1])[mine[0]]  # this host's
                 read = functools.partial(_read, sample_rate=sample_rate, samples=samples)
                 batch = _stack(list(pool.map(read, (pairs[row] for row in rows))), averages)

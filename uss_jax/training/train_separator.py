@@ -15,7 +15,7 @@ from uss_jax.bundles import nets
 from uss_jax.devices.hosts import say
 from uss_jax.devices.mesh import make_mesh, replicated
 from uss_jax.devices.precision import at_precision
-from uss_jax.evaluation.pairs import find_pairs
+from uss_jax.evaluation.suites.pairs import find_pairs
 from uss_jax.models.separator import SeparatorNet
 from uss_jax.training.condition_nets import ConditionNets, load_condition_nets
 from uss_jax.training.live import make_evaluation, workdir_averages

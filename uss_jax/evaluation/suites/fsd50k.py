@@ -11,18 +11,28 @@ first label only. A variant, which is not published, queries every label of a re
 a recording of unrelated labels.
 """
 
+import functools
 import pathlib
 
+from uss_jax.bundles.model import Model
+from uss_jax.evaluation.suite import Results
 from uss_jax.evaluation.suites.mixing import (
     Mixed,
     Recording,
     mixed_neighbours,
     read_table,
     require_files,
+    score_splits,
 )
 from uss_jax.ontology import load_ontology
 
 _PARTS = {"train": "dev", "test": "eval"}
+
+
+def run(model: Model, data: str, out: str, *, labels: str) -> tuple[Results, str]:
+    """Evaluates separation on the mixtures of the test split."""
+    of_split = functools.partial(items, pathlib.Path(data), all_labels=labels == "all")
+    return score_splits(model, out, of_split, {"labels": labels})
 
 
 def items(folder: pathlib.Path, split: str, *, all_labels: bool = False) -> list[Mixed]:

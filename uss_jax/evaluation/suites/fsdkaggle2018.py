@@ -10,8 +10,11 @@ Published: SDRi of 2 s mixtures of two recordings at equal energy, 100 per class
 condition averaged over the sources of such mixtures in the training split.
 """
 
+import functools
 import pathlib
 
+from uss_jax.bundles.model import Model
+from uss_jax.evaluation.suite import Results
 from uss_jax.evaluation.suites.mixing import (
     Mixed,
     Recording,
@@ -19,9 +22,15 @@ from uss_jax.evaluation.suites.mixing import (
     mixed_neighbours,
     read_table,
     require_files,
+    score_splits,
 )
 
 _TABLES = {"train": "train_post_competition.csv", "test": "test_post_competition_scoring_clips.csv"}
+
+
+def run(model: Model, data: str, out: str) -> tuple[Results, str]:
+    """Evaluates separation on the mixtures of the test split."""
+    return score_splits(model, out, functools.partial(items, pathlib.Path(data)), {})
 
 
 def items(folder: pathlib.Path, split: str) -> list[Mixed]:

@@ -1,4 +1,6 @@
-"""Makes items from recordings: two mixed at equal energy, or windows of existing mixtures.
+"""Makes items from recordings, and scores them.
+
+An item is two recordings mixed at equal energy, or a window of an existing mixture.
 
 Letters: `t` samples of an item, `s` samples of a recording.
 """
@@ -14,8 +16,15 @@ from jaxtyping import Float
 
 from uss_jax.anchors.mix import GAIN_RANGE
 from uss_jax.audio.files import audio_format, read_mono, read_segment, resample
+from uss_jax.bundles.model import Model
 from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError
+from uss_jax.evaluation.averages import source_averages
+from uss_jax.evaluation.finished import unfinished_beside
+from uss_jax.evaluation.items import Item
+from uss_jax.evaluation.scoring import score
+from uss_jax.evaluation.suite import Results
+from uss_jax.evaluation.summary import report
 from uss_jax.ontology import load_ontology
 
 # As published: items of 2 s, 100 per class, drawn with this seed.
@@ -183,6 +192,24 @@ def _relatives(recording: Recording) -> set[str | int | None]:
     indexes = [index for index in recording.class_indexes if index is not None]
     below_and_above = (load_ontology().relatives(index) for index in indexes)
     return {*recording.labels}.union(*below_and_above)
+
+
+def score_splits(
+    model: Model, out: str, items: Callable[[str], Sequence[Item]], how: Results
+) -> tuple[Results, str]:
+    """Scores the test split, with conditions averaged over the sources of the training split.
+
+    Args:
+      model: the separator.
+      out: JSON file of the results.
+      items: maps a split, `train` or `test`, to its items.
+      how: options of the suite, for the results.
+    """
+    test = items("test")
+    averages = source_averages(model, items("train"))
+    figures, _ = score(model, test, averages, unfinished=unfinished_beside(out))
+    results, text = report(model, test, figures, out)
+    return {**results, "how": how}, text
 
 
 def read_table(path: pathlib.Path, columns: Iterable[str]) -> list[dict[str, str]]:

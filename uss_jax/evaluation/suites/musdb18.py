@@ -28,13 +28,30 @@ from uss_jax.audio.files import read_audio, resample
 from uss_jax.bundles.model import Model
 from uss_jax.errors import UserError
 from uss_jax.evaluation.averages import Averages, file_averages
-from uss_jax.evaluation.finished import Finished
-from uss_jax.evaluation.scoring import MIXTURE
+from uss_jax.evaluation.finished import Finished, unfinished_beside
+from uss_jax.evaluation.rows import MIXTURE
+from uss_jax.evaluation.suite import Results
 from uss_jax.evaluation.suites.mixing import require_files
-from uss_jax.evaluation.suites.whole import Values, answers, identity
+from uss_jax.evaluation.suites.whole import Values, answers, identity, report
 
 STEMS = ("vocals", "drums", "bass", "other")
 _NAME = "MUSDB18-HQ"
+
+
+def run(model: Model, data: str, out: str, *, legacy: bool) -> tuple[Results, str]:
+    """Evaluates separation on the songs of the test split."""
+    folder = pathlib.Path(data)
+    songs(folder, "test")
+    averages = stem_averages(model, folder)
+    rows = score_songs(model, folder, averages, unfinished_beside(out), legacy=legacy)
+    figures = ("sdr", "sdri", *(("legacy_sdr", "legacy_sdri") if legacy else ()))
+    cells = []
+    for row in rows:
+        of_stems = (row["stems"][stem]["sdr"] for stem in STEMS)
+        cells.append((row["query"], *(row.get(figure) for figure in figures), *of_stems))
+    header = ("", *figures, *(f"{stem} sdr" for stem in STEMS))
+    results, text = report(model, out, rows, header, cells, "dB; median over songs")
+    return {**results, "how": {"legacy": legacy}}, text
 
 
 def songs(folder: pathlib.Path, split: str) -> list[pathlib.Path]:

@@ -12,6 +12,7 @@ above 0.1; up to 100 windows per name, and only names with more than 10.
 """
 
 import collections
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +22,9 @@ import yaml
 from tqdm import tqdm
 
 from uss_jax.audio.files import audio_format, read_blocks
+from uss_jax.bundles.model import Model
 from uss_jax.errors import UserError
+from uss_jax.evaluation.suite import Results
 from uss_jax.evaluation.suites.mixing import (
     PER_CLASS,
     SECONDS,
@@ -29,11 +32,18 @@ from uss_jax.evaluation.suites.mixing import (
     Window,
     class_index_of,
     require_files,
+    score_splits,
 )
 
 NAMES = {"plugin": "plugin_name", "instrument": "midi_program_name"}
 _LEAST_PEAK = 0.1
 _LEAST_WINDOWS = 10
+
+
+def run(model: Model, data: str, out: str, *, by: str) -> tuple[Results, str]:
+    """Evaluates separation on the windows of the test split."""
+    of_split = functools.partial(items, pathlib.Path(data), by=by)
+    return score_splits(model, out, of_split, {"by": by})
 
 
 def items(folder: pathlib.Path, split: str, *, by: str = "plugin") -> list[Window]:

@@ -23,14 +23,33 @@ from uss_jax.audio.files import read_mono, resample
 from uss_jax.bundles.model import Model
 from uss_jax.errors import UserError
 from uss_jax.evaluation.averages import Averages, file_averages
-from uss_jax.evaluation.finished import Finished
-from uss_jax.evaluation.scoring import MIXTURE
+from uss_jax.evaluation.finished import Finished, unfinished_beside
+from uss_jax.evaluation.rows import MIXTURE
+from uss_jax.evaluation.suite import Results
 from uss_jax.evaluation.suites.mixing import require_files
 from uss_jax.evaluation.suites.speech import RATE, speech_figures
-from uss_jax.evaluation.suites.whole import Values, answers, identity, require_package
+from uss_jax.evaluation.suites.whole import Values, answers, identity, report, require_package
 
 SPEECH = "Speech"
 _NAME = "Voicebank-Demand"
+
+
+def run(model: Model, data: str, out: str, *, blocks: str) -> tuple[Results, str]:
+    """Evaluates enhancement on the sentences of the test set."""
+    folder = pathlib.Path(data)
+    sentences(folder)
+    rows = score_sentences(
+        model,
+        folder,
+        speech_average(model, folder),
+        unfinished_beside(out),
+        reference_blocks=blocks == "reference",
+    )
+    figures = ("pesq", "ssnr", "csig", "cbak", "covl")
+    cells = [(row["query"], *(row[figure] for figure in figures)) for row in rows]
+    explanation = "medians over sentences, as published; means are in the JSON file; SSNR in dB"
+    results, text = report(model, out, rows, ("", *figures), cells, explanation)
+    return {**results, "how": {"blocks": blocks}}, text
 
 
 def sentences(folder: pathlib.Path) -> list[tuple[pathlib.Path, pathlib.Path]]:

@@ -7,6 +7,7 @@ import importlib
 import json
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -14,9 +15,12 @@ from jaxtyping import Float32
 from uss_jax.bundles.bundle import net_hash
 from uss_jax.bundles.model import Model
 from uss_jax.devices.mesh import make_mesh
+from uss_jax.disk.atomic import replacing
 from uss_jax.errors import UserError
 from uss_jax.evaluation.averages import Averages
-from uss_jax.evaluation.scoring import AVERAGE, HALF, MIXTURE, ORACLE
+from uss_jax.evaluation.rows import AVERAGE, HALF, MIXTURE, ORACLE
+from uss_jax.evaluation.suite import Results
+from uss_jax.evaluation.text_table import format_table, markdown_table, sibling, silent_note
 from uss_jax.separation.queries import Vectors, recording_vector
 from uss_jax.separation.recordings import Separator, Settings
 
@@ -65,6 +69,40 @@ def answers(
         found[HALF, label] = mixture / 2
         found[MIXTURE, label] = mixture
     return found
+
+
+def report(
+    model: Model,
+    out: str,
+    rows: Sequence[Results],
+    header: Sequence[str],
+    cells: Sequence[Sequence[Any]],
+    explanation: str,
+) -> tuple[Results, str]:
+    """Writes a Markdown table beside `out`; returns the results, and the table as text.
+
+    Args:
+      model: the separator.
+      out: JSON file of the results.
+      rows: metrics of each query; those of the first are also the headline.
+      header: first row of the table.
+      cells: the table's other rows.
+      explanation: what the metrics are, to be put below the table.
+    """
+    silent = rows[0].get("silent", 0)
+    explanation = "\n\n".join([explanation, *([silent_note(silent)] if silent else [])])
+    lines = [f"# {model.path}", "", *markdown_table(header, cells), "", explanation]
+    with replacing(sibling(out, ".md")) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    headline = {key: value for key, value in rows[0].items() if isinstance(value, float)}
+    results = {
+        "condition": model.query.module.kind,
+        "silent_targets": silent,
+        "query": rows[0]["query"],
+        **headline,
+        "rows": list(rows),
+    }
+    return results, f"{format_table(header, cells)}\n\n{explanation}"
 
 
 def identity(model: Model, averages: Averages, names: Sequence[str]) -> Iterator[bytes]:

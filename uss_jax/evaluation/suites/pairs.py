@@ -1,4 +1,4 @@
-"""Finds pairs, `class_id=K/*source.wav` and `*mixture.wav`, and writes separated examples."""
+"""Pairs, `class_id=K/*source.wav` and `*mixture.wav`: finds them, scores them, writes examples."""
 
 import csv
 import dataclasses
@@ -14,13 +14,80 @@ from uss_jax.audio.files import audio_format, read_mono, resampled_length, write
 from uss_jax.audio.picture import write_picture
 from uss_jax.bundles.model import Model
 from uss_jax.errors import UserError
+from uss_jax.evaluation.averages import (
+    Averages,
+    bank_of_averages,
+    by_name,
+    class_averages,
+    file_averages,
+)
+from uss_jax.evaluation.clips import open_records
+from uss_jax.evaluation.finished import unfinished_beside
+from uss_jax.evaluation.items import Item
 from uss_jax.evaluation.make_pairs import MANIFEST
-from uss_jax.evaluation.scoring import ORACLE, Figures, Item, Row
+from uss_jax.evaluation.rows import ORACLE, Row
+from uss_jax.evaluation.scoring import Figures, score
+from uss_jax.evaluation.suite import Results
+from uss_jax.evaluation.summary import report
 from uss_jax.ontology import load_ontology, whole_number
 from uss_jax.separation.names import file_name
+from uss_jax.separation.queries import require_npz, write_bank
 
 # Cutting and resampling may differ by a frame between programs; a larger difference is an error.
 _TOLERATED_SECONDS = 0.05
+
+
+def run(
+    model: Model,
+    data: str,
+    out: str,
+    *,
+    train_records: str | None,
+    split: str | None,
+    train_pairs: str | None,
+    oracle_only: bool,
+    bank: str | None,
+    examples: int,
+    out_dir: str | None,
+) -> tuple[Results, str]:
+    """Evaluates separation on a folder of pairs; the options are described in `SUITES`."""
+    if train_records and train_pairs:
+        raise UserError("--train-records and --train-pairs both give class averages; give one")
+    if oracle_only and (train_records or train_pairs):
+        raise UserError(
+            "--oracle-only uses no class averages; leave out --train-records and --train-pairs"
+        )
+    if bank and not (train_records or train_pairs):
+        raise UserError(
+            "--bank stores averages over training clips; give --train-records or --train-pairs too"
+        )
+    if bank:
+        require_npz(bank)
+    if examples and not out_dir:
+        raise UserError("--examples needs --out-dir, the folder to write them to")
+    pairs = find_pairs(data)
+    averages: Averages = {}
+    how = {"train_records": train_records, "split": (split or "train") if train_records else None}
+    if train_records:
+        reader = open_records(train_records, how["split"], model)
+        classes = sorted({pair.class_index for pair in pairs})
+        averages = by_name(class_averages(model, reader, classes))
+    if train_pairs:
+        how = {"train_pairs": train_pairs}
+        averages = file_averages(model, sources_by_class(train_pairs), without_silence=False)
+    figures, rows = score(
+        model, pairs, averages, oracle_only=oracle_only, unfinished=unfinished_beside(out)
+    )
+    results, table = report(model, pairs, figures, out)
+    text = [table]
+    if averages and bank:
+        stored = bank_of_averages(model, averages, f"averaged over {train_records or train_pairs}")
+        write_bank(bank, stored)
+        text.append(f"{bank}: vectors of {len(averages)} classes")
+    if examples and out_dir:
+        pictures = write_examples(model, pairs, figures, rows, examples, out_dir)
+        text += [f"{picture}: its audio files are next to it" for picture in pictures]
+    return {**results, "how": how}, "\n\n".join(text)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,15 +12,23 @@ from jaxtyping import Array, Bool, Float
 
 from uss_jax.audio.pcm import to_float
 from uss_jax.bundles.model import Model
+from uss_jax.data.chosen import Chosen
 from uss_jax.data.reader import ClipReader
 from uss_jax.errors import UserError
-from uss_jax.evaluation.clips import Chosen, batches_of
+from uss_jax.evaluation.clips import batches_of, open_records
 from uss_jax.evaluation.metrics import average_precision, d_prime, per_class, roc_auc
+from uss_jax.evaluation.suite import Results
 from uss_jax.evaluation.text_table import format_table
 from uss_jax.ontology import load_ontology
 
 DETECTOR = "detector, maximum over time"
 TAGGER = "tagging net"
+
+
+def run(model: Model, data: str, out: str, *, split: str) -> tuple[Results, str]:
+    """Evaluates the model on a split of the records."""
+    summaries = evaluate_tagging(model, open_records(data, split, model))
+    return {"rows": summaries, "how": {"split": split}}, format_tagging(summaries)
 
 
 def evaluate_tagging(model: Model, reader: ClipReader) -> list[dict[str, Any]]:

@@ -19,9 +19,11 @@ from jaxtyping import Bool, Float, Integer
 from uss_jax.bundles.model import Model, Net
 from uss_jax.data.orders import BalancedOrder
 from uss_jax.data.reader import ClipReader
+from uss_jax.devices.batching import in_batches
 from uss_jax.errors import UserError
-from uss_jax.evaluation.clips import BATCH_SIZE, anchors_of_batch
+from uss_jax.evaluation.clips import BATCH_SIZE, anchors_of_batch, open_records
 from uss_jax.evaluation.metrics import is_silent
+from uss_jax.evaluation.suite import Results
 from uss_jax.evaluation.text_table import format_table, silent_note
 
 CLIP_SECONDS = 10.0
@@ -49,6 +51,21 @@ class Planted:
     begin_sample: Integer[np.ndarray, " n"]
     end_sample: Integer[np.ndarray, " n"]
     heard: Bool[np.ndarray, " n"]
+
+
+def run(
+    model: Model, data: str, out: str, *, split: str, clips: int, seed: int
+) -> tuple[Results, str]:
+    """Plants events of a split of the records and evaluates the anchors found."""
+    summaries = evaluate_planted(model, open_records(data, split, model), clips=clips, seed=seed)
+    how = {
+        "split": split,
+        "clips": clips,
+        "seed": seed,
+        "event_seconds": EVENT_SECONDS,
+        "snr_db": SNR_DB,
+    }
+    return {"rows": summaries, "how": how}, format_planted(summaries)
 
 
 def evaluate_planted(
@@ -147,14 +164,14 @@ def _find(
 ) -> Integer[np.ndarray, " n"]:
     """Finds anchors in batches of one shape; returns their begin samples."""
     begins = []
-    for first in range(0, len(planted.audio), BATCH_SIZE):
-        at = np.minimum(np.arange(first, first + BATCH_SIZE), len(planted.audio) - 1)
+    for places, _ in in_batches(range(len(planted.audio)), BATCH_SIZE):
+        at = np.array(places)
         batch = {
             "audio": jnp.asarray(planted.audio[at]),
             "samples": jnp.full(BATCH_SIZE, planted.audio.shape[1], jnp.int32),
             "class_index": jnp.asarray(planted.class_index[at]),
         }
-        key = jax.random.fold_in(jax.random.key(seed), first)
+        key = jax.random.fold_in(jax.random.key(seed), places[0])
         begins.append(anchors_of_batch(sed, batch, key, segment_samples).begin_sample)
     return np.concatenate(begins)[: len(planted.audio)]
 

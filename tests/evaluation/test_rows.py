@@ -1,0 +1,46 @@
+import numpy as np
+import pytest
+import soundfile
+
+from tests.evaluation.tones import BARK, DOG, PIANO, SOURCES, SPEECH, sdr
+from uss_jax.bundles.model import Model
+from uss_jax.evaluation.rows import CLASS, SHUFFLED, unrelated_items
+from uss_jax.evaluation.scoring import score
+from uss_jax.evaluation.suites.pairs import find_pairs
+
+
+def test_a_class_vector_is_the_probability_of_the_class_in_the_mixture(place):
+    model, pairs = Model(place / "soft"), find_pairs(place / "pairs")
+    figures, rows = score(model, pairs)
+    mixture, _ = soundfile.read(pairs[0].mixture, dtype="float32")
+    condition = np.zeros(527, np.float32)
+    label = pairs[0].class_index
+    condition[label] = model.tagger(mixture[None])["clipwise"][0, label]
+    np.testing.assert_allclose(rows[CLASS].conditions[0], condition, atol=1e-6)
+    source, _ = soundfile.read(pairs[0].source, dtype="float32")
+    estimate = np.asarray(model.separate(mixture[None], condition[None]))[0]
+    assert figures[CLASS]["sdr"][0] == pytest.approx(sdr(source, estimate), abs=1e-3)
+
+
+def test_shuffled_queries_are_of_unrelated_classes(place):
+    pairs = find_pairs(place / "pairs")
+    _, rows = score(Model(place / "one_hot"), pairs)
+    asked = rows[SHUFFLED].conditions.argmax(axis=1)
+    for pair, label in zip(pairs, asked.tolist(), strict=True):
+        assert label in set(SOURCES) - {pair.class_index}
+
+
+def test_a_query_of_the_same_sound_is_no_shuffled_one():
+    # The first and third source are one clip with two labels; Bark is below Dog.
+    classes, digests = [SPEECH, SPEECH, PIANO, DOG, BARK], ["x", "y", "x", "z", "w"]
+    for _ in range(2):
+        chosen = unrelated_items(classes, digests)
+        assert {classes[at] for at in chosen[:3]} <= {DOG, BARK}
+        assert {classes[at] for at in chosen[3:]} <= {SPEECH, PIANO}
+    assert unrelated_items([DOG, BARK], ["x", "y"]).tolist() == [-1, -1]
+
+
+def test_a_shuffled_query_asks_for_nothing_that_is_in_the_mixture():
+    classes, digests = [SPEECH, DOG, PIANO], ["x", "y", "z"]
+    assert unrelated_items(classes, digests, [BARK, None, DOG]).tolist()[::2] == [2, 0]
+    assert unrelated_items(["bass", "drums", "bass"], digests).tolist()[::2] == [1, 1]

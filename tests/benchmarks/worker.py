@@ -83,7 +83,8 @@ def jax_job(job: str) -> Job:
     from uss_jax.models.resunet import resunet30
     from uss_jax.training.losses import l1_waveform
     from uss_jax.training.optim import adamw_amsgrad
-    from uss_jax.weights.torch import convert_cnn14, convert_resunet
+    from uss_jax.weights.cnn14 import convert_cnn14
+    from uss_jax.weights.resunet import convert_resunet
 
     state_dict, waveform, condition = inputs(job)
     convert = convert_cnn14 if job == "tag" else convert_resunet

@@ -229,7 +229,9 @@ def test_a_foreign_checkpoint(folder, data):
     )
 )
 def test_tensors_that_make_no_net(tensors):
-    from uss_jax.weights.torch import convert_cnn14, convert_htsat, convert_resunet
+    from uss_jax.weights.cnn14 import convert_cnn14
+    from uss_jax.weights.htsat import convert_htsat
+    from uss_jax.weights.resunet import convert_resunet
 
     arrays = {name: np.zeros(shape, np.float32) for name, shape in tensors.items()}
     for convert in (convert_cnn14, convert_htsat, convert_resunet):

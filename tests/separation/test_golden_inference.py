@@ -22,7 +22,7 @@ from uss_jax.separation.queries import (
 )
 from uss_jax.separation.recordings import Separator, Settings
 from uss_jax.separation.separator import tag_segments
-from uss_jax.weights.torch import convert_lightning
+from uss_jax.weights.lightning import convert_lightning
 
 pytestmark = pytest.mark.golden
 

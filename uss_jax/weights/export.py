@@ -107,15 +107,7 @@ def export(
     out = pathlib.Path(out)
     if out.exists():
         raise UserError(f"{out} already exists; choose another name or remove it first")
-    if form == "stablehlo":
-        _require_flatbuffers()
-        if dtype != DTYPES[0]:
-            raise UserError(
-                "stablehlo keeps the dtypes that the model computes in; leave out --dtype"
-            )
-    elif precision != HIGHEST:
-        raise UserError(f"{form} holds parameters, not computations; leave out --precision")
-    check_precision(precision, "precision")
+    _require_applicable(form, dtype, precision)
     separator, _ = bundle.separator()
     parts = {p: bundle.variables(p) for p in _PARTS if _has(bundle, p)}
     parts = {p: _cast(variables, dtype) for p, variables in parts.items()}
@@ -141,6 +133,19 @@ def export(
     return (
         f"on noise, its output differs from the model's by {difference:.1e} of the largest sample"
     )
+
+
+def _require_applicable(form: str, dtype: str, precision: str) -> None:
+    """Raises a UserError if an argument of `export` does not apply to the form."""
+    if form == "stablehlo":
+        _require_flatbuffers()
+        if dtype != DTYPES[0]:
+            raise UserError(
+                "stablehlo keeps the dtypes that the model computes in; leave out --dtype"
+            )
+    elif precision != HIGHEST:
+        raise UserError(f"{form} holds parameters, not computations; leave out --precision")
+    check_precision(precision, "precision")
 
 
 def _has(bundle: Bundle, part: str) -> bool:

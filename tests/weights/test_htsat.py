@@ -4,10 +4,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from tests.golden.weights import build_state_dict, fixed_buffer, layout_tensors, make_tensor
-from tests.weights.test_torch import assert_same_tree, empty_arrays, leaf_count, shapes
+from tests.weights.variables import assert_same_tree, empty_arrays, leaf_count, shapes
 from uss_jax.errors import UserError
 from uss_jax.models.htsat import HTSAT
-from uss_jax.weights.torch import HTSAT_PREFIX, convert_htsat, state_dict_of
+from uss_jax.weights.htsat import HTSAT_PREFIX, convert_htsat
+from uss_jax.weights.torch import state_dict_of
 
 FIELDS = dict(
     sample_rate=32000,

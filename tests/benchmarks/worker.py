@@ -138,7 +138,7 @@ def separate_long(net, variables, waveform, condition) -> np.ndarray:
     from types import SimpleNamespace
 
     from uss_jax.bundles.model import Net
-    from uss_jax.separation.separator import Layout, Target, separate_blocks
+    from uss_jax.separation.windows import Layout, Target, separate_blocks
 
     model = SimpleNamespace(separator=Net(net, variables), sample_rate=32000, segment_samples=BLOCK)
     if "USS_JAX_BENCHMARK_BLOCKS" in os.environ:

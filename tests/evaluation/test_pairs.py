@@ -32,7 +32,7 @@ from uss_jax.evaluation.scoring import (
 )
 from uss_jax.evaluation.summary import bootstrap_interval
 from uss_jax.ontology import load_ontology
-from uss_jax.separation.queries import read_bank
+from uss_jax.separation.banks import read_bank
 
 SPEECH, DOG, BARK, PIANO = (load_ontology().resolve(n) for n in ("Speech", "Dog", "Bark", "Piano"))
 SOURCES = {SPEECH: lambda i: tone(200 + 50 * i, 0.5), DOG: lambda i: noise(i, 0.5)}

@@ -20,10 +20,11 @@ from uss_jax.bundles.nets import fields_of
 from uss_jax.errors import UserError, one_line
 from uss_jax.evaluation.comparison import compare
 from uss_jax.models.resunet import ResUNet
-from uss_jax.separation.job import find_recordings, finished_facts
+from uss_jax.separation.banks import Bank, load_bank, write_bank
+from uss_jax.separation.input_files import find_input_files
+from uss_jax.separation.job import finished_facts
 from uss_jax.separation.names import file_name
-from uss_jax.separation.queries import Bank, load_bank, write_bank
-from uss_jax.separation.recordings import as_waveform, require_rate
+from uss_jax.separation.waveforms import as_waveform, require_rate
 
 CONFIG = {
     "format_version": 1,
@@ -267,7 +268,7 @@ def test_names_of_files(name):
 def test_lists_of_recordings(folder, data):
     (folder / "list.txt").write_bytes(data)
     try:
-        found = find_recordings([], [folder / "list.txt"])
+        found = find_input_files([], [folder / "list.txt"])
     except UserError as error:
         check_words(one_line(str(error)))
     else:

@@ -37,7 +37,7 @@ from uss_jax.evaluation.planted import evaluate_planted, format_planted, plant
 from uss_jax.evaluation.tagging import evaluate_tagging
 from uss_jax.models.cnn14 import Cnn14DecisionLevelMax
 from uss_jax.models.resunet import ResUNet
-from uss_jax.separation.queries import vector_of_recordings
+from uss_jax.separation.example_vectors import vector_of_recordings
 from uss_jax.training.examples import Mixing
 from uss_jax.training.losses import LOSSES
 from uss_jax.training.optim import adamw

@@ -10,7 +10,7 @@ from uss_jax.bundles.bundle import read_bundle
 from uss_jax.bundles.checkpoints import save_tree
 from uss_jax.cli.main import main
 from uss_jax.errors import UserError
-from uss_jax.separation.queries import Bank, write_bank
+from uss_jax.separation.banks import Bank, write_bank
 from uss_jax.training.state import parameter_count
 from uss_jax.weights.inspection import inspect
 

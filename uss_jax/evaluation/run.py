@@ -46,7 +46,7 @@ from uss_jax.evaluation.summary import (
 )
 from uss_jax.evaluation.tagging import evaluate_tagging, format_tagging
 from uss_jax.evaluation.text_table import format_table, markdown_table, silent_note, write_results
-from uss_jax.separation.queries import require_npz, write_bank
+from uss_jax.separation.banks import require_npz, write_bank
 
 Results = dict[str, Any]
 

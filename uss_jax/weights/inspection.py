@@ -19,7 +19,7 @@ from uss_jax.disk.checked_json import parse_json, record, whole
 from uss_jax.disk.checked_npz import names_in_npz, read_npz
 from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError
-from uss_jax.separation.queries import load_bank
+from uss_jax.separation.banks import load_bank
 
 _TAIL_BYTES = 1 << 16  # read from the end of metrics.jsonl: many lines
 _PARTS = ("separator", "query", "adaptor", "sed")

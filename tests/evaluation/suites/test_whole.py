@@ -20,7 +20,8 @@ from uss_jax.evaluation.scoring import AVERAGE, HALF, MIXTURE, ORACLE
 from uss_jax.evaluation.suites import musdb18, speech, voicebank_demand
 from uss_jax.evaluation.suites import whole as recordings
 from uss_jax.evaluation.suites.speech import speech_figures
-from uss_jax.separation.queries import Vectors, recording_vector, remove_silence
+from uss_jax.separation.example_vectors import recording_vector, remove_silence
+from uss_jax.separation.queries import Vectors
 from uss_jax.separation.recordings import Separator
 
 # museval and pesq come from another time of numpy and of setuptools.

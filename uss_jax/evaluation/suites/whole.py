@@ -17,7 +17,8 @@ from uss_jax.devices.mesh import make_mesh
 from uss_jax.errors import UserError
 from uss_jax.evaluation.averages import Averages
 from uss_jax.evaluation.scoring import AVERAGE, HALF, MIXTURE, ORACLE
-from uss_jax.separation.queries import Vectors, recording_vector
+from uss_jax.separation.example_vectors import recording_vector
+from uss_jax.separation.queries import Vectors
 from uss_jax.separation.recordings import Separator, Settings
 
 Values = dict[str, float]

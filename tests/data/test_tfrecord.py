@@ -9,7 +9,7 @@ import tensorboardX.record_writer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uss_jax.audio.files import flac_bytes
+from uss_jax.audio.in_memory import flac_bytes
 from uss_jax.data import storage
 from uss_jax.data.index import build_index, load_index
 from uss_jax.data.reader import ClipReader

@@ -5,7 +5,7 @@ import pytest
 import soundfile
 
 from tests import tiny
-from uss_jax.audio.files import resample
+from uss_jax.audio.resampling import resample
 from uss_jax.errors import UserError
 from uss_jax.separation.queries import Classes, Vectors
 from uss_jax.separation.recordings import RESIDUAL, Separator, Settings

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import tiny
-from uss_jax.audio.files import mono
+from uss_jax.audio.resampling import mono
 from uss_jax.devices.mesh import make_mesh
 from uss_jax.separation import windows as windows_module
 from uss_jax.separation.windows import Layout, Target, separate_blocks, tag_segments

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from uss_jax.audio.files import audio_format, read_mono, resampled_length, write_wav
+from uss_jax.audio.files import audio_format, read_mono, write_wav
 from uss_jax.audio.picture import write_picture
+from uss_jax.audio.resampling import resampled_length
 from uss_jax.bundles.model import Model
 from uss_jax.errors import UserError
 from uss_jax.evaluation.make_pairs import MANIFEST

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from uss_jax.audio.files import audio_format, read_blocks, resample_blocks, truncation
+from uss_jax.audio.files import audio_format, read_blocks, truncation
+from uss_jax.audio.resampling import resample_blocks
 from uss_jax.bundles.bundle import net_hash
 from uss_jax.bundles.model import Model
 from uss_jax.disk.checked_json import either, list_of, nothing, number, read_json, record, text

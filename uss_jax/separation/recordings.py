@@ -16,15 +16,8 @@ from jax.sharding import Mesh
 from jaxtyping import Float32
 from tqdm import tqdm
 
-from uss_jax.audio.files import (
-    Format,
-    audio_format,
-    read_blocks,
-    resample,
-    resample_blocks,
-    resampled_length,
-    writing_audio,
-)
+from uss_jax.audio.files import Format, audio_format, read_blocks, writing_audio
+from uss_jax.audio.resampling import resample, resample_blocks, resampled_length
 from uss_jax.bundles.model import Model
 from uss_jax.devices.mesh import make_mesh
 from uss_jax.devices.precision import HIGHEST

@@ -12,7 +12,8 @@ import soundfile
 from tests import tiny
 from tests.evaluation.suites import imitations
 from tests.tiny import RATE, write_separator
-from uss_jax.audio.files import read_mono, resample
+from uss_jax.audio.files import read_mono
+from uss_jax.audio.resampling import resample
 from uss_jax.bundles.model import Model
 from uss_jax.cli.main import main
 from uss_jax.errors import UserError

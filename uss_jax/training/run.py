@@ -18,7 +18,8 @@ from uss_jax.anchors.detect import RULES
 from uss_jax.anchors.table import Placement, read_table, usable, without
 from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
 from uss_jax.bundles.bundle import FORMAT_VERSION, read_bundle
-from uss_jax.bundles.checkpoints import Checkpoints, DamagedCheckpoint
+from uss_jax.bundles.checkpoints import Checkpoints
+from uss_jax.bundles.failures import DamagedCheckpoint
 from uss_jax.bundles.fingerprint import fingerprint
 from uss_jax.data.index import RecordIndex, load_index
 from uss_jax.data.metadata import read_sample_rate

@@ -23,7 +23,7 @@ from uss_jax.models.separator import SeparatorNet
 from uss_jax.models.tagging import TaggingNet
 from uss_jax.ontology import load_ontology
 
-Net = TypeVar("Net", bound=nn.Module)
+Module = TypeVar("Module", bound=nn.Module)
 Chosen = TypeVar("Chosen")
 
 # Nets by their name in a config (`net`, by default the first).
@@ -68,7 +68,7 @@ FIELD_RULES: dict[str, Rule] = {
 _NO_FIELDS = ("norm_scope", "norm_momentum", "remat", "parent", "name")
 
 
-def build(net: type[Net], fields: Mapping[str, Any], where: str) -> Net:
+def build(net: type[Module], fields: Mapping[str, Any], where: str) -> Module:
     """Builds a module from its fields.
 
     Args:

@@ -19,8 +19,6 @@ TAGGER_FIELDS = dict(
     channels=(4, 6),
     classes=527,
 )
-
-
 SEPARATOR_FIELDS = dict(
     n_fft=64,
     hop_samples=320,
@@ -31,7 +29,7 @@ SEPARATOR_FIELDS = dict(
 )
 
 
-def random_variables(module, *shapes, seed=0):
+def all_random(module, *shapes, seed=0):
     """Variables of a module with random numbers everywhere."""
     inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     tree = jax.eval_shape(module.init, jax.random.key(0), *inputs)
@@ -40,12 +38,12 @@ def random_variables(module, *shapes, seed=0):
 
 
 def tagger_variables(fields=TAGGER_FIELDS, seed=0):
-    return random_variables(Cnn14(**fields), (1, 3200), seed=seed)
+    return all_random(Cnn14(**fields), (1, 3200), seed=seed)
 
 
 def separator_variables(fields=SEPARATOR_FIELDS, seed=0):
     shapes = (1, fields["audio_channels"], 640), (1, fields["condition_width"])
-    return random_variables(ResUNet(**fields), *shapes, seed=seed)
+    return all_random(ResUNet(**fields), *shapes, seed=seed)
 
 
 def assert_same_tree(actual, expected):

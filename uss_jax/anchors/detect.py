@@ -178,7 +178,10 @@ def choose_anchors(
 def _best_apart(
     scores: Float[Array, "b i"], begin_sample: Int[Array, "b i"], count: int, segment_samples: int
 ) -> tuple[Int[Array, "b count"], Float[Array, "b count"]]:
-    """Returns begin samples and scores of the best segments that do not overlap, best first."""
+    """Returns begin samples and scores of the best segments that do not overlap, best first.
+
+    Where none is left, the first is repeated with the score -1.
+    """
     begins, best_scores = [], []
     for _ in range(count):
         best = jnp.argmax(scores >= jnp.max(scores, axis=1, keepdims=True) - TIE, axis=1)[:, None]

@@ -139,6 +139,7 @@ class _Progress(tqdm):
         self._done, self._began = 0, time.monotonic()
 
     def part_done(self, clips: int) -> None:
+        """Reports that a part with this number of clips is done, unless there is a bar."""
         if self.disable:
             self._done += clips
             rate = self._done / (time.monotonic() - self._began)

@@ -24,7 +24,7 @@ from uss_jax.models.tagging import TaggingNet
 from uss_jax.ontology import load_ontology
 
 Module = TypeVar("Module", bound=nn.Module)
-Chosen = TypeVar("Chosen")
+Entry = TypeVar("Entry")
 
 # Nets by their name in a config (`net`, by default the first).
 SEPARATORS: dict[str, type[SeparatorNet]] = {"resunet": ResUNet}
@@ -145,8 +145,8 @@ def name_of(table: Mapping[str, Any], section: Mapping[str, Any]) -> str:
 
 
 def _chosen(
-    table: Mapping[str, Chosen], section: Mapping[str, Any], where: str
-) -> tuple[Chosen, dict[str, Any]]:
+    table: Mapping[str, Entry], section: Mapping[str, Any], where: str
+) -> tuple[Entry, dict[str, Any]]:
     """Returns the table entry that a section's `net` selects, and the section's other entries."""
     name = name_of(table, section)
     if name not in table:

@@ -1,10 +1,20 @@
+import os
+
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from uss_jax.audio.files import read_audio, read_mono, resample, write_wav
+from tests.audio.sounds import RATE, swelling_tone
+from uss_jax.audio.files import (
+    Format,
+    audio_format,
+    find_recordings,
+    read_audio,
+    read_mono,
+    write_wav,
+    writing_audio,
+)
+from uss_jax.audio.in_memory import decode_bytes
 from uss_jax.errors import UserError
 
 
@@ -115,22 +125,6 @@ def test_reads_only_the_beginning_when_asked(tmp_path):
     np.testing.assert_array_equal(read, waveform[:8000].T)
 
 
-@settings(max_examples=50)
-@given(
-    st.integers(0, 5000), *[st.sampled_from([8000, 11025, 16000, 22050, 32000, 44100, 48000])] * 2
-)
-def test_resampled_length_is_rounded_half_up(samples, from_rate, to_rate):
-    out = resample(np.zeros((2, samples), np.float32), from_rate, to_rate)
-    assert out.shape == (2, int(np.floor(samples * to_rate / from_rate + 0.5)))
-
-
-def test_resample_treats_channels_alike():
-    waveform = np.ascontiguousarray(_noise(4410, channels=6).T).reshape(2, 3, 4410)
-    together = resample(waveform, 44100, 32000)
-    alone = resample(waveform[1, 2], 44100, 32000)
-    np.testing.assert_array_equal(together[1, 2], alone)
-
-
 def test_written_wav_reads_back_exactly_even_beyond_one(tmp_path):
     waveform = 3 * np.ascontiguousarray(_noise(1000, channels=2).T)
     write_wav(tmp_path / "out.wav", waveform, 16000)
@@ -143,3 +137,47 @@ def test_written_wav_reads_back_exactly_even_beyond_one(tmp_path):
 def test_writing_into_a_missing_folder_is_a_sentence(tmp_path):
     with pytest.raises(UserError, match="could not be written"):
         write_wav(tmp_path / "none" / "out.wav", np.zeros((1, 10), np.float32), 16000)
+
+
+@pytest.mark.parametrize("peak", [32768.0, -1e30, 12.0])
+def test_integers_stored_as_floats_are_refused_with_the_remedy(tmp_path, peak):
+    waveform = swelling_tone() * peak
+    soundfile.write(tmp_path / "loud.wav", waveform, RATE, subtype="FLOAT")
+    with pytest.raises(UserError, match=r"loud.wav .*above full scale .*divided by 32768"):
+        read_mono(tmp_path / "loud.wav", RATE)
+    with pytest.raises(ValueError, match="above full scale"):
+        decode_bytes((tmp_path / "loud.wav").read_bytes())
+    soundfile.write(tmp_path / "loud.wav", waveform / peak * 9, RATE, subtype="FLOAT")
+    assert np.abs(read_mono(tmp_path / "loud.wav", RATE)).max() > 5
+
+
+def test_what_integers_cannot_hold_is_counted(tmp_path):
+    block = np.array([[0.5, 1.0, 1.5, -1.0, -1.01], [0, 0, 0, 2, 0]], np.float32)
+    form = Format(RATE, 2, 5)
+    for subtype, clipped in (("PCM_16", 6), ("PCM_24", 6), ("FLOAT", 0)):
+        with writing_audio(tmp_path / "out.wav", form, subtype) as write:
+            write(block)
+            write(block)
+        assert write.clipped == clipped
+
+
+def test_one_rule_says_what_a_recording_is(tmp_path):
+    for name in (
+        *("a.wav", "b.OPUS", "c.aiff", "d.au", "e.w64", "f.caf", "sub/g.m4a", "sub/h.mp3"),
+        *("._a.wav", ".hidden/x.wav", "Thumbs.db", "notes.txt", "sub/labels.csv"),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    recordings, others = find_recordings(tmp_path)
+    names = [path.relative_to(tmp_path).as_posix() for path in recordings]
+    assert names == [
+        *["a.wav", "b.OPUS", "c.aiff", "d.au", "e.w64", "f.caf", "sub/g.m4a", "sub/h.mp3"]
+    ]
+    assert [path.name for path in others] == ["notes.txt", "labels.csv"]
+
+
+def test_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.wav")
+    for path in (tmp_path / "pipe.wav", "/dev/zero"):
+        with pytest.raises(UserError, match="is not a regular file"):
+            audio_format(path)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from uss_jax.anchors.table import AnchorTable, Placement
-from uss_jax.audio.files import flac_bytes
+from uss_jax.audio.in_memory import flac_bytes
 from uss_jax.data.grouping import GroupedOrder
 from uss_jax.data.index import RecordIndex, load_index
 from uss_jax.data.indexing import build_index

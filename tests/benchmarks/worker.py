@@ -83,7 +83,8 @@ def jax_job(job: str) -> Job:
     from uss_jax.models.resunet import ResUNet
     from uss_jax.training.losses import l1_waveform
     from uss_jax.training.optim import adamw_amsgrad
-    from uss_jax.weights.torch import convert_cnn14, convert_resunet
+    from uss_jax.weights.cnn14 import convert_cnn14
+    from uss_jax.weights.resunet import convert_resunet
 
     state_dict, waveform, condition = inputs(job)
     convert = convert_cnn14 if job == "tag" else convert_resunet
@@ -137,7 +138,7 @@ def separate_long(net, variables, waveform, condition) -> np.ndarray:
     from types import SimpleNamespace
 
     from uss_jax.bundles.model import Net
-    from uss_jax.separation.separator import Layout, Target, separate_blocks
+    from uss_jax.separation.windows import Layout, Target, separate_blocks
 
     model = SimpleNamespace(separator=Net(net, variables), sample_rate=32000, segment_samples=BLOCK)
     if "USS_JAX_BENCHMARK_BLOCKS" in os.environ:

@@ -3,7 +3,6 @@
 import json
 
 import flax.linen as nn
-import jax
 import numpy as np
 import pytest
 
@@ -92,11 +91,3 @@ def test_it_trains_is_measured_separates_and_is_exported(tmp_path, monkeypatch):
         assert main(["export", str(run), "--format", form, "--out", exported]) == 0
         assert any("gains" in line for line in inspect(exported)) == (form == "orbax")
     assert "separator: gains" in "\n".join(inspect(run))
-
-
-def test_windows_follow_the_net():
-    """Of its own grid, window and context."""
-    net = nets.build_separator({"net": "resunet", "hop_samples": 64, "channels": [4, 4, 4]})
-    assert net.grid_samples == 64 * 4
-    assert nets.fields_of(net)["net"] == "resunet"
-    assert jax.tree.leaves(nets.layout(Gains(128, 64))["batch_stats"]) == []

@@ -10,13 +10,8 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from uss_jax.bundles.checkpoints import (
-    Checkpoints,
-    DamagedCheckpoint,
-    latest_step,
-    load_tree,
-    save_tree,
-)
+from uss_jax.bundles.checkpoints import Checkpoints, latest_step, load_tree, save_tree
+from uss_jax.bundles.failures import DamagedCheckpoint
 from uss_jax.devices.mesh import make_mesh, on_all_devices
 from uss_jax.disk.checked_json import either, record, text, whole
 from uss_jax.errors import UserError

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.golden.weights import build_state_dict, fixed_buffer
-from tests.weights.test_torch import (
+from tests.weights.variables import (
     SEPARATOR_FIELDS,
     TAGGER_FIELDS,
     assert_same_tree,
@@ -18,7 +18,8 @@ from uss_jax.audio.mel import mel_matrix
 from uss_jax.bundles.bundle import read_bundle
 from uss_jax.cli import convert
 from uss_jax.cli.main import main
-from uss_jax.weights.torch import LIGHTNING_PREFIXES, state_dict_of
+from uss_jax.weights.lightning import LIGHTNING_PREFIXES
+from uss_jax.weights.torch import state_dict_of
 
 torch = pytest.importorskip("torch")
 

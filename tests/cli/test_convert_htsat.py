@@ -2,12 +2,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.weights.test_torch import assert_same_tree
-from tests.weights.test_torch_htsat import FIELDS, random_variables, state_dict
+from tests.weights.test_htsat import FIELDS, htsat_variables, state_dict
+from tests.weights.variables import assert_same_tree
 from uss_jax.bundles.bundle import read_bundle
 from uss_jax.cli.main import main
 from uss_jax.models.htsat import HTSAT
-from uss_jax.weights.torch import HTSAT_PREFIX, state_dict_of
+from uss_jax.weights.htsat import HTSAT_PREFIX
+from uss_jax.weights.torch import state_dict_of
 
 torch = pytest.importorskip("torch")
 
@@ -31,7 +32,7 @@ def test_checkpoint_becomes_a_tagger_bundle_that_is_query_net_and_detector(tmp_p
     query, _ = bundle.query()
     sed, variables = bundle.sed()
     assert query.tagger == sed == HTSAT(**FIELDS)
-    assert_same_tree(variables, random_variables())
+    assert_same_tree(variables, htsat_variables())
 
     # And back: the bundle alone gives every tensor of the checkpoint.
     foreign = load_file(out / "foreign.safetensors")

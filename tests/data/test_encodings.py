@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorflow_datasets.proto import tf_example_pb2
 
-from uss_jax.audio.files import flac_bytes
+from uss_jax.audio.in_memory import flac_bytes
 from uss_jax.data.encodings import count_samples, decode, decode_into, to_int16, varints
 from uss_jax.data.schema import Schema
 from uss_jax.data.tf_example import parse

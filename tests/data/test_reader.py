@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tests.data.toy import CLIPS, shard_path, toy_samples
-from uss_jax.audio.files import flac_bytes
+from uss_jax.audio.in_memory import flac_bytes
 from uss_jax.data import storage
 from uss_jax.data.indexing import build_index
 from uss_jax.data.reader import ClipReader

@@ -14,8 +14,8 @@ from uss_jax.data.schema import read_schema
 from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError
 from uss_jax.evaluation.make_pairs import read_groups
-from uss_jax.separation.job import find_recordings
-from uss_jax.separation.queries import load_bank
+from uss_jax.separation.banks import load_bank
+from uss_jax.separation.input_files import find_input_files
 from uss_jax.weights.inspection import inspect
 
 READERS = {
@@ -24,7 +24,7 @@ READERS = {
     "file list": read_file_list,
     "schema": read_schema,
     "groups": read_groups,
-    "list of recordings": lambda path: find_recordings([], [path]),
+    "list of recordings": lambda path: find_input_files([], [path]),
     "bank": load_bank,
     "anchor table": read_header,
     "bundle": lambda path: read_bundle(path.parent),

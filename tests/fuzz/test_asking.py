@@ -20,10 +20,11 @@ from uss_jax.bundles.nets import fields_of
 from uss_jax.errors import UserError, one_line
 from uss_jax.evaluation.comparison import compare
 from uss_jax.models.resunet import ResUNet
-from uss_jax.separation.job import find_recordings, finished_facts
+from uss_jax.separation.banks import Bank, load_bank, write_bank
+from uss_jax.separation.input_files import find_input_files
+from uss_jax.separation.job import finished_facts
 from uss_jax.separation.names import file_name
-from uss_jax.separation.queries import Bank, load_bank, write_bank
-from uss_jax.separation.recordings import as_waveform, require_rate
+from uss_jax.separation.waveforms import as_waveform, require_rate
 
 CONFIG = {
     "format_version": 1,
@@ -229,7 +230,9 @@ def test_a_foreign_checkpoint(folder, data):
     )
 )
 def test_tensors_that_make_no_net(tensors):
-    from uss_jax.weights.torch import convert_cnn14, convert_htsat, convert_resunet
+    from uss_jax.weights.cnn14 import convert_cnn14
+    from uss_jax.weights.htsat import convert_htsat
+    from uss_jax.weights.resunet import convert_resunet
 
     arrays = {name: np.zeros(shape, np.float32) for name, shape in tensors.items()}
     for convert in (convert_cnn14, convert_htsat, convert_resunet):
@@ -265,7 +268,7 @@ def test_names_of_files(name):
 def test_lists_of_recordings(folder, data):
     (folder / "list.txt").write_bytes(data)
     try:
-        found = find_recordings([], [folder / "list.txt"])
+        found = find_input_files([], [folder / "list.txt"])
     except UserError as error:
         check_words(one_line(str(error)))
     else:

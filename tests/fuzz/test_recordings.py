@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tests.fuzz.damage import check_words, damaged, fuzz
 from uss_jax.audio import mended
 from uss_jax.audio.containers import read_mp3, read_parts, wav_without_length
-from uss_jax.audio.files import audio_format, decode_bytes, format_of_bytes, read_audio, truncation
+from uss_jax.audio.files import audio_format, read_audio, truncation
+from uss_jax.audio.in_memory import decode_bytes, format_of_bytes
 from uss_jax.errors import UserError
 
 RATE = 16000

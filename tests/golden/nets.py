@@ -10,7 +10,8 @@ from tests.golden import ways
 from tests.golden.weights import build_state_dict
 from uss_jax.models.cnn14 import Cnn14, Cnn14DecisionLevelMax
 from uss_jax.models.resunet import ResUNet
-from uss_jax.weights.torch import convert_cnn14, convert_resunet
+from uss_jax.weights.cnn14 import convert_cnn14
+from uss_jax.weights.resunet import convert_resunet
 
 
 @functools.lru_cache(maxsize=2)

@@ -16,7 +16,7 @@ from tests.golden.ways import limit
 from tests.golden.weights import build_state_dict
 from uss_jax.models.htsat import HTSAT, cut_views, fold
 from uss_jax.models.tagging import front_end
-from uss_jax.weights.torch import convert_htsat
+from uss_jax.weights.htsat import convert_htsat
 
 pytestmark = [pytest.mark.long, pytest.mark.golden]
 

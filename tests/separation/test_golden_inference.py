@@ -13,16 +13,11 @@ from uss_jax.audio.files import write_wav
 from uss_jax.bundles import model as model_module
 from uss_jax.bundles.bundle import Bundle
 from uss_jax.bundles.model import Model
-from uss_jax.separation.queries import (
-    Classes,
-    Vectors,
-    level_sets,
-    remove_silence,
-    vector_of_recordings,
-)
+from uss_jax.separation.example_vectors import remove_silence, vector_of_recordings
+from uss_jax.separation.queries import Classes, Vectors, level_sets
 from uss_jax.separation.recordings import Separator, Settings
-from uss_jax.separation.separator import tag_segments
-from uss_jax.weights.torch import convert_lightning
+from uss_jax.separation.windows import tag_segments
+from uss_jax.weights.lightning import convert_lightning
 
 pytestmark = pytest.mark.golden
 

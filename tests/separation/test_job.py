@@ -2,10 +2,8 @@
 
 import json
 import os
-import pathlib
 import re
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
@@ -14,36 +12,13 @@ import soundfile
 from tests import tiny
 from uss_jax.cli.main import main
 from uss_jax.separation import job
-from uss_jax.separation.job import find_recordings
 from uss_jax.separation.names import file_name
-from uss_jax.separation.report import band_levels
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    return str(tiny.write_separator(tmp_path_factory.mktemp("separator") / "bundle"))
-
-
-@pytest.fixture
-def recordings(tmp_path):
-    folder = tmp_path / "recordings"
-    (folder / "more").mkdir(parents=True)
-    for name, seed in (("a.wav", 0), ("b.flac", 1), ("more/a.wav", 2)):
-        soundfile.write(folder / name, tiny.noise(seed, 1.2), tiny.RATE)
-    (folder / "notes.txt").write_text("not audio")
-    return folder
 
 
 def separate(bundle, out, *words):
     """Whatever is asked for by class is heard."""
     everywhere = [] if "--query" in words else ["--threshold", "0.0"]
     return main(["separate", "--model", bundle, "--out", str(out), *everywhere, *words])
-
-
-def places(words, lists=()):
-    return [str(recording.place) for recording in find_recordings(words, lists)]
 
 
 def test_every_recording_gets_a_folder_and_a_report(bundle, recordings, tmp_path, capsys):
@@ -142,49 +117,6 @@ def test_an_out_that_cannot_be_made(bundle, recordings, tmp_path, capsys):
     (tmp_path / "out").write_text("a file")
     assert separate(bundle, tmp_path / "out", str(recordings / "a.wav"), "--classes", "Dog") == 1
     assert "cannot be created" in capsys.readouterr().err
-
-
-def test_folders_and_patterns(recordings, monkeypatch):
-    monkeypatch.chdir(recordings)
-    found = find_recordings([".", "*.wav", "./a.wav", "more/../a.wav"])
-    assert [one.path for one in found] == list(map(pathlib.Path, ("a.wav", "b.flac", "more/a.wav")))
-
-
-def test_a_place_is_the_path_as_given_whatever_the_other_files(recordings, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    assert places(["recordings/a.wav", "recordings/more/a.wav"]) == [
-        "recordings/a",
-        "recordings/more/a",
-    ]
-    assert places(["recordings"]) == ["recordings/a", "recordings/b", "recordings/more/a"]
-    assert places([str(recordings)]) == places(["recordings"])
-    assert places([str(recordings / "more/a.wav")]) == ["a"]
-    assert places([str(recordings / "m*/*.wav")]) == ["recordings/more/a"]
-    monkeypatch.chdir(recordings / "more")
-    assert places(["../b.flac"]) == ["b"]
-    monkeypatch.chdir(recordings)
-    (recordings / "日本 語.wav").touch()
-    (recordings / "take.1").touch()
-    assert places(["日本 語.wav", "take.1"]) == ["日本 語", "take.1"]
-    (recordings / "a[1].wav").touch()
-    assert places(["a[1].wav"]) == places(["*1*.wav"]) == ["a[1]"]
-    assert places(["mor*"]) == ["more/a"]
-
-
-def test_what_is_passed_over_is_named(recordings, capsys):
-    (recordings / "._a.wav").touch()
-    (recordings / "Thumbs.db").touch()
-    assert len(find_recordings([str(recordings)])) == 3
-    said = capsys.readouterr().out
-    assert said == f"{recordings}: skipped 1 files that are not audio files (notes.txt)\n"
-
-
-def test_lists_of_recordings(recordings, monkeypatch, tmp_path):
-    monkeypatch.chdir(recordings)
-    (tmp_path / "list").write_bytes(b"b.flac\r\n\nmore\n\xff.wav\n")
-    found = find_recordings(["a.wav"], [tmp_path / "list"])
-    names = ["a.wav", "b.flac", "more/a.wav", os.fsdecode(b"\xff.wav")]
-    assert [str(one.path) for one in found] == names
 
 
 def test_two_recordings_of_one_place_are_not_mixed_up(bundle, recordings, tmp_path, capsys):
@@ -292,33 +224,3 @@ def test_a_query_of_the_wrong_kind_is_refused_once(tmp_path, recordings, capsys)
     embedding = tiny.write_separator(tmp_path / "embedding", "embedding")
     assert separate(str(embedding), tmp_path / "out", str(recordings), "--classes", "Dog") == 1
     assert capsys.readouterr().err.count("takes embeddings of example recordings, not classes") == 1
-
-
-def test_picture_shows_tones_where_they_are(tmp_path):
-    tone = np.concatenate([tiny.tone(1000, 2), np.zeros(2 * tiny.RATE, np.float32)])
-    soundfile.write(tmp_path / "tone.wav", np.stack([tone, 0 * tone], axis=1), tiny.RATE)
-    levels = band_levels(tmp_path / "tone.wav")
-    loud, quiet = levels[:, : levels.shape[1] // 2 - 1], levels[:, levels.shape[1] // 2 + 1 :]
-    assert (quiet.max(axis=0) < -100).all()
-    place = loud.mean(axis=1).argmax()
-    assert 0.2 < place / len(levels) < 0.6
-    assert -25 < loud.max() < -13  # -13.5 dB, less what its band has beside it
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium browser")
-def test_report_works_in_a_browser(bundle, recordings, tmp_path):
-    assert separate(bundle, tmp_path / "out", str(recordings / "a.wav"), "--classes", "Dog") == 0
-    page = tmp_path / "out" / "a" / "report.html"
-    command = (
-        f"{CHROMIUM} --headless --no-sandbox --disable-gpu --no-first-run --disable-sync "
-        "--disable-background-networking --disable-component-update --virtual-time-budget=5000 "
-        f"--user-data-dir={tmp_path / 'profile'} --dump-dom"
-    )
-    made = subprocess.run(
-        [*command.split(), page.as_uri()], capture_output=True, text=True, timeout=120, check=True
-    )
-    playable = re.findall(r'data-playable="([\d.]+)"', made.stdout)
-    assert len(playable) == 2  # the recording and one sound, both decoded
-    assert all(abs(float(seconds) - 1.2) < 0.15 for seconds in playable)
-    assert "http://" not in page.read_text().replace("http://www.w3.org", "")
-    assert "https://" not in page.read_text()

@@ -5,16 +5,11 @@ import pytest
 import soundfile
 
 from tests import tiny
-from uss_jax.audio.files import resample
-from uss_jax.bundles.model import Model
+from uss_jax.audio.resampling import resample
 from uss_jax.errors import UserError
 from uss_jax.separation.queries import Classes, Vectors
-from uss_jax.separation.recordings import RESIDUAL, Separator, Settings, consistent, require_rate
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return Model(tiny.write_separator(tmp_path_factory.mktemp("separator") / "bundle"))
+from uss_jax.separation.recordings import RESIDUAL, Separator, Settings
+from uss_jax.separation.waveforms import consistent
 
 
 def vectors(model, number=2):
@@ -102,9 +97,9 @@ def test_estimates_that_sum_to_the_mixture(model, tmp_path):
 
 def test_a_long_recording_comes_in_pieces_and_stays_aligned(model, tmp_path, monkeypatch):
     """With the mixture itself as estimate, what comes out is the resampled mixture."""
-    from uss_jax.separation import separator as separator_module
+    from uss_jax.separation import windows
 
-    monkeypatch.setattr(separator_module, "_separate", lambda net, w, c: w)
+    monkeypatch.setattr(windows, "_separate", lambda net, w, c: w)
     path = recording(tmp_path / "in.wav", rate=44100, seconds=20)
     made = Separator(model).separate_file(path, tmp_path / "out", vectors(model, 1))
     written, _ = soundfile.read(made.files["sound 0"], dtype="float32")
@@ -174,59 +169,10 @@ def test_classes_heard_nowhere_are_silent_or_left_out(model):
     assert all(estimate.any() for estimate in heard.values())
 
 
-@pytest.mark.parametrize(
-    ("waveform", "said"),
-    [
-        (np.zeros((0,), np.float32), "shape"),
-        (np.zeros((1, 2, 3), np.float32), "shape"),
-        (np.array([0, np.inf], np.float32), "NaN or infinite"),
-        (np.zeros((800, 2), np.float32), "more channels than samples.*transpose"),
-        (np.zeros(800, np.int64), "int64 has no known full scale"),
-        (np.zeros(800, np.uint8), "uint8"),
-        (np.zeros(800, bool), "bool"),
-        (np.zeros(800, complex), "complex128"),
-        (np.array(["a", "b"]), "<U1"),
-        ([None, 1.0], "object"),
-        (np.full(800, 20000.0), "samples of 20000.*divided by 32768"),
-        (np.array([1e300, 0.0]), "NaN or infinite"),
-    ],
-)
-def test_hostile_waveforms(model, waveform, said):
-    with pytest.raises(UserError, match=said):
-        Separator(model).separate(waveform, tiny.RATE, vectors(model))
-
-
-@pytest.mark.parametrize("rate", [0, -8000, 8000.5, np.nan, 1e300, "8000", None, True])
-def test_hostile_rates(rate):
-    with pytest.raises(UserError, match="sample rate is"):
-        require_rate(rate)
-
-
-@pytest.mark.parametrize("rate", [tiny.RATE, 11025])
-def test_samples_of_other_types_are_the_same_sound(model, rate):
-    """Integers are scaled, at the model's rate as at others."""
-    separator, query = Separator(model), vectors(model, 1)
-    integers = np.rint(tiny.noise(0, 0.6) * 32768).astype(np.int16)
-    floats = (integers / np.float32(32768)).astype(np.float32)
-    expected = separator.separate(floats, rate, query)["sound 0"]
-    same = {
-        "int16": integers,
-        "int32": integers.astype(np.int32) * 2**16,
-        "float64": floats.astype(np.float64),
-        "list": floats.tolist(),
-        "reversed twice": np.ascontiguousarray(floats[::-1])[::-1],
-        "transposed": np.stack([floats] * 2, axis=1).T[0],
-    }
-    for name, waveform in same.items():
-        found = separator.separate(waveform, rate, query)["sound 0"]
-        assert found.dtype == np.float32
-        np.testing.assert_array_equal(found, expected, err_msg=name)
-
-
 def test_estimates_that_are_not_finite_are_refused(model, tmp_path, monkeypatch):
-    from uss_jax.separation import separator as separator_module
+    from uss_jax.separation import windows
 
-    monkeypatch.setattr(separator_module, "_separate", lambda net, w, c: w * np.nan)
+    monkeypatch.setattr(windows, "_separate", lambda net, w, c: w * np.nan)
     with pytest.raises(UserError, match='NaN or infinite samples for "sound 0"'):
         Separator(model).separate(tiny.noise(0, 0.5), tiny.RATE, vectors(model))
     path = recording(tmp_path / "in.wav")
@@ -241,9 +187,3 @@ def test_flac_of_many_channels_is_refused_before_anything_is_written(model, tmp_
     with pytest.raises(UserError, match="has 16 channels, a FLAC file holds 8; give --format wav"):
         separator.separate_file(path, tmp_path / "out", vectors(model, 1))
     assert not (tmp_path / "out").exists()
-
-
-def test_a_vector_of_the_wrong_width(model):
-    query = Vectors({"x": np.zeros(3, np.float32)})
-    with pytest.raises(UserError, match="has 3 values"):
-        Separator(model).separate(tiny.noise(0, 1), tiny.RATE, query)

@@ -36,9 +36,8 @@ from uss_jax.errors import UserError
 from uss_jax.evaluation.clips import mine
 from uss_jax.evaluation.suites.planted import evaluate_planted, format_planted, plant
 from uss_jax.evaluation.suites.tagging import evaluate_tagging
-from uss_jax.models.cnn14 import Cnn14DecisionLevelMax
 from uss_jax.models.resunet import ResUNet
-from uss_jax.separation.queries import vector_of_recordings
+from uss_jax.separation.example_vectors import vector_of_recordings
 from uss_jax.training.condition_nets import ConditionNets
 from uss_jax.training.examples import Mixing
 from uss_jax.training.losses import LOSSES
@@ -100,18 +99,6 @@ def test_a_bundle_says_which_net_it_holds(tmp_path, name):
     assert opened.config["query"]["model"]["net"] == name
     assert type(opened.query()[0].tagger) is TAGGERS[name]["query"]
     assert type(opened.sed()[0]) is TAGGERS[name]["sed"]
-
-
-def test_a_section_without_a_name_is_cnn14_and_another_name_is_refused():
-    fields = fields_of(TAGGER)
-    assert fields.pop("net") == "cnn14"
-    assert build_sed(fields) == Cnn14DecisionLevelMax(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    )
-    with pytest.raises(UserError, match=r"sed\.model\.net is 'ast', expected cnn14 or htsat"):
-        build_sed({"net": "ast"})
-    with pytest.raises(UserError, match="HTSAT has no such field; did you mean depths"):
-        build_sed({"net": "htsat", "depth": (2, 2)})
 
 
 def test_records_are_tagged_and_mined(bundle, records):

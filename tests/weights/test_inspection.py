@@ -6,12 +6,14 @@ from safetensors.numpy import save_file
 
 from tests.tiny import RATE, noise, write_records, write_separator
 from uss_jax.anchors.table import COLUMNS, write_table
-from uss_jax.bundles.bundle import read_bundle
-from uss_jax.bundles.checkpoints import save_tree
+from uss_jax.bundles import bundle
+from uss_jax.bundles.bundle import net_hash, read_bundle
+from uss_jax.bundles.checkpoints import load_tree, save_tree
 from uss_jax.cli.main import main
 from uss_jax.errors import UserError
-from uss_jax.separation.queries import Bank, write_bank
+from uss_jax.separation.banks import Bank, write_bank
 from uss_jax.training.state import parameter_count
+from uss_jax.weights import inspection
 from uss_jax.weights.inspection import inspect
 
 
@@ -38,6 +40,29 @@ def test_a_changed_bundle_is_noticed(tmp_path):
     changed["params"]["after_conv"]["bias"] = changed["params"]["after_conv"]["bias"] + 1
     save_tree(path / "separator", changed)
     assert len([line for line in inspect(path) if "changed or is damaged" in line]) == 1
+
+
+def test_each_part_is_read_and_hashed_once(tmp_path, monkeypatch):
+    read, hashed = [], []
+
+    def counted_read(folder):
+        read.append(folder.name)
+        return load_tree(folder)
+
+    def counted_hash(variables):
+        hashed.append(net_hash(variables))
+        return hashed[-1]
+
+    path = write_separator(tmp_path / "soft", "soft")
+    monkeypatch.setattr(bundle, "load_tree", counted_read)
+    for module in (bundle, inspection):
+        monkeypatch.setattr(module, "net_hash", counted_hash)
+    inspect(path)
+    assert sorted(read) == ["query", "sed", "separator"]
+    hashes = read_bundle(path).config["hashes"]
+    # The fourth hash is that of the query net as a whole, which query banks state.
+    assert len(hashed) == 4
+    assert [hashed.count(hashes[part]) for part in read] == [1, 1, 1]
 
 
 def test_a_net_that_cannot_be_opened_is_told(tmp_path):

@@ -172,6 +172,16 @@ def choose_anchors(
         loud = jnp.take_along_axis(loudness, begin_sample // hop_samples, axis=1) >= min_dbfs
         scores = jnp.where(loud, scores, -1.0)
 
+    return _best_apart(scores, begin_sample, count, segment_samples)
+
+
+def _best_apart(
+    scores: Float[Array, "b i"], begin_sample: Int[Array, "b i"], count: int, segment_samples: int
+) -> tuple[Int[Array, "b count"], Float[Array, "b count"]]:
+    """Returns begin samples and scores of the best segments that do not overlap, best first.
+
+    Where none is left, the first is repeated with the score -1.
+    """
     begins, best_scores = [], []
     for _ in range(count):
         best = jnp.argmax(scores >= jnp.max(scores, axis=1, keepdims=True) - TIE, axis=1)[:, None]

@@ -4,8 +4,7 @@ A part is the clips of one TFRecord shard. Each host mines every `hosts`-th part
 own devices, so that no host waits for another. Parts are files; existing ones are not mined again.
 The host that finishes the last part writes the table.
 
-Letters: `b` clips of a batch, `t` samples, `n` frames, `k` classes, `l` labels of a clip, `c`
-anchors of a label, `i` frames of a detector's image.
+Letters: `r` records, `k` classes.
 """
 
 import dataclasses
@@ -16,18 +15,17 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
+from jaxtyping import Bool, Integer
 from tqdm import tqdm
 
-from uss_jax.anchors.detect import RULES, choose_anchors, image_of_rule, segment_loudness
+from uss_jax.anchors.detect import RULES, image_of_rule
+from uss_jax.anchors.of_labels import mine_batch
 from uss_jax.anchors.table import COLUMNS, read_header, typed, write_table
-from uss_jax.audio.pcm import to_float
 from uss_jax.bundles.bundle import net_hash
 from uss_jax.bundles.model import Net
 from uss_jax.data.chosen import Chosen
@@ -38,7 +36,6 @@ from uss_jax.devices.mesh import make_mesh, on_all_devices, to_devices
 from uss_jax.disk.atomic import replacing
 from uss_jax.disk.checked_npz import read_npz
 from uss_jax.errors import UserError
-from uss_jax.models.tagging import detect
 from uss_jax.ontology import load_ontology
 
 
@@ -61,93 +58,6 @@ class MiningSettings:
     candidates: int
     min_dbfs: float | None
     rule: str = RULES[0]
-
-
-def anchors_of_labels(
-    framewise: Float[Array, "b n k"],
-    clip: Float[Array, "b t"],
-    samples: Int[Array, "b"],
-    labels: Int[Array, "b l"],
-    related: Shaped[Array, "b k"],
-    *,
-    hop_samples: int,
-    segment_samples: int,
-    candidates: int,
-    min_dbfs: float | None,
-    image: Int[Array, "i"] | None,
-) -> dict[str, Array]:
-    """Finds the anchors of every label of every clip; measures purity and level of the best ones.
-
-    Args:
-      framewise: framewise probabilities of all classes.
-      clip: waveforms.
-      samples: true samples of each clip; the rest is padding.
-      labels: class indices; rows of clips with fewer labels are filled with any class.
-      related: nonzero for a clip's labels, their ancestors and their descendants.
-      hop_samples: samples between frames.
-      segment_samples: length of an anchor, in samples.
-      candidates: number of anchors per label.
-      min_dbfs: see MiningSettings.
-      image: for HTS-AT's own rule, see `choose_anchors`.
-
-    Returns:
-      begin_sample and score [b, l, c], purity and rms_db [b, l].
-    """
-    batch, width = labels.shape
-    loudness = segment_loudness(
-        clip, samples, segment_samples=segment_samples, hop_samples=hop_samples
-    )
-    of_label = jnp.take_along_axis(framewise, labels[:, None, :], axis=2).swapaxes(1, 2)
-    begin, score = choose_anchors(
-        of_label.reshape(batch * width, -1),
-        jnp.repeat(samples, width),
-        count=candidates,
-        clip_samples=clip.shape[1],
-        segment_samples=segment_samples,
-        hop_samples=hop_samples,
-        loudness=None if min_dbfs is None else jnp.repeat(loudness, width, axis=0),
-        min_dbfs=0.0 if min_dbfs is None else min_dbfs,
-        image=image,
-    )
-    begin = begin.reshape(batch, width, candidates)
-    best = begin[:, :, 0]
-
-    at = jnp.arange(framewise.shape[1]) * hop_samples
-    end = jnp.minimum(best + segment_samples, samples[:, None])[:, :, None]
-    inside = ((at >= best[:, :, None]) & (at <= end)).astype(framewise.dtype)
-    total = jnp.einsum("bln,bnk->blk", inside, framewise, precision=jax.lax.Precision.HIGHEST)
-    mean = total / jnp.sum(inside, axis=2, keepdims=True)
-    return {
-        "begin_sample": begin,
-        "score": score.reshape(batch, width, candidates),
-        "purity": jnp.max(jnp.where(related[:, None, :] > 0, 0.0, mean), axis=2),
-        "rms_db": jnp.take_along_axis(loudness, best // hop_samples, axis=1),
-    }
-
-
-@functools.partial(jax.jit, static_argnames=("module", "segment_samples", "candidates", "min_dbfs"))
-def _mine_batch(
-    module: Any,
-    variables: Any,
-    batch: dict[str, Array],
-    image: Int[np.ndarray | Array, "i"] | None,
-    segment_samples: int,
-    candidates: int,
-    min_dbfs: float | None,
-) -> dict[str, Array]:
-    clip = to_float(batch["audio"])
-    return anchors_of_labels(
-        detect(module, variables, clip)["framewise"],
-        clip,
-        batch["samples"],
-        batch["labels"],
-        batch["related"],
-        hop_samples=module.frame_hop_samples,
-        segment_samples=segment_samples,
-        candidates=candidates,
-        min_dbfs=min_dbfs,
-        image=image,
-    )
 
 
 def mine(
@@ -177,14 +87,72 @@ def mine(
     """
     index, out = reader.index, pathlib.Path(out)
     mesh = make_mesh(jax.local_devices())
-    if batch_size % mesh.size:
+    _require_minable(index, batch_size, mesh.size)
+    image = image_of_rule(settings.rule, sed.module, settings.clip_samples, "--rule")
+    header = _header(sed, index, settings)
+    if _is_made(out, header, index):
+        return True
+    parts = _make_parts_folder(out, header)
+    find = functools.partial(
+        mine_batch,
+        sed.module,
+        on_all_devices(sed.variables, mesh),
+        image=image,
+        segment_samples=settings.segment_samples,
+        candidates=settings.candidates,
+        min_dbfs=settings.min_dbfs,
+    )
+    places = [_part(parts, number) for number in range(len(index.shards))]
+    todo = [number for number in range(host, len(places), hosts) if not places[number].exists()]
+    ends = np.searchsorted(index.record_shard, np.arange(len(places) + 1))
+    total = int(sum(ends[number + 1] - ends[number] for number in todo))
+    with jax.set_mesh(mesh), _Progress(total) as progress:
+        for number in todo:
+            records = np.arange(ends[number], ends[number + 1])
+            columns = _mine_part(
+                reader, records, find, mesh, settings.clip_samples, batch_size, threads, progress
+            )
+            with replacing(places[number]) as temporary:
+                np.savez(temporary, **typed(columns))
+            progress.part_done(len(records))
+    if not all(place.exists() for place in places):
+        return False
+    _assemble(out, parts, header, index)
+    return True
+
+
+def _require_minable(index: RecordIndex, batch_size: int, devices: int) -> None:
+    """Raises a UserError if devices cannot share a batch, or the records have no labels."""
+    if batch_size % devices:
         raise UserError(
-            f"--batch {batch_size} is not divisible by {mesh.size} devices; use "
-            f"{-(-batch_size // mesh.size) * mesh.size}"
+            f"--batch {batch_size} is not divisible by {devices} devices; use "
+            f"{-(-batch_size // devices) * devices}"
         )
     if not len(index.label_class):
         raise UserError("the records have no labels, so there is nothing to mine")
-    image = image_of_rule(settings.rule, sed.module, settings.clip_samples, "--rule")
+
+
+class _Progress(tqdm):
+    """A bar on a terminal; elsewhere, prints a line after each part."""
+
+    def __init__(self, clips: int):
+        super().__init__(total=clips, desc="mine", unit="clip", disable=None)
+        self._done, self._began = 0, time.monotonic()
+
+    def part_done(self, clips: int) -> None:
+        """Reports that a part with this number of clips is done, unless there is a bar."""
+        if self.disable:
+            self._done += clips
+            rate = self._done / (time.monotonic() - self._began)
+            left = (self.total - self._done) / rate
+            print(
+                f"mine: {self._done} of {self.total} clips, {rate:.1f} clips/s, {left:.0f} s left",
+                flush=True,
+            )
+
+
+def _header(sed: Net, index: RecordIndex, settings: MiningSettings) -> dict[str, Any]:
+    """Returns the header of the table that these would give."""
     header = {
         "sed_hash": net_hash(sed.variables),
         "index_digest": index.digest,
@@ -192,45 +160,7 @@ def mine(
     }
     if settings.rule == RULES[0]:
         del header["rule"]  # omitted, to match tables older than the key
-    if _is_made(out, header, index):
-        return True
-    parts = _make_parts_folder(out, header)
-    todo = [
-        part for part in range(host, len(index.shards), hosts) if not _part(parts, part).exists()
-    ]
-    variables = on_all_devices(sed.variables, mesh)
-    shard_ends = np.searchsorted(index.record_shard, np.arange(len(index.shards) + 1))
-    total = int(sum(shard_ends[part + 1] - shard_ends[part] for part in todo))
-    done, began = 0, time.monotonic()
-    with jax.set_mesh(mesh), tqdm(total=total, desc="mine", unit="clip", disable=None) as progress:
-        for part in todo:
-            records = np.arange(shard_ends[part], shard_ends[part + 1])
-            columns = _mine_part(
-                reader,
-                records,
-                sed.module,
-                variables,
-                settings,
-                image,
-                mesh,
-                batch_size,
-                threads,
-                progress,
-            )
-            with replacing(_part(parts, part)) as temporary:
-                np.savez(temporary, **typed(columns))
-            if progress.disable:  # not a terminal: print lines instead
-                done += len(records)
-                rate = done / (time.monotonic() - began)
-                left = (total - done) / rate
-                print(
-                    f"mine: {done} of {total} clips, {rate:.1f} clips/s, {left:.0f} s left",
-                    flush=True,
-                )
-    if not all(_part(parts, part).exists() for part in range(len(index.shards))):
-        return False
-    _assemble(out, parts, header, index)
-    return True
+    return header
 
 
 def _is_made(out: pathlib.Path, header: dict[str, Any], index: RecordIndex) -> bool:
@@ -263,30 +193,19 @@ def _part(parts: pathlib.Path, number: int) -> pathlib.Path:
 def _mine_part(
     reader: ClipReader,
     records: Integer[np.ndarray, " r"],
-    module: Any,
-    variables: Any,
-    settings: MiningSettings,
-    image: Int[np.ndarray, "i"] | None,
+    find: Callable[..., dict[str, Any]],
     mesh: jax.sharding.Mesh,
+    clip_samples: int,
     batch_size: int,
     threads: int,
     progress: tqdm,
 ) -> dict[str, np.ndarray]:
-    """Mines some records and returns their table rows."""
+    """Mines some records and returns their table rows; `find` is `mine_batch` of a batch."""
     found: list[tuple[np.ndarray, Any]] = []
     rows: list[dict[str, np.ndarray]] = []
-    for batch in _label_batches(reader, records, settings, batch_size, threads):
+    for batch in _label_batches(reader, records, clip_samples, batch_size, threads):
         clips = batch.pop("record")
-        mined = _mine_batch(
-            module,
-            variables,
-            to_devices(batch, mesh),
-            image,
-            settings.segment_samples,
-            settings.candidates,
-            settings.min_dbfs,
-        )
-        found.append((clips, mined))
+        found.append((clips, find(to_devices(batch, mesh))))
         # Fetch the previous batch's results while this one runs.
         if len(found) > 1:
             rows.append(_rows(reader.index, *found.pop(0)))
@@ -301,7 +220,7 @@ def _mine_part(
 def _label_batches(
     reader: ClipReader,
     records: Integer[np.ndarray, " r"],
-    settings: MiningSettings,
+    clip_samples: int,
     batch_size: int,
     threads: int,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -313,7 +232,7 @@ def _label_batches(
         start_step=0,
         stop_step=-(-len(records) // batch_size),
         batch_size=batch_size,
-        clip_samples=settings.clip_samples,
+        clip_samples=clip_samples,
         threads=threads,
     ):
         labels = np.zeros((batch_size, most), np.int32)

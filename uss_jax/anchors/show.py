@@ -1,6 +1,6 @@
 """Plots mined anchors: a clip's label probabilities over time, and the anchors chosen.
 
-Letters: `t` samples.
+Letters: `t` samples, `c` anchors of a label.
 """
 
 import os
@@ -64,19 +64,10 @@ def draw_anchors(
     times = np.arange(len(framewise)) * sed.module.frame_hop_samples / rate
     for number, (axis, label) in enumerate(zip(axes[1:], labels, strict=True)):
         row, colour = first + number, f"C{number % 10}"
-        curve = framewise[:, label]
-        axis.plot(times, curve, color=colour, linewidth=1.5)
+        axis.plot(times, framewise[:, label], color=colour, linewidth=1.5)
         # Scaled to each label's maximum, so that the curve of an unlikely label is not flat.
-        axis.set_ylim(0, min(max(1.4 * float(curve.max()), 0.01), 1.0))
-        anchors = zip(table.begin_sample[row].tolist(), table.score[row].tolist(), strict=True)
-        for rank, (begin, score) in enumerate(anchors):
-            if score < 0:
-                continue
-            at = begin / rate
-            axis.axvspan(at, at + seconds, color=colour, alpha=0.12 if rank else 0.35, linewidth=0)
-            words = f"{score:.3f}" if rank else f"anchor: {score:.3f}"
-            height = axis.get_ylim()[1] * 0.94
-            axis.text(at + seconds / 2, height, words, ha="center", va="top", fontsize=8)
+        axis.set_ylim(0, min(max(1.4 * float(framewise[:, label].max()), 0.01), 1.0))
+        _draw_spans(axis, table.begin_sample[row] / rate, table.score[row], seconds, colour)
         best = int(table.begin_sample[row, 0]) / rate
         for edge in (best, best + seconds):
             axes[0].axvline(edge, color=colour, linewidth=1.5, linestyle=(3 * number, (4, 4)))
@@ -89,6 +80,23 @@ def draw_anchors(
     axes[-1].set_xlabel("s")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
+
+
+def _draw_spans(
+    axis,
+    begin_seconds: Float[np.ndarray, " c"],
+    scores: Float[np.ndarray, " c"],
+    seconds: float,
+    colour: str,
+) -> None:
+    """Shades a label's anchors with their scores, the best one darker."""
+    for rank, (at, score) in enumerate(zip(begin_seconds.tolist(), scores.tolist(), strict=True)):
+        if score < 0:
+            continue
+        axis.axvspan(at, at + seconds, color=colour, alpha=0.12 if rank else 0.35, linewidth=0)
+        words = f"{score:.3f}" if rank else f"anchor: {score:.3f}"
+        height = axis.get_ylim()[1] * 0.94
+        axis.text(at + seconds / 2, height, words, ha="center", va="top", fontsize=8)
 
 
 def _draw_spectrogram(axis, clip: Float[np.ndarray, " t"], rate: int) -> None:

@@ -1,22 +1,21 @@
-"""Audio file I/O and resampling: the only module that reads or writes audio.
+"""Reads and writes audio files.
 
-Letters: c channels, t samples. Waveforms are float32 in [-1, 1].
+Letters: `c` channels, `t` samples. Waveforms are float32 in [-1, 1].
 """
 
 import contextlib
 import dataclasses
-import io
 import os
 import pathlib
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import soundfile
-import soxr
-from jaxtyping import Float32, Int16
+from jaxtyping import Float32
 
 from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE, mended
+from uss_jax.audio.resampling import mono, resample
 from uss_jax.disk.atomic import replacing
 from uss_jax.errors import UserError
 
@@ -26,8 +25,6 @@ _FFMPEG = ".m4a .mp4 .m4b .m4v .mov .webm .mkv .mka .aac .wma .3gp .amr .ac3 .ea
 AUDIO_SUFFIXES = frozenset(f"{_LIBSNDFILE} {_FFMPEG}".split())
 # Samples more than 20 dB above full scale are taken for integers mislabelled as floats.
 PEAK_LIMIT = 10.0
-# Ratio (-40 dB) of the mean's energy to that of the channels; below it, channels cancel out.
-_CANCELLED = 1e-4
 _LARGEST_WAV = 2**32 - 2**16  # bytes; a WAV file's sizes have 32 bits
 
 
@@ -154,7 +151,7 @@ def _opened(path: str | os.PathLike) -> Iterator[mended.Opened]:
         try:
             opened = stack.enter_context(mended.opened(path))
         except soundfile.SoundFileError as error:
-            raise _unreadable(path, _reason(error)) from error
+            raise _unreadable(path, mended.reason(error)) from error
         except mended.FfmpegNeeded:
             raise UserError(
                 f"{path} is of a format that only ffmpeg decodes (m4a, mp4, webm, ...) or is "
@@ -185,9 +182,9 @@ def _read(
     try:
         block, error = mended.read_block(file, samples)
     except soundfile.SoundFileError as error:
-        raise _unreadable(path, _reason(error)) from error
+        raise _unreadable(path, mended.reason(error)) from error
     if error and not accept_truncated:
-        why = mended.cut_off(file, done + len(block)) or _reason(error)
+        why = mended.cut_off(file, done + len(block)) or mended.reason(error)
         raise CutOff(f"{path} is cut off ({why}); copy or download it again")
     block = block.T
     if not np.isfinite(block).all():
@@ -210,84 +207,6 @@ def _unreadable(path: str | os.PathLike, reason: str) -> UserError:
     )
 
 
-def decode_bytes(data: bytes) -> Float32[np.ndarray, "c t"]:
-    """Decodes an audio file in memory; raises ValueError if it is damaged or not one."""
-    with _opened_bytes(data) as file:
-        waveform = file.read(dtype="float32", always_2d=True)
-    check_scale(waveform)
-    return np.ascontiguousarray(waveform.T)
-
-
-def decode_pcm16(data: bytes | memoryview, begin_sample: int, out: Int16[np.ndarray, " t"]) -> bool:
-    """Fills `out` with the 16-bit samples of a mono WAV or FLAC file in memory.
-
-    Nothing before `begin_sample` is decoded.
-
-    Returns:
-      True; False, with `out` unchanged, for another format, sample type or channel count.
-
-    Raises:
-      ValueError: the bytes are not an audio file, or it ends too early.
-    """
-    try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            form = file.format in ("WAV", "WAVEX", "FLAC"), file.subtype, file.channels
-            if form != (True, "PCM_16", 1):
-                return False
-            file.seek(begin_sample)
-            found = len(file.read(dtype="int16", out=out))
-    except soundfile.SoundFileError as error:
-        raise ValueError(f"holds no readable audio file ({_reason(error)})") from error
-    if found < len(out):
-        raise ValueError(f"holds audio that ends at sample {begin_sample + found}")
-    return True
-
-
-def format_of_bytes(data: bytes) -> Format:
-    """Reads the header of an audio file in memory; raises ValueError if damaged or not one."""
-    with _opened_bytes(data) as file:
-        return Format(file.samplerate, file.channels, file.frames)
-
-
-def require_whole(data: bytes) -> Format:
-    """Like `format_of_bytes`, but also raises ValueError if a FLAC file ends too early."""
-    with _opened_bytes(data) as file:
-        form = Format(file.samplerate, file.channels, file.frames)
-        if file.format == "FLAC" and file.frames:  # for others the header tells
-            try:
-                file.seek(file.frames - 1)
-                held = len(file.read(1))
-            except soundfile.SoundFileError:
-                held = 0
-            if not held:
-                raise ValueError("holds an audio file that is cut off")
-        return form
-
-
-def holds_floats(data: bytes) -> bool:
-    """Tells whether an audio file in memory stores floats, which may be of any scale."""
-    with _opened_bytes(data) as file:
-        return file.subtype in ("FLOAT", "DOUBLE")
-
-
-class _Memory(io.BytesIO):
-    """Bytes as a file; clamps seeks, as libsndfile seeks before the start of some damaged files."""
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return super().seek(max(offset, 0) if whence == os.SEEK_SET else offset, whence)
-
-
-@contextlib.contextmanager
-def _opened_bytes(data: bytes) -> Iterator[soundfile.SoundFile]:
-    try:
-        with soundfile.SoundFile(_Memory(mended.mended_bytes(data))) as file:
-            if cut := mended.cut_off(file):
-                raise ValueError(f"holds an audio file that is cut off ({cut})")
-            yield file
-    except soundfile.SoundFileError as error:
-        raise ValueError(f"holds no readable audio file ({_reason(error)})") from error
-
-
 def check_scale(waveform: Float32[np.ndarray, "*t"]) -> None:
     """Raises ValueError if a sample is NaN, infinite or far above full scale."""
     if not np.isfinite(waveform).all():
@@ -300,13 +219,6 @@ def check_scale(waveform: Float32[np.ndarray, "*t"]) -> None:
         )
 
 
-def flac_bytes(samples: Int16[np.ndarray, " t"], sample_rate: int) -> bytes:
-    """Encodes one channel as a FLAC file in memory."""
-    memory = io.BytesIO()
-    soundfile.write(memory, samples, sample_rate, format="FLAC", subtype="PCM_16")
-    return memory.getvalue()
-
-
 def read_mono(
     path: str | os.PathLike,
     sample_rate: int,
@@ -317,58 +229,6 @@ def read_mono(
     """Reads a file as mono at the given sampling rate in Hz; see `mono` and `read_audio`."""
     waveform, file_rate = read_audio(path, seconds, begin_seconds, accept_truncated)
     return resample(mono(waveform), file_rate, sample_rate)
-
-
-def mono(waveform: Float32[np.ndarray, "c t"]) -> Float32[np.ndarray, " t"]:
-    """Returns the mean of the channels, or the loudest channel if they cancel each other."""
-    mean = waveform.mean(axis=0)
-    energy = np.square(waveform).sum(axis=1)
-    if np.square(mean).sum() < _CANCELLED * energy.mean():
-        return waveform[np.argmax(energy)]
-    return mean
-
-
-def resample(
-    waveform: Float32[np.ndarray, "*c t"], from_rate: int, to_rate: int
-) -> Float32[np.ndarray, "*c u"]:
-    """Resamples the last axis (soxr, high quality).
-
-    The result has u = t * to_rate / from_rate samples, rounded to nearest, halves up.
-    """
-    if from_rate == to_rate:
-        return waveform
-    rows = waveform.reshape(int(np.prod(waveform.shape[:-1])), waveform.shape[-1])
-    out = np.concatenate(list(resample_blocks([rows], from_rate, to_rate)), axis=1)
-    return out.reshape(*waveform.shape[:-1], out.shape[1])
-
-
-def resampled_length(samples: int, from_rate: int, to_rate: int) -> int:
-    """Returns samples * to_rate / from_rate, rounded to nearest, halves up."""
-    return (2 * samples * to_rate + from_rate) // (2 * from_rate)
-
-
-def resample_blocks(
-    blocks: Iterable[Float32[np.ndarray, "c _"]], from_rate: int, to_rate: int
-) -> Iterator[Float32[np.ndarray, "c _"]]:
-    """Resamples a waveform given in blocks; concatenated, the results equal `resample` of all."""
-    if from_rate == to_rate:
-        yield from blocks
-        return
-    stream, taken, given, channels = None, 0, 0, 0
-    for block in blocks:
-        channels = len(block)
-        stream = stream or soxr.ResampleStream(from_rate, to_rate, channels, dtype="float32")
-        taken += block.shape[1]
-        piece = stream.resample_chunk(np.ascontiguousarray(block.T))
-        given += len(piece)
-        yield np.ascontiguousarray(piece.T)
-    if stream is None:
-        return
-    rest = stream.resample_chunk(np.zeros((0, channels), np.float32), last=True)
-    # soxr rounds the length in the same way; this makes sure of it.
-    wanted = max(resampled_length(taken, from_rate, to_rate) - given, 0)
-    rest = rest[:wanted]
-    yield np.pad(rest, ((0, wanted - len(rest)), (0, 0))).T.copy()
 
 
 def write_wav(
@@ -418,8 +278,8 @@ def writing_audio(
                 yield AudioWriter(file)
         except soundfile.SoundFileError as error:
             raise UserError(
-                f"{path} could not be written ({_reason(error)}); choose a folder that exists, is "
-                "writable and has free space"
+                f"{path} could not be written ({mended.reason(error)}); choose a folder that "
+                "exists, is writable and has free space"
             ) from error
 
 
@@ -439,10 +299,3 @@ def _check_is_file(path: str | os.PathLike) -> None:
         raise UserError(f"{path} cannot be opened ({error}); give a readable audio file") from error
     if not status.st_size:
         raise UserError(f"{path} is empty (0 bytes); copy or download it again")
-
-
-def _reason(error: Exception) -> str:
-    """Returns libsndfile's message in lower case, without the path and the full stop."""
-    reason = getattr(error, "error_string", str(error)).strip().rstrip(".").lower()
-    # libsndfile says so of .mp3 files without an MP3 frame; the path is known to exist.
-    return "it contains no audio" if "does not exist" in reason else reason

@@ -286,6 +286,13 @@ def read_block(
         return out[:count], error
 
 
+def reason(error: Exception) -> str:
+    """Returns libsndfile's message in lower case, without the path and the full stop."""
+    words = getattr(error, "error_string", str(error)).strip().rstrip(".").lower()
+    # libsndfile says so of .mp3 files without an MP3 frame; the path is known to exist.
+    return "it contains no audio" if "does not exist" in words else words
+
+
 def _decode_with_ffmpeg(path: str, out: str) -> str | None:
     ffmpeg = shutil.which("ffmpeg")
     if ffmpeg is None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,13 +20,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from uss_jax.bundles import nets
-from uss_jax.bundles.checkpoints import (
-    Checkpoints,
-    latest_step,
-    load_tree,
-    require_same_layout,
-    save_tree,
-)
+from uss_jax.bundles.checkpoints import Checkpoints, latest_step, load_tree, save_tree
+from uss_jax.bundles.layout import require_same_layout
 from uss_jax.disk.atomic import replacing_folder
 from uss_jax.disk.checked_json import (
     anything,
@@ -69,11 +64,15 @@ _CONFIG = record(
     others=True,
 )
 Variables = dict[str, Any]
+Read = Callable[[str], Variables]
 
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
     """An open bundle or workdir; parts are read on demand.
+
+    Methods that return a net take `read`, a function from the name of a part to its variables, for
+    callers that have read them already; it is `variables` when None.
 
     Attributes:
       path: folder of the bundle.
@@ -92,10 +91,19 @@ class Bundle:
         """True for the workdir of a run."""
         return (self.path / "checkpoints").is_dir()
 
-    def separator(self) -> tuple[SeparatorNet, Variables]:
+    def holds(self, part: str) -> bool:
+        """Returns whether the model has variables of a part."""
+        query = self.config.get("query", {})
+        if part == "adaptor":
+            return bool(query.get("adaptor_width"))
+        if part == "query":
+            return query.get("model") is not None
+        return part in self.config
+
+    def separator(self, read: Read | None = None) -> tuple[SeparatorNet, Variables]:
         """Returns the separator and its variables."""
         separator, variables = self._built(
-            "separator", nets.build_separator, self._section("separator")
+            "separator", nets.build_separator, self._section("separator"), read
         )
         if "query" in self.config:
             width = self._query_net().width
@@ -106,13 +114,13 @@ class Bundle:
                 )
         return separator, variables
 
-    def sed(self) -> tuple[TaggingNet, Variables]:
+    def sed(self, read: Read | None = None) -> tuple[TaggingNet, Variables]:
         """Returns the sound event detector and its variables."""
-        sed, variables = self._built("sed", nets.build_sed, self._section("sed")["model"])
+        sed, variables = self._built("sed", nets.build_sed, self._section("sed")["model"], read)
         self._require_audioset(sed, "sed")
         return sed, variables
 
-    def query(self) -> tuple[QueryNet, Variables]:
+    def query(self, read: Read | None = None) -> tuple[QueryNet, Variables]:
         """Returns the query net and its variables, including those of an adaptor.
 
         The query net of a tagger has the kind `soft`.
@@ -122,32 +130,37 @@ class Bundle:
         variables: Variables = {"params": {}, "batch_stats": {}}
         if query.tagger is not None:
             self._require_audioset(query.tagger, "query")
-            _, tagger = self._built("query", lambda net: net, query.tagger)
+            _, tagger = self._built("query", lambda net: net, query.tagger, read)
             variables = {item: {"tagger": tagger[item]} for item in variables}
         if query.adaptor_width:
-            variables["params"]["adaptor"] = self.variables("adaptor")["params"]
+            variables["params"]["adaptor"] = (read or self.variables)("adaptor")["params"]
         return query, variables
 
-    def variables(self, part: str, verify: bool = True) -> Variables:
+    def variables(self, part: str) -> Variables:
         """Reads `params` and `batch_stats` of a part as host arrays.
 
-        Args:
-          part: name of the part.
-          verify: whether to check the variables against the hash in the bundle's config.
-
         Raises:
-          UserError: there are no variables, they cannot be read, or they do not match the hash.
+          UserError: there are no variables, they cannot be read, or they do not match the hash in
+            the bundle's config.
         """
-        for place in (self.path / part, self.path / "frozen" / part):
-            if place.is_dir():
-                variables = load_tree(place)
-                said = self.config.get("hashes", {}).get(part)
-                if verify and said is not None and said != net_hash(variables):
-                    raise UserError(
-                        f"{place}: the arrays do not match the hash of {part} in config.json; "
-                        "copy the bundle again, or remove the hash if the change is intended"
-                    )
-                return variables
+        variables = self.read_unverified(part)
+        if part in self.config.get("hashes", {}) and self._folder(part):
+            self.require_hash(part, net_hash(variables))
+        return variables
+
+    def require_hash(self, part: str, found: str) -> None:
+        """Raises a UserError if the hash of a part's variables is not that in the config."""
+        folder = self._folder(part)
+        if folder and self.config.get("hashes", {}).get(part, found) != found:
+            raise UserError(
+                f"{folder}: the arrays do not match the hash of {part} in config.json; "
+                "copy the bundle again, or remove the hash if the change is intended"
+            )
+
+    def read_unverified(self, part: str) -> Variables:
+        """Reads a part's variables without checking their hash; otherwise as `variables`."""
+        if folder := self._folder(part):
+            return load_tree(folder)
         # A run's nets are in its newest checkpoint, those of the query under `query`.
         step = latest_step(self.path / "checkpoints")
         if step is not None:
@@ -165,6 +178,11 @@ class Bundle:
             f"{self.path} holds no parameters of its {part}; copy it again or, if it is the "
             "workdir of a run, wait for its first checkpoint"
         )
+
+    def _folder(self, part: str) -> pathlib.Path | None:
+        """Returns the folder that holds a part; None for the trained parts of a run."""
+        places = (self.path / part, self.path / "frozen" / part)
+        return next((place for place in places if place.is_dir()), None)
 
     def _query_net(self) -> QueryNet:
         section = {"kind": "soft", **self._section("query")}
@@ -184,8 +202,10 @@ class Bundle:
             raise UserError(f"{self.path} has no {part}; it is a {self.config['kind']} bundle")
         return self.config[part]
 
-    def _built(self, part: str, build: Any, fields: Any) -> tuple[Any, Variables]:
-        net, variables = build(fields), self.variables(part)
+    def _built(
+        self, part: str, build: Any, fields: Any, read: Read | None
+    ) -> tuple[Any, Variables]:
+        net, variables = build(fields), (read or self.variables)(part)
         require_same_layout(nets.layout(net), variables, part, str(self.path))
         return net, variables
 

@@ -1,14 +1,10 @@
 """Trees of arrays on disk: checkpoints and parts of bundles. Only this module imports orbax."""
 
 import asyncio
-import contextlib
 import dataclasses
-import gc
 import os
 import pathlib
-import shutil
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,8 +12,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from uss_jax.bundles.failures import DamagedCheckpoint, readable, require_room, room_for
 from uss_jax.bundles.fingerprint import by_path, fingerprint, path_of
-from uss_jax.disk.atomic import flush, flush_below, full, is_full, move
+from uss_jax.bundles.layout import require_same_layout
+from uss_jax.disk.atomic import flush, flush_below, move
 from uss_jax.disk.checked_json import (
     Rule,
     anything,
@@ -42,25 +40,6 @@ _READ_AT_ONCE = {
     ),
     _METRICS: mapping_of(anything()),
 }
-# Exceptions that orbax raises for missing, truncated or overwritten files.
-_DAMAGE = (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError)
-# Upper bound on the bytes of a checkpoint besides its arrays.
-_ROOM_FOR_NOTES = 2_000_000
-
-
-class DamagedCheckpoint(UserError):
-    """A checkpoint that cannot be read, or whose arrays differ from those saved.
-
-    Attributes:
-      where: folder of the checkpoint.
-      why: description of the damage.
-    """
-
-    def __init__(self, where: pathlib.Path, why: str):
-        super().__init__(
-            f"{where} is damaged ({why}); move it away to use the checkpoint before it"
-        )
-        self.where, self.why = where, why
 
 
 class _FlushedThenNamed(ocp.path.atomicity.AtomicRenameTemporaryPath):
@@ -165,9 +144,9 @@ class Checkpoints:
             "fingerprints": {name: fingerprint(tree) for name, tree in parts.items()},
         }
         items |= {name: ocp.args.JsonSave(content) for name, content in about.items()}
-        with _room_for(self._directory):
+        with room_for(self._directory):
             self._manager.wait_until_finished()  # the previous save
-            _require_room(self._directory, parts)
+            require_room(self._directory, parts)
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=dict(figures or {}))
 
     def figures(self, step: int) -> dict[str, float]:
@@ -248,12 +227,12 @@ class Checkpoints:
 
     def shapes(self, step: int, item: str) -> Any:
         """Returns the shapes and dtypes of an item."""
-        with _readable(self._damaged(step, f"{item} cannot be read")):
+        with readable(self._damaged(step, f"{item} cannot be read")):
             return self._manager.item_metadata(step)[item].tree
 
     def _restore(self, step: int, **items: Any) -> Any:
         folder = self._directory / str(step)
-        with _readable(self._damaged(step, f"{' or '.join(items)} cannot be read")):
+        with readable(self._damaged(step, f"{' or '.join(items)} cannot be read")):
             # Check first: orbax would fail amid the arrays and leave its other reads running.
             for path in [x for name in items for x in folder.glob(f"{name}/array_metadatas/*")]:
                 parse_json(path.read_bytes(), mapping_of(anything()))
@@ -295,12 +274,12 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until the save in progress is complete."""
-        with _room_for(self._directory):
+        with room_for(self._directory):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the save in progress and closes the manager."""
-        with _room_for(self._directory):
+        with room_for(self._directory):
             self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
@@ -325,8 +304,8 @@ def save_tree(path: str | os.PathLike, tree: Any) -> None:
     """Writes a tree of arrays as one orbax checkpoint, replacing any existing one."""
     path = pathlib.Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    _require_room(path.parent, tree)
-    with _room_for(path), ocp.StandardCheckpointer() as checkpointer:
+    require_room(path.parent, tree)
+    with room_for(path), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, tree, force=True)
 
 
@@ -339,54 +318,10 @@ def load_tree(path: str | os.PathLike) -> Any:
     path = pathlib.Path(path).absolute()
     with (
         ocp.StandardCheckpointer() as checkpointer,
-        _readable(UserError(f"{path} is not a readable set of parameters; copy or make it again")),
+        readable(UserError(f"{path} is not a readable set of parameters; copy or make it again")),
     ):
         tree = checkpointer.metadata(path).item_metadata.tree
         return jax.tree.map(np.asarray, checkpointer.restore(path, _on_host(tree)))
-
-
-def _require_room(folder: pathlib.Path, tree: Any) -> None:
-    """Raises a UserError if a tree does not fit on the disk; orbax would fail in many threads."""
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + _ROOM_FOR_NOTES
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise UserError(
-            f"{folder} has {free / 1e6:.1f} MB free, but {size / 1e6:.1f} MB are needed; "
-            "free some space and run the same command again"
-        )
-
-
-@contextlib.contextmanager
-def _room_for(path: str | os.PathLike) -> Iterator[None]:
-    """Converts any exception of orbax about a full disk to a UserError."""
-    try:
-        yield
-    except Exception as error:
-        if is_full(error):
-            raise UserError(full(path)) from error
-        raise
-
-
-@contextlib.contextmanager
-def _readable(or_else: UserError) -> Iterator[None]:
-    """Raises `or_else` in place of the exceptions of orbax about missing or damaged files."""
-    failed = False
-    try:
-        yield
-    except Exception as error:
-        # For arrays that it cannot decode, orbax raises a bare Exception.
-        if type(error) is not Exception and not isinstance(error, _DAMAGE):
-            raise
-        failed = True
-    if failed:
-        # Orbax abandons its other failed reads. Collect them now, with the hook that would print
-        # their tracebacks disabled.
-        hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
-        try:
-            gc.collect()
-        finally:
-            sys.unraisablehook = hook
-        raise or_else
 
 
 def _abstract(x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -396,27 +331,3 @@ def _abstract(x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 def _on_host(metadata: Any) -> Any:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), metadata)
-
-
-def require_same_layout(expected: Any, found: Any, what: str, where: str) -> None:
-    """Raises a UserError naming the first entry that differs in presence or shape.
-
-    Args:
-      expected: arrays or shapes of the configured model.
-      found: arrays or shapes that were read.
-      what: name of the tree, for the message.
-      where: source of `found`, for the message.
-    """
-    wanted, present = _shapes(expected), _shapes(found)
-    for key in sorted(wanted.keys() | present.keys()):
-        if wanted.get(key) != present.get(key):
-            raise UserError(
-                f"{where} is of another model: {what}/{key} is {present.get(key, 'missing')}, "
-                f"the config's model has {wanted.get(key, 'no such entry')}; "
-                "use the config it was made with, or another workdir"
-            )
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Maps the path of each array to its shape."""
-    return {path: tuple(leaf.shape) for path, leaf in by_path(tree).items()}

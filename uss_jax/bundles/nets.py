@@ -23,8 +23,8 @@ from uss_jax.models.separator import SeparatorNet
 from uss_jax.models.tagging import TaggingNet
 from uss_jax.ontology import load_ontology
 
-Net = TypeVar("Net", bound=nn.Module)
-Chosen = TypeVar("Chosen")
+Module = TypeVar("Module", bound=nn.Module)
+Entry = TypeVar("Entry")
 
 # Nets by their name in a config (`net`, by default the first).
 SEPARATORS: dict[str, type[SeparatorNet]] = {"resunet": ResUNet}
@@ -68,7 +68,7 @@ FIELD_RULES: dict[str, Rule] = {
 _NO_FIELDS = ("norm_scope", "norm_momentum", "remat", "parent", "name")
 
 
-def build(net: type[Net], fields: Mapping[str, Any], where: str) -> Net:
+def build(net: type[Module], fields: Mapping[str, Any], where: str) -> Module:
     """Builds a module from its fields.
 
     Args:
@@ -152,8 +152,8 @@ def name_of(table: Mapping[str, Any], section: Mapping[str, Any]) -> str:
 
 
 def _chosen(
-    table: Mapping[str, Chosen], section: Mapping[str, Any], where: str
-) -> tuple[Chosen, dict[str, Any]]:
+    table: Mapping[str, Entry], section: Mapping[str, Any], where: str
+) -> tuple[Entry, dict[str, Any]]:
     """Returns the table entry that a section's `net` selects, and the section's other entries."""
     name = name_of(table, section)
     if name not in table:

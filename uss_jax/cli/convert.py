@@ -119,12 +119,10 @@ def _guess_kind(path: str, state_dict: dict) -> str:
 
 def _convert(state_dict: dict, kind: str) -> dict:
     """Converts a state dict; returns part of a bundle -> Converted."""
-    from uss_jax.weights.torch import (
-        convert_cnn14,
-        convert_htsat,
-        convert_lightning,
-        convert_resunet,
-    )
+    from uss_jax.weights.cnn14 import convert_cnn14
+    from uss_jax.weights.htsat import convert_htsat
+    from uss_jax.weights.lightning import convert_lightning
+    from uss_jax.weights.resunet import convert_resunet
 
     if kind == "htsat":
         both = convert_htsat(state_dict)

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _list(path: str) -> None:
     from uss_jax.errors import one_line
-    from uss_jax.separation.queries import load_bank
+    from uss_jax.separation.banks import load_bank
 
     bank = load_bank(path)
     about = (
@@ -59,13 +59,8 @@ def _make(args: argparse.Namespace) -> None:
 
     from uss_jax.bundles.model import Model
     from uss_jax.errors import UserError
-    from uss_jax.separation.queries import (
-        Bank,
-        name_of_examples,
-        require_npz,
-        vector_of_recordings,
-        write_bank,
-    )
+    from uss_jax.separation.banks import Bank, require_npz, write_bank
+    from uss_jax.separation.example_vectors import name_of_examples, vector_of_recordings
 
     require_npz(args.bank)
     if pathlib.Path(args.bank).exists() and not args.overwrite:

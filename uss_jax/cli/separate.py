@@ -109,12 +109,13 @@ _REPORTED += ("blocks", "mono", "residual", "sum_to_mixture", "format", "precisi
 def run(args: argparse.Namespace) -> None:
     from uss_jax.bundles.model import Model
     from uss_jax.errors import NotHeard, UserError
-    from uss_jax.separation.job import find_recordings, for_each, heard, separate_all
+    from uss_jax.separation.input_files import find_input_files
+    from uss_jax.separation.job import for_each, heard, separate_all
     from uss_jax.separation.queries import THRESHOLD
     from uss_jax.separation.recordings import Separator, Settings
 
     _refuse_idle_options(args)
-    recordings = find_recordings(args.audio, args.files_from or ())
+    recordings = find_input_files(args.audio, args.files_from or ())
     if not recordings:
         raise UserError("no recordings; give files, folders, patterns or --files-from LIST")
     model = Model(args.model, args.precision)
@@ -173,15 +174,9 @@ def _refuse_idle_options(args: argparse.Namespace) -> None:
 
 def _query(args: argparse.Namespace, model, threshold: float):
     from uss_jax.errors import UserError
-    from uss_jax.separation.queries import (
-        Classes,
-        Vectors,
-        level_sets,
-        name_of_examples,
-        parse_classes,
-        read_bank,
-        vector_of_recordings,
-    )
+    from uss_jax.separation.banks import read_bank
+    from uss_jax.separation.example_vectors import name_of_examples, vector_of_recordings
+    from uss_jax.separation.queries import Classes, Vectors, level_sets, parse_classes
 
     if args.levels:
         if args.classes or args.query:

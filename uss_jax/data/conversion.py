@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from uss_jax.audio.files import CutOff, audio_format, flac_bytes, read_mono, truncation
+from uss_jax.audio.files import CutOff, audio_format, read_mono, truncation
+from uss_jax.audio.in_memory import flac_bytes
 from uss_jax.data.encodings import to_int16
 from uss_jax.data.tf_example import serialise
 from uss_jax.errors import UserError

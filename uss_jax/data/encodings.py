@@ -12,14 +12,8 @@ import numpy as np
 from jaxtyping import Float32, Int16, Int64
 
 from uss_jax.audio.containers import begins_file
-from uss_jax.audio.files import (
-    PEAK_LIMIT,
-    check_scale,
-    decode_bytes,
-    decode_pcm16,
-    holds_floats,
-    require_whole,
-)
+from uss_jax.audio.files import PEAK_LIMIT, check_scale
+from uss_jax.audio.in_memory import decode_bytes, decode_pcm16, holds_floats, require_whole
 
 ENCODINGS = ("pcm_s16le", "flac", "wav", "float", "int64")
 # Bytes per sample, for encodings of fixed sample width.

@@ -20,7 +20,8 @@ from uss_jax.evaluation.clips import BATCH_SIZE, MIN_DBFS, mine, read_segments
 from uss_jax.evaluation.items import Item
 from uss_jax.evaluation.metrics import is_silent
 from uss_jax.ontology import load_ontology
-from uss_jax.separation.queries import Bank, remove_silence
+from uss_jax.separation.banks import Bank
+from uss_jax.separation.example_vectors import remove_silence
 
 # A class average converges with far fewer clips; AudioSet's largest classes have a million.
 _CLIPS_OF_AVERAGE = 100

@@ -1,7 +1,6 @@
 """Separates many recordings one after another; the body of `uss-jax separate`."""
 
 import dataclasses
-import glob
 import hashlib
 import json
 import os
@@ -12,28 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from uss_jax.audio.files import (
-    AUDIO_SUFFIXES,
-    audio_format,
-    read_blocks,
-    resample_blocks,
-    truncation,
-)
-from uss_jax.audio.files import find_recordings as recordings_below
+from uss_jax.audio.files import audio_format, read_blocks, truncation
+from uss_jax.audio.resampling import resample_blocks
 from uss_jax.bundles.bundle import net_hash
 from uss_jax.bundles.model import Model
 from uss_jax.disk.checked_json import either, list_of, nothing, number, read_json, record, text
 from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError, one_line
 from uss_jax.ontology import load_ontology
-from uss_jax.separation.names import file_name
+from uss_jax.separation.input_files import InputFile
 from uss_jax.separation.queries import Classes, Query
 from uss_jax.separation.recordings import Separated, Separator
 from uss_jax.separation.report import REPORT, not_heard, recording_facts, write_report
-from uss_jax.separation.separator import tag_segments
+from uss_jax.separation.windows import tag_segments
 
 _HEARD_SHOWN = 20
-_NAMED = 3
 # Present in a recording's folder until its sounds and reports are complete.
 _UNFINISHED = ".unfinished"
 # Fields of an earlier run's report.json that are validated.
@@ -56,19 +48,6 @@ _MOST_BYTES = 1 << 28  # limit for report.json: hours of audio have many segment
 
 
 @dataclasses.dataclass(frozen=True)
-class Recording:
-    """A recording to separate.
-
-    Attributes:
-      path: audio file.
-      place: folder for its sounds, relative to the output folder.
-    """
-
-    path: pathlib.Path
-    place: pathlib.PurePath
-
-
-@dataclasses.dataclass(frozen=True)
 class Done:
     """Counts of recordings by outcome.
 
@@ -83,92 +62,9 @@ class Done:
     earlier: int
 
 
-def find_recordings(
-    words: Sequence[str], lists: Sequence[str | os.PathLike] = ()
-) -> list[Recording]:
-    """Returns the recordings named by files, folders, patterns and lists, without duplicates.
-
-    A folder stands for all audio files below it; other files in it are reported. A recording's
-    place is its path as given, without suffix. If the path is absolute, the place starts at the
-    folder that was given, or is the file's name.
-
-    Args:
-      words: files, folders and glob patterns.
-      lists: text files with one path per line, relative to the working directory.
-
-    Raises:
-      UserError: a list cannot be read or is empty, a pattern matches nothing, a folder has no
-        audio files, or a word is "-".
-    """
-    found: dict[str, Recording] = {}
-    for word in (*words, *_listed(lists)):
-        for path in _named_by(word):
-            recording = Recording(path, _place(path, word))
-            found.setdefault(os.path.abspath(path), recording)
-    return list(found.values())
-
-
-def _listed(lists: Sequence[str | os.PathLike]) -> Iterator[str]:
-    for path in lists:
-        try:
-            with open(path, "rb", opener=at_once) as file:
-                lines = file.read().splitlines()
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be read ({error.strerror}); give a text file"
-            ) from error
-        lines = [os.fsdecode(line) for line in lines if line.strip()]
-        if not lines:
-            raise UserError(f"{path} names no recording; write one path per line")
-        yield from lines
-
-
-def _named_by(word: str) -> list[pathlib.Path]:
-    if word == "-":
-        raise UserError("standard input cannot be separated; write it to a file and give that")
-    matches = [word]
-    if glob.has_magic(word) and not os.path.lexists(word):
-        matches = sorted(glob.glob(word, recursive=True))
-        if not matches:
-            raise UserError(f"no file matches {word}")
-    return [path for match in matches for path in _recordings_at(pathlib.Path(match))]
-
-
-def _recordings_at(path: pathlib.Path) -> list[pathlib.Path]:
-    if not path.is_dir():
-        return [path]  # a missing file is reported when it is separated
-    below, others = recordings_below(path)
-    if not below:
-        suffixes = ", ".join(sorted(AUDIO_SUFFIXES))
-        raise UserError(f"{path} is a folder without audio files ({suffixes})")
-    if others:
-        print(f"{path}: {passed_over(others)}")
-    return below
-
-
-def passed_over(others: Sequence[pathlib.Path]) -> str:
-    """Returns a remark on the files of a folder that were skipped for their suffixes."""
-    names = ", ".join(path.name for path in others[:_NAMED])
-    more = ", ..." if len(others) > _NAMED else ""
-    return f"skipped {len(others)} files that are not audio files ({names}{more})"
-
-
-def _place(path: pathlib.Path, word: str) -> pathlib.PurePath:
-    below = path
-    if path.is_absolute():
-        fixed = pathlib.Path(word)
-        while glob.has_magic(fixed.name) and not fixed.exists():
-            fixed = fixed.parent
-        below = path.relative_to(fixed.parent)
-    parts = [part for part in below.parts if part != ".."]
-    if below.suffix.lower() in AUDIO_SUFFIXES:
-        parts[-1] = below.stem
-    return pathlib.PurePath(*map(file_name, parts))
-
-
 def separate_all(
     separator: Separator,
-    recordings: Sequence[Recording],
+    recordings: Sequence[InputFile],
     out: str | os.PathLike,
     query: Query,
     settings: dict[str, Any],
@@ -198,7 +94,7 @@ def separate_all(
         f"{rate // 2} Hz"
     )
 
-    def separate(recording: Recording) -> None:
+    def separate(recording: InputFile) -> None:
         nonlocal unheard, earlier
         other = taken.setdefault(recording.place, recording.path)
         if other != recording.path:
@@ -224,7 +120,7 @@ def separate_all(
     return Done(failed, unheard, earlier)
 
 
-def for_each(recordings: Sequence[Recording], act: Callable[[Recording], None]) -> int:
+def for_each(recordings: Sequence[InputFile], act: Callable[[InputFile], None]) -> int:
     """Calls `act` on each recording, reports failures and returns their number."""
     failed = 0
     for recording in recordings:

@@ -19,13 +19,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import soundfile
 from jaxtyping import Float, Float32
 from matplotlib.image import imsave
 
 import uss_jax
-from uss_jax.audio.files import audio_format, read_blocks, resample
+from uss_jax.audio.files import audio_format, read_blocks
+from uss_jax.audio.in_memory import MP3_SAMPLE_RATES, mp3_bytes
 from uss_jax.audio.mel import mel_matrix
+from uss_jax.audio.resampling import resample
 from uss_jax.disk.atomic import replacing
 from uss_jax.errors import one_line
 from uss_jax.ontology import load_ontology
@@ -37,7 +38,6 @@ _RANGE_DB = 70.0
 # The page holds the first minute of every sound; the files hold all of it.
 _PLAYED_SECONDS = 60.0
 _CLASSES_SHOWN = 40
-_MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 
 
 def write_report(
@@ -217,10 +217,8 @@ def _player(path: pathlib.Path) -> tuple[str, bool]:
     block = next(read_blocks(path, max(round(_PLAYED_SECONDS * form.sample_rate), 1)))
     rate = form.sample_rate
     stereo = block[:2] if len(block) == 2 else block.mean(axis=0, keepdims=True)
-    if rate not in _MP3_RATES:
+    if rate not in MP3_SAMPLE_RATES:
         stereo, rate = resample(stereo, rate, 44100), 44100
     peak = max(float(np.abs(stereo).max(initial=0)), 1.0)
-    file = io.BytesIO()
-    soundfile.write(file, (stereo / peak).T, rate, format="MP3", subtype="MPEG_LAYER_III")
-    data = base64.b64encode(file.getvalue()).decode()
+    data = base64.b64encode(mp3_bytes(stereo / peak, rate)).decode()
     return f"data:audio/mpeg;base64,{data}", block.shape[1] == form.samples

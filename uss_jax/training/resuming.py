@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from uss_jax.bundles.bundle import read_bundle
-from uss_jax.bundles.checkpoints import Checkpoints, DamagedCheckpoint
+from uss_jax.bundles.checkpoints import Checkpoints
+from uss_jax.bundles.failures import DamagedCheckpoint
 from uss_jax.bundles.fingerprint import by_path, fingerprint
 from uss_jax.data.index import RecordIndex
 from uss_jax.devices.hosts import say

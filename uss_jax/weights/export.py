@@ -107,17 +107,10 @@ def export(
     out = pathlib.Path(out)
     if out.exists():
         raise UserError(f"{out} already exists; choose another name or remove it first")
-    if form == "stablehlo":
-        _require_flatbuffers()
-        if dtype != DTYPES[0]:
-            raise UserError(
-                "stablehlo keeps the dtypes that the model computes in; leave out --dtype"
-            )
-    elif precision != HIGHEST:
-        raise UserError(f"{form} holds parameters, not computations; leave out --precision")
-    check_precision(precision, "precision")
-    separator, _ = bundle.separator()
-    parts = {p: bundle.variables(p) for p in _PARTS if _has(bundle, p)}
+    _require_applicable(form, dtype, precision)
+    separator, variables = bundle.separator()
+    parts = {"separator": variables}
+    parts |= {p: bundle.variables(p) for p in _PARTS[1:] if bundle.holds(p)}
     parts = {p: _cast(variables, dtype) for p, variables in parts.items()}
     window = round((window_seconds or bundle.config["segment_seconds"]) * _rate(bundle))
     inputs = _inputs(separator, window)
@@ -127,7 +120,9 @@ def export(
         writers: dict[str, Callable[[], Float[np.ndarray, "b t"]]] = {
             "orbax": lambda: _orbax(bundle, parts, unfinished, shards, inputs),
             "safetensors": lambda: _safetensors(separator, parts, unfinished, inputs),
-            "stablehlo": lambda: _stablehlo(bundle, parts, unfinished, window, inputs, precision),
+            "stablehlo": lambda: _stablehlo(
+                separator, bundle, parts, unfinished, inputs, precision
+            ),
         }
         if form != "orbax":
             unfinished.mkdir()
@@ -143,13 +138,17 @@ def export(
     )
 
 
-def _has(bundle: Bundle, part: str) -> bool:
-    query = bundle.config.get("query", {})
-    if part == "query":
-        return query.get("model") is not None
-    if part == "adaptor":
-        return bool(query.get("adaptor_width"))
-    return part in bundle.config
+def _require_applicable(form: str, dtype: str, precision: str) -> None:
+    """Raises a UserError if an argument of `export` does not apply to the form."""
+    if form == "stablehlo":
+        _require_flatbuffers()
+        if dtype != DTYPES[0]:
+            raise UserError(
+                "stablehlo keeps the dtypes that the model computes in; leave out --dtype"
+            )
+    elif precision != HIGHEST:
+        raise UserError(f"{form} holds parameters, not computations; leave out --precision")
+    check_precision(precision, "precision")
 
 
 def _config(bundle: Bundle) -> dict[str, Any]:
@@ -243,15 +242,14 @@ def _safetensors(
 
 
 def _stablehlo(
+    separator: SeparatorNet,
     bundle: Bundle,
     parts: Mapping[str, Variables],
     folder: pathlib.Path,
-    window: int,
     inputs: Mapping[str, np.ndarray],
     precision: str,
 ) -> np.ndarray:
     """Writes functions with their parameters; returns estimates from a bare process."""
-    separator, _ = bundle.separator()
     constants = jax.tree.map(jnp.asarray, parts["separator"])
     (b,) = jax.export.symbolic_shape("b")
     shapes = [

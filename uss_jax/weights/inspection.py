@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from uss_jax.anchors.table import COLUMNS, read_header
 from uss_jax.bundles import nets
-from uss_jax.bundles.bundle import Bundle, net_hash, read_bundle, read_tensors
+from uss_jax.bundles.bundle import Bundle, Variables, net_hash, read_bundle, read_tensors
 from uss_jax.bundles.checkpoints import latest_step
 from uss_jax.data.index import load_index
 from uss_jax.data.metadata import read_encoding, read_sample_rate
@@ -20,7 +20,7 @@ from uss_jax.disk.checked_json import parse_json, record, whole
 from uss_jax.disk.checked_npz import names_in_npz, read_npz
 from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError
-from uss_jax.separation.queries import load_bank
+from uss_jax.separation.banks import load_bank
 
 _TAIL_BYTES = 1 << 16  # read from the end of metrics.jsonl: many lines
 _PARTS = ("separator", "query", "adaptor", "sed")
@@ -73,9 +73,10 @@ def _of_model(path: pathlib.Path) -> list[str]:
         lines.append(f"condition: {config['query'].get('kind', 'soft')}{_adaptor(config)}")
     if "licence" in config:
         lines.append(f"licence: {config['licence']}")
-    for part in _PARTS:
-        lines += _of_part(bundle, part)
-    lines += _opened(bundle)
+    stored = {part: _read(bundle, part) for part in _PARTS if bundle.holds(part)}
+    for part, (variables, digest) in stored.items():
+        lines += _of_part(bundle, part, variables, digest)
+    lines += _opened(bundle, stored)
     foreign = path / "foreign.safetensors"
     if foreign.is_file():
         count = len(read_tensors(foreign))
@@ -85,13 +86,25 @@ def _of_model(path: pathlib.Path) -> list[str]:
     return lines
 
 
-def _opened(bundle: Bundle) -> Iterator[str]:
+def _read(bundle: Bundle, part: str) -> tuple[Variables, str]:
+    """Returns a part's variables and their hash."""
+    variables = bundle.read_unverified(part)
+    return variables, net_hash(variables)
+
+
+def _opened(bundle: Bundle, stored: Mapping[str, tuple[Variables, str]]) -> Iterator[str]:
     """Yields why nets cannot be opened, and which query banks fit the query net."""
+
+    def verified(part: str) -> Variables:
+        variables, digest = stored[part]
+        bundle.require_hash(part, digest)
+        return variables
+
     for part in _OPENED:
         if bundle.config.get(part) is None:
             continue
         try:
-            net, variables = getattr(bundle, part)()
+            net, variables = getattr(bundle, part)(verified)
         except UserError as error:
             yield f"cannot be used: {error}"
             continue
@@ -105,19 +118,14 @@ def _adaptor(config: dict[str, Any]) -> str:
     return f" through an adaptor of width {width}" if width else ""
 
 
-def _of_part(bundle: Bundle, part: str) -> Iterator[str]:
+def _of_part(bundle: Bundle, part: str, variables: Variables, found: str) -> Iterator[str]:
     """Yields a part's parameter counts by module, and its hash, compared with the config's."""
-    section = bundle.config.get("query" if part == "adaptor" else part)
-    absent = section is None or (part == "query" and section.get("model") is None)
-    if absent or (part == "adaptor" and not section.get("adaptor_width")):
-        return
-    variables = bundle.variables(part, verify=False)
+    section = bundle.config["query" if part == "adaptor" else part]
     sizes: dict[str, int] = {}
     dtypes = set()
     for name, leaf in flatten_dict(variables["params"]).items():
         dtypes.add(str(leaf.dtype))
         sizes[name[0]] = sizes.get(name[0], 0) + int(np.size(leaf))
-    found = net_hash(variables)
     said = bundle.config.get("hashes", {}).get(part, found)
     fields = section.get("model", section) if part != "adaptor" else {}
     tables = {"separator": nets.SEPARATORS, "query": nets.TAGGERS, "sed": nets.TAGGERS}

@@ -1,4 +1,4 @@
-"""Converts a bundle back to the bytedance/uss checkpoint it was made from, tensor for tensor."""
+"""Converts training checkpoints of bytedance/uss to nets, and bundles back to such checkpoints."""
 
 import os
 import pathlib
@@ -10,8 +10,17 @@ import numpy as np
 from uss_jax.bundles.bundle import Bundle, read_tensors
 from uss_jax.disk.atomic import replacing
 from uss_jax.errors import UserError
-from uss_jax.weights.torch import LIGHTNING_PREFIXES, SMOOTHING, StateDict, state_dict_of
+from uss_jax.weights.porting import Converted, StateDict, convert_part, require_fit
+from uss_jax.weights.torch import porting_of, state_dict_of
 
+# Part of a bundle -> prefix of its tensors in a training checkpoint.
+LIGHTNING_PREFIXES = {
+    "separator": "ss_model.",
+    "sed": "anchor_segment_detector.sed_model.",
+    "query": "query_net.base.",
+}
+# The detector's smoothing filter; only training checkpoints hold it.
+SMOOTHING = "anchor_segment_detector.anchor_segment_scorer.smooth_filter"
 FOREIGN = "foreign.safetensors"
 # Lightning migrates checkpoints of older versions, and those before 1.6.5 must then hold the state
 # of its loops, which is absent here. It warns of checkpoints newer than itself.
@@ -28,6 +37,24 @@ _TAGGER_BUFFERS = (
     "spectrogram_extractor.stft.conv_imag.weight",
     "logmel_extractor.melW",
 )
+
+
+def convert_lightning(state_dict: StateDict) -> dict[str, Converted]:
+    """Converts a training checkpoint to "separator", and "sed" and "query" if present."""
+    parts, problems, known = {}, [], {SMOOTHING}
+    for part, prefix in LIGHTNING_PREFIXES.items():
+        members = {name: state_dict[name] for name in state_dict if name.startswith(prefix)}
+        known.update(members)
+        if members or part == "separator":
+            parts[part], found = convert_part(porting_of(part), members, prefix)
+            problems += found
+    problems += [f"{name} is unexpected" for name in state_dict if name not in known]
+    for part in parts:
+        require_fit(parts[part], problems)
+    # Every foreign tensor belongs to a part; the smoothing filter to the detector if there is one.
+    owner = parts.get("sed", parts["separator"])
+    owner.foreign.update({n: state_dict[n] for n in (SMOOTHING,) if n in state_dict})
+    return parts
 
 
 def lightning_state_dict(bundle: Bundle) -> StateDict:

@@ -12,7 +12,7 @@ from tests.tiny import RATE
 from uss_jax.audio.files import read_mono
 from uss_jax.cli.main import main
 from uss_jax.evaluation.rows import AVERAGE, ORACLE
-from uss_jax.separation.queries import recording_vector, remove_silence
+from uss_jax.separation.example_vectors import recording_vector, remove_silence
 
 SAMPLES = 2 * imitations.RATE
 

@@ -21,7 +21,8 @@ from uss_jax.cli.main import main
 from uss_jax.errors import UserError
 from uss_jax.evaluation.rows import AVERAGE, HALF, MIXTURE, ORACLE
 from uss_jax.evaluation.suites import musdb18
-from uss_jax.separation.queries import Vectors, recording_vector
+from uss_jax.separation.example_vectors import recording_vector
+from uss_jax.separation.queries import Vectors
 from uss_jax.separation.recordings import Separator
 
 # museval comes from another time of numpy and of setuptools.

@@ -16,7 +16,7 @@ from uss_jax.evaluation import scoring
 from uss_jax.evaluation.rows import AVERAGE, HALF, IDENTITY, MIXTURE, ORACLE, SHUFFLED
 from uss_jax.evaluation.scoring import score
 from uss_jax.evaluation.suites.pairs import find_pairs, sources_by_class
-from uss_jax.separation.queries import read_bank
+from uss_jax.separation.banks import read_bank
 
 
 def test_oracle_only_asks_once_and_says_the_same(place, tmp_path, monkeypatch):

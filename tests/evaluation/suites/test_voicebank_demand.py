@@ -7,7 +7,8 @@ from tests import tiny
 from tests.evaluation.suites import imitations
 from tests.evaluation.suites.recomputed import recomputed_average, run_suite, separated_in_blocks
 from tests.tiny import RATE
-from uss_jax.audio.files import read_mono, resample
+from uss_jax.audio.files import read_mono
+from uss_jax.audio.resampling import resample
 from uss_jax.bundles.model import Model
 from uss_jax.errors import UserError
 from uss_jax.evaluation.rows import AVERAGE, HALF, MIXTURE, ORACLE

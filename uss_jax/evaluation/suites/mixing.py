@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Float
 
 from uss_jax.anchors.mix import GAIN_RANGE
-from uss_jax.audio.files import audio_format, read_mono, read_segment, resample
+from uss_jax.audio.files import audio_format, read_mono, read_segment
+from uss_jax.audio.resampling import resample
 from uss_jax.bundles.model import Model
 from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError

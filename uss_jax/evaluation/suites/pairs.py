@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from uss_jax.audio.files import audio_format, read_mono, resampled_length, write_wav
+from uss_jax.audio.files import audio_format, read_mono, write_wav
 from uss_jax.audio.picture import write_picture
+from uss_jax.audio.resampling import resampled_length
 from uss_jax.bundles.model import Model
 from uss_jax.errors import UserError
 from uss_jax.evaluation.averages import (
@@ -30,8 +31,8 @@ from uss_jax.evaluation.scoring import Figures, score
 from uss_jax.evaluation.suite import Results
 from uss_jax.evaluation.summary import report
 from uss_jax.ontology import load_ontology, whole_number
+from uss_jax.separation.banks import require_npz, write_bank
 from uss_jax.separation.names import file_name
-from uss_jax.separation.queries import require_npz, write_bank
 
 # Cutting and resampling may differ by a frame between programs; a larger difference is an error.
 _TOLERATED_SECONDS = 0.05

@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
-from uss_jax.audio.files import read_mono, resample
+from uss_jax.audio.files import read_mono
+from uss_jax.audio.resampling import resample
 from uss_jax.bundles.model import Model
 from uss_jax.errors import UserError
 from uss_jax.evaluation.averages import Averages, file_averages

@@ -21,7 +21,8 @@ from uss_jax.evaluation.averages import Averages
 from uss_jax.evaluation.rows import AVERAGE, HALF, MIXTURE, ORACLE
 from uss_jax.evaluation.suite import Results
 from uss_jax.evaluation.text_table import format_table, markdown_table, sibling, silent_note
-from uss_jax.separation.queries import Vectors, recording_vector
+from uss_jax.separation.example_vectors import recording_vector
+from uss_jax.separation.queries import Vectors
 from uss_jax.separation.recordings import Separator, Settings
 
 Values = dict[str, float]

@@ -6,17 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import tiny
-from uss_jax.bundles.model import Model
+from uss_jax.audio.resampling import mono
 from uss_jax.devices.mesh import make_mesh
-from uss_jax.separation import separator as separator_module
-from uss_jax.separation.separator import Layout, Target, separate_blocks, tag_segments
+from uss_jax.separation import windows as windows_module
+from uss_jax.separation.windows import Layout, Target, separate_blocks, tag_segments
 
 ALWAYS = np.ones(1, bool)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return Model(tiny.write_separator(tmp_path_factory.mktemp("separator") / "bundle"))
 
 
 def target(model, active=ALWAYS, seed=0, rows=1):
@@ -33,13 +28,13 @@ def test_devices_share_windows_and_give_the_same(model, monkeypatch):
     layout, waveform = Layout.windows(model, 8000), tiny.noise(0, 20)[None]
     asked = [target(model, seed=seed) for seed in range(3)]
     whole = run(model, layout, [waveform], asked)
-    separate, windows_of = separator_module._separate, []
+    separate, windows_of = windows_module._separate, []
 
     def watched(net, windows, conditions):
         windows_of.append([shard.data.shape[0] for shard in windows.addressable_shards])
         return separate(net, windows, conditions)
 
-    monkeypatch.setattr(separator_module, "_separate", watched)
+    monkeypatch.setattr(windows_module, "_separate", watched)
     shared = list(separate_blocks(model, layout, [waveform], asked, 16, make_mesh()))
     np.testing.assert_allclose(np.concatenate(shared, axis=2), whole, rtol=0, atol=1e-6)
     assert windows_of == [[2] * 8] * len(windows_of)
@@ -60,7 +55,7 @@ def identity(monkeypatch):
         runs.append(len(windows))
         return windows
 
-    monkeypatch.setattr(separator_module, "_separate", separate)
+    monkeypatch.setattr(windows_module, "_separate", separate)
     return runs
 
 
@@ -76,7 +71,7 @@ def test_kept_parts_make_the_recording_however_it_comes(model, sizes, window, co
     waveform = tiny.noise(0, 1)[None].repeat(2, 0)[:, : sum(sizes)]
     waveform = np.pad(waveform, ((0, 0), (0, sum(sizes) - waveform.shape[1])))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(separator_module, "_separate", lambda net, w, c: w)
+        patch.setattr(windows_module, "_separate", lambda net, w, c: w)
         both = [target(model), target(model, seed=1)]
         out = run(model, layout, pieces(waveform, sizes), both, batch)
     np.testing.assert_array_equal(out, np.stack([waveform, waveform]))
@@ -129,7 +124,7 @@ def test_silent_segments_cost_nothing_and_fade(model, identity):
 def test_a_window_takes_the_mean_condition_of_its_active_segments(model, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        separator_module, "_separate", lambda net, w, conditions: (seen.append(conditions), w)[1]
+        windows_module, "_separate", lambda net, w, conditions: (seen.append(conditions), w)[1]
     )
     layout = Layout(2 * tiny.SEGMENT, 0, tiny.SEGMENT, 0)
     asked = target(model, [True, True, True, False], rows=4)
@@ -165,3 +160,11 @@ def test_equal_channels_are_separated_as_one_and_opposite_ones_do_not_cancel(mod
     opposite = run(model, layout, [np.stack([mono, -mono])], [target(model)])[0]
     np.testing.assert_allclose(same, np.stack([one, one]), atol=1e-6)
     np.testing.assert_allclose(opposite, np.stack([one, -one]), atol=1e-6)
+
+
+def test_channels_that_cancel_are_heard_by_the_tagging_net(model):
+    one = tiny.noise(0, 0.5)[None]
+    alone = tag_segments(model, iter([one]))
+    np.testing.assert_array_equal(tag_segments(model, iter([np.concatenate([one, -one])])), alone)
+    beside = np.concatenate([one, 0.5 * one])
+    np.testing.assert_allclose(mono(beside), 0.75 * one[0], atol=1e-7)

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32
 
-from uss_jax.audio.files import mono
+from uss_jax.audio.resampling import mono
 from uss_jax.bundles.model import Model, Net
 from uss_jax.devices.batching import in_batches
 from uss_jax.devices.mesh import batch_sharded

@@ -4,10 +4,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from tests.golden.weights import build_state_dict, fixed_buffer, layout_tensors, make_tensor
-from tests.weights.test_torch import assert_same_tree, empty_arrays, leaf_count, shapes
+from tests.weights.variables import all_random, assert_same_tree, empty_arrays, leaf_count, shapes
 from uss_jax.errors import UserError
 from uss_jax.models.htsat import HTSAT
-from uss_jax.weights.torch import HTSAT_PREFIX, convert_htsat, state_dict_of
+from uss_jax.weights.htsat import HTSAT_PREFIX, convert_htsat
+from uss_jax.weights.torch import state_dict_of
 
 FIELDS = dict(
     sample_rate=32000,
@@ -24,16 +25,13 @@ FIELDS = dict(
 )
 
 
-def random_variables(fields=FIELDS, seed=0):
-    second = jax.ShapeDtypeStruct((1, 32000), np.float32)
-    tree = jax.eval_shape(HTSAT(**fields).init, jax.random.key(0), second)
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), tree)
+def htsat_variables(fields=FIELDS, seed=0):
+    return all_random(HTSAT(**fields), (1, 32000), seed=seed)
 
 
 def state_dict(fields=FIELDS, seed=0):
     section = {"net": "htsat", **fields}
-    return state_dict_of("query", section, random_variables(fields, seed), HTSAT_PREFIX)
+    return state_dict_of("query", section, htsat_variables(fields, seed), HTSAT_PREFIX)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +108,7 @@ def test_net_of_another_shape_goes_out_and_back_unchanged(prefix):
     converted = convert_htsat(tensors)
     assert converted.fields == FIELDS
     assert converted.foreign == {}
-    assert_same_tree(converted.variables, random_variables())
+    assert_same_tree(converted.variables, htsat_variables())
 
 
 def test_error_lists_all_that_does_not_fit():

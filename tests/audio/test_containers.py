@@ -1,0 +1,92 @@
+"""Files whose headers are wrong about what they hold."""
+
+import struct
+
+import numpy as np
+import pytest
+import soundfile
+
+from tests.audio.sounds import RATE, SECONDS, seconds_of, sound_file, vbr_mp3
+from uss_jax.audio.files import audio_format, read_audio, truncation
+from uss_jax.errors import UserError
+
+
+def test_an_mp3_without_a_header_of_its_length_is_read_to_its_end(tmp_path):
+    path, mp3 = vbr_mp3(tmp_path)
+    bare = tmp_path / "bare.mp3"
+    bare.write_bytes(path.read_bytes()[mp3.begin :])
+    with soundfile.SoundFile(bare) as file:
+        assert file.frames < 0.9 * SECONDS * RATE  # what libsndfile makes of it alone
+    assert seconds_of(bare) == pytest.approx(SECONDS, abs=0.15)
+    assert truncation(bare) is None
+    # The same samples, but for the coder's delay, which only the lost header told.
+    whole, part = read_audio(path)[0][0], read_audio(bare)[0][0]
+    shifts = [np.abs(part[d : d + 60000] - whole[:60000]).max() for d in range(1700)]
+    assert min(shifts) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "suffix", ["mp3", "ogg", "opus", "flac", "wav", "aiff", "au", "caf", "w64", "rf64"]
+)
+def test_joined_files_are_read_to_their_end(tmp_path, suffix):
+    path = sound_file(tmp_path, suffix)
+    once = seconds_of(path)
+    assert truncation(path) is None
+    joined = tmp_path / f"joined.{suffix}"
+    joined.write_bytes(2 * path.read_bytes())
+    assert seconds_of(joined) == pytest.approx(2 * once, abs=0.15)
+    assert truncation(joined) is None
+
+
+@pytest.mark.parametrize(
+    ("suffix", "said"),
+    [
+        ("wav", "its header promises 3.0 s, it holds 1.5 s"),
+        ("aiff", "its header promises 3.0 s, it holds 1.5 s"),
+        ("au", "its header promises 3.0 s, it holds 1.5 s"),
+        ("w64", "its header promises 3.0 s, it holds 1.5 s"),
+        ("rf64", "its header promises 3.0 s, it holds 1.5 s"),
+        ("flac", "its header promises 3.0 s, it holds "),
+        ("mp3", "its header promises 3.1 s, it holds "),
+        ("ogg", "its last page is missing"),
+        ("opus", "its last page is missing"),
+    ],
+)
+def test_a_file_that_is_cut_off_is_known_as_such(tmp_path, suffix, said):
+    path = sound_file(tmp_path, suffix)
+    data = path.read_bytes()
+    cut = tmp_path / f"cut.{suffix}"
+    half = data[: len(data) * (7 if suffix == "opus" else 5) // 10]
+    cut.write_bytes(half)
+    assert truncation(path) is None
+    assert said in truncation(cut)
+    waveform, rate = read_audio(cut, accept_truncated=True)
+    assert 0.2 * SECONDS < waveform.shape[1] / rate < 0.9 * SECONDS
+    if suffix == "flac":  # of which only decoding tells
+        with pytest.raises(UserError, match=r"is cut off \(its header promises 3.0 s, it holds"):
+            read_audio(cut)
+        whole, _ = read_audio(path)
+        np.testing.assert_array_equal(waveform, whole[:, : waveform.shape[1]])
+    joined = tmp_path / f"joined.{suffix}"
+    joined.write_bytes(data + half)
+    if suffix in ("flac", "ogg", "opus", "wav", "aiff", "au", "w64", "rf64"):
+        assert truncation(joined)
+
+
+def test_files_written_into_a_pipe_are_read_whole(tmp_path):
+    flac = bytearray(sound_file(tmp_path, "flac").read_bytes())
+    flac[21] &= 0xF0
+    flac[22:26] = bytes(4)  # the number of samples, unknown
+    (tmp_path / "piped.flac").write_bytes(flac)
+    wav = bytearray(sound_file(tmp_path, "wav").read_bytes())
+    at = wav.index(b"data") + 4
+    for name, size in (("zero", 0), ("most", 2**32 - 1), ("pipe", 0x7FFFF000)):
+        wav[at : at + 4] = struct.pack("<I", size)
+        (tmp_path / f"{name}.wav").write_bytes(wav)
+    for name in ("piped.flac", "zero.wav", "most.wav", "pipe.wav"):
+        path = tmp_path / name
+        np.testing.assert_array_equal(
+            read_audio(path)[0], read_audio(tmp_path / f"whole{path.suffix}")[0], name
+        )
+        assert audio_format(path).samples == SECONDS * RATE
+        assert truncation(path) is None

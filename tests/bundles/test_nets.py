@@ -1,0 +1,29 @@
+import jax
+import pytest
+
+from tests.bundles.test_another_separator import Gains
+from tests.tiny import TAGGER
+from uss_jax.bundles import nets
+from uss_jax.bundles.nets import build_sed, fields_of
+from uss_jax.errors import UserError
+from uss_jax.models.cnn14 import Cnn14DecisionLevelMax
+
+
+def test_windows_follow_the_net():
+    """Of its own grid, window and context."""
+    net = nets.build_separator({"net": "resunet", "hop_samples": 64, "channels": [4, 4, 4]})
+    assert net.grid_samples == 64 * 4
+    assert nets.fields_of(net)["net"] == "resunet"
+    assert jax.tree.leaves(nets.layout(Gains(128, 64))["batch_stats"]) == []
+
+
+def test_a_section_without_a_name_is_cnn14_and_another_name_is_refused():
+    fields = fields_of(TAGGER)
+    assert fields.pop("net") == "cnn14"
+    assert build_sed(fields) == Cnn14DecisionLevelMax(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    )
+    with pytest.raises(UserError, match=r"sed\.model\.net is 'ast', expected cnn14 or htsat"):
+        build_sed({"net": "ast"})
+    with pytest.raises(UserError, match="HTSAT has no such field; did you mean depths"):
+        build_sed({"net": "htsat", "depth": (2, 2)})

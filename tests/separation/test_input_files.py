@@ -1,0 +1,51 @@
+import os
+import pathlib
+
+from uss_jax.separation.input_files import find_input_files
+
+
+def places(words, lists=()):
+    return [str(recording.place) for recording in find_input_files(words, lists)]
+
+
+def test_folders_and_patterns(recordings, monkeypatch):
+    monkeypatch.chdir(recordings)
+    found = find_input_files([".", "*.wav", "./a.wav", "more/../a.wav"])
+    assert [one.path for one in found] == list(map(pathlib.Path, ("a.wav", "b.flac", "more/a.wav")))
+
+
+def test_a_place_is_the_path_as_given_whatever_the_other_files(recordings, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert places(["recordings/a.wav", "recordings/more/a.wav"]) == [
+        "recordings/a",
+        "recordings/more/a",
+    ]
+    assert places(["recordings"]) == ["recordings/a", "recordings/b", "recordings/more/a"]
+    assert places([str(recordings)]) == places(["recordings"])
+    assert places([str(recordings / "more/a.wav")]) == ["a"]
+    assert places([str(recordings / "m*/*.wav")]) == ["recordings/more/a"]
+    monkeypatch.chdir(recordings / "more")
+    assert places(["../b.flac"]) == ["b"]
+    monkeypatch.chdir(recordings)
+    (recordings / "日本 語.wav").touch()
+    (recordings / "take.1").touch()
+    assert places(["日本 語.wav", "take.1"]) == ["日本 語", "take.1"]
+    (recordings / "a[1].wav").touch()
+    assert places(["a[1].wav"]) == places(["*1*.wav"]) == ["a[1]"]
+    assert places(["mor*"]) == ["more/a"]
+
+
+def test_what_is_passed_over_is_named(recordings, capsys):
+    (recordings / "._a.wav").touch()
+    (recordings / "Thumbs.db").touch()
+    assert len(find_input_files([str(recordings)])) == 3
+    said = capsys.readouterr().out
+    assert said == f"{recordings}: skipped 1 files that are not audio files (notes.txt)\n"
+
+
+def test_lists_of_recordings(recordings, monkeypatch, tmp_path):
+    monkeypatch.chdir(recordings)
+    (tmp_path / "list").write_bytes(b"b.flac\r\n\nmore\n\xff.wav\n")
+    found = find_input_files(["a.wav"], [tmp_path / "list"])
+    names = ["a.wav", "b.flac", "more/a.wav", os.fsdecode(b"\xff.wav")]
+    assert [str(one.path) for one in found] == names

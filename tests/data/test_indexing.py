@@ -1,3 +1,4 @@
+import dataclasses
 import os
 
 import numpy as np
@@ -5,10 +6,10 @@ import pytest
 
 from tests.data.test_encodings import SAMPLES
 from tests.data.toy import CLIPS, SHARDS, shard_path, toy_samples, write_shards
-from uss_jax.data import indexing
+from uss_jax.data import shards
 from uss_jax.data.indexing import build_index
 from uss_jax.data.tf_example import serialise
-from uss_jax.data.tfrecord import RecordWriter
+from uss_jax.data.tfrecord import TFRECORD, RecordWriter, scan_records
 from uss_jax.errors import UserError
 
 
@@ -76,10 +77,10 @@ def test_a_foreign_schema_is_said_with_shard_and_byte(records):
         build_index(records, "train")
 
 
-def _own(directory, shards=3):
+def _own(directory):
     directory.mkdir()
-    for number in range(shards):
-        name = f"toy-train.tfrecord-{number:05d}-of-{shards:05d}"
+    for number in range(3):
+        name = f"toy-train.tfrecord-{number:05d}-of-00003"
         with RecordWriter(directory / name) as writer:
             for at in range(3):
                 writer.write(serialise(b"%d.%d" % (number, at), SAMPLES[: 10 + at], [at]))
@@ -94,10 +95,14 @@ def test_an_index_that_was_stopped_goes_on_with_the_shards_that_are_left(tmp_pat
     with pytest.raises(UserError, match="is cut off"):
         build_index(directory, "train")
     last.write_bytes(good)
-    scanned, scan = [], indexing.scan_records
-    monkeypatch.setattr(
-        indexing, "scan_records", lambda path: scanned.append(os.path.basename(path)) or scan(path)
-    )
+    scanned = []
+
+    def scan(path):
+        scanned.append(os.path.basename(path))
+        return scan_records(path)
+
+    noting = dataclasses.replace(TFRECORD, scan=scan)
+    monkeypatch.setitem(shards.CONTAINERS, "tfrecord", noting)
     index = build_index(directory, "train")
     assert scanned == [last.name]
     assert index.digest == build_index(_own(tmp_path / "other"), "train").digest

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from uss_jax.data.conversion import ClipSettings
 from uss_jax.data.index import load_index
 from uss_jax.data.metadata import read_encoding, read_sample_rate
 from uss_jax.data.reader import ClipReader
+from uss_jax.data.tfrecord import TFRECORD
 from uss_jax.errors import UserError
 
 
@@ -99,7 +101,7 @@ def test_failure_in_the_middle_keeps_what_was_there(audio, tmp_path, monkeypatch
     def full(path, *arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(blocks, "RecordWriter", full)
+    monkeypatch.setattr(blocks, "WRITTEN", dataclasses.replace(TFRECORD, writer=full))
     with pytest.raises(UserError, match="no space is left to write"):
         prepare_toy(audio, tmp_path / "out", GOOD[:3], overwrite=True)
     assert files_of(made.directory) == before

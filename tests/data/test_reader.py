@@ -7,11 +7,12 @@ import pytest
 from tests.data.toy import CLIPS, shard_path, toy_samples
 from uss_jax.audio.in_memory import flac_bytes
 from uss_jax.data import storage
+from uss_jax.data.container import DamagedRecord
 from uss_jax.data.indexing import build_index
 from uss_jax.data.reader import ClipReader
 from uss_jax.data.schema import Schema
 from uss_jax.data.tf_example import serialise
-from uss_jax.data.tfrecord import DamagedRecord, RecordWriter
+from uss_jax.data.tfrecord import RecordWriter
 from uss_jax.errors import UserError
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from uss_jax.data.conversion import ClipSettings, Record, Skipped, prepare_clip
 from uss_jax.data.encodings import CLIPPED_SHARE
 from uss_jax.data.labels import LabelledFile
-from uss_jax.data.tfrecord import RecordWriter
+from uss_jax.data.shards import WRITTEN
 from uss_jax.disk.atomic import replacing
 from uss_jax.disk.checked_json import list_of, mapping_of, number, parse_json, record, text
 
@@ -88,7 +88,7 @@ class Block:
             return prepare_clip(path, item.file, item.labels, self.settings, item.segment)
 
         outcome = Outcome({}, {})
-        with replacing(self.path) as temporary, RecordWriter(temporary) as writer:
+        with replacing(self.path) as temporary, WRITTEN.writer(temporary) as writer:
             for number, made in enumerate(_map_in_order(pool, make, self.items)):
                 progress()
                 if isinstance(made, Skipped):

@@ -8,10 +8,9 @@ from typing import Any
 from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
 from uss_jax.data.metadata import read_encoding, read_sample_rate
 from uss_jax.data.schema import Schema
-from uss_jax.data.shards import shards_of_split
+from uss_jax.data.shards import container_of, shards_of_split
 from uss_jax.data.storage import Folder, open_folder
 from uss_jax.data.tf_example import guess_schema, parse
-from uss_jax.data.tfrecord import HEADER, scan_records
 from uss_jax.disk.checked_json import read_json
 from uss_jax.errors import UserError
 
@@ -37,7 +36,8 @@ def find_schema(
     folder = open_folder(directory)
     names = shards_of_split(directory, split, Schema(**given))
     shard = f"{folder}/{names[0]}"
-    offset, _, payload = next(scan_records(shard))
+    container = container_of(shard)
+    offset, _, payload = next(container.scan(shard))
     described = {}
     if "metadata.json" in folder.sizes():
         described = {
@@ -56,8 +56,8 @@ def find_schema(
         schema = guess_schema(payload, given)
     except ValueError as error:
         raise UserError(
-            f"{shard}: the record at byte {offset - HEADER.size} {error}; name its features in a "
-            "--schema file"
+            f"{shard}: the record at byte {offset - container.head} {error}; name its features in "
+            "a --schema file"
         ) from None
     rate = schema.sample_rate or described.get("sample_rate") or _tfds_sample_rate(folder)
     if rate is None:

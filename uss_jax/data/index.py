@@ -12,10 +12,11 @@ import struct
 
 import numpy as np
 
+from uss_jax.data.container import Container
 from uss_jax.data.encodings import ENCODINGS, SAMPLE_BYTES
-from uss_jax.data.shards import shards_of_split
+from uss_jax.data.shards import container_of, shards_of_split
 from uss_jax.data.storage import Folder, open_folder
-from uss_jax.data.tfrecord import CHECKSUM, HEADER, masked_crc, scan_records
+from uss_jax.data.tfrecord import masked_crc
 from uss_jax.disk.checked_npz import Column, read_npz
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
@@ -61,6 +62,11 @@ class RecordIndex:
     def labels(self, record: int) -> np.ndarray:
         """Returns the class indexes of a record."""
         return self.label_class[self.label_row[record] : self.label_row[record + 1]]
+
+    @property
+    def container(self) -> Container:
+        """Container of the shards."""
+        return container_of(str(self.shards[0]))
 
     @functools.cached_property
     def digest(self) -> str:
@@ -149,7 +155,7 @@ def load_index(directory: str | os.PathLike, split: str, verify: bool = False) -
     if verify:
         for shard, expected in zip(index.shards, index.shard_digest, strict=True):
             digest = hashlib.sha256()
-            for frame in scan_records(f"{folder}/{shard}"):
+            for frame in index.container.scan(f"{folder}/{shard}"):
                 digest.update(frame_stamp(*frame))
             if digest.hexdigest() != expected:
                 raise UserError(f"{folder}/{shard} changed since it was indexed; {again}")
@@ -167,17 +173,17 @@ def _check(index: RecordIndex) -> None:
     # Cannot overflow: offsets are below the size of a real file, sizes have 32 bits.
     end = index.record_offset + index.record_bytes
     into_record = index.audio_offset - index.record_offset
-    frame = HEADER.size + CHECKSUM.size
+    head, tail = index.container.head, index.container.tail
     for what, right in {
         "encoding": index.encoding in ENCODINGS,
         "shards": all(
             name and "/" not in name and name not in (".", "..") for name in index.shards.tolist()
         ),
         "record_shard": (order < len(index.shards)).all() and (np.diff(order) >= 0).all(),
-        "shard_bytes": ((sized >= frame) & (sized < 2**63)).all(),
-        "record_offset": (index.record_offset >= HEADER.size).all()
+        "shard_bytes": ((sized >= head + tail) & (sized < 2**63)).all(),
+        "record_offset": (index.record_offset >= head).all()
         and (index.record_offset < sized).all()
-        and (end <= sized - CHECKSUM.size).all(),
+        and (end <= sized - tail).all(),
         "audio_offset": (index.audio_offset >= index.record_offset).all()
         and (into_record + index.audio_bytes <= index.record_bytes).all()
         and (into_record < 2**32).all(),

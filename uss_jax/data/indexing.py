@@ -18,9 +18,8 @@ from tqdm import tqdm
 from uss_jax.data.encodings import CLIPPED_SHARE, clipped_share, count_samples
 from uss_jax.data.index import COLUMNS, FORMAT_VERSION, RecordIndex, frame_stamp, index_name
 from uss_jax.data.schema import Schema
-from uss_jax.data.shards import shards_of_split
+from uss_jax.data.shards import container_of, shards_of_split
 from uss_jax.data.storage import Folder, open_folder
-from uss_jax.data.tfrecord import HEADER, scan_records
 from uss_jax.disk.checked_npz import Column, read_npz
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
@@ -117,7 +116,7 @@ def _index_shard(directory: str, shard: str, part: str, schema: Schema | None) -
     path = f"{folder}/{shard}"
     columns: dict[str, list] = {name: [] for name in (*_PER_RECORD, "labels", "clipped")}
     digest = hashlib.sha256()
-    for offset, length, payload in scan_records(path):
+    for offset, length, payload in container_of(shard).scan(path):
         for name, value in _index_record(path, offset, payload, schema).items():
             columns[name].append(value)
         digest.update(frame_stamp(offset, length, payload))
@@ -199,7 +198,7 @@ def _refuse_duplicates(folder: Folder, index: RecordIndex) -> None:
         return
     first, second = min((order[at : at + 2].tolist() for at in same), key=lambda pair: pair[1])
     one, other = (
-        (index.shards[index.record_shard[at]], int(index.record_offset[at]) - HEADER.size)
+        (index.shards[index.record_shard[at]], int(index.record_offset[at]) - index.container.head)
         for at in (first, second)
     )
     raise UserError(
@@ -225,7 +224,7 @@ def _index_record(path: str, offset: int, payload: bytes, schema: Schema | None)
         audio_offset = offset + _find(payload, clip.audio)
     except ValueError as error:
         raise UserError(
-            f"{path}: the record at byte {offset - HEADER.size} {error}; expected "
+            f"{path}: the record at byte {offset - container_of(path).head} {error}; expected "
             f"{schema.id!r} (bytes), {schema.audio!r} ({schema.encoding}) and {schema.labels!r} "
             f"({schema.label_form}); describe another layout in a --schema file"
         ) from error

@@ -13,6 +13,7 @@ from typing import Any
 
 from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
 from uss_jax.data.encodings import ENCODINGS
+from uss_jax.data.shards import WRITTEN
 from uss_jax.data.storage import Folder, open_folder, versions_below
 from uss_jax.disk.atomic import move
 from uss_jax.disk.checked_json import Rule, list_of, read_json, record, text, whole
@@ -105,7 +106,7 @@ def write_metadata(
         _INFO,
         {
             "description": f"Weakly labelled sound, mono at {sample_rate} Hz.",
-            "fileFormat": "tfrecord",
+            "fileFormat": WRITTEN.name,
             "name": name,
             "splits": sorted([*others, ours], key=lambda split: split["name"]),
             "version": version,

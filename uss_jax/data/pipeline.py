@@ -20,10 +20,10 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int16, Int32, Integer
 
+from uss_jax.data.container import DamagedRecord
 from uss_jax.data.grouping import GroupedOrder
 from uss_jax.data.orders import Order
 from uss_jax.data.reader import ClipReader
-from uss_jax.data.tfrecord import DamagedRecord
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 

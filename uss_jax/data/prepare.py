@@ -24,7 +24,7 @@ from uss_jax.data.indexing import build_index
 from uss_jax.data.labels import LabelledFile
 from uss_jax.data.metadata import check_format, write_metadata
 from uss_jax.data.schema import Schema
-from uss_jax.data.shards import shard_name
+from uss_jax.data.shards import is_shard, shard_name
 from uss_jax.disk.atomic import flush, move, replacing
 from uss_jax.disk.lock import LOCK, only_one
 from uss_jax.errors import UserError
@@ -240,7 +240,7 @@ def _replace_split(unfinished: pathlib.Path, directory: pathlib.Path, split: str
 
 def _shards_of(directory: pathlib.Path, split: str) -> list[pathlib.Path]:
     """Returns the shards of a split, of any name and number."""
-    return list(directory.glob(f"*-{split}.tfrecord-?????-of-?????"))
+    return [path for path in directory.glob("*") if is_shard(path.name, split)]
 
 
 def _remove_if_empty(*folders: pathlib.Path) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int16
 
+from uss_jax.data.container import DamagedRecord, damage
 from uss_jax.data.encodings import SAMPLE_BYTES, decode_into
 from uss_jax.data.index import RecordIndex, check_size
 from uss_jax.data.storage import Range, open_folder
-from uss_jax.data.tfrecord import CHECKSUM, HEADER, DamagedRecord, damage, masked_crc
 from uss_jax.errors import UserError
 
 
@@ -34,6 +34,7 @@ class ClipReader:
         self._verify_parts = verify_parts
         self._folder = open_folder(directory)
         self._shards: list[str] = index.shards.tolist()
+        self._container = index.container
         self._checked: set[int] = set()
 
     def read(
@@ -85,8 +86,8 @@ class ClipReader:
             rows[row, len(part.samples) :] = 0
             wrong = "is cut off" if size < part.range.size else self._finish(part)
             if wrong is not None:
-                header = int(self.index.record_offset[part.record]) - HEADER.size
-                damaged[row] = damage(self._path(part.shard), header, wrong)
+                begins = int(self.index.record_offset[part.record]) - self._container.head
+                damaged[row] = damage(self._path(part.shard), begins, wrong)
         return damaged
 
     def _part(self, row: Int16[np.ndarray, " t"], record: int, begin: int, length: int) -> "_Part":
@@ -110,7 +111,7 @@ class ClipReader:
             buffers = [own]
         else:
             offset = int(index.record_offset[record])
-            size = int(index.record_bytes[record]) + CHECKSUM.size
+            size = int(index.record_bytes[record]) + self._container.tail
             if in_place:
                 before = np.empty(audio - offset, np.uint8)
                 after = np.empty(size - len(before) - samples.nbytes, np.uint8)
@@ -123,10 +124,8 @@ class ClipReader:
     def _finish(self, part: "_Part") -> str | None:
         """Verifies and decodes a part after reading; returns the defect, None if there is none."""
         data = part.range.buffers[-1]
-        if part.whole:
-            checksum = CHECKSUM.unpack(data[-CHECKSUM.size :])[0]
-            if masked_crc(*part.range.buffers[:-1], data[: -CHECKSUM.size]) != checksum:
-                return "has a wrong checksum"
+        if part.whole and (defect := self._container.defect(part.range.buffers)) is not None:
+            return defect
         if part.in_place:
             return None
         begin = 0

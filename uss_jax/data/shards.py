@@ -1,19 +1,46 @@
-"""Names of shards: `<name>-<split>.tfrecord-00000-of-00064`, or as a schema's pattern says."""
+"""Shards: their containers and names.
+
+A name is `<name>-<split>.tfrecord-00000-of-00064`, or what a schema's pattern matches.
+"""
 
 import fnmatch
 import os
 import re
 
+from uss_jax.data.container import Container
 from uss_jax.data.schema import Schema
 from uss_jax.data.storage import open_folder, versions_below
+from uss_jax.data.tfrecord import TFRECORD
 from uss_jax.errors import UserError
 
-_SHARD_NAME = re.compile(r"(?P<name>.+)-(?P<split>[^-]+)\.tfrecord-(?P<at>\d{5})-of-(?P<of>\d{5})")
+# Containers of records by name; the first is the one that `prepare` writes.
+CONTAINERS = {container.name: container for container in (TFRECORD,)}
+WRITTEN = next(iter(CONTAINERS.values()))
+_SHARD_NAME = re.compile(
+    r"(?P<name>.+)-(?P<split>[^-]+)\.(?P<container>\w+)-(?P<at>\d{5})-of-(?P<of>\d{5})"
+)
 
 
 def shard_name(name: str, split: str, at: int, of: int) -> str:
     """Returns the file name of the shard with number `at` of `of`, from 0."""
-    return f"{name}-{split}.tfrecord-{at:05d}-of-{of:05d}"
+    return f"{name}-{split}.{WRITTEN.name}-{at:05d}-of-{of:05d}"
+
+
+def is_shard(name: str, split: str) -> bool:
+    """Returns whether a file is a shard of a split, by its name."""
+    match = _parsed(name)
+    return match is not None and match["split"] == split
+
+
+def container_of(shard: str | os.PathLike) -> Container:
+    """Returns the container of a shard, by its name; TFRecord if the name tells nothing."""
+    match = _parsed(os.path.basename(shard))
+    return CONTAINERS[match["container"]] if match else TFRECORD
+
+
+def _parsed(name: str) -> re.Match | None:
+    match = _SHARD_NAME.fullmatch(name)
+    return match if match and match["container"] in CONTAINERS else None
 
 
 def splits(directory: str | os.PathLike) -> list[str]:
@@ -22,7 +49,7 @@ def splits(directory: str | os.PathLike) -> list[str]:
 
 
 def _shard_names(directory: str | os.PathLike) -> list[re.Match]:
-    return [match for match in map(_SHARD_NAME.fullmatch, _names(directory)) if match]
+    return [match for match in map(_parsed, _names(directory)) if match]
 
 
 def _names(directory: str | os.PathLike) -> list[str]:
@@ -55,7 +82,7 @@ def shards_of_split(
         found = f'it has shards of "{", ".join(others)}"' if others else "it has no shards"
         raise UserError(
             f'{directory} has no shards of split "{split}" ({found}); expected names such as '
-            f"mine-{split}.tfrecord-00000-of-00004{versions_below(directory)}"
+            f"{shard_name('mine', split, 0, 4)}{versions_below(directory)}"
         )
     sets = sorted({(match["name"], match["of"]) for match in matches})
     if len(sets) > 1:

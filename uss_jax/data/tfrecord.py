@@ -6,11 +6,12 @@ the payload (4), all little-endian. The checksum is a masked crc32c.
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import google_crc32c
 import numpy as np
 
+from uss_jax.data.container import Container, damage
 from uss_jax.data.storage import open_folder, split_path
 from uss_jax.errors import UserError
 
@@ -86,12 +87,18 @@ def scan_records(path: str | os.PathLike) -> Iterator[tuple[int, int, bytes]]:
             begin = end
 
 
-class DamagedRecord(UserError):
-    """A single record is damaged; others may be intact."""
+def _defect(buffers: Sequence[np.ndarray]) -> str | None:
+    *before, last = buffers
+    checksum = CHECKSUM.unpack(last[-CHECKSUM.size :])[0]
+    intact = masked_crc(*before, last[: -CHECKSUM.size]) == checksum
+    return None if intact else "has a wrong checksum"
 
 
-def damage(path: str | os.PathLike, begin: int, what: str) -> DamagedRecord:
-    """Returns the error for a damaged record whose frame begins at byte `begin`."""
-    return DamagedRecord(
-        f"{path}: the record at byte {begin} {what}; copy or prepare the shard again"
-    )
+TFRECORD = Container(
+    name="tfrecord",
+    head=HEADER.size,
+    tail=CHECKSUM.size,
+    scan=scan_records,
+    defect=_defect,
+    writer=RecordWriter,
+)

@@ -14,7 +14,7 @@ from uss_jax.data.orders import BalancedOrder
 from uss_jax.data.reader import ClipReader
 from uss_jax.errors import UserError
 from uss_jax.evaluation import make_pairs
-from uss_jax.evaluation.clips import mine
+from uss_jax.evaluation.clips import anchors_of_clips
 from uss_jax.evaluation.make_pairs import draw_pairs, mixed_pairs, read_groups
 from uss_jax.ontology import load_ontology
 
@@ -70,7 +70,7 @@ def test_sources_are_the_anchors_that_the_detector_finds(place, made):
     for row in _manifest(made):
         record, label = ids.index(row["id"]), int(row["class_index"])
         chosen = Chosen(np.array([record]), np.array([label]))
-        anchors = mine(reader, chosen, model.sed, SEGMENT)
+        anchors = anchors_of_clips(reader, chosen, model.sed, SEGMENT)
         assert anchors.begin_sample[0] == int(row["begin_sample"])
         source, rate = soundfile.read(made / f"{row['file']}.source.wav", dtype="float32")
         assert (len(source), rate) == (SEGMENT, RATE)

@@ -33,7 +33,7 @@ from uss_jax.data.index import load_index
 from uss_jax.data.reader import ClipReader
 from uss_jax.devices.mesh import make_mesh
 from uss_jax.errors import UserError
-from uss_jax.evaluation.clips import mine
+from uss_jax.evaluation.clips import anchors_of_clips
 from uss_jax.evaluation.suites.planted import evaluate_planted, format_planted, plant
 from uss_jax.evaluation.suites.tagging import evaluate_tagging
 from uss_jax.models.resunet import ResUNet
@@ -108,7 +108,7 @@ def test_records_are_tagged_and_mined(bundle, records):
     assert [0 < row["map"] <= 1 for row in figures] == [True, True]
 
     chosen = Chosen(np.arange(CLIPS), np.tile([LOW, HIGH], CLIPS // 2))
-    anchors = mine(reader, chosen, model.sed, SEGMENT)
+    anchors = anchors_of_clips(reader, chosen, model.sed, SEGMENT)
     assert (anchors.samples == SEGMENT).all()
     assert (anchors.begin_sample % model.sed.module.frame_hop_samples == 0).all()
     assert anchors.begin_sample.max() <= CLIP_SECONDS * RATE - SEGMENT

@@ -13,7 +13,7 @@ from uss_jax.cli.main import main
 from uss_jax.devices.mesh import make_mesh
 from uss_jax.errors import UserError
 from uss_jax.evaluation.averages import by_name, class_averages
-from uss_jax.evaluation.clips import open_records
+from uss_jax.evaluation.clips import open_clips
 from uss_jax.evaluation.metrics import class_medians
 from uss_jax.evaluation.scoring import score
 from uss_jax.evaluation.suites.pairs import find_pairs
@@ -42,7 +42,7 @@ def test_a_run_evaluates_itself_as_evaluate_does(tmp_path, quick_compilation):
     assert (tmp_path / "run" / AVERAGES).exists()
 
     model = Model(tmp_path / "run")
-    reader = open_records(place / "records", "train", model)
+    reader = open_clips(place / "records", "train", model)
     averages = class_averages(model, reader, sorted(set(CLASSES)))
     assert sorted(averages) == [0, 1, 72, 300, 301]
     figures, _ = score(model, pairs, by_name(averages))

@@ -65,14 +65,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from uss_jax.bundles.model import Model
-    from uss_jax.evaluation.clips import open_records
+    from uss_jax.evaluation.clips import open_clips
     from uss_jax.evaluation.make_pairs import make_pairs, read_groups
 
     say_detector_precision(args)
     groups = read_groups(args.groups) if args.groups else {}
     model = Model(args.sed)
     made = make_pairs(
-        open_records(args.records, args.split, model),
+        open_clips(args.records, args.split, model),
         model,
         args.out,
         per_class=args.per_class,

@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.anchors.table import read_table
     from uss_jax.bundles.model import Model
     from uss_jax.errors import UserError
-    from uss_jax.evaluation.clips import open_records
+    from uss_jax.evaluation.clips import open_clips
 
     if not args.out.endswith(".npz"):
         raise UserError(f"--out {args.out} does not end in .npz; give the name of an .npz file")
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--host {args.host} is not between 0 and {args.hosts - 1}")
     say_detector_precision(args)
     model = Model(args.sed)
-    reader = open_records(args.records, args.split, model)
+    reader = open_clips(args.records, args.split, model)
     if args.show is not None:
         from uss_jax.anchors.show import draw_anchors
 

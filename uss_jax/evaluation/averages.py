@@ -16,7 +16,7 @@ from uss_jax.bundles.model import Model
 from uss_jax.data.chosen import Chosen
 from uss_jax.data.reader import ClipReader
 from uss_jax.devices.batching import in_batches
-from uss_jax.evaluation.clips import BATCH_SIZE, MIN_DBFS, mine, read_segments
+from uss_jax.evaluation.clips import BATCH_SIZE, MIN_DBFS, anchors_of_clips, read_segments
 from uss_jax.evaluation.items import Item
 from uss_jax.evaluation.metrics import is_silent
 from uss_jax.ontology import load_ontology
@@ -118,7 +118,7 @@ def class_averages(
     if not sum(map(len, records)):
         return {}
     chosen = Chosen(np.concatenate(records), np.repeat(classes, [len(some) for some in records]))
-    anchors = mine(reader, chosen, model.sed, model.segment_samples)
+    anchors = anchors_of_clips(reader, chosen, model.sed, model.segment_samples)
 
     conditions, loud = [], []
     for places, _ in in_batches(range(len(chosen.records)), BATCH_SIZE):

@@ -27,7 +27,7 @@ BATCH_SIZE = 8
 MIN_DBFS = -60.0
 
 
-def open_records(directory: str | os.PathLike, split: str, model: Model) -> ClipReader:
+def open_clips(directory: str | os.PathLike, split: str, model: Model) -> ClipReader:
     """Opens the records of a split.
 
     Raises:
@@ -99,7 +99,7 @@ class MinedAnchors:
         return MinedAnchors(self.begin_sample[rows], self.samples[rows])
 
 
-def mine(
+def anchors_of_clips(
     reader: ClipReader,
     chosen: Chosen,
     sed: Net,

@@ -26,7 +26,7 @@ from uss_jax.data.reader import ClipReader
 from uss_jax.disk.atomic import replacing_folder
 from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError
-from uss_jax.evaluation.clips import MIN_DBFS, MinedAnchors, mine, read_segments
+from uss_jax.evaluation.clips import MIN_DBFS, MinedAnchors, anchors_of_clips, read_segments
 from uss_jax.evaluation.items import samples_digest
 from uss_jax.ontology import load_ontology
 
@@ -207,7 +207,7 @@ def _mine_distinct(
     keys = {key for some in chosen for key in zip(some.records, some.classes, strict=True)}
     keys = sorted((int(record), int(label)) for record, label in keys)
     records, classes = np.array(keys).T
-    anchors = mine(
+    anchors = anchors_of_clips(
         reader, Chosen(records, classes), model.sed, model.segment_samples, min_dbfs=min_dbfs
     )
     places = zip(anchors.begin_sample.tolist(), anchors.samples.tolist(), strict=True)

@@ -24,7 +24,7 @@ from uss_jax.disk.atomic import replacing
 from uss_jax.disk.checked_npz import Column, read_npz
 from uss_jax.errors import UserError
 from uss_jax.evaluation.averages import class_averages
-from uss_jax.evaluation.clips import open_records
+from uss_jax.evaluation.clips import open_clips
 from uss_jax.evaluation.metrics import class_medians, separation_figures
 from uss_jax.evaluation.suites.pairs import Pair
 from uss_jax.models.query import QueryNet
@@ -182,7 +182,7 @@ def workdir_averages(
     if not path.exists():
         model = Model(workdir)
         classes = sorted({pair.class_index for pair in pairs})
-        found = class_averages(model, open_records(records, split, model), classes)
+        found = class_averages(model, open_clips(records, split, model), classes)
         with replacing(path) as temporary:
             vectors = list(found.values()) or np.zeros((0, 0), np.float32)
             np.savez(temporary, classes=np.array(list(found), np.int64), vectors=vectors)

@@ -22,7 +22,7 @@ from uss_jax.evaluation.averages import (
     class_averages,
     file_averages,
 )
-from uss_jax.evaluation.clips import open_records
+from uss_jax.evaluation.clips import open_clips
 from uss_jax.evaluation.finished import unfinished_beside
 from uss_jax.evaluation.items import Item
 from uss_jax.evaluation.make_pairs import MANIFEST
@@ -70,7 +70,7 @@ def run(
     averages: Averages = {}
     how = {"train_records": train_records, "split": (split or "train") if train_records else None}
     if train_records:
-        reader = open_records(train_records, how["split"], model)
+        reader = open_clips(train_records, how["split"], model)
         classes = sorted({pair.class_index for pair in pairs})
         averages = by_name(class_averages(model, reader, classes))
     if train_pairs:

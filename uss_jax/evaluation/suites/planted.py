@@ -21,7 +21,7 @@ from uss_jax.data.orders import BalancedOrder
 from uss_jax.data.reader import ClipReader
 from uss_jax.devices.batching import in_batches
 from uss_jax.errors import UserError
-from uss_jax.evaluation.clips import BATCH_SIZE, anchors_of_batch, open_records
+from uss_jax.evaluation.clips import BATCH_SIZE, anchors_of_batch, open_clips
 from uss_jax.evaluation.metrics import is_silent
 from uss_jax.evaluation.suite import Results
 from uss_jax.evaluation.text_table import format_table, silent_note
@@ -57,7 +57,7 @@ def run(
     model: Model, data: str, out: str, *, split: str, clips: int, seed: int
 ) -> tuple[Results, str]:
     """Plants events of a split of the records and evaluates the anchors found."""
-    summaries = evaluate_planted(model, open_records(data, split, model), clips=clips, seed=seed)
+    summaries = evaluate_planted(model, open_clips(data, split, model), clips=clips, seed=seed)
     how = {
         "split": split,
         "clips": clips,

@@ -15,7 +15,7 @@ from uss_jax.bundles.model import Model
 from uss_jax.data.chosen import Chosen
 from uss_jax.data.reader import ClipReader
 from uss_jax.errors import UserError
-from uss_jax.evaluation.clips import batches_of, open_records
+from uss_jax.evaluation.clips import batches_of, open_clips
 from uss_jax.evaluation.metrics import average_precision, d_prime, per_class, roc_auc
 from uss_jax.evaluation.suite import Results
 from uss_jax.evaluation.text_table import format_table
@@ -27,7 +27,7 @@ TAGGER = "tagging net"
 
 def run(model: Model, data: str, out: str, *, split: str) -> tuple[Results, str]:
     """Evaluates the model on a split of the records."""
-    summaries = evaluate_tagging(model, open_records(data, split, model))
+    summaries = evaluate_tagging(model, open_clips(data, split, model))
     return {"rows": summaries, "how": {"split": split}}, format_tagging(summaries)
 
 

@@ -3,6 +3,8 @@
 Letters: `b` batch, `s` samples.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -42,7 +44,7 @@ def mix(
     for k in range(1, sources):
         other = jnp.roll(groups, -k, axis=1)
         if match_energy:
-            other = other * _gain(energies, jnp.roll(energies, -k, axis=1))[:, :, None]
+            other = other * matching_gain(energies, jnp.roll(energies, -k, axis=1))[:, :, None]
         mixture = mixture + other
     return mixture.reshape(segment.shape)
 
@@ -70,13 +72,17 @@ def mix_sets(
     sets = segment.reshape(-1, sources, segment.shape[1])
     if match_energy:
         energies = segment_energy.reshape(-1, sources)
-        gain = _gain(energies[:, :1], energies).at[:, 0].set(1)
+        gain = matching_gain(energies[:, :1], energies).at[:, 0].set(1)
         sets = sets * gain[:, :, None]
     mixture = jnp.broadcast_to(jnp.sum(sets, axis=1, keepdims=True), sets.shape)
     return mixture.reshape(segment.shape), sets.reshape(segment.shape)
 
 
-def _gain(wanted: Float[Array, "#g #i"], energies: Float[Array, "g i"]) -> Float[Array, "g i"]:
-    """Returns the gains that scale signals of these energies to the wanted, within GAIN_RANGE."""
-    ratio = wanted / jnp.maximum(energies, 1e-10)
-    return jnp.clip(jnp.sqrt(ratio), *GAIN_RANGE)
+def matching_gain(wanted: Any, energies: Any, xp: Any = jnp) -> Any:
+    """Returns the gains, within 0.02 ... 50, that scale signals of these energies to the wanted.
+
+    Args:
+      wanted, energies: mean squares, scalars or arrays of one shape.
+      xp: `jax.numpy` or `numpy`.
+    """
+    return xp.clip(xp.sqrt(wanted / xp.maximum(energies, 1e-10)), *GAIN_RANGE)

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 from tqdm import tqdm
 
-from uss_jax.anchors.mix import GAIN_RANGE
+from uss_jax.anchors.mix import matching_gain
 from uss_jax.audio.files import write_wav
 from uss_jax.bundles.model import Model
 from uss_jax.data.chosen import Chosen
@@ -272,7 +272,7 @@ def mixed_pairs(
 ) -> Float[np.ndarray, "n s"]:
     """Adds partners to sources at equal energy, with the gain clipped to [0.02, 50]."""
     energy, other = (np.mean(np.square(side), axis=1) for side in (source, partner))
-    gain = np.clip(np.sqrt(energy / np.maximum(other, 1e-10)), *GAIN_RANGE)
+    gain = matching_gain(energy, other, np)
     return source + partner * gain[:, None].astype(np.float32)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from uss_jax.anchors.mix import GAIN_RANGE
+from uss_jax.anchors.mix import matching_gain
 from uss_jax.audio.files import audio_format, read_mono, read_segment
 from uss_jax.audio.resampling import resample
 from uss_jax.bundles.model import Model
@@ -79,7 +79,7 @@ class Mixed:
             return source
         other = fitted(read_mono(self.other, sample_rate), len(source))
         energy, others = (np.mean(np.square(x, dtype=np.float64)) for x in (source, other))
-        gain = np.clip(np.sqrt(energy / max(others, 1e-10)), *GAIN_RANGE)
+        gain = matching_gain(energy, others, np)
         return source + other * np.float32(gain)
 
 

@@ -36,7 +36,7 @@ from uss_jax.errors import UserError
 from uss_jax.evaluation import clips
 from uss_jax.models.tagging import detect
 from uss_jax.separation.recordings import Separator
-from uss_jax.training import live, train_separator, train_tagger
+from uss_jax.training import live, plan, train_tagger
 
 DETECTOR = "Cnn14DecisionLevelMax"
 SED = build_sed(fields_of(TAGGER))
@@ -84,9 +84,7 @@ def test_a_precision_holds_in_any_thread():
 def _separation_step(place, monkeypatch, *words):
     """Products of the step of the shipped config, shrunk."""
     seen = {}
-    monkeypatch.setattr(
-        train_separator, "describe", lambda *args, **kwargs: seen.update(args=args) or []
-    )
+    monkeypatch.setattr(plan, "describe", lambda *args, **kwargs: seen.update(args=args) or [])
     changed = dict(word.split("=") for word in words)
     assert main([*train_words("resunet30.py", place, "unused", changed), "--dry-run"]) == 0
     step, state, frozen, batch = seen["args"]
@@ -137,10 +135,11 @@ def test_a_bfloat16_separator_trains_beside_a_float32_detector(place, monkeypatc
 def test_a_tagger_trains_as_the_config_says(place, monkeypatch, tmp_path, precision):
     seen = {}
 
-    def train_on(records, step, fresh, fresh_from, frozen, **kwargs):
-        seen.update(step=step, state=jax.eval_shape(fresh, *fresh_from), frozen=frozen)
+    def run(trained, *args):
+        state = jax.eval_shape(trained.fresh, *trained.fresh_from)
+        seen.update(step=trained.step, state=state, frozen=trained.frozen)
 
-    monkeypatch.setattr(train_tagger.run, "train_on", train_on)
+    monkeypatch.setattr(train_tagger, "run", run)
     words = train_words("tagger_cnn14.py", place, tmp_path, {"precision": precision})
     assert main(words) == 0
     batch = {**_batch(), "labels": SHAPE((2, 527), np.uint8)}

@@ -112,6 +112,25 @@ def test_all_unknown_labels_are_told_with_counts(tmp_path):
     assert labels.unknown == {"Dgo": [2, 4], "wuff": [3]}
 
 
+def test_unknown_labels_of_other_lines_do_not_count(tmp_path):
+    text = "file,labels\na.wav,Dog;Wuff\nb.wav,Wuff;Miau\nc.wav,Speech\n"
+    labels = _read(tmp_path, text, whole=True, skip_unknown=True, files=["a.wav", "c.wav"])
+    assert labels.unknown == {"Wuff": [2]}
+    assert _read(tmp_path, text, files=["c.wav"]) == [("c.wav", (SPEECH,), 4)]
+    with pytest.raises(UserError, match=r'line 3: .*"Wuff" \(1\), "Miau" \(1\)'):
+        _read(tmp_path, text, files=["b.wav"])
+
+
+def test_recordings_of_other_splits_and_lines_are_listed(tmp_path):
+    (tmp_path / "audio").mkdir()
+    for name in ("a.wav", "b.wav", "c.wav", "d.wav"):
+        (tmp_path / "audio" / name).touch()
+    text = "file,split,labels\na.wav,train,Dog\n./b.wav,test,Dog\nc.wav,train,Speech\n"
+    for files in (None, ["a.wav"]):
+        labels = _read(tmp_path, text, whole=True, files=files)
+        assert [str(name) for name in labels.unlisted] == ["d.wav"]
+
+
 def test_labels_joined_by_commas_are_named_as_such(tmp_path):
     with pytest.raises(UserError, match=r'"Dog,Speech"; put ";" between labels'):
         _read(tmp_path, 'file,labels\na,"Dog,Speech"\n')

@@ -47,7 +47,7 @@ class Labels:
 
     Attributes:
       clips: selected lines.
-      unknown: skipped labels, with their line numbers.
+      unknown: skipped labels, with the line numbers of the selected lines that have them.
       unlisted: recordings in the folder that are not in the label file.
       others: files in the folder whose names are not those of recordings.
     """
@@ -90,12 +90,12 @@ def read_labels(
     recordings, others = find_recordings(audio)
     names = [os.path.relpath(found, audio) for found in recordings]
     resolver = _Resolver(label_map or {})
+    of_other_splits: set[str] = set()
     if header[0].startswith("#"):
         clips = _audioset_segments(path, rows, names, resolver)
     else:
-        clips = _table(path, _checked_header(path, line, header), rows, split, resolver)
-    if resolver.unknown and not skip_unknown:
-        raise UserError(f"{path}, {resolver.complaint()}")
+        columns = _checked_header(path, line, header)
+        clips, of_other_splits = _table(path, columns, rows, split, resolver)
     _refuse_duplicates(path, clips)
     listed = {clip.file for clip in clips}
     if files is not None:
@@ -106,8 +106,12 @@ def read_labels(
                 f"{path} has no line for {len(missing)} of the {len(wanted)} requested "
                 f"files, such as {missing[0]}; write file names as the label file does"
             )
+        resolver.forget_other_lines({clip.line for clip in clips})
+    if resolver.unknown and not skip_unknown:
+        raise UserError(f"{path}, {resolver.complaint()}")
     if not clips:
         raise UserError(f"{path} lists no clips; expected a line for each")
+    listed |= of_other_splits
     unlisted = [pathlib.Path(name) for name in names if name not in listed]
     return Labels(clips, resolver.unknown, unlisted, others)
 
@@ -185,6 +189,11 @@ class _Resolver:
             if len(parts) > 1 and all(map(_is_class, parts)):
                 self._advice[label] = f'no sound class is called "{label}"; put ";" between labels'
             return ()
+
+    def forget_other_lines(self, lines: Collection[int]) -> None:
+        """Drops unknown labels of all lines but these."""
+        kept = {label: [at for at in where if at in lines] for label, where in self.unknown.items()}
+        self.unknown = {label: where for label, where in kept.items() if where}
 
     def complaint(self) -> str:
         """Returns an error text: the line of the first unknown label, and counts of all."""
@@ -269,8 +278,9 @@ def _table(
     rows: Iterator[tuple[int, list[str]]],
     split: str,
     resolve: _Resolver,
-) -> list[LabelledFile]:
-    labelled, other_splits = [], set()
+) -> tuple[list[LabelledFile], set[str]]:
+    """Returns the lines of a split, and the files of the other splits."""
+    labelled, other_splits, other_files = [], set(), set()
     for line, row in rows:
         if len(row) != len(header):
             raise UserError(
@@ -280,6 +290,7 @@ def _table(
         fields = dict(zip(header, map(str.strip, row), strict=True))
         if fields.get("split", split) != split:
             other_splits.add(fields["split"])
+            other_files.add(os.path.normpath(fields["file"]))
             continue
         if not fields["file"]:
             raise UserError(f'{path}, line {line}: the column "file" is empty; name a recording')
@@ -288,7 +299,7 @@ def _table(
     if not labelled and other_splits:
         found = ", ".join(f'"{other}"' for other in sorted(other_splits))
         raise UserError(f'{path} has no line with "{split}" in the column "split"; it has {found}')
-    return labelled
+    return labelled, other_files
 
 
 def _audioset_segments(

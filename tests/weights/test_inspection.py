@@ -22,7 +22,7 @@ def test_a_bundle(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"{RATE} Hz" in printed
     assert "condition: soft" in printed
-    assert "1 tensors of the converted checkpoint" in printed
+    assert "1 tensor of the converted checkpoint" in printed
     config = read_bundle(path).config
     for part in ("separator", "query", "sed"):
         params = read_bundle(path).variables(part)["params"]
@@ -67,7 +67,7 @@ def test_records_tables_and_banks(tmp_path):
     index = write_records(tmp_path / "records", "test", [("a", noise(1, 0.9), [72, 3])])
     text = "\n".join(inspect(tmp_path / "records"))
     assert "8000 Hz" in text
-    assert "test: 1 clips, 0.00 h, 2 labels of 2 classes, 1 shards" in text
+    assert "test: 1 clip, 0.00 h, 2 labels of 2 classes, 1 shard," in text
     assert index.digest in text
 
     columns = {name: np.zeros((3, 1) if "k" in of.shape else 3) for name, of in COLUMNS.items()}
@@ -78,7 +78,7 @@ def test_records_tables_and_banks(tmp_path):
 
     write_bank(tmp_path / "b.npz", Bank(("Dog",), np.zeros((1, 6)), "embedding", "abc", "by hand"))
     text = "\n".join(inspect(tmp_path / "b.npz"))
-    assert "1 vectors of width 6" in text
+    assert "1 vector of width 6" in text
     assert "by hand" in text
 
 

@@ -39,6 +39,7 @@ from uss_jax.disk.checked_npz import read_npz
 from uss_jax.errors import UserError
 from uss_jax.models.tagging import detect
 from uss_jax.ontology import load_ontology
+from uss_jax.wording import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +224,8 @@ def mine(
                 rate = done / (time.monotonic() - began)
                 left = (total - done) / rate
                 print(
-                    f"mine: {done} of {total} clips, {rate:.1f} clips/s, {left:.0f} s left",
+                    f"mine: {done} of {counted(total, 'clip')}, {rate:.1f} clips/s, "
+                    f"{left:.0f} s left",
                     flush=True,
                 )
     if not all(_part(parts, part).exists() for part in range(len(index.shards))):

@@ -15,6 +15,7 @@ import hashlib
 import pathlib
 
 from uss_jax.cli.arguments import path, refuse_idle
+from uss_jax.wording import counted
 
 KINDS = ("cnn14", "decision-level-max", "htsat", "uss")
 # Licences of published files, by the MD5 sums that the publisher gives.
@@ -60,7 +61,9 @@ def run(args: argparse.Namespace) -> None:
         return
     kinds = args.kind or [None] * len(args.inputs)
     if len(kinds) != len(args.inputs):
-        raise UserError(f"{len(kinds)} --kind for {len(args.inputs)} files; give one per file")
+        raise UserError(
+            f"{len(kinds)} --kind for {counted(len(args.inputs), 'file')}; give one per file"
+        )
     if pathlib.Path(args.out).exists():
         raise UserError(f"{args.out} exists already; give a new folder")
     parts, licences = {}, {}
@@ -97,7 +100,7 @@ def _write_back(path: str, out: str) -> None:
         )
     state_dict = lightning_state_dict(read_bundle(path))
     write_lightning(out, state_dict)
-    print(f"{out}: {len(state_dict)} tensors")
+    print(f"{out}: {counted(len(state_dict), 'tensor')}")
 
 
 def _guess_kind(path: str, state_dict: dict) -> str:

@@ -20,6 +20,7 @@ from uss_jax.cli.arguments import (
     say_detector_precision,
     whole,
 )
+from uss_jax.wording import counted
 
 # A median score below this means that the detector does not know the classes.
 _GUESSING = 0.02
@@ -148,8 +149,9 @@ def run(args: argparse.Namespace) -> None:
     best = table.score[:, 0]
     silent = int((best < 0).sum())
     print(
-        f"{args.out}: anchors of {len(table)} labels of {len(reader.index)} clips, median score "
-        f"{np.median(best):.3f}, median purity {np.median(table.purity.astype(np.float32)):.3f}"
+        f"{args.out}: anchors of {counted(len(table), 'label')} of "
+        f"{counted(len(reader.index), 'clip')}, median score {np.median(best):.3f}, median purity "
+        f"{np.median(table.purity.astype(np.float32)):.3f}"
         + (f", {silent} below {args.min_dbfs:g} dBFS" if silent else "")
     )
     heard = best[best >= 0]

@@ -8,6 +8,7 @@ list   lists the vectors of a bank
 import argparse
 
 from uss_jax.cli.arguments import path
+from uss_jax.wording import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,8 +47,8 @@ def _list(path: str) -> None:
 
     bank = load_bank(path)
     about = (
-        f"{path}: {len(bank.name)} vectors of width {bank.vectors.shape[1]}, kind {bank.kind}, "
-        f"made with query net {bank.net_hash}, {bank.how or 'origin unknown'}"
+        f"{path}: {counted(len(bank.name), 'vector')} of width {bank.vectors.shape[1]}, "
+        f"kind {bank.kind}, made with query net {bank.net_hash}, {bank.how or 'origin unknown'}"
     )
     print("\n".join(map(one_line, [about, *(f"  {name}" for name in bank.name)])))
 
@@ -83,4 +84,4 @@ def _make(args: argparse.Namespace) -> None:
         f"averaged over example recordings without their silence, for {args.model}",
     )
     write_bank(args.bank, bank)
-    print(f"{args.bank}: {len(names)} vectors")
+    print(f"{args.bank}: {counted(len(names), 'vector')}")

@@ -30,6 +30,7 @@ from uss_jax.data.tfrecord import CHECKSUM, HEADER, masked_crc, scan_records
 from uss_jax.disk.checked_npz import Column, read_npz
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
+from uss_jax.wording import counted
 
 FORMAT_VERSION = 1
 
@@ -328,9 +329,10 @@ def _tell_clipped(folder: Folder, index: RecordIndex, share: Float32[np.ndarray,
     if loud := int((share > _CLIPPED_TOLD).sum()):
         most = int(np.argmax(share))
         print(
-            f"{folder}: {loud} of {len(index)} records have more than {_CLIPPED_TOLD:.1%} of their "
-            f"samples above full scale, which are clipped when read; the largest share is "
-            f"{share[most]:.1%}, in {index.ids[most].decode(errors='replace')!r}",
+            f"{folder}: in {loud:,} of {counted(len(index), 'record')}, more than "
+            f"{_CLIPPED_TOLD:.1%} of the samples are above full scale and are clipped when read; "
+            f"the largest share is {share[most]:.1%}, in "
+            f"{index.ids[most].decode(errors='replace')!r}",
             file=sys.stderr,
         )
 

@@ -22,6 +22,7 @@ from uss_jax.disk.checked_json import (
 )
 from uss_jax.errors import UserError, one_line
 from uss_jax.evaluation.scoring import AVERAGE, CLASS, HALF, ORACLE
+from uss_jax.wording import counted
 
 _ASKED = (AVERAGE, CLASS, ORACLE)
 
@@ -133,8 +134,8 @@ def compare(
                 missing.append(_how(published.suite, workdir, of is not None))
             if count != published.classes:
                 unlike.append(
-                    f"{workdir}: {published.suite} averaged over {count} classes, "
-                    f"published over {published.classes}"
+                    f"{workdir}: {published.suite} averaged over "
+                    f"{counted(count, 'class', 'classes')}, published over {published.classes}"
                 )
     return header, rows, unlike, missing
 
@@ -144,7 +145,9 @@ def _rows(
 ) -> list[list[Any]]:
     """Builds the rows over `count` classes, with published values if theirs is the same count."""
     is_like = count == published.classes
-    name = published.data_set if is_like else f"{published.suite}, {count} classes of your own"
+    name = published.data_set
+    if not is_like:
+        name = f"{published.suite}, {counted(count, 'class', 'classes')} of your own"
     rows = []
     for asked in (*_ASKED, HALF):
         ours = [_figure(of, asked, published.figure) for of in results]

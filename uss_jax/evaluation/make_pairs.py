@@ -28,6 +28,7 @@ from uss_jax.errors import UserError
 from uss_jax.evaluation.clips import MIN_DBFS, Chosen, MinedAnchors, mine, read_segments
 from uss_jax.evaluation.scoring import samples_digest
 from uss_jax.ontology import load_ontology
+from uss_jax.wording import counted
 
 MANIFEST = "manifest.csv"
 PAIRINGS = ("conflict_free", "reference")
@@ -99,8 +100,8 @@ def make_pairs(
     classes = len(np.unique(reader.index.label_class))
     if per_class * classes > _MOST_PAIRS:
         raise UserError(
-            f"{per_class} pairs for each of {classes} classes exceed the limit of {_MOST_PAIRS:,} "
-            "pairs; give a smaller --per-class"
+            f"{per_class} pairs for each of {counted(classes, 'class', 'classes')} exceed the "
+            f"limit of {_MOST_PAIRS:,} pairs; give a smaller --per-class"
         )
     source, partner, without_partner = draw_pairs(reader.index, per_class, seed, pairing)
     min_dbfs = None if pairing == "reference" else MIN_DBFS

@@ -47,6 +47,7 @@ from uss_jax.evaluation.summary import (
 from uss_jax.evaluation.tagging import evaluate_tagging, format_tagging
 from uss_jax.evaluation.text_table import format_table, markdown_table, silent_note, write_results
 from uss_jax.separation.queries import require_npz, write_bank
+from uss_jax.wording import counted
 
 Results = dict[str, Any]
 
@@ -92,7 +93,7 @@ def run_pairs(
     if averages and bank:
         stored = bank_of_averages(model, averages, f"averaged over {train_records or train_pairs}")
         write_bank(bank, stored)
-        text.append(f"{bank}: vectors of {len(averages)} classes")
+        text.append(f"{bank}: vectors of {counted(len(averages), 'class', 'classes')}")
     if examples and out_dir:
         pictures = write_examples(model, pairs, figures, rows, examples, out_dir)
         text += [f"{picture}: its audio files are next to it" for picture in pictures]

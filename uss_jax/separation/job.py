@@ -31,6 +31,7 @@ from uss_jax.separation.queries import Classes, Query
 from uss_jax.separation.recordings import Separated, Separator
 from uss_jax.separation.report import REPORT, not_heard, recording_facts, write_report
 from uss_jax.separation.separator import tag_segments
+from uss_jax.wording import counted
 
 _HEARD_SHOWN = 20
 _NAMED = 3
@@ -150,7 +151,8 @@ def passed_over(others: Sequence[pathlib.Path]) -> str:
     """Returns a remark on the files of a folder that were skipped for their suffixes."""
     names = ", ".join(path.name for path in others[:_NAMED])
     more = ", ..." if len(others) > _NAMED else ""
-    return f"skipped {len(others)} files that are not audio files ({names}{more})"
+    what = counted(len(others), "file that is not an audio file", "files that are not audio files")
+    return f"skipped {what} ({names}{more})"
 
 
 def _place(path: pathlib.Path, word: str) -> pathlib.PurePath:
@@ -212,7 +214,10 @@ def separate_all(
         facts = finished_facts(folder, digest)
         if facts is None:
             facts = _separate_one(separator, recording.path, folder, query, settings, digest)
-            print(f"{recording.path}: {len(facts['sounds'])} sounds in {folder}, see report.html")
+            residual = separator.settings.residual
+            sounds = counted(len(facts["sounds"]) - residual, "sound")
+            beside = " and the residual" if residual else ""
+            print(f"{recording.path}: {sounds}{beside} in {folder}, see report.html")
         else:
             print(f"{recording.path}: done earlier, in {folder}")
             earlier += 1

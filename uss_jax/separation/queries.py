@@ -22,6 +22,7 @@ from uss_jax.errors import UserError
 from uss_jax.models.query import KINDS
 from uss_jax.ontology import load_ontology, reference_tree
 from uss_jax.separation.separator import Target
+from uss_jax.wording import counted
 
 # A class is active in a segment if its probability is at least this (as in bytedance/uss).
 THRESHOLD = 0.2
@@ -372,8 +373,9 @@ def read_bank(path: str | os.PathLike, model: Model) -> Bank:
     width = model.separator.module.condition_width
     if bank.vectors.shape[1] != width:
         raise UserError(
-            f"{path} holds vectors of shape {bank.vectors.shape} for {len(bank.name)} names, "
-            f"{model.path} takes conditions of width {width}; make the bank with this model"
+            f"{path} holds vectors of shape {bank.vectors.shape} for "
+            f"{counted(len(bank.name), 'name')}, {model.path} takes conditions of width "
+            f"{width}; make the bank with this model"
         )
     if bank.net_hash != model.query_hash:
         raise UserError(

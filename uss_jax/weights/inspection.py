@@ -20,6 +20,7 @@ from uss_jax.disk.checked_npz import names_in_npz, read_npz
 from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError
 from uss_jax.separation.queries import load_bank
+from uss_jax.wording import counted
 
 _TAIL_BYTES = 1 << 16  # read from the end of metrics.jsonl: many lines
 _PARTS = ("separator", "query", "adaptor", "sed")
@@ -78,7 +79,9 @@ def _of_model(path: pathlib.Path) -> list[str]:
     foreign = path / "foreign.safetensors"
     if foreign.is_file():
         count = len(read_tensors(foreign))
-        lines.append(f"{foreign.name}: {count} tensors of the converted checkpoint, kept unchanged")
+        lines.append(
+            f"{foreign.name}: {counted(count, 'tensor')} of the converted checkpoint, unchanged"
+        )
     if "training" in config:
         lines += _history(path, config)
     return lines
@@ -122,7 +125,7 @@ def _of_part(bundle: Bundle, part: str) -> Iterator[str]:
     tables = {"separator": nets.SEPARATORS, "query": nets.TAGGERS, "sed": nets.TAGGERS}
     net = nets.name_of(tables[part], fields) if part in tables else part
     stored = f" in {'/'.join(sorted(dtypes))}" if dtypes != {"float32"} else ""
-    classes = f", {fields['classes']} classes" if "classes" in fields else ""
+    classes = f", {counted(fields['classes'], 'class', 'classes')}" if "classes" in fields else ""
     yield f"{part}: {net}{classes}, {sum(sizes.values()):,} parameters{stored}, sha256 {found}"
     if said != found:
         yield f"  differs from config.json ({said}): the bundle was changed or is damaged"
@@ -133,8 +136,8 @@ def _history(path: pathlib.Path, config: dict[str, Any]) -> Iterator[str]:
     training = config["training"]
     step = config.get("step") or latest_step(path / "checkpoints") or 0
     total, batch = training.get("total_steps"), training.get("global_batch")
-    total = f"{total:,}" if isinstance(total, int) else "an unknown number of"
-    yield f"trained: {step:,} of {total} steps, global batch {batch}"
+    total = counted(total, "step") if isinstance(total, int) else "an unknown number of steps"
+    yield f"trained: {step:,} of {total}, global batch {batch}"
     data = training.get("data")
     if isinstance(data, dict):
         yield f"data: {data.get('records')} ({data.get('split')}), seed {training.get('seed')}"
@@ -168,8 +171,10 @@ def _of_records(path: pathlib.Path) -> Iterator[str]:
         index = load_index(path, split)
         hours = int(index.samples.astype(np.int64).sum()) / rate / 3600
         yield (
-            f"  {split}: {len(index):,} clips, {hours:.2f} h, {len(index.label_class):,} labels of "
-            f"{len(np.unique(index.label_class))} classes, {len(index.shards)} shards, index "
+            f"  {split}: {counted(len(index), 'clip')}, {hours:.2f} h, "
+            f"{counted(len(index.label_class), 'label')} of "
+            f"{counted(len(np.unique(index.label_class)), 'class', 'classes')}, "
+            f"{counted(len(index.shards), 'shard')}, index "
             f"digest {index.digest}"
         )
 
@@ -184,11 +189,11 @@ def _of_npz(path: pathlib.Path) -> list[str]:
         raise UserError(f"{path} cannot be read ({error}); give {_KINDS}") from error
     if "net_hash" in names:
         bank = load_bank(path)
-        lines = [f"{path}: query bank, {bank.kind}, {bank.vectors.shape[0]} vectors of width "]
+        lines = [f"{path}: query bank, {bank.kind}, {counted(len(bank.name), 'vector')} of width "]
         lines[0] += f"{bank.vectors.shape[1]}, query net {bank.net_hash}"
         return [*lines, *([bank.how] if bank.how else []), *(f"  {name}" for name in bank.name)]
     if "header" in names:
         header = read_header(path)
-        lines = [f"{path}: anchor table, {rows:,} rows"]
+        lines = [f"{path}: anchor table, {counted(rows, 'row')}"]
         return [*lines, *(f"  {key}: {value}" for key, value in header.items())]
     raise UserError(f"{path} is neither an anchor table nor a query bank; give {_KINDS}")

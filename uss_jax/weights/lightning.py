@@ -11,6 +11,7 @@ from uss_jax.bundles.bundle import Bundle, read_tensors
 from uss_jax.disk.atomic import replacing
 from uss_jax.errors import UserError
 from uss_jax.weights.torch import LIGHTNING_PREFIXES, SMOOTHING, StateDict, state_dict_of
+from uss_jax.wording import counted
 
 FOREIGN = "foreign.safetensors"
 # Lightning migrates checkpoints of older versions, and those before 1.6.5 must then hold the state
@@ -59,8 +60,9 @@ def lightning_state_dict(bundle: Bundle) -> StateDict:
         missing = [name for name in _wanted(part, prefix, fields, trained) if name not in kept]
         if missing:
             raise UserError(
-                f"{bundle.path / FOREIGN} lacks {missing[0]} ({len(missing)} missing tensors in "
-                "all), which bytedance/uss needs; convert the .ckpt again"
+                f"{bundle.path / FOREIGN} lacks {missing[0]} "
+                f"({counted(len(missing), 'missing tensor')} in all), which bytedance/uss needs; "
+                "convert the .ckpt again"
             )
         whole |= trained | kept
     if SMOOTHING not in foreign:

@@ -190,7 +190,7 @@ def test_slakh2100(place, tmp_path):
 
 
 def test_what_is_missing_is_named(place, tmp_path):
-    with pytest.raises(UserError, match=r"2 of 2 files of FSDKaggle2018 are missing: .*post_comp"):
+    with pytest.raises(UserError, match=r"FSDKaggle2018 lacks 2 of its 2 files: .*post_comp"):
         fsdkaggle2018.items(tmp_path, "train")
     with pytest.raises(UserError, match="of FSD50K are missing"):
         fsd50k.items(tmp_path, "test")
@@ -198,7 +198,7 @@ def test_what_is_missing_is_named(place, tmp_path):
         slakh2100.items(tmp_path, "test")
     copied = imitations.fsd50k(tmp_path / "fsd50k")
     (copied / "FSD50K.eval_audio" / "1002.wav").unlink()
-    with pytest.raises(UserError, match=r"1 of 8 files of FSD50K are missing: .*1002\.wav"):
+    with pytest.raises(UserError, match=r"FSD50K lacks 1 of its 8 files: .*1002\.wav"):
         fsd50k.items(copied, "test")
 
 

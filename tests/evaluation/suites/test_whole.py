@@ -252,7 +252,7 @@ def test_what_is_missing_is_named(place, tmp_path, capsys):
     with pytest.raises(UserError, match="of Voicebank-Demand are missing"):
         voicebank_demand.sentences(tmp_path)
     (imitations.musdb18(tmp_path) / "test" / "b" / "bass.wav").unlink()
-    with pytest.raises(UserError, match=r"1 of 10 files of MUSDB18-HQ are missing: .*b/bass\.wav"):
+    with pytest.raises(UserError, match=r"MUSDB18-HQ lacks 1 of its 10 files: .*b/bass\.wav"):
         musdb18.songs(tmp_path, "test")
     assert _evaluate(place, "musdb18", tmp_path / "r.json", kind="one_hot") == 1
     assert "takes AudioSet classes only" in capsys.readouterr().err

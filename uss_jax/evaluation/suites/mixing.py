@@ -17,6 +17,7 @@ from uss_jax.audio.files import audio_format, read_mono, read_segment, resample
 from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
+from uss_jax.wording import counted
 
 # As published: items of 2 s, 100 per class, drawn with this seed.
 SECONDS = 2.0
@@ -209,8 +210,8 @@ def require_files(files: Iterable[pathlib.Path], data_set: str) -> None:
     if missing:
         names = ", ".join(map(str, missing[:3])) + (", ..." if len(missing) > 3 else "")
         raise UserError(
-            f"{len(missing)} of {len(files)} files of {data_set} are missing: {names}; unpack the "
-            "data set in its publisher's folder layout, and give the folder with --data"
+            f"{data_set} lacks {len(missing):,} of its {counted(len(files), 'file')}: {names}; "
+            "unpack the data set in its publisher's folder layout, and give the folder with --data"
         )
 
 

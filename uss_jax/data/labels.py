@@ -19,6 +19,7 @@ from uss_jax.audio.files import find_recordings
 from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
+from uss_jax.wording import counted
 
 _UNKNOWN_SHOWN = 10
 _LONGEST_VIDEO = 1e6  # seconds
@@ -41,6 +42,22 @@ class LabelledFile(NamedTuple):
     segment: tuple[float, float] | None = None
 
 
+class Remark(NamedTuple):
+    """What a user may want to know of a file, other than why it has no record.
+
+    Attributes:
+      file: path, relative to the folder of recordings.
+      line: line number in the label file; None: it is in no line.
+      kind: category, for counting: "unlisted", "unknown labels", "clipped", ...
+      text: a phrase.
+    """
+
+    file: str
+    line: int | None
+    kind: str
+    text: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Labels:
     """The contents of a label file.
@@ -49,13 +66,32 @@ class Labels:
       clips: selected lines.
       unknown: skipped labels, with the line numbers of the selected lines that have them.
       unlisted: recordings in the folder that are not in the label file.
-      others: files in the folder whose names are not those of recordings.
+      others: files in the folder whose names are not those of recordings, relative to it; without
+        the label file.
     """
 
     clips: list[LabelledFile]
     unknown: dict[str, list[int]]
     unlisted: list[pathlib.Path]
     others: list[pathlib.Path]
+
+    def remarks(self) -> list[Remark]:
+        """Returns a remark on each line with unknown labels and each file that is not used."""
+        by_line: dict[int, list[str]] = {}
+        for label, lines in self.unknown.items():
+            for line in lines:
+                by_line.setdefault(line, []).append(label)
+        found = [
+            Remark(clip.file, clip.line, "unknown labels", "; ".join(by_line[clip.line]))
+            for clip in self.clips
+            if clip.line in by_line
+        ]
+        for files, kind, text in (
+            (self.unlisted, "unlisted", "in no line of the label file"),
+            (self.others, "not a recording", "judging by its name"),
+        ):
+            found += [Remark(os.fspath(file), None, kind, text) for file in files]
+        return found
 
 
 def read_labels(
@@ -66,6 +102,7 @@ def read_labels(
     label_map: Mapping[str, str] | None = None,
     skip_unknown: bool = False,
     files: Collection[str] | None = None,
+    known: Collection[str | os.PathLike] = (),
 ) -> Labels:
     """Reads a label file of either form.
 
@@ -76,6 +113,7 @@ def read_labels(
       label_map: maps custom label names to classes, separated by ";".
       skip_unknown: skip labels that are not classes; False: raise an error.
       files: read only the lines of these files; None: all.
+      known: files whose presence in the folder is not worth a remark, such as the label map.
 
     Raises:
       UserError: the file is invalid or lists no clips, or has an unknown label.
@@ -103,8 +141,9 @@ def read_labels(
         clips = [clip for clip in clips if clip.file in wanted]
         if missing := sorted(wanted - listed):
             raise UserError(
-                f"{path} has no line for {len(missing)} of the {len(wanted)} requested "
-                f"files, such as {missing[0]}; write file names as the label file does"
+                f"{path} has no line for {len(missing)} of the "
+                f"{counted(len(wanted), 'requested file')}, such as {missing[0]}; write file "
+                "names as the label file does"
             )
         resolver.forget_other_lines({clip.line for clip in clips})
     if resolver.unknown and not skip_unknown:
@@ -112,6 +151,12 @@ def read_labels(
     if not clips:
         raise UserError(f"{path} lists no clips; expected a line for each")
     listed |= of_other_splits
+    known = {os.path.abspath(file) for file in (path, *known)}
+    others = [
+        pathlib.Path(os.path.relpath(file, audio))
+        for file in others
+        if os.path.abspath(file) not in known
+    ]
     unlisted = [pathlib.Path(name) for name in names if name not in listed]
     return Labels(clips, resolver.unknown, unlisted, others)
 
@@ -129,8 +174,8 @@ def read_label_map(path: str | os.PathLike) -> dict[str, str]:
     for line, row in rows:
         if len(row) != 2:
             raise UserError(
-                f"{path}, line {line}: {len(row)} fields, expected name and class; put quotes "
-                "around a name that has commas"
+                f"{path}, line {line}: {counted(len(row), 'field')}, expected name and class; "
+                "put quotes around a name that has commas"
             )
         name, classes = row
         for word in filter(str.strip, classes.split(";")):
@@ -284,8 +329,8 @@ def _table(
     for line, row in rows:
         if len(row) != len(header):
             raise UserError(
-                f"{path}, line {line}: {len(row)} fields, the header has {len(header)}; put "
-                "quotes around a field that has commas"
+                f"{path}, line {line}: {counted(len(row), 'field')}, the header has {len(header)}; "
+                "put quotes around a field that has commas"
             )
         fields = dict(zip(header, map(str.strip, row), strict=True))
         if fields.get("split", split) != split:

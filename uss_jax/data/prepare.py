@@ -18,7 +18,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from uss_jax.audio.files import CutOff, audio_format, flac_bytes, read_mono, truncation
 from uss_jax.data.encodings import to_int16
 from uss_jax.data.index import RecordIndex, build_index
-from uss_jax.data.labels import LabelledFile
+from uss_jax.data.labels import LabelledFile, Remark
 from uss_jax.data.metadata import check_format, write_metadata
 from uss_jax.data.schema import Schema
 from uss_jax.data.tf_example import serialise
@@ -36,6 +36,7 @@ from uss_jax.disk.atomic import flush, move, replacing
 from uss_jax.disk.checked_json import list_of, mapping_of, number, parse_json, record, text
 from uss_jax.disk.lock import LOCK, only_one
 from uss_jax.errors import UserError
+from uss_jax.wording import counted
 
 # A clip is silent if no sample reaches -60 dBFS, the level below which anchors are not drawn.
 _SILENT_PEAK = 1e-3
@@ -165,6 +166,8 @@ class Prepared:
       clipped: clips with more than 0.1 % of their samples above full scale, which were clipped,
         with that share.
       report: CSV file that lists the skipped clips.
+      remarks: what else there is to know of files, including the clipped ones.
+      remarks_report: CSV file that lists the remarks; None if there are none.
     """
 
     directory: pathlib.Path
@@ -172,6 +175,8 @@ class Prepared:
     skipped: list[tuple[LabelledFile, Skipped]]
     clipped: list[tuple[LabelledFile, float]]
     report: pathlib.Path
+    remarks: list[Remark]
+    remarks_report: pathlib.Path | None
 
 
 Engine = Callable[[list["Block"]], None]
@@ -190,6 +195,7 @@ def prepare(
     workers: int = 1,
     engine: Engine | None = None,
     overwrite: bool = False,
+    remarks: Iterable[Remark] = (),
 ) -> Prepared:
     """Makes a split of records in `out`/`name`/`version`, whole or not at all.
 
@@ -206,6 +212,7 @@ def prepare(
       workers: number of threads that read and convert.
       engine: runs the blocks; None: threads of this process.
       overwrite: replace an existing split; False: raise an error.
+      remarks: remarks on the files, to be written beside the records.
 
     Raises:
       UserError: an argument is invalid, no clip can be used, or the output cannot be written.
@@ -244,7 +251,7 @@ def prepare(
                 shutil.rmtree(unfinished, ignore_errors=True)
                 _remove_if_empty(directory, directory.parent)
                 raise UserError(
-                    f"none of the {len(labelled)} clips could be used; the first: "
+                    f"none of the {counted(len(labelled), 'clip')} could be used; the first: "
                     f"{skipped[0][1].reason}"
                 )
             for at, path in enumerate(paths):
@@ -262,10 +269,28 @@ def prepare(
                 encoding=settings.encoding,
             )
             report = directory / f"skipped-{split}.csv"
-            _write_report(report, skipped)
+            _write_rows(
+                report,
+                ("file", "line", "kind", "reason"),
+                ((item.file, item.line, *why) for item, why in skipped),
+            )
+            remarks = [*remarks, *(_remark_on_clipped(*pair) for pair in clipped)]
+            remarks_report = directory / f"remarks-{split}.csv"
+            if remarks:
+                _write_rows(remarks_report, Remark._fields, remarks)
+            else:
+                remarks_report.unlink(missing_ok=True)
             # Removed last: a rerun after an interruption then recognises the split as its own.
             shutil.rmtree(unfinished, ignore_errors=True)
-            return Prepared(directory, index, skipped, clipped, report)
+            return Prepared(
+                directory,
+                index,
+                skipped,
+                clipped,
+                report,
+                remarks,
+                remarks_report if remarks else None,
+            )
     except OSError as error:
         raise UserError(
             f"{directory} could not be written ({error.strerror or error}); choose an --out "
@@ -304,8 +329,8 @@ def _refuse_existing(directory: pathlib.Path, split: str) -> None:
     shards = list(directory.glob(f"*-{split}.tfrecord-?????-of-?????"))
     if shards or index.exists():
         raise UserError(
-            f'{directory} has a split "{split}" already ({len(shards)} shards); give --overwrite '
-            "to replace it, or another --split, --version or --name"
+            f'{directory} has a split "{split}" already ({counted(len(shards), "shard")}); give '
+            "--overwrite to replace it, or another --split, --version or --name"
         )
 
 
@@ -453,12 +478,17 @@ def _remove_if_empty(*folders: pathlib.Path) -> None:
             folder.rmdir()
 
 
-def _write_report(path: pathlib.Path, skipped: list[tuple[LabelledFile, Skipped]]) -> None:
+def _remark_on_clipped(item: LabelledFile, share: float) -> Remark:
+    text = f"{100 * share:.2g} % of its samples are above full scale and were clipped"
+    return Remark(item.file, item.line, "clipped", text)
+
+
+def _write_rows(path: pathlib.Path, header: Iterable[str], rows: Iterable[Iterable]) -> None:
     with (
         replacing(path) as temporary,
         # File names need not be UTF-8.
         open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
     ):
         writer = csv.writer(file)
-        writer.writerow(["file", "line", "kind", "reason"])
-        writer.writerows([item.file, item.line, *why] for item, why in skipped)
+        writer.writerow(header)
+        writer.writerows(rows)

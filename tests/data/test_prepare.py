@@ -81,6 +81,7 @@ def test_long_clips_keep_their_beginning_and_short_ones_their_length(audio):
     ("name", "kind", "reason"),
     [
         ("none.wav", "missing", "does not exist"),
+        ("link.wav", "missing", "link.wav is a link to gone.wav, which does not exist"),
         ("text.wav", "unreadable", "cannot be read"),
         ("silent.wav", "silent", "is silent"),
         (".", "unreadable", "is a folder"),
@@ -90,6 +91,7 @@ def test_long_clips_keep_their_beginning_and_short_ones_their_length(audio):
 def test_unusable_clips_give_a_reason(audio, name, kind, reason, monkeypatch):
     monkeypatch.setattr(mended.shutil, "which", lambda name: None)  # no ffmpeg
     os.mkfifo(audio / "pipe")
+    (audio / "link.wav").symlink_to("gone.wav")
     made = prepare_clip(audio / name, name, (0,), SETTINGS)
     assert isinstance(made, Skipped)
     assert made.kind == kind
@@ -130,6 +132,29 @@ def test_the_segment_is_cut_out_of_a_whole_video(audio):
     part = prepare_clip(audio / "part.wav", "a", (0,), settings, (30.0, 40.0))
     assert part.kind == "not its segment"
     assert "lasts 20.0 s" in part.reason
+
+
+def test_several_segments_are_cut_out_of_one_video(audio, tmp_path):
+    soundfile.write(audio / "video.wav", _noise(20 * 8000), 8000, subtype="PCM_16")
+    soundfile.write(audio / "short.wav", _noise(5 * 8000), 8000, subtype="PCM_16")
+    segments = [
+        (f"{name}.wav", span) for name in ("video", "short") for span in ((1.0, 5.0), (7.0, 12.0))
+    ]
+    labelled = [
+        LabelledFile(file, (at,), at + 2, span, shared=True)
+        for at, (file, span) in enumerate(segments)
+    ]
+    names = {"name": "toy", "version": "1.0.0", "split": "train"}
+    made = prepare(labelled, audio, tmp_path, **names, settings=SETTINGS)
+    assert made.index.ids.tolist() == [b"video.wav#t=1,5", b"video.wav#t=7,12"]
+    whole, _ = soundfile.read(audio / "video.wav", dtype="int16")
+    reader = ClipReader(made.directory, made.index)
+    for clip, begin in enumerate((1, 7)):
+        expected = whole[8000 * begin : 8000 * (begin + 1)]
+        np.testing.assert_array_equal(reader.read(clip), expected)
+    assert [why.kind for _, why in made.skipped] == ["not its segment"] * 2
+    assert "short.wav lasts 5.0 s and is thus one segment" in made.skipped[0][1].reason
+    assert "short_1_5" in made.skipped[0][1].reason
 
 
 def test_clipped_samples_are_counted(audio, tmp_path):
@@ -328,11 +353,11 @@ def test_a_job_that_was_stopped_goes_on_with_the_shards_that_are_left(audio, tmp
     whole = _prepare(audio, tmp_path / "whole", names, shards=4)
     made, make = [], prepare_module.prepare_clip
 
-    def stopped(path, id, labels, settings, segment):
+    def stopped(path, id, *more):
         made.append(id)
         if id == "7.wav":
             raise KeyboardInterrupt
-        return make(path, id, labels, settings, segment)
+        return make(path, id, *more)
 
     monkeypatch.setattr(prepare_module, "prepare_clip", stopped)
     with pytest.raises(KeyboardInterrupt):
@@ -340,9 +365,9 @@ def test_a_job_that_was_stopped_goes_on_with_the_shards_that_are_left(audio, tmp
     assert not [name for name in _files(tmp_path / "out" / "toy" / "1.0.0") if "tfrecord" in name]
     stopped_at = len(made)
 
-    def counted(path, id, labels, settings, segment):
+    def counted(path, id, *more):
         made.append(id)
-        return make(path, id, labels, settings, segment)
+        return make(path, id, *more)
 
     monkeypatch.setattr(prepare_module, "prepare_clip", counted)
     again = _prepare(audio, tmp_path / "out", names, shards=4)

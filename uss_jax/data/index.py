@@ -350,7 +350,8 @@ def _refuse_duplicates(folder: Folder, index: RecordIndex) -> None:
     raise UserError(
         f"{folder}/{other[0]}: the record at byte {other[1]} has the same id "
         f"{index.ids[second].decode(errors='replace')!r} as the one at byte "
-        f"{one[1]} of {one[0]}; ids must be unique, prepare the records again"
+        f"{one[1]} of {one[0]}; ids must be unique: write the records again, or name "
+        "another feature as the id in a --schema"
     )
 
 

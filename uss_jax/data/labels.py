@@ -7,6 +7,7 @@ dogs/a.wav,Bark;Dog               labels separated by ";": names, mids or class 
 --PJHxphWEs, 30.000, 40.000, "/m/09x0r,/t/dd00088"
 """
 
+import collections
 import csv
 import dataclasses
 import functools
@@ -34,12 +35,22 @@ class LabelledFile(NamedTuple):
       line: line number in the label file, from 1.
       segment: begin and end of the labelled part, in seconds, if the file may be the whole video;
         None: the whole file is labelled.
+      shared: other lines label other segments of the file, so it must be the whole video.
     """
 
     file: str
     labels: tuple[int, ...]
     line: int
     segment: tuple[float, float] | None = None
+    shared: bool = False
+
+    @property
+    def id(self) -> str:
+        """Clip name in the records: the file, with the segment's times if it has several."""
+        if self.segment is None or not self.shared:
+            return self.file
+        begin, end = self.segment
+        return f"{self.file}#t={begin:g},{end:g}"
 
 
 class Remark(NamedTuple):
@@ -374,12 +385,13 @@ def _audioset_segments(
         # A file with the times in its name is the segment; one without may be the whole video.
         whole = next((files[name] for name in _whole_stems(video) if name in files), None)
         cut = next((files[name] for name in _segment_stems(video, *segment) if name in files), None)
-        if cut or not whole:
-            # A clip that was never downloaded is listed as missing under the first name.
-            labelled.append(LabelledFile(cut or f"Y{video}.wav", labels, line))
+        if cut:
+            labelled.append(LabelledFile(cut, labels, line))
         else:
-            labelled.append(LabelledFile(whole, labels, line, segment))
-    return labelled
+            # A clip that was never downloaded is listed as missing under the first name.
+            labelled.append(LabelledFile(whole or f"Y{video}.wav", labels, line, segment))
+    segments = collections.Counter(item.file for item in labelled if item.segment)
+    return [item._replace(shared=segments[item.file] > 1) for item in labelled]
 
 
 def _whole_stems(video: str) -> tuple[str, str]:
@@ -403,8 +415,8 @@ def _tails(begin: float, end: float) -> list[str]:
 def _refuse_duplicates(path: str | os.PathLike, labelled: list[LabelledFile]) -> None:
     lines: dict[str, int] = {}
     for item in labelled:
-        if lines.setdefault(item.file, item.line) != item.line:
+        if lines.setdefault(item.id, item.line) != item.line:
             raise UserError(
-                f"{path}, line {item.line}: {item.file} was listed in line {lines[item.file]} "
+                f"{path}, line {item.line}: {item.id} was listed in line {lines[item.id]} "
                 "already; keep one line with all its labels"
             )

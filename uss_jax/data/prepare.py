@@ -35,6 +35,7 @@ from uss_jax.data.tfrecord import RecordWriter
 from uss_jax.disk.atomic import flush, move, replacing
 from uss_jax.disk.checked_json import list_of, mapping_of, number, parse_json, record, text
 from uss_jax.disk.lock import LOCK, only_one
+from uss_jax.disk.opening import absence
 from uss_jax.errors import UserError
 from uss_jax.wording import counted
 
@@ -93,6 +94,7 @@ def prepare_clip(
     labels: tuple[int, ...],
     settings: ClipSettings,
     segment: tuple[float, float] | None = None,
+    shared: bool = False,
 ) -> Record | Skipped:
     """Converts a recording to a record, or returns why it is skipped. Pure but for reading `path`.
 
@@ -101,17 +103,17 @@ def prepare_clip(
       id: clip name in the records.
       labels: class indexes.
       settings: conversion settings.
-      segment: see LabelledFile.
+      segment, shared: see LabelledFile.
     """
     try:
         if not labels:
             raise _LeftOut("no label", f"{path} has no label that is a class")
         if not os.path.exists(path):
-            raise _LeftOut("missing", f"{path} does not exist")
+            raise _LeftOut("missing", f"{path} {absence(path)}")
         cut = None if settings.accept_truncated else truncation(path, decode=False)
         if cut:
             raise CutOff(f"{path} is cut off ({cut}); copy or download it again")
-        begin, seconds = _place(path, segment, settings.clip_seconds)
+        begin, seconds = _place(path, segment, shared, settings.clip_seconds)
         waveform = read_mono(path, settings.sample_rate, seconds, begin, settings.accept_truncated)
         waveform = waveform[: round(seconds * settings.sample_rate)]
         if np.abs(waveform).max(initial=0) < _SILENT_PEAK:
@@ -135,7 +137,10 @@ class _LeftOut(UserError):
 
 
 def _place(
-    path: str | os.PathLike, segment: tuple[float, float] | None, clip_seconds: float
+    path: str | os.PathLike,
+    segment: tuple[float, float] | None,
+    shared: bool,
+    clip_seconds: float,
 ) -> tuple[float, float]:
     """Returns where in the file the clip begins, and its maximum length, in seconds."""
     if segment is None:
@@ -144,7 +149,14 @@ def _place(
     form = audio_format(path)
     seconds = form.samples / form.sample_rate
     if seconds <= end - begin + _SEGMENT_SLACK:  # the file is the segment itself
-        return 0.0, clip_seconds
+        if not shared:
+            return 0.0, clip_seconds
+        raise _LeftOut(
+            "not its segment",
+            f"{path} lasts {seconds:.1f} s and is thus one segment, but several segments of the "
+            "video are labelled; put the times into the names of their files, as in "
+            f"{pathlib.Path(path).stem}_{begin:g}_{end:g}",
+        )
     if seconds < end - _SEGMENT_SLACK:
         raise _LeftOut(
             "not its segment",
@@ -417,7 +429,8 @@ class Block:
 
         def make(item: LabelledFile) -> Record | Skipped:
             path = os.path.join(self.audio, item.file)
-            return prepare_clip(path, item.file, item.labels, self.settings, item.segment)
+            where = item.segment, item.shared
+            return prepare_clip(path, item.id, item.labels, self.settings, *where)
 
         outcome = Outcome({}, {})
         with replacing(self.path) as temporary, RecordWriter(temporary) as writer:

@@ -10,6 +10,7 @@ from uss_jax.bundles.bundle import read_bundle
 from uss_jax.bundles.checkpoints import save_tree
 from uss_jax.cli.main import main
 from uss_jax.errors import UserError
+from uss_jax.ontology import load_ontology
 from uss_jax.separation.queries import Bank, write_bank
 from uss_jax.training.state import parameter_count
 from uss_jax.weights.inspection import inspect
@@ -61,6 +62,25 @@ def test_a_workdir_tells_its_history(tmp_path):
     assert "0 of 5,000 steps, global batch 16" in text
     assert "data: data/x (train), seed 7" in text
     assert "metrics of step 20: loss 0.5" in text
+
+
+def test_the_classes_and_lengths_of_records_are_shown(tmp_path):
+    clips = [("a", noise(1, 0.5), [0, 72]), ("b", noise(2, 1.5), [0]), ("c", noise(3, 0.75), [0])]
+    write_records(tmp_path, "test", clips)
+    text = "\n".join(inspect(tmp_path))
+    assert "lengths: 0.50 to 1.50 s, median 0.75 s" in text
+    dog = load_ontology().class_names[72]
+    assert f"clips of each class: Speech (3); {dog} (1)\n" in f"{text}\n"
+    clips = [(f"{k}.{at}", noise(1, 0.1), [k]) for k in range(20) for at in range(1 + (k == 19))]
+    clips += [(f"more{at}", noise(1, 0.1), [0]) for at in range(2)]
+    write_records(tmp_path, "test", clips)
+    lines = inspect(tmp_path)
+    names = load_ontology().class_names
+    shown = [f"{names[0]} (3)", f"{names[19]} (2)", *(f"{names[k]} (1)" for k in range(1, 7))]
+    assert lines[-3] == f"    classes with the most clips: {'; '.join(shown)}"
+    shown = "; ".join(f"{names[k]} (1)" for k in range(11, 19))
+    assert lines[-2] == f"    with the fewest: {shown}"
+    assert lines[-1] == "    20 classes with clips, 507 of 527 without"
 
 
 def test_records_tables_and_banks(tmp_path):

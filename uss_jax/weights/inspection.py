@@ -12,19 +12,21 @@ from uss_jax.anchors.table import COLUMNS, read_header
 from uss_jax.bundles import nets
 from uss_jax.bundles.bundle import Bundle, net_hash, read_bundle, read_tensors
 from uss_jax.bundles.checkpoints import latest_step
-from uss_jax.data.index import load_index, splits
+from uss_jax.data.index import RecordIndex, load_index, splits
 from uss_jax.data.metadata import read_encoding, read_sample_rate
 from uss_jax.data.storage import versions_below
 from uss_jax.disk.checked_json import parse_json, record, whole
 from uss_jax.disk.checked_npz import names_in_npz, read_npz
-from uss_jax.disk.opening import at_once
+from uss_jax.disk.opening import absence, at_once
 from uss_jax.errors import UserError
+from uss_jax.ontology import load_ontology
 from uss_jax.separation.queries import load_bank
 from uss_jax.wording import counted
 
 _TAIL_BYTES = 1 << 16  # read from the end of metrics.jsonl: many lines
 _PARTS = ("separator", "query", "adaptor", "sed")
 _OPENED = ("separator", "query", "sed")
+_CLASSES_SHOWN = 8
 _KINDS = "a bundle, workdir, export, checkpoint, folder of records, anchor table or query bank"
 
 
@@ -36,7 +38,7 @@ def inspect(path: str | os.PathLike) -> list[str]:
     """
     path = pathlib.Path(path)
     if not path.exists():
-        raise UserError(f"{path} does not exist; give {_KINDS}")
+        raise UserError(f"{path} {absence(path)}; give {_KINDS}")
     if path.suffix == ".npz" and path.is_file():
         return _of_npz(path)
     if path.parent.name == "checkpoints" and path.name.isdigit():
@@ -177,6 +179,30 @@ def _of_records(path: pathlib.Path) -> Iterator[str]:
             f"{counted(len(index.shards), 'shard')}, index "
             f"digest {index.digest}"
         )
+        yield from _of_split(index, rate)
+
+
+def _of_split(index: RecordIndex, rate: int) -> Iterator[str]:
+    """Yields the lengths of a split's clips, and how many clips its classes have."""
+    if not len(index):
+        return
+    seconds = index.samples / rate
+    yield (
+        f"    lengths: {seconds.min():.2f} to {seconds.max():.2f} s, median "
+        f"{np.median(seconds):.2f} s"
+    )
+    names = load_ontology().class_names
+    clips = np.bincount(index.label_class, minlength=len(names))  # a clip has a label only once
+    order = np.argsort(-clips, kind="stable")
+    order = order[clips[order] > 0].tolist()
+    said = [f"{names[k]} ({clips[k]:,})" for k in order]
+    if len(said) <= 2 * _CLASSES_SHOWN:
+        yield f"    clips of each class: {'; '.join(said)}"
+        return
+    yield f"    classes with the most clips: {'; '.join(said[:_CLASSES_SHOWN])}"
+    yield f"    with the fewest: {'; '.join(said[-_CLASSES_SHOWN:])}"
+    without = len(names) - len(said)
+    yield f"    {len(said)} classes with clips, {without} of {len(names)} without"
 
 
 def _of_npz(path: pathlib.Path) -> list[str]:

@@ -9,13 +9,13 @@ from uss_jax.anchors.table import COLUMNS, write_table
 from uss_jax.bundles import bundle
 from uss_jax.bundles.bundle import net_hash, read_bundle
 from uss_jax.bundles.checkpoints import load_tree, save_tree
+from uss_jax.cli import inspection
+from uss_jax.cli.inspection import inspect
 from uss_jax.cli.main import main
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 from uss_jax.separation.banks import Bank, write_bank
 from uss_jax.training.state import parameter_count
-from uss_jax.weights import inspection
-from uss_jax.weights.inspection import inspect
 
 
 def test_a_bundle(tmp_path, capsys):

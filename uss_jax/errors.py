@@ -1,4 +1,7 @@
-"""Exceptions that the command line reports as one sentence and an exit status."""
+"""Exceptions and the wording of messages for people.
+
+The command line reports each exception as one sentence and an exit status.
+"""
 
 import unicodedata
 
@@ -48,3 +51,14 @@ def one_line(text: str) -> str:
         else character.encode("unicode_escape").decode()
         for character in text
     )
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """Returns a number with its noun: "1 file", "2 files", "1,000 files".
+
+    Args:
+      number: count.
+      one: what follows 1, such as "file" or "file is".
+      many: what follows any other number, such as "files are"; None: `one` with an "s".
+    """
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"

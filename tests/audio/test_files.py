@@ -50,6 +50,10 @@ def _cut_flac(path):
 
 HOSTILE = {
     "missing": (lambda path: None, "does not exist"),
+    "dangling_link": (
+        lambda path: path.symlink_to("moved/away.wav"),
+        r"sound\.wav is a link to moved/away\.wav, which does not exist",
+    ),
     "folder": (lambda path: path.mkdir(), "is a folder"),
     "text": (
         lambda path: path.write_text("a letter, not a sound\n" * 99),

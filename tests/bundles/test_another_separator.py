@@ -10,8 +10,8 @@ from tests.tiny import CONFIGS, RATE, tone, train_words, write_pairs, write_plac
 from uss_jax.audio.files import read_audio, write_wav
 from uss_jax.audio.stft import istft, stft
 from uss_jax.bundles import nets
+from uss_jax.cli.inspection import inspect
 from uss_jax.cli.main import main
-from uss_jax.weights.inspection import inspect
 
 CONFIG = f"""
 import runpy

@@ -1,5 +1,6 @@
 """`uss-jax prepare` and `uss-jax index`, in a process of their own where exit status matters."""
 
+import csv
 import os
 import pathlib
 import re
@@ -46,13 +47,13 @@ def _arguments(collection, **changed):
 def test_prepare_then_index_says_what_it_made(collection, capsys):
     assert main(["prepare", *_arguments(collection), "--sample-rate", "8000"]) == 0
     printed = capsys.readouterr().out
-    assert "2 clips, 0.0 minutes, 3 classes, 1 shards" in printed
+    assert "2 clips, 0.0 minutes, 3 classes, 1 shard" in printed
     directory = collection.parent / "data sets" / "toy" / "1.0.0"
     digest = load_index(directory, "train").digest
     (directory / "index-train.npz").unlink()
     assert main(["index", str(directory)]) == 0
     assert (
-        f"train: 2 records in 1 shards, 0.000 GB, 3 labels of 3 classes, digest {digest[:12]}"
+        f"train: 2 records in 1 shard, 0.000 GB, 3 labels of 3 classes, digest {digest[:12]}"
         in (capsys.readouterr().out)
     )
     assert load_index(directory, "train").digest == digest
@@ -61,7 +62,7 @@ def test_prepare_then_index_says_what_it_made(collection, capsys):
 def test_left_out_clips_are_pointed_at(collection, capsys):
     (collection / "man.wav").write_text("not a sound")
     assert main(["prepare", *_arguments(collection)]) == 0
-    assert "1 clips left out (1 unreadable), with reasons in " in capsys.readouterr().out
+    assert "1 clip left out (1 unreadable), with reasons in " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -122,17 +123,56 @@ def test_what_is_passed_over_is_told(collection, capsys):
     assert main(["prepare", *_arguments(collection), "--skip-unknown-labels"]) == 0
     told = capsys.readouterr().out
     assert '2 labels are not classes and are skipped: "Wuff" (1), "Mann" (1)' in told
-    assert "1 recordings in " in told
-    assert "such as more.OPUS" in told
-    assert "2 files in " in told  # the label file is one
-    assert "1 clips left out (1 no label)" in told
+    assert f"{collection}: 1 recording is in no line of the label file (more.OPUS)" in told
+    assert f"{collection}: 1 file is no recording by its name (notes.txt)" in told
+    assert "1 clip left out (1 no label)" in told
     (collection / "own.csv").write_text("name,class\nWuff,Bark\nMann,Speech\n")
     words = [*_arguments(collection, **{"label-map": collection / "own.csv"}), "--overwrite"]
     assert main(["prepare", *words]) == 0
     assert "2 clips, 0.0 minutes, 3 classes" in capsys.readouterr().out
     (collection / "list.txt").write_text("dog.wav\n")
     assert main(["prepare", *words, "--files-from", str(collection / "list.txt")]) == 0
-    assert "1 clips, 0.0 minutes, 2 classes" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "1 clip, 0.0 minutes, 2 classes" in told
+    assert "no recording by its name (notes.txt)" in told  # not the map, nor the list
+
+
+def test_every_file_with_remarks_is_listed(collection, capsys):
+    loud = np.random.default_rng(0).uniform(-1.5, 1.5, 4000)
+    for name in ("loud.wav", "hot.wav"):
+        soundfile.write(collection / name, loud, 16000, subtype="FLOAT")
+    names = [f"more{at:02d}.wav" for at in range(12)]
+    for name in names:
+        (collection / name).touch()
+    lines = ["dog.wav,Dog;Wuff;Küche", "man.wav,Mann", "loud.wav,Speech", "hot.wav,Speech"]
+    (collection / "labels.csv").write_text("\n".join(["file,labels", *lines]), encoding="utf-8")
+    assert main(["prepare", *_arguments(collection), "--skip-unknown-labels"]) == 0
+    told = capsys.readouterr().out
+    directory = collection.parent / "data sets" / "toy" / "1.0.0"
+    report = directory / "remarks-train.csv"
+    assert (
+        f"{report} lists each file with remarks (12 unlisted, 2 unknown labels, 2 clipped)" in told
+    )
+    assert "12 recordings are in no line of the label file (more00.wav, more01.wav, more02" in told
+    assert "2 clips have more than 0.1 % of the samples above full scale" in told
+    with open(report, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    found = [(row["file"], row["line"], row["kind"]) for row in rows]
+    assert found == [
+        ("dog.wav", "2", "unknown labels"),
+        ("man.wav", "3", "unknown labels"),
+        *((name, "", "unlisted") for name in names),
+        ("loud.wav", "4", "clipped"),
+        ("hot.wav", "5", "clipped"),
+    ]
+    assert rows[0]["text"] == "Wuff; Küche"
+    assert re.fullmatch(r"\d\d % of its samples are above full scale .*", rows[-1]["text"])
+    for name in (*names, "loud.wav", "hot.wav"):
+        (collection / name).unlink()
+    (collection / "labels.csv").write_text("file,labels\ndog.wav,Dog\nman.wav,Speech\n")
+    assert main(["prepare", *_arguments(collection), "--overwrite"]) == 0
+    assert "with remarks" not in capsys.readouterr().out
+    assert not report.exists()
 
 
 def test_the_folder_without_its_version_is_pointed_to(collection, capsys):

@@ -21,11 +21,11 @@ def test_a_job_that_was_stopped_goes_on_with_the_shards_that_are_left(audio, tmp
     whole = prepare_toy(audio, tmp_path / "whole", names, shards=4)
     made, make = [], blocks.prepare_clip
 
-    def stopped(path, id, labels, settings, segment):
+    def stopped(path, id, *more):
         made.append(id)
         if id == "7.wav":
             raise KeyboardInterrupt
-        return make(path, id, labels, settings, segment)
+        return make(path, id, *more)
 
     monkeypatch.setattr(blocks, "prepare_clip", stopped)
     with pytest.raises(KeyboardInterrupt):
@@ -33,9 +33,9 @@ def test_a_job_that_was_stopped_goes_on_with_the_shards_that_are_left(audio, tmp
     assert not [name for name in files_of(tmp_path / "out" / "toy" / "1.0.0") if "tfrecord" in name]
     stopped_at = len(made)
 
-    def counted(path, id, labels, settings, segment):
+    def counted(path, id, *more):
         made.append(id)
-        return make(path, id, labels, settings, segment)
+        return make(path, id, *more)
 
     monkeypatch.setattr(blocks, "prepare_clip", counted)
     again = prepare_toy(audio, tmp_path / "out", names, shards=4)

@@ -28,6 +28,7 @@ def test_long_clips_keep_their_beginning_and_short_ones_their_length(audio):
     ("name", "kind", "reason"),
     [
         ("none.wav", "missing", "does not exist"),
+        ("link.wav", "missing", "link.wav is a link to gone.wav, which does not exist"),
         ("text.wav", "unreadable", "cannot be read"),
         ("silent.wav", "silent", "is silent"),
         (".", "unreadable", "is a folder"),
@@ -37,6 +38,7 @@ def test_long_clips_keep_their_beginning_and_short_ones_their_length(audio):
 def test_unusable_clips_give_a_reason(audio, name, kind, reason, monkeypatch):
     monkeypatch.setattr(mended.shutil, "which", lambda name: None)  # no ffmpeg
     os.mkfifo(audio / "pipe")
+    (audio / "link.wav").symlink_to("gone.wav")
     made = prepare_clip(audio / name, name, (0,), SETTINGS)
     assert isinstance(made, Skipped)
     assert made.kind == kind

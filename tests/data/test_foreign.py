@@ -162,7 +162,7 @@ def test_records_of_another_scale_are_refused_and_clipped_ones_told(
         assert _index(directory, "--schema", schema) == status
         told = capsys.readouterr().err
         assert ("divide" in told) == (scale == 20)
-        assert ("2 of 2 records have more than 0.1%" in told) == (scale == 2)
+        assert ("in 2 of 2 records, more than 0.1%" in told) == (scale == 2)
 
 
 def test_names_that_cannot_be_guessed_are_asked_for(tmp_path, capsys):

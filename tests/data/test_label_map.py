@@ -10,7 +10,7 @@ from uss_jax.errors import UserError
         ("own,class\na,Dog\n", 'line 1: expected a header with the columns "name,class"'),
         ("", "line 1: expected a header"),
         ("name,class\na,Dgo\n", r'line 2: no sound class is called "Dgo"; did you mean "Dog"'),
-        ("name,class\na\n", "line 2: 1 fields"),
+        ("name,class\na\n", "line 2: 1 field,"),
         (
             "name,class\na,Dog\nA,Bark\n",
             "line 3: 'A' was mapped to other classes in an earlier line",

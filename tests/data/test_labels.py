@@ -74,7 +74,7 @@ def test_names_of_common_downloaders_are_found(tmp_path, name, suffix):
     (tmp_path / "audio" / f"{name}{suffix}").touch()
     text = '# YTID\nx, 30.000, 40.000, "/m/09x0r"\n'
     labels = _read(tmp_path, text, whole=True)
-    assert labels.clips == [(f"{name}{suffix}", (SPEECH,), 2, None)]
+    assert [clip[:4] for clip in labels.clips] == [(f"{name}{suffix}", (SPEECH,), 2, None)]
     assert not labels.unlisted
 
 
@@ -84,12 +84,31 @@ def test_a_file_without_times_may_be_the_whole_video(tmp_path):
         (tmp_path / "audio" / name).touch()
     text = '# YTID\nx, 30.000, 40.000, "/m/09x0r"\nz, 1, 2, "/m/09x0r"\n'
     labels = _read(tmp_path, text, whole=True)
-    assert labels.clips == [
+    assert [clip[:4] for clip in labels.clips] == [
         ("x.wav", (SPEECH,), 2, (30.0, 40.0)),
         ("z_1_2.wav", (SPEECH,), 3, None),
     ]
     assert [str(path) for path in labels.unlisted] == ["Yz.opus", "other.flac"]
     assert [path.name for path in labels.others] == ["notes.txt"]
+
+
+def test_several_segments_of_one_video_are_several_clips(tmp_path):
+    (tmp_path / "audio").mkdir()
+    for name in ("Yvideo.wav", "other_30_40.wav"):
+        (tmp_path / "audio" / name).touch()
+    spans = [("video", 30, 40), ("video", 50.5, 60), ("other", 30, 40), ("none", 0, 10)]
+    spans.append(("none", 10, 20))
+    lines = ["# YTID, ...", *(f'{name}, {begin}, {end}, "{DOG}"' for name, begin, end in spans)]
+    clips = _read(tmp_path, "\n".join(lines), whole=True).clips
+    assert [(clip.file, clip.id, clip.shared) for clip in clips] == [
+        ("Yvideo.wav", "Yvideo.wav#t=30,40", True),
+        ("Yvideo.wav", "Yvideo.wav#t=50.5,60", True),
+        ("other_30_40.wav", "other_30_40.wav", False),
+        ("Ynone.wav", "Ynone.wav#t=0,10", True),
+        ("Ynone.wav", "Ynone.wav#t=10,20", True),
+    ]
+    with pytest.raises(UserError, match=r"line 7: Yvideo.wav#t=30,40 was listed in line 2"):
+        _read(tmp_path, "\n".join([*lines, lines[1]]))
 
 
 def test_one_file_has_one_name(tmp_path):
@@ -111,6 +130,25 @@ def test_all_unknown_labels_are_told_with_counts(tmp_path):
     labels = _read(tmp_path, text, whole=True, skip_unknown=True)
     assert [clip.labels for clip in labels.clips] == [(SPEECH,), (), (), (DOG,)]
     assert labels.unknown == {"Dgo": [2, 4], "wuff": [3]}
+
+
+def test_unknown_labels_of_other_lines_do_not_count(tmp_path):
+    text = "file,labels\na.wav,Dog;Wuff\nb.wav,Wuff;Miau\nc.wav,Speech\n"
+    labels = _read(tmp_path, text, whole=True, skip_unknown=True, files=["a.wav", "c.wav"])
+    assert labels.unknown == {"Wuff": [2]}
+    assert _read(tmp_path, text, files=["c.wav"]) == [("c.wav", (SPEECH,), 4)]
+    with pytest.raises(UserError, match=r'line 3: .*"Wuff" \(1\), "Miau" \(1\)'):
+        _read(tmp_path, text, files=["b.wav"])
+
+
+def test_recordings_of_other_splits_and_lines_are_listed(tmp_path):
+    (tmp_path / "audio").mkdir()
+    for name in ("a.wav", "b.wav", "c.wav", "d.wav"):
+        (tmp_path / "audio" / name).touch()
+    text = "file,split,labels\na.wav,train,Dog\n./b.wav,test,Dog\nc.wav,train,Speech\n"
+    for files in (None, ["a.wav"]):
+        labels = _read(tmp_path, text, whole=True, files=files)
+        assert [str(name) for name in labels.unlisted] == ["d.wav"]
 
 
 def test_labels_joined_by_commas_are_named_as_such(tmp_path):
@@ -164,7 +202,7 @@ def test_blanks_around_fields_do_not_count(tmp_path):
         ("file,labels\na.wav,\n", "line 2: no sound class"),
         ("file,labels\na.wav,527\n", "line 2: .*from 0 to 526"),
         ("file,labels\na.wav,Male speech, man speaking\n", "line 2: 3 fields"),
-        ("file,labels\na.wav\n", "line 2: 1 fields"),
+        ("file,labels\na.wav\n", "line 2: 1 field,"),
         ("file,labels\n,Dog\n", "line 2: the column"),
         ('file,labels\n"a.wav,Dog\n', "line 2: not valid CSV"),
         ("file,labels\na.wav,Dog\na.wav,Bark\n", "line 3: a.wav was listed in line 2"),

@@ -9,11 +9,12 @@ import pytest
 import soundfile
 import tensorflow_datasets as tfds
 
-from tests.data.toy import GOOD, files_of, prepare_toy, toy_noise
+from tests.data.toy import GOOD, SETTINGS, files_of, prepare_toy, toy_noise
 from uss_jax.data import blocks
 from uss_jax.data import prepare as prepare_module
 from uss_jax.data.conversion import ClipSettings
 from uss_jax.data.index import load_index
+from uss_jax.data.labels import LabelledFile
 from uss_jax.data.metadata import read_encoding, read_sample_rate
 from uss_jax.data.reader import ClipReader
 from uss_jax.data.tfrecord import TFRECORD
@@ -28,6 +29,29 @@ def test_clipped_samples_are_counted(audio, tmp_path):
     ((item, share),) = made.clipped
     assert item.file == "loud.wav"
     assert share == pytest.approx(2 / 3, abs=0.01)  # |2 sin| > 1
+
+
+def test_several_segments_are_cut_out_of_one_video(audio, tmp_path):
+    soundfile.write(audio / "video.wav", toy_noise(20 * 8000), 8000, subtype="PCM_16")
+    soundfile.write(audio / "short.wav", toy_noise(5 * 8000), 8000, subtype="PCM_16")
+    segments = [
+        (f"{name}.wav", span) for name in ("video", "short") for span in ((1.0, 5.0), (7.0, 12.0))
+    ]
+    labelled = [
+        LabelledFile(file, (at,), at + 2, span, shared=True)
+        for at, (file, span) in enumerate(segments)
+    ]
+    names = {"name": "toy", "version": "1.0.0", "split": "train"}
+    made = prepare_module.prepare(labelled, audio, tmp_path, **names, settings=SETTINGS)
+    assert made.index.ids.tolist() == [b"video.wav#t=1,5", b"video.wav#t=7,12"]
+    whole, _ = soundfile.read(audio / "video.wav", dtype="int16")
+    reader = ClipReader(made.directory, made.index)
+    for clip, begin in enumerate((1, 7)):
+        expected = whole[8000 * begin : 8000 * (begin + 1)]
+        np.testing.assert_array_equal(reader.read(clip), expected)
+    assert [why.kind for _, why in made.skipped] == ["not its segment"] * 2
+    assert "short.wav lasts 5.0 s and is thus one segment" in made.skipped[0][1].reason
+    assert "short_1_5" in made.skipped[0][1].reason
 
 
 def test_a_name_that_is_not_utf_8_is_reported(audio, tmp_path):

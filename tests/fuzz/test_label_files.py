@@ -39,7 +39,7 @@ def test_a_label_file_is_right_or_refused(audio, data, skip_unknown):
         check_words(error)
         return
     assert labels.clips
-    assert len({clip.file for clip in labels.clips}) == len(labels.clips)
+    assert len({clip.id for clip in labels.clips}) == len(labels.clips)
     for clip in labels.clips:
         assert all(0 <= label < 527 for label in clip.labels)
         assert clip.labels or skip_unknown

@@ -40,7 +40,7 @@ def test_what_is_passed_over_is_named(recordings, capsys):
     (recordings / "Thumbs.db").touch()
     assert len(find_input_files([str(recordings)])) == 3
     said = capsys.readouterr().out
-    assert said == f"{recordings}: skipped 1 files that are not audio files (notes.txt)\n"
+    assert said == f"{recordings}: skipped 1 file that is not an audio file (notes.txt)\n"
 
 
 def test_lists_of_recordings(recordings, monkeypatch, tmp_path):

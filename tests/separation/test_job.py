@@ -59,12 +59,15 @@ def test_levels_of_the_ontology(bundle, recordings, tmp_path):
     assert "Human sounds.wav" in files
 
 
-def test_example_recordings_and_residual(bundle, recordings, tmp_path):
+def test_example_recordings_and_residual(bundle, recordings, tmp_path, capsys):
     words = (str(recordings / "a.wav"), "--query", str(recordings / "more"), "--residual")
     assert separate(bundle, tmp_path / "out", *words, "--format", "flac") == 0
     sounds = [soundfile.read(tmp_path / f"out/a/{name}.flac")[0] for name in ("more", "residual")]
     mixture, _ = soundfile.read(recordings / "a.wav")
     np.testing.assert_allclose(sum(sounds), mixture, atol=2**-22)
+    assert "a.wav: 1 sound and the residual in " in capsys.readouterr().out
+    assert separate(bundle, tmp_path / "more", *words[:-1]) == 0
+    assert "a.wav: 1 sound in " in capsys.readouterr().out
 
 
 def test_dry_run_says_what_is_heard_and_writes_nothing(bundle, recordings, tmp_path, capsys):
@@ -173,7 +176,7 @@ def test_a_class_that_is_not_heard_is_reported(bundle, recordings, tmp_path, cap
         assert main(words) == 3
         said = capsys.readouterr()
         assert re.search(r"  Dog: not heard \(peak [\d.]+ %, threshold 99.9 %\)", said.out)
-        assert "in 1 of 1 recordings a queried class is not heard" in said.err
+        assert "in 1 of 1 recording a queried class is not heard" in said.err
     assert not soundfile.read(tmp_path / "out/a/Dog.wav")[0].any()
     (sound,) = json.loads((tmp_path / "out/a/report.json").read_text())["sounds"]
     assert 0 < sound["peak"] < 0.999

@@ -14,10 +14,10 @@ from tests.tiny import RATE, SEGMENT, write_separator
 from uss_jax.bundles.bundle import read_bundle
 from uss_jax.bundles.checkpoints import Checkpoints, save_tree
 from uss_jax.bundles.model import Model
+from uss_jax.cli.inspection import inspect
 from uss_jax.cli.main import main
 from uss_jax.training.state import create_state
 from uss_jax.weights import export
-from uss_jax.weights.inspection import inspect
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ from uss_jax.data.reader import ClipReader
 from uss_jax.devices.mesh import make_mesh, on_all_devices, to_devices
 from uss_jax.disk.atomic import replacing
 from uss_jax.disk.checked_npz import read_npz
-from uss_jax.errors import UserError
+from uss_jax.errors import UserError, counted
 from uss_jax.ontology import load_ontology
 
 
@@ -146,7 +146,8 @@ class _Progress(tqdm):
             rate = self._done / (time.monotonic() - self._began)
             left = (self.total - self._done) / rate
             print(
-                f"mine: {self._done} of {self.total} clips, {rate:.1f} clips/s, {left:.0f} s left",
+                f"mine: {self._done} of {counted(self.total, 'clip')}, {rate:.1f} clips/s, "
+                f"{left:.0f} s left",
                 flush=True,
             )
 

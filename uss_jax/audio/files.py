@@ -17,6 +17,7 @@ from jaxtyping import Float32
 from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE, mended
 from uss_jax.audio.resampling import mono, resample
 from uss_jax.disk.atomic import replacing
+from uss_jax.disk.opening import absence
 from uss_jax.errors import UserError
 
 # File name suffixes of formats read by libsndfile, and of formats decoded by ffmpeg.
@@ -294,7 +295,7 @@ def _check_is_file(path: str | os.PathLike) -> None:
         with open(path, "rb"):
             pass
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; check the name of the audio file") from None
+        raise UserError(f"{path} {absence(path)}; check the name of the audio file") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be opened ({error}); give a readable audio file") from error
     if not status.st_size:

@@ -15,6 +15,7 @@ import hashlib
 import pathlib
 
 from uss_jax.cli.arguments import path, refuse_idle
+from uss_jax.errors import UserError, counted
 
 KINDS = ("cnn14", "decision-level-max", "htsat", "uss")
 # Licences of published files, by the MD5 sums that the publisher gives.
@@ -51,7 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from uss_jax.bundles.bundle import write_bundle
-    from uss_jax.errors import UserError
     from uss_jax.weights.unpickle import read_checkpoint
 
     if len(args.inputs) == 1 and pathlib.Path(args.inputs[0]).is_dir():
@@ -60,7 +60,9 @@ def run(args: argparse.Namespace) -> None:
         return
     kinds = args.kind or [None] * len(args.inputs)
     if len(kinds) != len(args.inputs):
-        raise UserError(f"{len(kinds)} --kind for {len(args.inputs)} files; give one per file")
+        raise UserError(
+            f"{len(kinds)} --kind for {counted(len(args.inputs), 'file')}; give one per file"
+        )
     if pathlib.Path(args.out).exists():
         raise UserError(f"{args.out} exists already; give a new folder")
     parts, licences = {}, {}
@@ -88,7 +90,6 @@ def run(args: argparse.Namespace) -> None:
 def _write_back(path: str, out: str) -> None:
     """Writes a bundle as a Lightning checkpoint."""
     from uss_jax.bundles.bundle import read_bundle
-    from uss_jax.errors import UserError
     from uss_jax.weights.lightning import lightning_state_dict, write_lightning
 
     if not out.endswith(".ckpt"):
@@ -97,12 +98,11 @@ def _write_back(path: str, out: str) -> None:
         )
     state_dict = lightning_state_dict(read_bundle(path))
     write_lightning(out, state_dict)
-    print(f"{out}: {len(state_dict)} tensors")
+    print(f"{out}: {counted(len(state_dict), 'tensor')}")
 
 
 def _guess_kind(path: str, state_dict: dict) -> str:
     """Returns one of KINDS, from the tensor names and, for PANNs, the published file names."""
-    from uss_jax.errors import UserError
 
     if any(name.startswith(("ss_model.", "base.")) for name in state_dict):
         return "uss"
@@ -145,7 +145,6 @@ def _licence(path: str) -> str:
 def _bundle_config(parts: dict) -> dict:
     """Returns the bundle's config, without its licence and what `write_bundle` adds."""
     from uss_jax.bundles.nets import fields_of, require_classes
-    from uss_jax.errors import UserError
 
     for name in parts.keys() & {"query", "sed"}:
         require_classes(parts[name].build(), name)
@@ -169,7 +168,6 @@ def _bundle_config(parts: dict) -> dict:
 
 def _query_kind(parts: dict) -> str:
     """Returns the kind of the condition, "soft" or "embedding", by its width."""
-    from uss_jax.errors import UserError
 
     net = parts["query"].build()
     widths = {net.classes: "soft", net.embedding_width: "embedding"}

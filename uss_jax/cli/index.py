@@ -17,6 +17,7 @@ import argparse
 import os
 
 from uss_jax.cli.arguments import path, whole
+from uss_jax.errors import UserError, counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +45,6 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.data.schema import read_schema
     from uss_jax.data.shards import splits
     from uss_jax.data.storage import versions_below
-    from uss_jax.errors import UserError
 
     given = read_schema(args.schema) if args.schema else {}
     found = [given.get("split", "train")] if "shards" in given else splits(args.directory)
@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> None:
             write_format(args.directory, schema.sample_rate, schema.encoding)
         gigabytes = int(index.shard_bytes.sum()) / 1e9
         print(
-            f"{split}: {len(index)} records in {len(index.shards)} shards, {gigabytes:.3f} GB, "
-            f"{len(index.label_class)} labels of {len(set(index.label_class.tolist()))} classes, "
+            f"{split}: {counted(len(index), 'record')} in {counted(len(index.shards), 'shard')}, "
+            f"{gigabytes:.3f} GB, {counted(len(index.label_class), 'label')} of "
+            f"{counted(len(set(index.label_class.tolist())), 'class', 'classes')}, "
             f"digest {index.digest[:12]}"
         )

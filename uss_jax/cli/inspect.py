@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from uss_jax.cli.inspection import inspect
     from uss_jax.errors import one_line
-    from uss_jax.weights.inspection import inspect
 
     print("\n".join(map(one_line, inspect(args.path))))  # names and licences come from the input

@@ -17,6 +17,7 @@ from uss_jax.cli.arguments import (
     positive,
     say_detector_precision,
 )
+from uss_jax.errors import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,8 +82,11 @@ def run(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
         pairing=args.pairing,
     )
-    print(f"{args.out}: {made.pairs} pairs of {made.classes} classes")
+    print(
+        f"{args.out}: {counted(made.pairs, 'pair')} of {counted(made.classes, 'class', 'classes')}"
+    )
     if made.without_partner:
-        print(f"{made.without_partner} clips left out: the split has no clip of unrelated classes")
+        left_out = counted(made.without_partner, "clip")
+        print(f"{left_out} left out: the split has no clip of unrelated classes")
     if made.silent:
-        print(f"{made.silent} pairs left out: an anchor is below -60 dBFS")
+        print(f"{counted(made.silent, 'pair')} left out: an anchor is below -60 dBFS")

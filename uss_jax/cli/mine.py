@@ -20,6 +20,7 @@ from uss_jax.cli.arguments import (
     say_detector_precision,
     whole,
 )
+from uss_jax.errors import UserError, counted
 
 # A median score below this means that the detector does not know the classes.
 _GUESSING = 0.02
@@ -102,7 +103,6 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.anchors.mine import MiningSettings, mine
     from uss_jax.anchors.table import read_table
     from uss_jax.bundles.model import Model
-    from uss_jax.errors import UserError
     from uss_jax.evaluation.clips import open_clips
 
     if not args.out.endswith(".npz"):
@@ -148,8 +148,9 @@ def run(args: argparse.Namespace) -> None:
     best = table.score[:, 0]
     silent = int((best < 0).sum())
     print(
-        f"{args.out}: anchors of {len(table)} labels of {len(reader.index)} clips, median score "
-        f"{np.median(best):.3f}, median purity {np.median(table.purity.astype(np.float32)):.3f}"
+        f"{args.out}: anchors of {counted(len(table), 'label')} of "
+        f"{counted(len(reader.index), 'clip')}, median score {np.median(best):.3f}, median purity "
+        f"{np.median(table.purity.astype(np.float32)):.3f}"
         + (f", {silent} below {args.min_dbfs:g} dBFS" if silent else "")
     )
     heard = best[best >= 0]

@@ -4,7 +4,8 @@ Recordings of any sampling rate and number of channels become mono int16 at one 
 libsndfile reads wav, flac, ogg, opus, mp3, aiff, au, caf and w64; ffmpeg, if installed, decodes
 m4a, mp4 and webm. Longer recordings are cut to their first --clip-seconds, shorter ones keep their
 length. Recordings that are missing, unreadable, silent or truncated are left out, counted, and
-listed with the reason in skipped-SPLIT.csv. An interrupted job resumes when the same command is
+listed with the reason in skipped-SPLIT.csv; remarks-SPLIT.csv lists files with unknown labels,
+clipped samples, or no line in the label file. An interrupted job resumes when the same command is
 given again. The index is written too: `uss-jax index` is only needed for TFRecords written by
 other programs, or for shards that have changed.
 
@@ -22,14 +23,17 @@ The label file has one of two forms:
 import argparse
 import collections
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
 from uss_jax.cli.arguments import number, path, whole
-from uss_jax.errors import one_line
+from uss_jax.errors import UserError, counted, one_line
 
 if TYPE_CHECKING:
     from uss_jax.data.labels import Labels
+
+_NAMED = 10  # unknown labels that are printed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,7 +139,6 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.data.label_map import read_label_map
     from uss_jax.data.labels import read_file_list, read_labels
     from uss_jax.data.prepare import prepare
-    from uss_jax.errors import UserError
 
     engine = None
     if args.engine == "beam":
@@ -151,8 +154,9 @@ def run(args: argparse.Namespace) -> None:
         label_map=read_label_map(args.label_map) if args.label_map else None,
         skip_unknown=args.skip_unknown_labels,
         files=read_file_list(args.files_from) if args.files_from else None,
+        known=[file for file in (args.label_map, args.files_from) if file],
     )
-    print(f"{args.labels}: {len(labels.clips)} clips for split {args.split}", flush=True)
+    print(f"{args.labels}: {counted(len(labels.clips), 'clip')} for split {args.split}", flush=True)
     _tell_passed_over(labels, args.audio)
     made = prepare(
         labels.clips,
@@ -168,36 +172,61 @@ def run(args: argparse.Namespace) -> None:
         workers=args.workers,
         engine=engine,
         overwrite=args.overwrite,
+        remarks=labels.remarks(),
     )
     minutes = int(made.index.samples.astype("u8").sum()) / args.sample_rate / 60
     classes = len(set(made.index.label_class.tolist()))
     print(
-        f"{made.directory}: {len(made.index)} clips, {minutes:.1f} minutes, {classes} classes, "
-        f"{len(made.index.shards)} shards"
+        f"{made.directory}: {counted(len(made.index), 'clip')}, {minutes:.1f} minutes, "
+        f"{counted(classes, 'class', 'classes')}, {counted(len(made.index.shards), 'shard')}"
     )
     if made.skipped:
-        kinds = collections.Counter(why.kind for _, why in made.skipped)
-        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-        print(f"{len(made.skipped)} clips left out ({counts}), with reasons in {made.report}")
+        left_out = counted(len(made.skipped), "clip")
+        kinds = _counts(why.kind for _, why in made.skipped)
+        print(f"{left_out} left out ({kinds}), with reasons in {made.report}")
     if made.clipped:
         loudest, share = max(made.clipped, key=lambda pair: pair[1])
         print(
-            f"{len(made.clipped)} clips have more than 0.1 % of their samples above full scale, "
-            f"which were clipped; the largest share is {100 * share:.1f} %, in {loudest.file}"
+            one_line(
+                f"{counted(len(made.clipped), 'clip has', 'clips have')} more than 0.1 % of the "
+                f"samples above full scale, which were clipped; the largest share is "
+                f"{100 * share:.2g} %, in {loudest.file}"
+            )
         )
+    if made.remarks:
+        kinds = _counts(remark.kind for remark in made.remarks)
+        print(f"{made.remarks_report} lists each file with remarks ({kinds})")
+
+
+def _counts(kinds: Iterable[str]) -> str:
+    """Returns text such as "3 silent, 1 missing", most frequent first."""
+    return ", ".join(f"{n:,} {kind}" for kind, n in collections.Counter(kinds).most_common())
 
 
 def _tell_passed_over(labels: "Labels", audio: str) -> None:
     """Prints which files of the folder and labels of the label file are not used."""
     if labels.unknown:
-        first = list(labels.unknown.items())[:10]
-        counts = ", ".join(f'"{name}" ({len(lines)})' for name, lines in first)
-        more = ", ..." if len(labels.unknown) > 10 else ""
-        said = f"{len(labels.unknown)} labels are not classes and are skipped: {counts}{more}"
-        print(one_line(said))
-    for files, what in (
-        (labels.unlisted, "recordings in {} are not listed in the label file"),
-        (labels.others, "files in {} are not recordings, judging by their names"),
+        first = list(labels.unknown.items())[:_NAMED]
+        counts = ", ".join(f'"{name}" ({len(lines):,})' for name, lines in first)
+        more = ", ..." if len(labels.unknown) > _NAMED else ""
+        number = counted(
+            len(labels.unknown),
+            "label is not a class and is skipped",
+            "labels are not classes and are skipped",
+        )
+        print(one_line(f"{number}: {counts}{more}"))
+    for files, one, many in (
+        (
+            labels.unlisted,
+            "recording is in no line of the label file",
+            "recordings are in no line of the label file",
+        ),
+        (
+            labels.others,
+            "file is no recording by its name",
+            "files are no recordings by their names",
+        ),
     ):
         if files:
-            print(one_line(f"{len(files)} {what.format(audio)}, such as {files[0]}"))
+            names = ", ".join(map(str, files[:3])) + (", ..." if len(files) > 3 else "")
+            print(one_line(f"{audio}: {counted(len(files), one, many)} ({names})"))

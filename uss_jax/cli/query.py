@@ -8,6 +8,7 @@ list   lists the vectors of a bank
 import argparse
 
 from uss_jax.cli.arguments import path
+from uss_jax.errors import UserError, counted, one_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,13 +42,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _list(path: str) -> None:
-    from uss_jax.errors import one_line
     from uss_jax.separation.banks import load_bank
 
     bank = load_bank(path)
     about = (
-        f"{path}: {len(bank.name)} vectors of width {bank.vectors.shape[1]}, kind {bank.kind}, "
-        f"made with query net {bank.net_hash}, {bank.how or 'origin unknown'}"
+        f"{path}: {counted(len(bank.name), 'vector')} of width {bank.vectors.shape[1]}, "
+        f"kind {bank.kind}, made with query net {bank.net_hash}, {bank.how or 'origin unknown'}"
     )
     print("\n".join(map(one_line, [about, *(f"  {name}" for name in bank.name)])))
 
@@ -58,7 +58,6 @@ def _make(args: argparse.Namespace) -> None:
     import numpy as np
 
     from uss_jax.bundles.model import Model
-    from uss_jax.errors import UserError
     from uss_jax.separation.banks import Bank, require_npz, write_bank
     from uss_jax.separation.example_vectors import name_of_examples, vector_of_recordings
 
@@ -78,4 +77,4 @@ def _make(args: argparse.Namespace) -> None:
         f"averaged over example recordings without their silence, for {args.model}",
     )
     write_bank(args.bank, bank)
-    print(f"{args.bank}: {len(names)} vectors")
+    print(f"{args.bank}: {counted(len(names), 'vector')}")

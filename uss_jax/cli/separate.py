@@ -18,6 +18,7 @@ Queries:
 import argparse
 
 from uss_jax.cli.arguments import add_precision, number, path, positive, refuse_idle
+from uss_jax.errors import NotHeard, UserError, counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +109,6 @@ _REPORTED += ("blocks", "mono", "residual", "sum_to_mixture", "format", "precisi
 
 def run(args: argparse.Namespace) -> None:
     from uss_jax.bundles.model import Model
-    from uss_jax.errors import NotHeard, UserError
     from uss_jax.separation.input_files import find_input_files
     from uss_jax.separation.job import for_each, heard, separate_all
     from uss_jax.separation.queries import THRESHOLD
@@ -123,7 +123,9 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         failed = for_each(recordings, lambda one: print(heard(model, one.path, threshold)))
         if failed:
-            raise UserError(f"{failed} of {len(recordings)} recordings could not be read")
+            raise UserError(
+                f"{failed} of {counted(len(recordings), 'recording')} could not be read"
+            )
         return
     if not args.out:
         raise UserError("--out is missing; give the output folder, --out DIR")
@@ -143,12 +145,13 @@ def run(args: argparse.Namespace) -> None:
     done = separate_all(Separator(model, settings), recordings, args.out, query, asked)
     if done.failed:
         raise UserError(
-            f"{done.failed} of {len(recordings)} recordings could not be separated, see above"
+            f"{done.failed} of {counted(len(recordings), 'recording')} could not be separated, "
+            "see above"
         )
     if done.not_heard:
         raise NotHeard(
-            f"in {done.not_heard} of {len(recordings)} recordings a queried class is not heard, "
-            "and its file is silent; see above"
+            f"in {done.not_heard} of {counted(len(recordings), 'recording')} a queried class is "
+            "not heard, and its file is silent; see above"
         )
 
 
@@ -173,7 +176,6 @@ def _refuse_idle_options(args: argparse.Namespace) -> None:
 
 
 def _query(args: argparse.Namespace, model, threshold: float):
-    from uss_jax.errors import UserError
     from uss_jax.separation.banks import read_bank
     from uss_jax.separation.example_vectors import name_of_examples, vector_of_recordings
     from uss_jax.separation.queries import Classes, Vectors, level_sets, parse_classes

@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    from uss_jax.cli.config import joined_hosts, load_config
+    from uss_jax.cli.config import joined_hosts, load_config, say_next
+    from uss_jax.models.query import KINDS
     from uss_jax.training.plan import dry_run
     from uss_jax.training.train_separator import train_separator
 
@@ -37,3 +38,10 @@ def run(args: argparse.Namespace) -> None:
             print("\n".join(dry_run(config)))
         else:
             train_separator(config, args.workdir)
+            kind = KINDS[config.query.kind]
+            asking = "--classes NAME" if kind.classes or kind.probabilities else "--query EXAMPLES"
+            say_next(
+                f"{args.workdir} holds the separator. To separate: `uss-jax separate AUDIO --model "
+                f"{args.workdir} {asking} --out DIR`; to measure: `uss-jax evaluate pairs --model "
+                f"{args.workdir} --data PAIRS --out RESULTS.json`"
+            )

@@ -85,7 +85,8 @@ class Block:
 
         def make(item: LabelledFile) -> Record | Skipped:
             path = os.path.join(self.audio, item.file)
-            return prepare_clip(path, item.file, item.labels, self.settings, item.segment)
+            where = item.segment, item.shared
+            return prepare_clip(path, item.id, item.labels, self.settings, *where)
 
         outcome = Outcome({}, {})
         with replacing(self.path) as temporary, WRITTEN.writer(temporary) as writer:

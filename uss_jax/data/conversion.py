@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from uss_jax.audio.files import CutOff, audio_format, read_mono, truncation
 from uss_jax.audio.in_memory import flac_bytes
 from uss_jax.data.encodings import to_int16
 from uss_jax.data.tf_example import serialise
+from uss_jax.disk.opening import absence
 from uss_jax.errors import UserError
 
 # A clip is silent if no sample reaches -60 dBFS, the level below which anchors are not drawn.
@@ -64,6 +66,7 @@ def prepare_clip(
     labels: tuple[int, ...],
     settings: ClipSettings,
     segment: tuple[float, float] | None = None,
+    shared: bool = False,
 ) -> Record | Skipped:
     """Converts a recording to a record, or returns why it is skipped. Pure but for reading `path`.
 
@@ -72,17 +75,17 @@ def prepare_clip(
       id: clip name in the records.
       labels: class indexes.
       settings: conversion settings.
-      segment: see LabelledFile.
+      segment, shared: see LabelledFile.
     """
     try:
         if not labels:
             raise _LeftOut("no label", f"{path} has no label that is a class")
         if not os.path.exists(path):
-            raise _LeftOut("missing", f"{path} does not exist")
+            raise _LeftOut("missing", f"{path} {absence(path)}")
         cut = None if settings.accept_truncated else truncation(path, decode=False)
         if cut:
             raise CutOff(f"{path} is cut off ({cut}); copy or download it again")
-        begin, seconds = _place(path, segment, settings.clip_seconds)
+        begin, seconds = _place(path, segment, shared, settings.clip_seconds)
         waveform = read_mono(path, settings.sample_rate, seconds, begin, settings.accept_truncated)
         waveform = waveform[: round(seconds * settings.sample_rate)]
         if np.abs(waveform).max(initial=0) < _SILENT_PEAK:
@@ -106,7 +109,10 @@ class _LeftOut(UserError):
 
 
 def _place(
-    path: str | os.PathLike, segment: tuple[float, float] | None, clip_seconds: float
+    path: str | os.PathLike,
+    segment: tuple[float, float] | None,
+    shared: bool,
+    clip_seconds: float,
 ) -> tuple[float, float]:
     """Returns where in the file the clip begins, and its maximum length, in seconds."""
     if segment is None:
@@ -115,7 +121,14 @@ def _place(
     form = audio_format(path)
     seconds = form.samples / form.sample_rate
     if seconds <= end - begin + _SEGMENT_SLACK:  # the file is the segment itself
-        return 0.0, clip_seconds
+        if not shared:
+            return 0.0, clip_seconds
+        raise _LeftOut(
+            "not its segment",
+            f"{path} lasts {seconds:.1f} s and is thus one segment, but several segments of the "
+            "video are labelled; put the times into the names of their files, as in "
+            f"{pathlib.Path(path).stem}_{begin:g}_{end:g}",
+        )
     if seconds < end - _SEGMENT_SLACK:
         raise _LeftOut(
             "not its segment",

@@ -21,7 +21,7 @@ from uss_jax.data.schema import Schema
 from uss_jax.data.shards import container_of, shards_of_split
 from uss_jax.data.storage import Folder, open_folder
 from uss_jax.disk.checked_npz import Column, read_npz
-from uss_jax.errors import UserError
+from uss_jax.errors import UserError, counted
 from uss_jax.ontology import load_ontology
 
 # Arrays of one shard's part of the index, beside those that are columns of the index.
@@ -184,9 +184,10 @@ def _report_clipped(folder: Folder, index: RecordIndex, share: Float32[np.ndarra
     if loud := int((share > CLIPPED_SHARE).sum()):
         most = int(np.argmax(share))
         print(
-            f"{folder}: {loud} of {len(index)} records have more than {CLIPPED_SHARE:.1%} of their "
-            f"samples above full scale, which are clipped when read; the largest share is "
-            f"{share[most]:.1%}, in {index.ids[most].decode(errors='replace')!r}",
+            f"{folder}: in {loud:,} of {counted(len(index), 'record')}, more than "
+            f"{CLIPPED_SHARE:.1%} of the samples are above full scale and are clipped when read; "
+            f"the largest share is {share[most]:.1%}, in "
+            f"{index.ids[most].decode(errors='replace')!r}",
             file=sys.stderr,
         )
 
@@ -204,7 +205,8 @@ def _refuse_duplicates(folder: Folder, index: RecordIndex) -> None:
     raise UserError(
         f"{folder}/{other[0]}: the record at byte {other[1]} has the same id "
         f"{index.ids[second].decode(errors='replace')!r} as the one at byte "
-        f"{one[1]} of {one[0]}; ids must be unique, prepare the records again"
+        f"{one[1]} of {one[0]}; ids must be unique: write the records again, or name "
+        "another feature as the id in a --schema"
     )
 
 

@@ -1,10 +1,10 @@
 """Maps labels to class indexes: names, mids or indexes of classes, and custom names by a file."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from uss_jax.data.csv_rows import read_rows
-from uss_jax.errors import UserError
+from uss_jax.errors import UserError, counted
 from uss_jax.ontology import load_ontology
 
 _UNKNOWN_SHOWN = 10
@@ -23,8 +23,8 @@ def read_label_map(path: str | os.PathLike) -> dict[str, str]:
     for line, row in rows:
         if len(row) != 2:
             raise UserError(
-                f"{path}, line {line}: {len(row)} fields, expected name and class; put quotes "
-                "around a name that has commas"
+                f"{path}, line {line}: {counted(len(row), 'field')}, expected name and class; "
+                "put quotes around a name that has commas"
             )
         name, classes = row
         for word in filter(str.strip, classes.split(";")):
@@ -69,6 +69,11 @@ class Resolver:
             if len(parts) > 1 and all(map(_is_class, parts)):
                 self._advice[label] = f'no sound class is called "{label}"; put ";" between labels'
             return ()
+
+    def forget_other_lines(self, lines: Collection[int]) -> None:
+        """Drops unknown labels of all lines but these."""
+        kept = {label: [at for at in where if at in lines] for label, where in self.unknown.items()}
+        self.unknown = {label: where for label, where in kept.items() if where}
 
     def complaint(self) -> str:
         """Returns an error text: the line of the first unknown label, and counts of all."""

@@ -7,6 +7,7 @@ dogs/a.wav,Bark;Dog               labels separated by ";": names, mids or class 
 --PJHxphWEs, 30.000, 40.000, "/m/09x0r,/t/dd00088"
 """
 
+import collections
 import dataclasses
 import functools
 import os
@@ -18,7 +19,7 @@ from uss_jax.audio.files import find_recordings
 from uss_jax.data.csv_rows import read_rows
 from uss_jax.data.label_map import Resolver
 from uss_jax.disk.opening import at_once
-from uss_jax.errors import UserError
+from uss_jax.errors import UserError, counted
 
 _LONGEST_VIDEO = 1e6  # seconds
 
@@ -32,12 +33,38 @@ class LabelledFile(NamedTuple):
       line: line number in the label file, from 1.
       segment: begin and end of the labelled part, in seconds, if the file may be the whole video;
         None: the whole file is labelled.
+      shared: other lines label other segments of the file, so it must be the whole video.
     """
 
     file: str
     labels: tuple[int, ...]
     line: int
     segment: tuple[float, float] | None = None
+    shared: bool = False
+
+    @property
+    def id(self) -> str:
+        """Clip name in the records: the file, with the segment's times if it has several."""
+        if self.segment is None or not self.shared:
+            return self.file
+        begin, end = self.segment
+        return f"{self.file}#t={begin:g},{end:g}"
+
+
+class Remark(NamedTuple):
+    """What a user may want to know of a file, other than why it has no record.
+
+    Attributes:
+      file: path, relative to the folder of recordings.
+      line: line number in the label file; None: it is in no line.
+      kind: category, for counting: "unlisted", "unknown labels", "clipped", ...
+      text: a phrase.
+    """
+
+    file: str
+    line: int | None
+    kind: str
+    text: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +73,34 @@ class Labels:
 
     Attributes:
       clips: selected lines.
-      unknown: skipped labels, with their line numbers.
+      unknown: skipped labels, with the line numbers of the selected lines that have them.
       unlisted: recordings in the folder that are not in the label file.
-      others: files in the folder whose names are not those of recordings.
+      others: files in the folder whose names are not those of recordings, relative to it; without
+        the label file.
     """
 
     clips: list[LabelledFile]
     unknown: dict[str, list[int]]
     unlisted: list[pathlib.Path]
     others: list[pathlib.Path]
+
+    def remarks(self) -> list[Remark]:
+        """Returns a remark on each line with unknown labels and each file that is not used."""
+        by_line: dict[int, list[str]] = {}
+        for label, lines in self.unknown.items():
+            for line in lines:
+                by_line.setdefault(line, []).append(label)
+        found = [
+            Remark(clip.file, clip.line, "unknown labels", "; ".join(by_line[clip.line]))
+            for clip in self.clips
+            if clip.line in by_line
+        ]
+        for files, kind, text in (
+            (self.unlisted, "unlisted", "in no line of the label file"),
+            (self.others, "not a recording", "judging by its name"),
+        ):
+            found += [Remark(os.fspath(file), None, kind, text) for file in files]
+        return found
 
 
 def read_labels(
@@ -65,6 +111,7 @@ def read_labels(
     label_map: Mapping[str, str] | None = None,
     skip_unknown: bool = False,
     files: Collection[str] | None = None,
+    known: Collection[str | os.PathLike] = (),
 ) -> Labels:
     """Reads a label file of either form.
 
@@ -75,6 +122,7 @@ def read_labels(
       label_map: maps custom label names to classes, separated by ";".
       skip_unknown: skip labels that are not classes; False: raise an error.
       files: read only the lines of these files; None: all.
+      known: files whose presence in the folder is not worth a remark, such as the label map.
 
     Raises:
       UserError: the file is invalid or lists no clips, or has an unknown label.
@@ -89,12 +137,12 @@ def read_labels(
     recordings, others = find_recordings(audio)
     names = [os.path.relpath(found, audio) for found in recordings]
     resolver = Resolver(label_map or {})
+    of_other_splits: set[str] = set()
     if header[0].startswith("#"):
         clips = _audioset_segments(path, rows, names, resolver)
     else:
-        clips = _table(path, _checked_header(path, line, header), rows, split, resolver)
-    if resolver.unknown and not skip_unknown:
-        raise UserError(f"{path}, {resolver.complaint()}")
+        columns = _checked_header(path, line, header)
+        clips, of_other_splits = _table(path, columns, rows, split, resolver)
     _refuse_duplicates(path, clips)
     listed = {clip.file for clip in clips}
     if files is not None:
@@ -102,11 +150,22 @@ def read_labels(
         clips = [clip for clip in clips if clip.file in wanted]
         if missing := sorted(wanted - listed):
             raise UserError(
-                f"{path} has no line for {len(missing)} of the {len(wanted)} requested "
-                f"files, such as {missing[0]}; write file names as the label file does"
+                f"{path} has no line for {len(missing)} of the "
+                f"{counted(len(wanted), 'requested file')}, such as {missing[0]}; write file "
+                "names as the label file does"
             )
+        resolver.forget_other_lines({clip.line for clip in clips})
+    if resolver.unknown and not skip_unknown:
+        raise UserError(f"{path}, {resolver.complaint()}")
     if not clips:
         raise UserError(f"{path} lists no clips; expected a line for each")
+    listed |= of_other_splits
+    known = {os.path.abspath(file) for file in (path, *known)}
+    others = [
+        pathlib.Path(os.path.relpath(file, audio))
+        for file in others
+        if os.path.abspath(file) not in known
+    ]
     unlisted = [pathlib.Path(name) for name in names if name not in listed]
     return Labels(clips, resolver.unknown, unlisted, others)
 
@@ -148,17 +207,19 @@ def _table(
     rows: Iterator[tuple[int, list[str]]],
     split: str,
     resolve: Resolver,
-) -> list[LabelledFile]:
-    labelled, other_splits = [], set()
+) -> tuple[list[LabelledFile], set[str]]:
+    """Returns the lines of a split, and the files of the other splits."""
+    labelled, other_splits, other_files = [], set(), set()
     for line, row in rows:
         if len(row) != len(header):
             raise UserError(
-                f"{path}, line {line}: {len(row)} fields, the header has {len(header)}; put "
-                "quotes around a field that has commas"
+                f"{path}, line {line}: {counted(len(row), 'field')}, the header has {len(header)}; "
+                "put quotes around a field that has commas"
             )
         fields = dict(zip(header, map(str.strip, row), strict=True))
         if fields.get("split", split) != split:
             other_splits.add(fields["split"])
+            other_files.add(os.path.normpath(fields["file"]))
             continue
         if not fields["file"]:
             raise UserError(f'{path}, line {line}: the column "file" is empty; name a recording')
@@ -167,7 +228,7 @@ def _table(
     if not labelled and other_splits:
         found = ", ".join(f'"{other}"' for other in sorted(other_splits))
         raise UserError(f'{path} has no line with "{split}" in the column "split"; it has {found}')
-    return labelled
+    return labelled, other_files
 
 
 def _audioset_segments(
@@ -197,12 +258,13 @@ def _audioset_segments(
         # A file with the times in its name is the segment; one without may be the whole video.
         whole = next((files[name] for name in _whole_stems(video) if name in files), None)
         cut = next((files[name] for name in _segment_stems(video, *segment) if name in files), None)
-        if cut or not whole:
-            # A clip that was never downloaded is listed as missing under the first name.
-            labelled.append(LabelledFile(cut or f"Y{video}.wav", labels, line))
+        if cut:
+            labelled.append(LabelledFile(cut, labels, line))
         else:
-            labelled.append(LabelledFile(whole, labels, line, segment))
-    return labelled
+            # A clip that was never downloaded is listed as missing under the first name.
+            labelled.append(LabelledFile(whole or f"Y{video}.wav", labels, line, segment))
+    segments = collections.Counter(item.file for item in labelled if item.segment)
+    return [item._replace(shared=segments[item.file] > 1) for item in labelled]
 
 
 def _whole_stems(video: str) -> tuple[str, str]:
@@ -226,8 +288,8 @@ def _tails(begin: float, end: float) -> list[str]:
 def _refuse_duplicates(path: str | os.PathLike, labelled: list[LabelledFile]) -> None:
     lines: dict[str, int] = {}
     for item in labelled:
-        if lines.setdefault(item.file, item.line) != item.line:
+        if lines.setdefault(item.id, item.line) != item.line:
             raise UserError(
-                f"{path}, line {item.line}: {item.file} was listed in line {lines[item.file]} "
+                f"{path}, line {item.line}: {item.id} was listed in line {lines[item.id]} "
                 "already; keep one line with all its labels"
             )

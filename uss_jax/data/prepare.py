@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import shutil
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -21,13 +22,13 @@ from uss_jax.data.blocks import Block, Engine, run_here
 from uss_jax.data.conversion import ClipSettings, Skipped
 from uss_jax.data.index import RecordIndex, index_name
 from uss_jax.data.indexing import build_index
-from uss_jax.data.labels import LabelledFile
+from uss_jax.data.labels import LabelledFile, Remark
 from uss_jax.data.metadata import check_format, write_metadata
 from uss_jax.data.schema import Schema
 from uss_jax.data.shards import is_shard, shard_name
 from uss_jax.disk.atomic import flush, move, replacing
 from uss_jax.disk.lock import LOCK, only_one
-from uss_jax.errors import UserError
+from uss_jax.errors import UserError, counted
 
 _SHARD_BYTES = 200e6
 
@@ -43,6 +44,8 @@ class Prepared:
       clipped: clips with more than 0.1 % of their samples above full scale, which were clipped,
         with that share.
       report: CSV file that lists the skipped clips.
+      remarks: what else there is to know of files, including the clipped ones.
+      remarks_report: CSV file that lists the remarks; None if there are none.
     """
 
     directory: pathlib.Path
@@ -50,6 +53,8 @@ class Prepared:
     skipped: list[tuple[LabelledFile, Skipped]]
     clipped: list[tuple[LabelledFile, float]]
     report: pathlib.Path
+    remarks: list[Remark]
+    remarks_report: pathlib.Path | None
 
 
 def prepare(
@@ -65,6 +70,7 @@ def prepare(
     workers: int = 1,
     engine: Engine | None = None,
     overwrite: bool = False,
+    remarks: Iterable[Remark] = (),
 ) -> Prepared:
     """Makes a split of records in `out`/`name`/`version`, whole or not at all.
 
@@ -81,6 +87,7 @@ def prepare(
       workers: number of threads that read and convert.
       engine: runs the blocks; None: threads of this process.
       overwrite: replace an existing split; False: raise an error.
+      remarks: remarks on the files, to be written beside the records.
 
     Raises:
       UserError: an argument is invalid, no clip can be used, or the output cannot be written.
@@ -105,17 +112,19 @@ def prepare(
                 shutil.rmtree(unfinished, ignore_errors=True)
                 _remove_if_empty(directory, directory.parent)
                 raise UserError(
-                    f"none of the {len(labelled)} clips could be used; the first: "
+                    f"none of the {counted(len(labelled), 'clip')} could be used; the first: "
                     f"{skipped[0][1].reason}"
                 )
             for at, path in enumerate(paths):
                 path.rename(unfinished / shard_name(name, split, at, len(paths)))
             index = _publish(unfinished, directory, name, version, split, settings)
             report = directory / f"skipped-{split}.csv"
-            _write_report(report, skipped)
+            _write_skipped(report, skipped)
+            remarks = [*remarks, *(_remark_on_clipped(*pair) for pair in clipped)]
+            remarks_report = _write_remarks(directory / f"remarks-{split}.csv", remarks)
             # Removed last: a rerun after an interruption then recognises the split as its own.
             shutil.rmtree(unfinished, ignore_errors=True)
-            return Prepared(directory, index, skipped, clipped, report)
+            return Prepared(directory, index, skipped, clipped, report, remarks, remarks_report)
     except OSError as error:
         raise UserError(
             f"{directory} could not be written ({error.strerror or error}); choose an --out "
@@ -153,8 +162,8 @@ def _refuse_existing(directory: pathlib.Path, split: str) -> None:
     shards = _shards_of(directory, split)
     if shards or (directory / index_name(split)).exists():
         raise UserError(
-            f'{directory} has a split "{split}" already ({len(shards)} shards); give --overwrite '
-            "to replace it, or another --split, --version or --name"
+            f'{directory} has a split "{split}" already ({counted(len(shards), "shard")}); give '
+            "--overwrite to replace it, or another --split, --version or --name"
         )
 
 
@@ -249,12 +258,31 @@ def _remove_if_empty(*folders: pathlib.Path) -> None:
             folder.rmdir()
 
 
-def _write_report(path: pathlib.Path, skipped: list[tuple[LabelledFile, Skipped]]) -> None:
+def _remark_on_clipped(item: LabelledFile, share: float) -> Remark:
+    text = f"{100 * share:.2g} % of its samples are above full scale and were clipped"
+    return Remark(item.file, item.line, "clipped", text)
+
+
+def _write_skipped(path: pathlib.Path, skipped: list[tuple[LabelledFile, Skipped]]) -> None:
+    rows = ((item.file, item.line, *why) for item, why in skipped)
+    _write_rows(path, ("file", "line", "kind", "reason"), rows)
+
+
+def _write_remarks(path: pathlib.Path, remarks: list[Remark]) -> pathlib.Path | None:
+    """Writes the remarks, or removes an earlier run's file if there are none; returns the file."""
+    if not remarks:
+        path.unlink(missing_ok=True)
+        return None
+    _write_rows(path, Remark._fields, remarks)
+    return path
+
+
+def _write_rows(path: pathlib.Path, header: Iterable[str], rows: Iterable[Iterable]) -> None:
     with (
         replacing(path) as temporary,
         # File names need not be UTF-8.
         open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
     ):
         writer = csv.writer(file)
-        writer.writerow(["file", "line", "kind", "reason"])
-        writer.writerows([item.file, item.line, *why] for item, why in skipped)
+        writer.writerow(header)
+        writer.writerows(rows)

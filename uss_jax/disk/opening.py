@@ -5,6 +5,17 @@ import os
 import stat
 
 
+def absence(path: str | os.PathLike) -> str:
+    """Returns what to say of a path at which nothing was found.
+
+    It is "does not exist", or names the target of a symbolic link, which `ls` shows.
+    """
+    try:
+        return f"is a link to {os.readlink(path)}, which does not exist"
+    except OSError:
+        return "does not exist"
+
+
 def at_once(path: str | os.PathLike, flags: int) -> int:
     """Opens a file for reading; use as the `opener` of `open`.
 

@@ -16,7 +16,7 @@ from uss_jax.disk.checked_json import (
     text,
     whole,
 )
-from uss_jax.errors import UserError, one_line
+from uss_jax.errors import UserError, counted, one_line
 from uss_jax.evaluation.rows import AVERAGE, CLASS, HALF, ORACLE
 from uss_jax.evaluation.suite import Suite
 from uss_jax.evaluation.suites import SUITES
@@ -107,8 +107,8 @@ def compare(
                 missing.append(_how(suite, workdir, of is not None))
             if count != published.classes:
                 unlike.append(
-                    f"{workdir}: {suite.name} averaged over {count} classes, "
-                    f"published over {published.classes}"
+                    f"{workdir}: {suite.name} averaged over "
+                    f"{counted(count, 'class', 'classes')}, published over {published.classes}"
                 )
     return header, rows, unlike, missing
 
@@ -119,7 +119,9 @@ def _rows(
     """Builds the rows over `count` classes, with published values if theirs is the same count."""
     published = suite.published
     is_like = count == published.classes
-    name = published.data_set if is_like else f"{suite.name}, {count} classes of your own"
+    name = published.data_set
+    if not is_like:
+        name = f"{suite.name}, {counted(count, 'class', 'classes')} of your own"
     rows = []
     for asked in (*_ASKED, HALF):
         ours = [_figure(of, asked, published.figure) for of in results]

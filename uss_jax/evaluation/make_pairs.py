@@ -25,7 +25,7 @@ from uss_jax.data.orders import BalancedOrder
 from uss_jax.data.reader import ClipReader
 from uss_jax.disk.atomic import replacing_folder
 from uss_jax.disk.opening import at_once
-from uss_jax.errors import UserError
+from uss_jax.errors import UserError, counted
 from uss_jax.evaluation.clips import MIN_DBFS, MinedAnchors, anchors_of_clips, read_segments
 from uss_jax.evaluation.items import samples_digest
 from uss_jax.ontology import load_ontology
@@ -100,8 +100,8 @@ def make_pairs(
     classes = len(np.unique(reader.index.label_class))
     if per_class * classes > _MOST_PAIRS:
         raise UserError(
-            f"{per_class} pairs for each of {classes} classes exceed the limit of {_MOST_PAIRS:,} "
-            "pairs; give a smaller --per-class"
+            f"{per_class} pairs for each of {counted(classes, 'class', 'classes')} exceed the "
+            f"limit of {_MOST_PAIRS:,} pairs; give a smaller --per-class"
         )
     source, partner, without_partner = draw_pairs(reader.index, per_class, seed, pairing)
     min_dbfs = None if pairing == "reference" else MIN_DBFS

@@ -15,7 +15,7 @@ from uss_jax.bundles.model import Model
 from uss_jax.disk.atomic import replacing
 from uss_jax.disk.checked_npz import Column, read_npz
 from uss_jax.disk.opening import at_once
-from uss_jax.errors import UserError
+from uss_jax.errors import UserError, counted
 from uss_jax.models.query import KINDS
 
 
@@ -129,8 +129,9 @@ def read_bank(path: str | os.PathLike, model: Model) -> Bank:
     width = model.separator.module.condition_width
     if bank.vectors.shape[1] != width:
         raise UserError(
-            f"{path} holds vectors of shape {bank.vectors.shape} for {len(bank.name)} names, "
-            f"{model.path} takes conditions of width {width}; make the bank with this model"
+            f"{path} holds vectors of shape {bank.vectors.shape} for "
+            f"{counted(len(bank.name), 'name')}, {model.path} takes conditions of width "
+            f"{width}; make the bank with this model"
         )
     if bank.net_hash != model.query_hash:
         raise UserError(

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from uss_jax.audio.files import AUDIO_SUFFIXES, find_recordings
 from uss_jax.disk.opening import at_once
-from uss_jax.errors import UserError
+from uss_jax.errors import UserError, counted
 from uss_jax.separation.names import file_name
 
 _OTHERS_NAMED = 3
@@ -94,7 +94,8 @@ def _passed_over(others: Sequence[pathlib.Path]) -> str:
     """Returns a remark on the files of a folder that were skipped for their suffixes."""
     names = ", ".join(path.name for path in others[:_OTHERS_NAMED])
     more = ", ..." if len(others) > _OTHERS_NAMED else ""
-    return f"skipped {len(others)} files that are not audio files ({names}{more})"
+    what = counted(len(others), "file that is not an audio file", "files that are not audio files")
+    return f"skipped {what} ({names}{more})"
 
 
 def _place(path: pathlib.Path, word: str) -> pathlib.PurePath:

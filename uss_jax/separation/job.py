@@ -17,7 +17,7 @@ from uss_jax.bundles.bundle import net_hash
 from uss_jax.bundles.model import Model
 from uss_jax.disk.checked_json import either, list_of, nothing, number, read_json, record, text
 from uss_jax.disk.opening import at_once
-from uss_jax.errors import UserError, one_line
+from uss_jax.errors import UserError, counted, one_line
 from uss_jax.ontology import load_ontology
 from uss_jax.separation.input_files import InputFile
 from uss_jax.separation.queries import Classes, Query
@@ -108,7 +108,10 @@ def separate_all(
         facts = finished_facts(folder, digest)
         if facts is None:
             facts = _separate_one(separator, recording.path, folder, query, settings, digest)
-            print(f"{recording.path}: {len(facts['sounds'])} sounds in {folder}, see report.html")
+            residual = separator.settings.residual
+            sounds = counted(len(facts["sounds"]) - residual, "sound")
+            beside = " and the residual" if residual else ""
+            print(f"{recording.path}: {sounds}{beside} in {folder}, see report.html")
         else:
             print(f"{recording.path}: done earlier, in {folder}")
             earlier += 1

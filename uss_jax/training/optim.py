@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from uss_jax.errors import UserError
+from uss_jax.errors import UserError, counted
 
 
 class AmsgradState(NamedTuple):
@@ -133,7 +133,8 @@ def stepped(
     """Scales by scales[i + 1] from step boundaries[i] on, by scales[0] before the first."""
     if len(scales) != len(boundaries) + 1:
         raise UserError(
-            f"config.schedule has {len(scales)} scales for {len(boundaries)} boundaries; "
+            f"config.schedule has {counted(len(scales), 'scale')} for "
+            f"{counted(len(boundaries), 'boundary', 'boundaries')}; "
             "give one scale more than boundaries"
         )
 

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from uss_jax import errors
 from uss_jax.devices.cost import BFLOAT16, device_bytes, flops_by_way, least_seconds
 from uss_jax.devices.mesh import batch_sharded, laid_out, make_mesh, replicated, shapes
 from uss_jax.devices.precision import PRECISIONS
@@ -99,9 +100,9 @@ def describe(
     trained, other = parameter_count(state.params), parameter_count(_params(frozen))
     lines = [
         f"mesh: {mesh.size} x {device.device_kind} along {mesh.axis_names[0]}, "
-        f"{jax.process_count()} processes",
+        f"{errors.counted(jax.process_count(), 'process', 'processes')}",
         f"parameters: {trained / 1e6:.2f} M trained, {other / 1e6:.2f} M frozen",
-        f"batch: {items} items, {items // mesh.size} per device",
+        f"batch: {errors.counted(items, 'item')}, {items // mesh.size} per device",
         f"operations: {flops / 1e12:.4g} TFLOP per step, {flops / items / 1e12:.4g} per item, "
         f"in matrix products and convolutions: {ways}",
         _memory(compiled, device),

@@ -9,7 +9,7 @@ import numpy as np
 
 from uss_jax.bundles.bundle import Bundle, read_tensors
 from uss_jax.disk.atomic import replacing
-from uss_jax.errors import UserError
+from uss_jax.errors import UserError, counted
 from uss_jax.weights.porting import Converted, StateDict, convert_part, require_fit
 from uss_jax.weights.torch import porting_of, state_dict_of
 
@@ -86,8 +86,9 @@ def lightning_state_dict(bundle: Bundle) -> StateDict:
         missing = [name for name in _wanted(part, prefix, fields, trained) if name not in kept]
         if missing:
             raise UserError(
-                f"{bundle.path / FOREIGN} lacks {missing[0]} ({len(missing)} missing tensors in "
-                "all), which bytedance/uss needs; convert the .ckpt again"
+                f"{bundle.path / FOREIGN} lacks {missing[0]} "
+                f"({counted(len(missing), 'missing tensor')} in all), which bytedance/uss needs; "
+                "convert the .ckpt again"
             )
         whole |= trained | kept
     if SMOOTHING not in foreign:

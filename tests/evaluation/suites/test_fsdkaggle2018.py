@@ -38,5 +38,5 @@ def test_a_hundred_mixtures_of_each_class_are_drawn(sets):
 
 
 def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"2 of 2 files of FSDKaggle2018 are missing: .*post_comp"):
+    with pytest.raises(UserError, match=r"FSDKaggle2018 lacks 2 of its 2 files: .*post_comp"):
         fsdkaggle2018.items(tmp_path, "train")

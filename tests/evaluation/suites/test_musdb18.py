@@ -146,8 +146,8 @@ def test_a_silent_stem_is_left_out_and_counted(sets, tmp_path, capsys):
 
 
 def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(UserError, match="of MUSDB18-HQ are missing"):
+    with pytest.raises(UserError, match="MUSDB18-HQ lacks 1 of its 1 file: "):
         musdb18.songs(tmp_path, "test")
     (imitations.musdb18(tmp_path) / "test" / "b" / "bass.wav").unlink()
-    with pytest.raises(UserError, match=r"1 of 10 files of MUSDB18-HQ are missing: .*b/bass\.wav"):
+    with pytest.raises(UserError, match=r"MUSDB18-HQ lacks 1 of its 10 files: .*b/bass\.wav"):
         musdb18.songs(tmp_path, "test")

@@ -43,5 +43,5 @@ def test_slakh2100(sets, tmp_path):
 
 
 def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(UserError, match="of Slakh2100 are missing"):
+    with pytest.raises(UserError, match="Slakh2100 lacks"):
         slakh2100.items(tmp_path, "test")

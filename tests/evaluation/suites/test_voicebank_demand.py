@@ -97,5 +97,5 @@ def test_the_figure_of_a_set_is_the_median_of_what_is_a_number():
 
 
 def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(UserError, match="of Voicebank-Demand are missing"):
+    with pytest.raises(UserError, match="Voicebank-Demand lacks"):
         voicebank_demand.sentences(tmp_path)

@@ -19,7 +19,7 @@ from uss_jax.audio.files import audio_format, read_mono, read_segment
 from uss_jax.audio.resampling import resample
 from uss_jax.bundles.model import Model
 from uss_jax.disk.opening import at_once
-from uss_jax.errors import UserError
+from uss_jax.errors import UserError, counted
 from uss_jax.evaluation.averages import source_averages
 from uss_jax.evaluation.finished import unfinished_beside
 from uss_jax.evaluation.items import Item
@@ -237,8 +237,8 @@ def require_files(files: Iterable[pathlib.Path], data_set: str) -> None:
     if missing:
         names = ", ".join(map(str, missing[:3])) + (", ..." if len(missing) > 3 else "")
         raise UserError(
-            f"{len(missing)} of {len(files)} files of {data_set} are missing: {names}; unpack the "
-            "data set in its publisher's folder layout, and give the folder with --data"
+            f"{data_set} lacks {len(missing):,} of its {counted(len(files), 'file')}: {names}; "
+            "unpack the data set in its publisher's folder layout, and give the folder with --data"
         )
 
 

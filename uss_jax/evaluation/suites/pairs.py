@@ -14,7 +14,7 @@ from uss_jax.audio.files import audio_format, read_mono, write_wav
 from uss_jax.audio.picture import write_picture
 from uss_jax.audio.resampling import resampled_length
 from uss_jax.bundles.model import Model
-from uss_jax.errors import UserError
+from uss_jax.errors import UserError, counted
 from uss_jax.evaluation.averages import (
     Averages,
     bank_of_averages,
@@ -84,7 +84,7 @@ def run(
     if averages and bank:
         stored = bank_of_averages(model, averages, f"averaged over {train_records or train_pairs}")
         write_bank(bank, stored)
-        text.append(f"{bank}: vectors of {len(averages)} classes")
+        text.append(f"{bank}: vectors of {counted(len(averages), 'class', 'classes')}")
     if examples and out_dir:
         pictures = write_examples(model, pairs, figures, rows, examples, out_dir)
         text += [f"{picture}: its audio files are next to it" for picture in pictures]

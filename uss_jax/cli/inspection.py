@@ -12,19 +12,21 @@ from uss_jax.anchors.table import COLUMNS, read_header
 from uss_jax.bundles import nets
 from uss_jax.bundles.bundle import Bundle, Variables, net_hash, read_bundle, read_tensors
 from uss_jax.bundles.checkpoints import latest_step
-from uss_jax.data.index import load_index
+from uss_jax.data.index import RecordIndex, load_index
 from uss_jax.data.metadata import read_encoding, read_sample_rate
 from uss_jax.data.shards import splits
 from uss_jax.data.storage import versions_below
 from uss_jax.disk.checked_json import parse_json, record, whole
 from uss_jax.disk.checked_npz import names_in_npz, read_npz
-from uss_jax.disk.opening import at_once
-from uss_jax.errors import UserError
+from uss_jax.disk.opening import absence, at_once
+from uss_jax.errors import UserError, counted
+from uss_jax.ontology import load_ontology
 from uss_jax.separation.banks import load_bank
 
 _TAIL_BYTES = 1 << 16  # read from the end of metrics.jsonl: many lines
 _PARTS = ("separator", "query", "adaptor", "sed")
 _OPENED = ("separator", "query", "sed")
+_CLASSES_SHOWN = 8
 _KINDS = "a bundle, workdir, export, checkpoint, folder of records, anchor table or query bank"
 
 
@@ -36,7 +38,7 @@ def inspect(path: str | os.PathLike) -> list[str]:
     """
     path = pathlib.Path(path)
     if not path.exists():
-        raise UserError(f"{path} does not exist; give {_KINDS}")
+        raise UserError(f"{path} {absence(path)}; give {_KINDS}")
     if path.suffix == ".npz" and path.is_file():
         return _of_npz(path)
     if path.parent.name == "checkpoints" and path.name.isdigit():
@@ -80,7 +82,9 @@ def _of_model(path: pathlib.Path) -> list[str]:
     foreign = path / "foreign.safetensors"
     if foreign.is_file():
         count = len(read_tensors(foreign))
-        lines.append(f"{foreign.name}: {count} tensors of the converted checkpoint, kept unchanged")
+        lines.append(
+            f"{foreign.name}: {counted(count, 'tensor')} of the converted checkpoint, unchanged"
+        )
     if "training" in config:
         lines += _history(path, config)
     return lines
@@ -131,7 +135,7 @@ def _of_part(bundle: Bundle, part: str, variables: Variables, found: str) -> Ite
     tables = {"separator": nets.SEPARATORS, "query": nets.TAGGERS, "sed": nets.TAGGERS}
     net = nets.name_of(tables[part], fields) if part in tables else part
     stored = f" in {'/'.join(sorted(dtypes))}" if dtypes != {"float32"} else ""
-    classes = f", {fields['classes']} classes" if "classes" in fields else ""
+    classes = f", {counted(fields['classes'], 'class', 'classes')}" if "classes" in fields else ""
     yield f"{part}: {net}{classes}, {sum(sizes.values()):,} parameters{stored}, sha256 {found}"
     if said != found:
         yield f"  differs from config.json ({said}): the bundle was changed or is damaged"
@@ -142,8 +146,8 @@ def _history(path: pathlib.Path, config: dict[str, Any]) -> Iterator[str]:
     training = config["training"]
     step = config.get("step") or latest_step(path / "checkpoints") or 0
     total, batch = training.get("total_steps"), training.get("global_batch")
-    total = f"{total:,}" if isinstance(total, int) else "an unknown number of"
-    yield f"trained: {step:,} of {total} steps, global batch {batch}"
+    total = counted(total, "step") if isinstance(total, int) else "an unknown number of steps"
+    yield f"trained: {step:,} of {total}, global batch {batch}"
     data = training.get("data")
     if isinstance(data, dict):
         yield f"data: {data.get('records')} ({data.get('split')}), seed {training.get('seed')}"
@@ -177,10 +181,36 @@ def _of_records(path: pathlib.Path) -> Iterator[str]:
         index = load_index(path, split)
         hours = int(index.samples.astype(np.int64).sum()) / rate / 3600
         yield (
-            f"  {split}: {len(index):,} clips, {hours:.2f} h, {len(index.label_class):,} labels of "
-            f"{len(np.unique(index.label_class))} classes, {len(index.shards)} shards, index "
+            f"  {split}: {counted(len(index), 'clip')}, {hours:.2f} h, "
+            f"{counted(len(index.label_class), 'label')} of "
+            f"{counted(len(np.unique(index.label_class)), 'class', 'classes')}, "
+            f"{counted(len(index.shards), 'shard')}, index "
             f"digest {index.digest}"
         )
+        yield from _of_split(index, rate)
+
+
+def _of_split(index: RecordIndex, rate: int) -> Iterator[str]:
+    """Yields the lengths of a split's clips, and how many clips its classes have."""
+    if not len(index):
+        return
+    seconds = index.samples / rate
+    yield (
+        f"    lengths: {seconds.min():.2f} to {seconds.max():.2f} s, median "
+        f"{np.median(seconds):.2f} s"
+    )
+    names = load_ontology().class_names
+    clips = np.bincount(index.label_class, minlength=len(names))  # a clip has a label only once
+    order = np.argsort(-clips, kind="stable")
+    order = order[clips[order] > 0].tolist()
+    said = [f"{names[k]} ({clips[k]:,})" for k in order]
+    if len(said) <= 2 * _CLASSES_SHOWN:
+        yield f"    clips of each class: {'; '.join(said)}"
+        return
+    yield f"    classes with the most clips: {'; '.join(said[:_CLASSES_SHOWN])}"
+    yield f"    with the fewest: {'; '.join(said[-_CLASSES_SHOWN:])}"
+    without = len(names) - len(said)
+    yield f"    {len(said)} classes with clips, {without} of {len(names)} without"
 
 
 def _of_npz(path: pathlib.Path) -> list[str]:
@@ -193,11 +223,11 @@ def _of_npz(path: pathlib.Path) -> list[str]:
         raise UserError(f"{path} cannot be read ({error}); give {_KINDS}") from error
     if "net_hash" in names:
         bank = load_bank(path)
-        lines = [f"{path}: query bank, {bank.kind}, {bank.vectors.shape[0]} vectors of width "]
+        lines = [f"{path}: query bank, {bank.kind}, {counted(len(bank.name), 'vector')} of width "]
         lines[0] += f"{bank.vectors.shape[1]}, query net {bank.net_hash}"
         return [*lines, *([bank.how] if bank.how else []), *(f"  {name}" for name in bank.name)]
     if "header" in names:
         header = read_header(path)
-        lines = [f"{path}: anchor table, {rows:,} rows"]
+        lines = [f"{path}: anchor table, {counted(rows, 'row')}"]
         return [*lines, *(f"  {key}: {value}" for key, value in header.items())]
     raise UserError(f"{path} is neither an anchor table nor a query bank; give {_KINDS}")

@@ -9,12 +9,13 @@ from uss_jax.anchors.table import COLUMNS, write_table
 from uss_jax.bundles import bundle
 from uss_jax.bundles.bundle import net_hash, read_bundle
 from uss_jax.bundles.checkpoints import load_tree, save_tree
+from uss_jax.cli import inspection
+from uss_jax.cli.inspection import inspect
 from uss_jax.cli.main import main
 from uss_jax.errors import UserError
+from uss_jax.ontology import load_ontology
 from uss_jax.separation.banks import Bank, write_bank
 from uss_jax.training.state import parameter_count
-from uss_jax.weights import inspection
-from uss_jax.weights.inspection import inspect
 
 
 def test_a_bundle(tmp_path, capsys):
@@ -24,7 +25,7 @@ def test_a_bundle(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"{RATE} Hz" in printed
     assert "condition: soft" in printed
-    assert "1 tensors of the converted checkpoint" in printed
+    assert "1 tensor of the converted checkpoint" in printed
     config = read_bundle(path).config
     for part in ("separator", "query", "sed"):
         params = read_bundle(path).variables(part)["params"]
@@ -88,11 +89,30 @@ def test_a_workdir_tells_its_history(tmp_path):
     assert "metrics of step 20: loss 0.5" in text
 
 
+def test_the_classes_and_lengths_of_records_are_shown(tmp_path):
+    clips = [("a", noise(1, 0.5), [0, 72]), ("b", noise(2, 1.5), [0]), ("c", noise(3, 0.75), [0])]
+    write_records(tmp_path, "test", clips)
+    text = "\n".join(inspect(tmp_path))
+    assert "lengths: 0.50 to 1.50 s, median 0.75 s" in text
+    dog = load_ontology().class_names[72]
+    assert f"clips of each class: Speech (3); {dog} (1)\n" in f"{text}\n"
+    clips = [(f"{k}.{at}", noise(1, 0.1), [k]) for k in range(20) for at in range(1 + (k == 19))]
+    clips += [(f"more{at}", noise(1, 0.1), [0]) for at in range(2)]
+    write_records(tmp_path, "test", clips)
+    lines = inspect(tmp_path)
+    names = load_ontology().class_names
+    shown = [f"{names[0]} (3)", f"{names[19]} (2)", *(f"{names[k]} (1)" for k in range(1, 7))]
+    assert lines[-3] == f"    classes with the most clips: {'; '.join(shown)}"
+    shown = "; ".join(f"{names[k]} (1)" for k in range(11, 19))
+    assert lines[-2] == f"    with the fewest: {shown}"
+    assert lines[-1] == "    20 classes with clips, 507 of 527 without"
+
+
 def test_records_tables_and_banks(tmp_path):
     index = write_records(tmp_path / "records", "test", [("a", noise(1, 0.9), [72, 3])])
     text = "\n".join(inspect(tmp_path / "records"))
     assert "8000 Hz" in text
-    assert "test: 1 clips, 0.00 h, 2 labels of 2 classes, 1 shards" in text
+    assert "test: 1 clip, 0.00 h, 2 labels of 2 classes, 1 shard," in text
     assert index.digest in text
 
     columns = {name: np.zeros((3, 1) if "k" in of.shape else 3) for name, of in COLUMNS.items()}
@@ -103,7 +123,7 @@ def test_records_tables_and_banks(tmp_path):
 
     write_bank(tmp_path / "b.npz", Bank(("Dog",), np.zeros((1, 6)), "embedding", "abc", "by hand"))
     text = "\n".join(inspect(tmp_path / "b.npz"))
-    assert "1 vectors of width 6" in text
+    assert "1 vector of width 6" in text
     assert "by hand" in text
 
 

@@ -124,7 +124,7 @@ def test_what_is_passed_over_is_told(collection, capsys):
     told = capsys.readouterr().out
     assert '2 labels are not classes and are skipped: "Wuff" (1), "Mann" (1)' in told
     assert f"{collection}: 1 recording is in no line of the label file (more.OPUS)" in told
-    assert f"{collection}: 1 file is no recording by its name (notes.txt)" in told
+    assert f"{collection}: 1 file is not a recording, judging by its name (notes.txt)" in told
     assert "1 clip left out (1 no label)" in told
     (collection / "own.csv").write_text("name,class\nWuff,Bark\nMann,Speech\n")
     words = [*_arguments(collection, **{"label-map": collection / "own.csv"}), "--overwrite"]
@@ -134,7 +134,7 @@ def test_what_is_passed_over_is_told(collection, capsys):
     assert main(["prepare", *words, "--files-from", str(collection / "list.txt")]) == 0
     told = capsys.readouterr().out
     assert "1 clip, 0.0 minutes, 2 classes" in told
-    assert "no recording by its name (notes.txt)" in told  # not the map, nor the list
+    assert "not a recording, judging by its name (notes.txt)" in told  # not the map, nor the list
 
 
 def test_every_file_with_remarks_is_listed(collection, capsys):

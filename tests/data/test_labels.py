@@ -96,13 +96,13 @@ def test_several_segments_of_one_video_are_several_clips(tmp_path):
     (tmp_path / "audio").mkdir()
     for name in ("Yvideo.wav", "other_30_40.wav"):
         (tmp_path / "audio" / name).touch()
-    spans = [("video", 30, 40), ("video", 50.5, 60), ("other", 30, 40), ("none", 0, 10)]
+    spans = [("video", 30, 40), ("video", 5000.125, 5010), ("other", 30, 40), ("none", 0, 10)]
     spans.append(("none", 10, 20))
     lines = ["# YTID, ...", *(f'{name}, {begin}, {end}, "{DOG}"' for name, begin, end in spans)]
     clips = _read(tmp_path, "\n".join(lines), whole=True).clips
     assert [(clip.file, clip.id, clip.shared) for clip in clips] == [
         ("Yvideo.wav", "Yvideo.wav#t=30,40", True),
-        ("Yvideo.wav", "Yvideo.wav#t=50.5,60", True),
+        ("Yvideo.wav", "Yvideo.wav#t=5000.125,5010", True),
         ("other_30_40.wav", "other_30_40.wav", False),
         ("Ynone.wav", "Ynone.wav#t=0,10", True),
         ("Ynone.wav", "Ynone.wav#t=10,20", True),

@@ -17,6 +17,7 @@ _PROGRAMS = {
     "fresh": "the initial state",
     "_apply": "a network",
     "_mine_batch": "the detector",
+    "anchors_of_batch": "the detector",
     "_figures": "the evaluation of pairs",
 }
 

@@ -223,8 +223,8 @@ def _tell_passed_over(labels: "Labels", audio: str) -> None:
         ),
         (
             labels.others,
-            "file is no recording by its name",
-            "files are no recordings by their names",
+            "file is not a recording, judging by its name",
+            "files are not recordings, judging by their names",
         ),
     ):
         if files:

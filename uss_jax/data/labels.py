@@ -48,11 +48,11 @@ class LabelledFile(NamedTuple):
         if self.segment is None or not self.shared:
             return self.file
         begin, end = self.segment
-        return f"{self.file}#t={begin:g},{end:g}"
+        return f"{self.file}#t={begin:.10g},{end:.10g}"
 
 
 class Remark(NamedTuple):
-    """What a user may want to know of a file, other than why it has no record.
+    """A remark on a file that is not a reason to leave it out of the records.
 
     Attributes:
       file: path, relative to the folder of recordings.

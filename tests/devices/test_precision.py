@@ -25,7 +25,7 @@ from tests.tiny import (
     write_place,
     write_separator,
 )
-from uss_jax.anchors import mine
+from uss_jax.anchors import of_labels
 from uss_jax.audio.files import write_wav
 from uss_jax.bundles import model
 from uss_jax.bundles.model import Model, Net
@@ -159,7 +159,7 @@ def test_the_detector_is_float32_at_highest_in_every_use(dtype):
     programs = [
         products(lambda clip: detect(sed, variables, clip), clip),
         products(
-            lambda batch: mine._mine_batch(sed, variables, batch, None, SEGMENT, 2, -60.0),
+            lambda batch: of_labels.mine_batch(sed, variables, batch, None, SEGMENT, 2, -60.0),
             {**_batch(), **labels},
         ),
         products(  # make-pairs, planted, averages

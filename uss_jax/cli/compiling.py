@@ -13,12 +13,13 @@ _PATIENCE_SECONDS = 2.0
 # Jitted function name -> description.
 _PROGRAMS = {
     "step": "the training step",
-    "_fresh_state": "the initial state",
+    "fresh_state": "the initial state",
     "fresh": "the initial state",
     "_apply": "a network",
-    "_mine_batch": "the detector",
+    "mine_batch": "the detector",
     "anchors_of_batch": "the detector",
     "_figures": "the evaluation of pairs",
+    "_measure": "the separation of mixtures",
 }
 
 

@@ -127,8 +127,8 @@ def _order(data: Data, label_row: np.ndarray, label_class: np.ndarray, seed: int
     if order.missing.size:
         shown = ", ".join(names[i] for i in order.missing[:3])
         say(
-            f"{order.missing.size} of {len(names)} classes have no clip in {data.records} "
-            f"({data.split}) and are left out: {shown} ..."
+            f"{data.records} ({data.split}) has no clip of {order.missing.size} of the "
+            f"{len(names)} classes, which are left out: {shown} ..."
         )
     return order
 

@@ -16,6 +16,7 @@ from uss_jax.bundles.bundle import FORMAT_VERSION
 from uss_jax.bundles.checkpoints import Checkpoints
 from uss_jax.devices.hosts import say
 from uss_jax.devices.mesh import create, on_all_devices, shapes
+from uss_jax.errors import counted
 from uss_jax.training.loop import Evaluate, Pace, Reports, fit
 from uss_jax.training.records import Records, read_batches
 from uss_jax.training.resuming import position_of, resume
@@ -132,8 +133,8 @@ def run(
 def _introduce(trained: Trained, records: Records, settings: RunSettings, like: TrainState) -> None:
     say(
         f"{trained.kind} of {parameter_count(like.params) / 1e6:.1f} M parameters, "
-        f"{len(records.index)} clips, global batch {settings.global_batch} on "
-        f"{jax.device_count()} devices ({jax.devices()[0].device_kind})"
+        f"{counted(len(records.index), 'clip')}, global batch {settings.global_batch} on "
+        f"{counted(jax.device_count(), 'device')} ({jax.devices()[0].device_kind})"
     )
 
 

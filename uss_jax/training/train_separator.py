@@ -15,6 +15,7 @@ from uss_jax.bundles import nets
 from uss_jax.devices.hosts import say
 from uss_jax.devices.mesh import make_mesh, replicated
 from uss_jax.devices.precision import at_precision
+from uss_jax.errors import counted
 from uss_jax.evaluation.suites.pairs import find_pairs
 from uss_jax.models.separator import SeparatorNet
 from uss_jax.training.condition_nets import ConditionNets, load_condition_nets
@@ -149,8 +150,8 @@ def _evaluation(
             data = settings.data
             averages = workdir_averages(workdir, data.records, data.split, pairs)
         say(
-            f"evaluating {len(pairs)} pairs every {settings.eval.every_steps} steps, with the "
-            f"conditions of their sources{' and with class averages' if averages else ''}"
+            f"evaluating {counted(len(pairs), 'pair')} every {settings.eval.every_steps} steps, "
+            f"with the conditions of their sources{' and with class averages' if averages else ''}"
         )
         return make_evaluation(
             separator,

@@ -1,3 +1,4 @@
+import pathlib
 import threading
 
 import jax
@@ -59,3 +60,10 @@ def test_nothing_is_reported_afterwards_nor_by_other_hosts(impatient, capsys, mo
     with long_compilations_reported():
         jax.jit(step)(jnp.ones(6)).block_until_ready()
     assert (impatient, capsys.readouterr().err) == ([], "")
+
+
+def test_programs_are_named_after_functions_of_the_package():
+    package = pathlib.Path(compiling.__file__).parent.parent
+    sources = "\n".join(path.read_text() for path in package.rglob("*.py"))
+    unknown = [name for name in compiling._PROGRAMS if f"def {name}(" not in sources]
+    assert not unknown

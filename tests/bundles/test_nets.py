@@ -1,7 +1,7 @@
 import jax
 import pytest
 
-from tests.bundles.test_another_separator import Gains
+from tests.models.test_separator import Gains
 from tests.tiny import TAGGER
 from uss_jax.bundles import nets
 from uss_jax.bundles.nets import build_sed, fields_of

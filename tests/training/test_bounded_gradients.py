@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.tiny import ONE_BLOCK, RATE, TAGGER, quick_jit, tagger_variables
-from tests.training.test_step import BATCH, _batch, _made
+from tests.training.test_separation_step import BATCH, _batch, _made
 from uss_jax.models.masks import Head
 from uss_jax.models.norm import EPSILON, BatchNorm
 from uss_jax.models.resunet import ResUNet

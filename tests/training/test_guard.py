@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.training.test_step import _batch, _made, _run
+from tests.training.test_separation_step import _batch, _made, _run
 from uss_jax.training.guard import ENOUGH, WINDOW, is_spike, median_norm, no_norms, record
 
 LOUD = 1e5

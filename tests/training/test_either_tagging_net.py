@@ -46,7 +46,7 @@ from uss_jax.training.separation_step import Anchoring, Nets, make_separation_st
 from uss_jax.training.settings import separator_settings
 from uss_jax.training.state import create_state
 from uss_jax.training.tagging_step import make_tagging_step
-from uss_jax.training.train_separator import make_step, train_separator
+from uss_jax.training.train_separator import fresh_state, make_step, train_separator
 from uss_jax.training.train_tagger import train_tagger
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -232,17 +232,13 @@ def test_the_rule_of_anchors_reaches_the_step():
     assert (wanted["uss"].begin_sample != wanted["htsat"].begin_sample).any()
 
     separator = ResUNet(n_fft=128, hop_samples=64, channels=(4, 4), condition_width=527)
-    fresh = random_variables(separator, (1, 1, 640), (1, 527))
-    optimizer = adamw(1e-2)
-    state = create_state(
-        {"separator": fresh["params"], "query": {}},
-        {"separator": fresh["batch_stats"], "query": {}},
-        optimizer,
-    )
     config.anchors.rule = "htsat"
     query = build_query({"kind": "one_hot"}, None)
     around = ConditionNets(ONE_BLOCK, True, query, {}, {})
-    step = make_step(separator_settings(config), separator, around, make_mesh())
+    settings = separator_settings(config)
+    step = make_step(settings, separator, around, make_mesh())
+    untrained = {"params": {}, "batch_stats": {}}
+    state = fresh_state(settings, separator, jax.random.key(0), untrained)
     score = quick_jit(lambda *args: step(*args)[1]["anchor_score"])
     means = {rule: float(anchors.score.mean()) for rule, anchors in wanted.items()}
     found = float(score(state, {"sed": variables}, batch, key))

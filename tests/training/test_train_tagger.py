@@ -61,7 +61,7 @@ def test_a_tagger_s_run_of_before_its_newer_keys_goes_on(
     [
         ({"outputs": ("tags",)}, "config.outputs is ('tags',), expected one or more of"),
         ({"outputs": ()}, "config.outputs is (), expected one or more of"),
-        ({"tagger.dtype": "int8"}, "sed.model.dtype is 'int8', expected float32, bfloat16"),
+        ({"tagger.dtype": "int8"}, "config.tagger.dtype is 'int8', expected float32, bfloat16"),
         ({"schedule.name": "none"}, "config.schedule.name is 'none'"),
         ({"schedule": {"learning_rate": 0.1}}, "config.schedule has no key 'config.schedule.name'"),
         (
@@ -78,3 +78,9 @@ def test_a_tagger_s_run_of_before_its_newer_keys_goes_on(
 def test_what_cannot_run_of_a_tagger_is_said_too(place, tmp_path, changed, said, capsys):
     assert main(train_words("tagger_cnn14.py", place, tmp_path / "run", changed)) == 1
     assert said in capsys.readouterr().err
+
+
+def test_fields_that_do_not_fit_each_other_are_said(tmp_path, capsys):
+    words = ["train-tagger", "--config", "tagger_htsat", "--workdir", str(tmp_path / "run")]
+    assert main([*words, "--config.tagger.mel_bins=15"]) == 1
+    assert "uss-jax: the fields of HTSAT are inconsistent: " in capsys.readouterr().err

@@ -43,7 +43,8 @@ from uss_jax.models.tagging import TaggingNet
 FORMAT_VERSION = 1
 _TRAINED_AS = {"query": "tagger", "sed": "tagger"}  # names of these parts in a checkpoint
 # Schema of config.json; unknown keys are ignored.
-_TAGGER = record({}, {**nets.FIELD_RULES, "net": text(*nets.TAGGERS)}, others=True)
+_NET = lambda value, key: text(*nets.TAGGERS)(value, key)  # noqa: E731, with rows added later
+_TAGGER = record({}, {**nets.FIELD_RULES, "net": _NET}, others=True)
 _QUERY = record({}, {**nets.FIELD_RULES, "model": either(nothing(), _TAGGER)}, others=True)
 _CONFIG = record(
     {

@@ -20,7 +20,7 @@ from uss_jax.models.norm import MOMENTUM
 from uss_jax.models.query import KINDS, Adaptor, QueryNet
 from uss_jax.models.resunet import ResUNet
 from uss_jax.models.separator import SeparatorNet
-from uss_jax.models.tagging import TaggingNet
+from uss_jax.models.tagging import TaggingNet, at_momentum
 from uss_jax.ontology import load_ontology
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -180,7 +180,7 @@ def build_query(section: Mapping[str, Any], model: Mapping[str, Any] | None) -> 
     if model is not None:
         tagger = build_tagger(model, "query", "query.model")
         if fields.get("finetune"):  # trained with the separator, at the separator's momentum
-            tagger = tagger.clone(norm_momentum=MOMENTUM)
+            tagger = at_momentum(tagger, MOMENTUM)
     query = build(QueryNet, {**fields, "tagger": tagger}, "query")
     if query.shortcut and query.adaptor_width not in (0, width := query.source_width):
         raise UserError(

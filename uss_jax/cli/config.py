@@ -160,8 +160,8 @@ def _override(
     value = True if text is None else _parse(text, now, option)
     if not isinstance(value, dict):
         node[key] = value
-    elif isinstance(now, ConfigDict) and "name" in now:
-        # A section's valid keys depend on its name, so it is replaced whole.
+    elif isinstance(now, ConfigDict) and ("name" in now or "net" in value):
+        # A section's valid keys depend on its name or net, so it is replaced whole.
         if not all(isinstance(part, str) and part.isidentifier() for part in value):
             raise UserError(f"{option}: expected keys that are identifiers, not {list(value)}")
         node[key] = ConfigDict(value)

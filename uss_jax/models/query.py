@@ -13,6 +13,11 @@ from jaxtyping import Array, Float, Int
 
 from uss_jax.models.tagging import TaggingNet
 
+_OF_RECORDINGS = (
+    '`read("condition.stablehlo").call(recording)` computes conditions from recordings of the '
+    "requested sound, [b, {samples}]."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
@@ -20,11 +25,13 @@ class Kind:
 
     Attributes:
       reads: output of the tagging net that it is; None: it is made of a class index alone.
+      words: how the user of an exported model makes one; `samples` is the length of a segment.
       classes: a class, or set of classes, is a condition by itself.
       probabilities: tagging probabilities, those of some classes alone too, are a condition.
     """
 
     reads: str | None
+    words: str = _OF_RECORDINGS
     classes: bool = False
     probabilities: bool = False
 
@@ -35,7 +42,11 @@ class Kind:
 
 
 KINDS = {
-    "one_hot": Kind(reads=None, classes=True),
+    "one_hot": Kind(
+        reads=None,
+        words="The condition is 1 for the requested class and 0 elsewhere.",
+        classes=True,
+    ),
     "soft": Kind(reads="clipwise", probabilities=True),
     "embedding": Kind(reads="embedding"),
 }

@@ -31,6 +31,7 @@ class TaggingNet(Protocol):
       embedding_width: e.
       frame_hop_samples: samples between frames.
       dtype: compute dtype, "float32" or "bfloat16".
+      norm_momentum: only of a net with batch norm: weight of a batch in its running statistics.
     """
 
     sample_rate: int
@@ -64,6 +65,11 @@ def front_end(net: Any, waveform: Float[Array, "b t"]) -> Float[Array, "b n m"]:
 def as_detector(net: TaggingNet) -> TaggingNet:
     """Returns the net with compute dtype float32, whatever dtype it was trained in."""
     return net.clone(dtype="float32")
+
+
+def at_momentum(net: TaggingNet, momentum: float) -> TaggingNet:
+    """Returns the net with this momentum of its batch norms; itself if it has none."""
+    return net.clone(norm_momentum=momentum) if hasattr(net, "norm_momentum") else net
 
 
 def detect(net: TaggingNet, variables: Any, waveform: Float[Array, "b t"]) -> dict[str, Array]:

@@ -83,7 +83,7 @@ def load_condition_nets(
         bundle = _source_bundle(settings, workdir, "query")
         source, variables = bundle.query()
         if source.tagger is None:
-            raise UserError(f"{bundle.path} has no tagging net: its conditions are one_hot")
+            raise UserError(f"{bundle.path} has no tagging net: its conditions are {source.kind}")
         _check_net(source.tagger, "query", settings)
         model = nets.fields_of(source.tagger)
         _check_rate(source.tagger.sample_rate, settings, "query_bundle")

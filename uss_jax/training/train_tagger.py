@@ -10,7 +10,7 @@ from uss_jax.bundles import nets
 from uss_jax.devices.mesh import make_mesh
 from uss_jax.devices.precision import at_precision
 from uss_jax.errors import UserError
-from uss_jax.models.tagging import TaggingNet
+from uss_jax.models.tagging import TaggingNet, at_momentum
 from uss_jax.training.optim import OPTIMIZERS, clipped, make_schedule
 from uss_jax.training.records import open_records
 from uss_jax.training.run import Trained, run
@@ -38,14 +38,16 @@ def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
     schedule = make_schedule(**settings.schedule)
     optimizer = OPTIMIZERS[settings.optimizer](schedule, settings.weight_decay)
     optimizer = clipped(optimizer, settings.clip_norm)
-    records = open_records(settings)
 
     # The net and its step.
-    tagger = nets.build_sed({**settings.tagger, "sample_rate": settings.sample_rate})
+    fields = {**settings.tagger, "sample_rate": settings.sample_rate}
+    tagger = nets.build_tagger(fields, "sed", "config.tagger")
     nets.require_classes(tagger, "config.tagger")
+    nets.layout(tagger)  # raises a UserError if its fields are inconsistent
     _check_outputs(settings, tagger)
+    records = open_records(settings)
     step = make_tagging_step(
-        tagger.clone(norm_momentum=settings.norm_momentum),
+        at_momentum(tagger, settings.norm_momentum),
         optimizer,
         outputs=tuple(settings.outputs),
         mixup_alpha=settings.mixup_alpha,

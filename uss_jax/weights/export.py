@@ -60,11 +60,6 @@ mixture [b, {samples}] float32 at {rate} Hz, condition [b, {width}] float32, any
 Matrix products and convolutions of float32 arrays use the precision `{precision}`.
 {condition}""",
 }
-_CONDITION = {
-    False: "The condition is 1 for the requested class and 0 elsewhere.",
-    True: '`read("condition.stablehlo").call(recording)` computes conditions from recordings of '
-    "the requested sound, [b, {samples}].",
-}
 
 # Runs an exported function in a process that imports neither uss_jax nor flax.
 _RUN = """
@@ -326,8 +321,7 @@ def _read_me(bundle: Bundle, form: str, window: int, precision: str) -> str:
         "rate": _rate(bundle),
         "width": bundle.separator()[0].condition_width,
         "precision": precision,
-        "condition": _CONDITION[KINDS[config["query"]["kind"]].recordings].format(samples=segment)
-        + "\n",
+        "condition": KINDS[config["query"]["kind"]].words.format(samples=segment) + "\n",
     }
     licence = config.get("licence", "subject to the licences of the training recordings")
     return (

@@ -160,7 +160,7 @@ def test_what_does_not_fit_a_table_is_said_before_the_first_step(place, tmp_path
         ({"anchors__top_k": 9}, "config.anchors.top_k=9 is not between 1 and 4"),
         ({"anchors__min_score": 1.0}, "no anchor reaches config.anchors.min_score=1"),
         ({"anchors__table": ""}, "config.anchors.table is empty"),
-        ({"anchors__jitter_samples": -1}, "config.anchors.jitter_samples=-1 is below 0"),
+        ({"anchors__jitter_samples": -1}, "jitter_samples is -1, expected a whole number from 0"),
         ({"mixing__order": "random"}, "config.mixing.order is 'random'"),
     ):
         assert _train(place, tmp_path / "run", **changed) == 1

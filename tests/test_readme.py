@@ -1,0 +1,43 @@
+"""Commands in the READMEs are ones that the program takes."""
+
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from uss_jax.cli.config import load_config
+from uss_jax.cli.main import COMMANDS, build_parser
+
+ROOT = pathlib.Path(__file__).parents[1]
+# What stands for more words, or for a variable of the shell.
+_BLANKS = {" ...": "", "${split}": "train", "$split": "train", "$name": "sources=2"}
+
+
+def _commands():
+    for path in ("README.md", "configs/README.md", "launch/README.md", "tests/README.md"):
+        text = re.sub(r"\\\n\s*", " ", (ROOT / path).read_text())
+        for line in map(str.strip, text.splitlines()):
+            if re.match(r"uss-jax [a-z-]+ \S", line):
+                for blank, word in _BLANKS.items():
+                    line = line.replace(blank, word)
+                yield line
+
+
+@pytest.mark.parametrize("line", list(_commands()))
+def test_commands_of_the_readmes_are_taken(line):
+    command, *words = shlex.split(line, comments=True)[1:]
+    assert command in COMMANDS
+    overrides = [word for word in words if word.startswith("--config.")]
+    rest = [word for word in words if word not in overrides]
+    if command.startswith("train") and "--config" not in rest:
+        rest += ["--config", "resunet30", "--workdir", "run"]
+    if command == "prepare" and "--audio" not in rest:
+        pytest.skip("only some of the options are shown")
+    args = build_parser(command).parse_args(rest)
+    if command.startswith("train"):
+        load_config(args.config, overrides)
+
+
+def test_there_are_commands_to_test():
+    assert len(list(_commands())) > 15

@@ -20,6 +20,7 @@ _PROGRAMS = {
     "anchors_of_batch": "the detector",
     "_figures": "the evaluation of pairs",
     "_measure": "the separation of mixtures",
+    "separate_with": "the separator",
 }
 
 

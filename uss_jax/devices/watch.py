@@ -188,7 +188,7 @@ class Watch:
         self._write(_BROKEN, "")
         before, now = self._read(_BEAT), time.monotonic()
         until, latest = now + _SUSPECT_SECONDS + 5 * _BEAT_SECONDS, now + LOST_SECONDS
-        while self._failure or len(self._broken) < self._processes:
+        while len(self._broken) < self._processes:  # else each host has an error of its own
             now = time.monotonic()
             if not self._failure and now > until and (self._all_live(before) or now > latest):
                 return

@@ -144,6 +144,7 @@ class Watch:
         self._last_step, self._relay = last_step, relay
         self._name = socket.gethostname()
         self._beats: dict[int, tuple[str, float]] = {}  # last beat of each, and when it came
+        self._read_beats: dict[int, str] = {}  # beats as last read; empty if not read yet
         self._ends: dict[int, str] = {}  # how processes ended: _DONE or a message
         self._failure: str | None = None  # the first such message
         self._broken: set[int] = set()  # processes with an unexpected error
@@ -184,21 +185,22 @@ class Watch:
 
     def _wait_for_who_broke_it(self) -> None:
         """Waits while another process may be lost; if one is, this process ends meanwhile."""
+        self._read_beats = before = {}
         self._asking = True
         self._write(_BROKEN, "")
-        before, now = self._read(_BEAT), time.monotonic()
+        now = time.monotonic()
         until, latest = now + _SUSPECT_SECONDS + 5 * _BEAT_SECONDS, now + LOST_SECONDS
         while len(self._broken) < self._processes:  # else each host has an error of its own
             now = time.monotonic()
+            before = before or self._read_beats  # the first that are read after the error
             if not self._failure and now > until and (self._all_live(before) or now > latest):
                 return
             time.sleep(0.2)
 
     def _all_live(self, before: dict[int, str]) -> bool:
-        """Whether every other process sent a heartbeat after those in `before`, or has finished."""
-        beats = self._read(_BEAT)
+        """Tells if every other process sent a heartbeat after those in `before`, or has ended."""
         others = set(range(self._processes)) - {self._process} - set(self._ends)
-        return all(beats.get(other) != before.get(other) for other in others)
+        return all(self._read_beats.get(other) != before.get(other) for other in others)
 
     def _beat(self) -> None:
         count = 0
@@ -213,6 +215,7 @@ class Watch:
                 self._failure = self._failure or next(failures, None)
                 if self._process == 0 or self._asking:
                     self._broken = set(self._read(_BROKEN))
+                    self._read_beats = self._read(_BEAT)
                 if self._process == 0:
                     self._note_lost(time.monotonic())
             self._end_when_due(time.monotonic())
@@ -224,7 +227,7 @@ class Watch:
     def _note_lost(self, now: float) -> None:
         """Records in the store the hosts that have sent no heartbeat for too long."""
         limit = _SUSPECT_SECONDS if self._broken else LOST_SECONDS
-        for process, beat in self._read(_BEAT).items():
+        for process, beat in self._read_beats.items():
             before, since = self._beats.get(process, ("", now))
             if beat != before:
                 self._beats[process] = beat, now

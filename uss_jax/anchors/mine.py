@@ -35,6 +35,7 @@ from uss_jax.data.reader import ClipReader
 from uss_jax.devices.mesh import make_mesh, on_all_devices, to_devices
 from uss_jax.disk.atomic import replacing
 from uss_jax.disk.checked_npz import read_npz
+from uss_jax.disk.folder import make_folder
 from uss_jax.errors import UserError, counted
 from uss_jax.ontology import load_ontology
 
@@ -178,12 +179,7 @@ def _make_parts_folder(out: pathlib.Path, header: dict[str, Any]) -> pathlib.Pat
     """Creates the folder of parts, whose name includes a digest of the settings."""
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:12]
     parts = out.with_name(f".{out.name}.parts-{digest}")
-    try:
-        parts.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{parts} cannot be created ({error.strerror}); choose another --out"
-        ) from error
+    make_folder(parts, "choose another --out")
     return parts
 
 

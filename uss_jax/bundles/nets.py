@@ -1,9 +1,10 @@
 """Builds Flax modules from the sections of a config or bundle, and checks their fields."""
 
+import contextlib
 import dataclasses
 import difflib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import flax.linen as nn
@@ -213,8 +214,21 @@ def init(net: TaggingNet | SeparatorNet, key: jax.Array) -> dict[str, Any]:
 
     A net without batch norms has empty `batch_stats`.
     """
-    try:
+    with _misfits_said(net):
         return {"batch_stats": {}, **net.init(key, *_inputs(net))}
+
+
+def output_shapes(net: TaggingNet) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a tagging net's outputs for a second of sound, [1, samples]."""
+    with _misfits_said(net):
+        return jax.eval_shape(net.init_with_output, jax.random.key(0), *_inputs(net))[0]
+
+
+@contextlib.contextmanager
+def _misfits_said(net: nn.Module) -> Iterator[None]:
+    """Raises a UserError in place of what inconsistent fields make flax, jax and numpy raise."""
+    try:
+        yield
     except _MISFITS as error:
         words = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
         raise UserError(f"the fields of {type(net).__name__} are inconsistent: {words}") from error

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 import uss_jax
 from uss_jax.cli.arguments import path
-from uss_jax.errors import UserError, one_line
+from uss_jax.errors import UserError
 
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 _BRACKETS = set("()[]{}'\"")
@@ -65,14 +65,6 @@ def joined_hosts(args: argparse.Namespace) -> contextlib.AbstractContextManager:
     if args.workdir is not None:
         last_step = functools.partial(latest_step, os.path.join(args.workdir, "checkpoints"))
     return join_hosts(args.coordinator, args.processes, args.process, last_step=last_step)
-
-
-def say_next(text: str) -> None:
-    """Prints what can be done with a finished run, on the first host only."""
-    import jax
-
-    if jax.process_index() == 0:
-        print(one_line(text), flush=True)
 
 
 def load_config(location: str, overrides: list[str]) -> ConfigDict:

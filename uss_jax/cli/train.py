@@ -3,7 +3,7 @@
 import argparse
 
 from uss_jax.cli.config import add_config_arguments
-from uss_jax.errors import UserError
+from uss_jax.errors import UserError, one_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    from uss_jax.cli.config import joined_hosts, load_config, say_next
+    from uss_jax.cli.config import joined_hosts, load_config
+    from uss_jax.devices.hosts import say
     from uss_jax.models.query import KINDS
     from uss_jax.training.plan import dry_run
     from uss_jax.training.train_separator import train_separator
@@ -40,8 +41,9 @@ def run(args: argparse.Namespace) -> None:
             train_separator(config, args.workdir)
             kind = KINDS[config.query.kind]
             asking = "--classes NAME" if kind.classes or kind.probabilities else "--query EXAMPLES"
-            say_next(
-                f"{args.workdir} holds the separator. To separate: `uss-jax separate AUDIO --model "
-                f"{args.workdir} {asking} --out DIR`; to measure: `uss-jax evaluate pairs --model "
-                f"{args.workdir} --data PAIRS --out RESULTS.json`"
+            workdir = one_line(args.workdir)
+            say(
+                f"{workdir} holds the separator. To separate: `uss-jax separate AUDIO --model "
+                f"{workdir} {asking} --out DIR`; to measure: `uss-jax evaluate pairs --model "
+                f"{workdir} --data PAIRS --out RESULTS.json`"
             )

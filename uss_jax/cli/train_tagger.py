@@ -3,6 +3,7 @@
 import argparse
 
 from uss_jax.cli.config import add_config_arguments
+from uss_jax.errors import one_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,16 +17,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    from uss_jax.cli.config import joined_hosts, load_config, say_next
+    from uss_jax.cli.config import joined_hosts, load_config
+    from uss_jax.devices.hosts import say
     from uss_jax.training.train_tagger import train_tagger
 
     # Joined first, so that an error on one host stops the others too.
     with joined_hosts(args):
         config = load_config(args.config, args.config_overrides)
         train_tagger(config, args.workdir)
-        say_next(
-            f"{args.workdir} holds the tagging net, for detection and for queries. To train a "
-            f"separator with it: `uss-jax train ... --config.sed_bundle={args.workdir} "
-            f"--config.query_bundle={args.workdir}`; to find anchors once: `uss-jax mine ... --sed "
-            f"{args.workdir}`"
+        workdir = one_line(args.workdir)
+        say(
+            f"{workdir} holds the tagging net, for detection and for queries. To train a separator "
+            f"with it: `uss-jax train ... --config.sed_bundle={workdir} "
+            f"--config.query_bundle={workdir}`; to find anchors once: `uss-jax mine ... --sed "
+            f"{workdir}`"
         )

@@ -1,4 +1,4 @@
-"""What a container of records is: a file with payloads one after another, each at a known byte.
+"""Describes containers of records: files of payloads one after another, each at a known byte.
 
 Another container is a module with a `Container` and a row in `CONTAINERS` of data/shards.py.
 """

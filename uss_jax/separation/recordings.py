@@ -21,6 +21,7 @@ from uss_jax.audio.resampling import resample, resample_blocks, resampled_length
 from uss_jax.bundles.model import Model
 from uss_jax.devices.mesh import make_mesh
 from uss_jax.devices.precision import HIGHEST
+from uss_jax.disk.folder import make_folder
 from uss_jax.errors import UserError, one_line
 from uss_jax.separation.names import file_name
 from uss_jax.separation.queries import Query
@@ -258,13 +259,8 @@ class Separator:
             if file.exists() and file.samefile(plan.path):
                 raise UserError(f"{file} is the recording itself; give another --out")
             files[name] = file
-        try:
-            for file in files.values():
-                file.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"{folder} cannot be created ({error.strerror}); give another --out"
-            ) from error
+        for file in files.values():
+            make_folder(file.parent, "give another --out", name=folder)
         return files
 
     def write(self, plan: Plan, files: dict[str, pathlib.Path]) -> Separated:

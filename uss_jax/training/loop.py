@@ -31,7 +31,7 @@ Evaluate = Callable[[TrainState], Mapping[str, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """When a run reports, saves, evaluates and ends.
+    """Tells when a run reports, saves, evaluates and ends.
 
     Attributes:
       total_steps: number of steps of the whole run.
@@ -58,7 +58,7 @@ class Pace:
 
 @dataclasses.dataclass(frozen=True)
 class Reports:
-    """Where a run reports.
+    """Groups the outputs of a run's reports.
 
     Attributes:
       writer: writer of metrics; None on all hosts but the first.
@@ -127,7 +127,7 @@ def fit(
             state, metrics = compiled(state, frozen, batch, key)
             throughput.step()
             idle = metrics["loss"].is_ready
-            recent.append(metrics)
+            recent.append({name: metrics[name] for name in _EVERY_STEP if name in metrics})
             if len(recent) > _STEPS_AHEAD:
                 jax.block_until_ready(recent[-1 - _STEPS_AHEAD])
 
@@ -137,7 +137,7 @@ def fit(
             due = pace.saves(done) or evaluating or stopping
             if not (due or done % pace.log_every_steps == 0):
                 continue
-            values = _report(recent, done, reports)
+            values = _report(recent, metrics, done, reports)
             if (in_a_row := int(values["skipped_in_a_row"])) >= pace.max_skipped_steps:
                 # The state is that of the last good step, the position is after the clips read.
                 checkpoints.save(done, state.parts(), position(done))
@@ -163,15 +163,18 @@ def _jitted(step: Step, state: TrainState) -> Callable:
 
 
 def _report(
-    recent: Sequence[Mapping[str, jax.Array]], done: int, reports: Reports
+    recent: Sequence[Mapping[str, jax.Array]],
+    last: Mapping[str, jax.Array],
+    done: int,
+    reports: Reports,
 ) -> dict[str, float]:
     """Reports the updates skipped as spikes; returns the metrics since the last report.
 
     The loss is the mean of the steps and the gradient norm their largest, over finite values;
-    the other metrics are those of the last step.
+    the other metrics are those of `last`, the last step.
     """
-    values = {name: float(value) for name, value in jax.device_get(recent[-1]).items()}
-    steps = jax.device_get([{name: x[name] for name in _EVERY_STEP if name in x} for x in recent])
+    values = {name: float(value) for name, value in jax.device_get(last).items()}
+    steps = jax.device_get(recent)
     values.pop("spike", None)
     if math.isnan(values.get("grad_norm_median", 0.0)):
         del values["grad_norm_median"]  # NaN: too few updates

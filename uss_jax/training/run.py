@@ -30,7 +30,7 @@ from uss_jax.training.writer import MetricsWriter
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What a run trains.
+    """Describes what a run trains.
 
     Attributes:
       kind: `separator` or `tagger`.

@@ -3,7 +3,6 @@
 import os
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from uss_jax.bundles import nets
@@ -43,7 +42,6 @@ def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
     fields = {**settings.tagger, "sample_rate": settings.sample_rate}
     tagger = nets.build_tagger(fields, "sed", "config.tagger")
     nets.require_classes(tagger, "config.tagger")
-    nets.layout(tagger)  # raises a UserError if its fields are inconsistent
     _check_outputs(settings, tagger)
     records = open_records(settings)
     step = make_tagging_step(
@@ -84,8 +82,7 @@ def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
 
 
 def _check_outputs(settings: TaggerSettings, tagger: TaggingNet) -> None:
-    second = np.zeros((1, tagger.sample_rate), np.float32)
-    given, _ = jax.eval_shape(tagger.init_with_output, jax.random.key(0), second)
+    given = nets.output_shapes(tagger)
     known = [name for name, value in given.items() if value.shape == (1, tagger.classes)]
     if not settings.outputs or set(settings.outputs) - set(known):
         raise UserError(

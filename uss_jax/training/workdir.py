@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from uss_jax.disk.atomic import replacing
+from uss_jax.disk.folder import make_folder
 from uss_jax.disk.lock import only_one
 from uss_jax.errors import UserError
 
@@ -24,12 +25,7 @@ def open_workdir(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
       UserError: the workdir cannot be created or written to, or is in use by another run.
     """
     workdir = pathlib.Path(workdir)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--workdir {workdir} cannot be created ({error.strerror or error}); choose another"
-        ) from error
+    make_folder(workdir, "choose another", name=f"--workdir {workdir}")
     if not os.access(workdir, os.W_OK):
         raise UserError(f"--workdir {workdir} cannot be written to; choose another")
     with contextlib.ExitStack() as stack:

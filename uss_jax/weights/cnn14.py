@@ -3,7 +3,7 @@
 import re
 
 from uss_jax.models.cnn14 import Cnn14
-from uss_jax.weights.front_end import front_end_formulas, infer_front_end
+from uss_jax.weights.front_end import FOREIGN, front_end_formulas, infer_front_end
 from uss_jax.weights.porting import (
     CONV,
     DENSE,
@@ -22,9 +22,6 @@ _TABLE = (
     ("conv_block{i}.bn{k}", "conv_block{i}/bn{k}", NORM),
     ("fc1", "fc1", DENSE),
     ("fc_audioset", "fc_audioset", DENSE),
-)
-_FOREIGN = re.compile(
-    r".*\.num_batches_tracked|(spectrogram_extractor|logmel_extractor)\..*",
 )
 
 
@@ -46,7 +43,7 @@ PORTING = Porting(
     name="Cnn14",
     module=Cnn14,
     table=_TABLE,
-    foreign=_FOREIGN,
+    foreign=re.compile(FOREIGN),
     counts=lambda fields: (len(fields["channels"]), 1),
     infer=_infer,
     inputs=lambda net: ((1, net.hop_samples * 2 ** len(net.channels)),),

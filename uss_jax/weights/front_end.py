@@ -15,6 +15,10 @@ _FRONT_ENDS = {
 }
 
 
+# Pattern of the names of a tagging net's counters and fixed buffers.
+FOREIGN = r".*\.num_batches_tracked|(spectrogram_extractor|logmel_extractor)\..*"
+
+
 def infer_front_end(state_dict: StateDict) -> Fields:
     """Returns the fields of a tagging net's front end, known by the width of its STFT."""
     n_fft = 1024

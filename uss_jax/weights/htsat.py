@@ -3,7 +3,7 @@
 import re
 
 from uss_jax.models.htsat import HTSAT
-from uss_jax.weights.front_end import front_end_formulas, infer_front_end
+from uss_jax.weights.front_end import FOREIGN, front_end_formulas, infer_front_end
 from uss_jax.weights.porting import (
     CONV,
     DENSE,
@@ -48,8 +48,7 @@ _TABLE = (
     ("tscam_conv", "token_semantic", CONV),
 )
 _FOREIGN = re.compile(
-    r".*\.num_batches_tracked|(spectrogram_extractor|logmel_extractor)\..*"
-    r"|layers\..*\.(relative_position_index|attn_mask)|head\.(weight|bias)",
+    FOREIGN + r"|layers\..*\.(relative_position_index|attn_mask)|head\.(weight|bias)",
 )
 
 

@@ -14,6 +14,7 @@ from uss_jax.audio.files import audio_format, read_mono, write_wav
 from uss_jax.audio.picture import write_picture
 from uss_jax.audio.resampling import resampled_length
 from uss_jax.bundles.model import Model
+from uss_jax.disk.folder import make_folder
 from uss_jax.errors import UserError, counted
 from uss_jax.evaluation.averages import (
     Averages,
@@ -220,12 +221,7 @@ def write_examples(
     the median.
     """
     folder = pathlib.Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be created ({error.strerror}); give another folder"
-        ) from error
+    make_folder(folder, "give another folder")
     sdri = figures[ORACLE]["sdri"]
     ranked = np.argsort(sdri, kind="stable")[: np.isfinite(sdri).sum()]  # NaN is last
     quantiles = (np.arange(min(number, len(ranked))) + 0.5) / min(number, len(ranked))

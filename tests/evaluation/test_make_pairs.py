@@ -15,7 +15,12 @@ from uss_jax.data.reader import ClipReader
 from uss_jax.errors import UserError
 from uss_jax.evaluation import make_pairs
 from uss_jax.evaluation.clips import anchors_of_clips
-from uss_jax.evaluation.make_pairs import draw_pairs, mixed_pairs, read_groups
+from uss_jax.evaluation.make_pairs import (
+    draw_pairs,
+    mixed_pairs,
+    read_groups,
+    within_full_scale,
+)
 from uss_jax.ontology import load_ontology
 
 SPEECH, DOG, BARK, PIANO = (load_ontology().resolve(n) for n in ("Speech", "Dog", "Bark", "Piano"))
@@ -206,3 +211,11 @@ def test_records_of_another_rate_are_refused(place, tmp_path, capsys):
     words = ["--records", tmp_path / "records", "--sed", place / "tagger", "--out", tmp_path / "o"]
     assert main(["make-pairs", *map(str, words)]) == 1
     assert "prepare records with --sample-rate 8000" in capsys.readouterr().err
+
+
+def test_a_mixture_too_loud_for_any_reader_is_scaled_with_its_source():
+    source = np.float32([[0.5, -0.25], [0.5, 0.1]])
+    mixture = np.float32([[0.5, -20.0], [9.0, 0.1]])
+    scaled, mixed = within_full_scale(source, mixture)
+    np.testing.assert_allclose(scaled, [[0.025, -0.0125], [0.5, 0.1]])
+    np.testing.assert_allclose(mixed, [[0.025, -1.0], [9.0, 0.1]])

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from tests import tiny
 from tests.fuzz.damage import check_words, damaged, fuzz, json_values
 from uss_jax.bundles import nets
-from uss_jax.bundles.bundle import read_bundle, read_tensors, write_tensors
+from uss_jax.bundles.bundle import read_bundle
 from uss_jax.bundles.nets import fields_of
+from uss_jax.bundles.tensors import read_tensors, write_tensors
 from uss_jax.errors import UserError, one_line
 from uss_jax.evaluation.comparison import compare
 from uss_jax.models.resunet import ResUNet

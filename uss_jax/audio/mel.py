@@ -1,5 +1,7 @@
 """Log-mel spectrogram as in PANNs (Slaney mel scale and normalisation, power, decibels).
 
+YAMNet's filters are on the HTK mel scale and not normalised: `htk_mel_matrix`.
+
 Letters: `b` batch, `t` samples, `n` frames, `m` mel bands.
 """
 
@@ -43,6 +45,22 @@ def mel_matrix(
     rising = (bins[:, None] - low) / (peak - low)
     falling = (high - bins[:, None]) / (high - peak)
     return np.maximum(0.0, np.minimum(rising, falling)) * (2.0 / (high - low))
+
+
+def htk_mel_matrix(
+    sample_rate: int, n_fft: int, mel_bins: int, f_min: float, f_max: float
+) -> np.ndarray:
+    """Returns filters that are triangles of height 1 on the HTK mel scale, shaped as `mel_matrix`.
+
+    The bin at 0 Hz is in no filter.
+    """
+    to_mel = lambda hz: 1127.0 * np.log1p(np.asarray(hz) / 700.0)  # noqa: E731
+    bins = to_mel(np.arange(n_fft // 2 + 1) * (sample_rate / n_fft))[:, None]
+    edges = np.linspace(to_mel(f_min), to_mel(f_max), mel_bins + 2)
+    low, peak, high = edges[:-2], edges[1:-1], edges[2:]
+    filters = np.minimum((bins - low) / (peak - low), (high - bins) / (high - peak))
+    filters[0] = 0
+    return np.maximum(0.0, filters)
 
 
 def log_mel(

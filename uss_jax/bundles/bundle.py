@@ -1,7 +1,8 @@
 """Bundles: a model on disk with everything needed to use it. A workdir can be used as one.
 
 A bundle is a folder with `config.json` and a folder for each part: `separator`, `query` (the
-tagging net that computes conditions), `adaptor` (if the query has one), `sed`. In a workdir the
+tagging net that computes conditions), `adaptor` (if the query has one), `sed`; or all parts are in
+one safetensors file, where a `tagger` is both `query` and `sed`. In a workdir the
 frozen parts are under `frozen/`, and the trained ones in the newest checkpoint, as a moving average
 if there is one. A tagger's run has one trained net, used as both `query` and `sed`.
 """
@@ -16,12 +17,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from uss_jax.bundles import nets
 from uss_jax.bundles.checkpoints import Checkpoints, latest_step, load_tree, save_tree
 from uss_jax.bundles.layout import require_same_layout
+from uss_jax.bundles.packaged import find_bundle
+from uss_jax.bundles.tensors import PARTS_FILE, read_parts, write_tensors
 from uss_jax.disk.atomic import replacing_folder
 from uss_jax.disk.checked_json import (
     anything,
@@ -41,7 +42,8 @@ from uss_jax.models.separator import SeparatorNet
 from uss_jax.models.tagging import TaggingNet
 
 FORMAT_VERSION = 1
-_TRAINED_AS = {"query": "tagger", "sed": "tagger"}  # names of these parts in a checkpoint
+# Names of these parts in a checkpoint or safetensors file that holds one net for both.
+_TRAINED_AS = {"query": "tagger", "sed": "tagger"}
 # Schema of config.json; unknown keys are ignored.
 _NET = lambda value, key: text(*nets.TAGGERS)(value, key)  # noqa: E731, with rows added later
 _TAGGER = record({}, {**nets.FIELD_RULES, "net": _NET}, others=True)
@@ -137,6 +139,18 @@ class Bundle:
             variables["params"]["adaptor"] = (read or self.variables)("adaptor")["params"]
         return query, variables
 
+    def at_sample_rate(self, sample_rate: int) -> "Bundle":
+        """Returns the bundle with nets for this rate; itself if any net is bound to its own."""
+        models = {p: self.config[p]["model"] for p in ("query", "sed") if self.holds(p)}
+        if "separator" in self.config or not all(map(nets.takes_any_rate, models.values())):
+            return self
+        changed = {
+            part: {**self.config[part], "model": {**model, "sample_rate": sample_rate}}
+            for part, model in models.items()
+        }
+        config = {**self.config, **changed, "sample_rate": sample_rate}
+        return dataclasses.replace(self, config=config)
+
     def variables(self, part: str) -> Variables:
         """Reads `params` and `batch_stats` of a part as host arrays.
 
@@ -145,16 +159,16 @@ class Bundle:
             the bundle's config.
         """
         variables = self.read_unverified(part)
-        if part in self.config.get("hashes", {}) and self._folder(part):
+        if part in self.config.get("hashes", {}):
             self.require_hash(part, net_hash(variables))
         return variables
 
     def require_hash(self, part: str, found: str) -> None:
         """Raises a UserError if the hash of a part's variables is not that in the config."""
-        folder = self._folder(part)
-        if folder and self.config.get("hashes", {}).get(part, found) != found:
+        place = self._folder(part) or self.path / PARTS_FILE
+        if place.exists() and self.config.get("hashes", {}).get(part, found) != found:
             raise UserError(
-                f"{folder}: the arrays do not match the hash of {part} in config.json; "
+                f"{place}: the arrays do not match the hash of {part} in config.json; "
                 "copy the bundle again, or remove the hash if the change is intended"
             )
 
@@ -162,6 +176,9 @@ class Bundle:
         """Reads a part's variables without checking their hash; otherwise as `variables`."""
         if folder := self._folder(part):
             return load_tree(folder)
+        in_file = read_parts(self.path / PARTS_FILE)
+        if found := in_file.get(part) or in_file.get(_TRAINED_AS.get(part)):
+            return {"batch_stats": {}, **found}
         # A run's nets are in its newest checkpoint, those of the query under `query`.
         step = latest_step(self.path / "checkpoints")
         if step is not None:
@@ -212,12 +229,14 @@ class Bundle:
 
 
 def read_bundle(path: str | os.PathLike, averaged: bool = True) -> Bundle:
-    """Opens a bundle or a workdir; `averaged` as in `Bundle`.
+    """Opens a bundle or a workdir, by its path or its name in the package.
+
+    `averaged` is as in `Bundle`.
 
     Raises:
       UserError: the config is missing, invalid, or of another format version or kind.
     """
-    path = pathlib.Path(path)
+    path = find_bundle(path)
     config_path = path / "config.json"
     try:
         with open(config_path, "rb", opener=at_once) as file:
@@ -277,25 +296,3 @@ def net_hash(variables: Variables) -> str:
         digest.update(f"{key}{array.shape}{array.dtype}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
-
-
-def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Reads a safetensors file.
-
-    Raises:
-      UserError: the file is damaged; the library checks all sizes against that of the file.
-    """
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{path} cannot be read as a safetensors file ({str(error)[:200]}); get it again"
-        ) from error
-
-
-def write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes a safetensors file with the permissions of any other new file."""
-    path.touch()
-    mode = path.stat().st_mode
-    save_file({name: np.asarray(array, order="C") for name, array in tensors.items()}, path)
-    path.chmod(mode)

@@ -75,12 +75,15 @@ class Model:
       segment_samples: length of the training segments, in samples.
     """
 
-    def __init__(self, path: str | os.PathLike, precision: str = HIGHEST):
+    def __init__(
+        self, path: str | os.PathLike, precision: str = HIGHEST, sample_rate: int | None = None
+    ):
         """Reads the config.
 
         Args:
-          path: path of the bundle or workdir.
+          path: path of the bundle or workdir, or the name of a bundle in the package.
           precision: see devices/precision.py; "highest" gives the same metrics on every device.
+          sample_rate: rate of the waveforms, in Hz, if all nets can resample; else theirs is kept.
 
         Raises:
           UserError: the path is neither a bundle nor a workdir, or the precision is unknown.
@@ -88,10 +91,19 @@ class Model:
         self.path = os.fspath(path)
         self.precision = check_precision(precision, "precision")
         self._bundle = read_bundle(path)
+        if sample_rate is not None:
+            self._bundle = self._bundle.at_sample_rate(sample_rate)
         self.config = self._bundle.config
         self.sample_rate = int(self.config["sample_rate"])
         self._separator_on: dict[Mesh, Net] = {}
         self.segment_samples = round(self.config["segment_seconds"] * self.sample_rate)
+
+    def at_sample_rate(self, sample_rate: int) -> "Model":
+        """Returns the model for waveforms at this rate; itself if that is its own or only rate."""
+        if sample_rate == self.sample_rate:
+            return self
+        other = Model(self.path, self.precision, sample_rate)
+        return other if other.sample_rate == sample_rate else self
 
     @functools.cached_property
     def separator(self) -> Net:

@@ -4,8 +4,8 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, SupportsIndex, TypeVar
 
 import flax.linen as nn
 import jax
@@ -21,7 +21,8 @@ from uss_jax.models.norm import MOMENTUM
 from uss_jax.models.query import KINDS, Adaptor, QueryNet
 from uss_jax.models.resunet import ResUNet
 from uss_jax.models.separator import SeparatorNet
-from uss_jax.models.tagging import TaggingNet, at_momentum
+from uss_jax.models.tagging import TaggingNet, at_momentum, unknown_classes
+from uss_jax.models.yamnet import YAMNet
 from uss_jax.ontology import load_ontology
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -33,6 +34,7 @@ SEPARATORS: dict[str, type[SeparatorNet]] = {"resunet": ResUNet}
 TAGGERS = {
     "cnn14": {"query": Cnn14, "sed": Cnn14DecisionLevelMax},
     "htsat": {"query": HTSAT, "sed": HTSAT},
+    "yamnet": {"query": YAMNet, "sed": YAMNet},
 }
 
 # Rules for net fields, in a config or a bundle's config.json. The bounds are far above any net
@@ -44,8 +46,10 @@ FIELD_RULES: dict[str, Rule] = {
     "mel_bins": whole(1, 512),
     "f_min": number(0, HIGHEST_SAMPLE_RATE),
     "f_max": number(1, HIGHEST_SAMPLE_RATE),
-    "channels": list_of(whole(1, 16384), 1, 10),
+    "channels": list_of(whole(1, 16384), 1, 16),
     "classes": whole(1, 100_000),
+    "unknown_classes": list_of(whole(0, 100_000), 0, 1000),
+    "patch_hop_frames": whole(1, 96),
     "dtype": text("float32", "bfloat16"),
     "image_size": whole(16, 2048),
     "token_width": whole(1, 8192),
@@ -162,6 +166,12 @@ def _chosen(
     return table[name], {key: value for key, value in section.items() if key != "net"}
 
 
+def takes_any_rate(model: Mapping[str, Any]) -> bool:
+    """Returns whether a tagging net resamples waveforms, so that `sample_rate` may be any."""
+    net, _ = _chosen(TAGGERS, model, "model")
+    return getattr(net["sed"], "resamples", False)
+
+
 def build_sed(model: Mapping[str, Any]) -> TaggingNet:
     """Builds the sound event detector of a bundle's `sed.model` section."""
     return build_tagger(model, "sed", "sed.model")
@@ -198,6 +208,23 @@ def require_classes(net: TaggingNet | QueryNet, where: str) -> None:
             f"{where} has {net.classes} classes; labels, queries and metrics use AudioSet's "
             f"{wanted}, so the net must have as many"
         )
+
+
+def unknown_among(net: TaggingNet, class_indexes: Iterable[SupportsIndex]) -> str:
+    """Returns a sentence that names the classes whose probability is always 0; empty if none is."""
+    ontology = load_ontology()
+    asked = set(unknown_classes(net)).intersection(map(int, class_indexes))
+    if not asked:
+        return ""
+    named = []
+    for k in sorted(asked):
+        nodes = (ontology.nodes[mid] for mid in ontology.nodes[ontology.class_mids[k]].parents)
+        above = " and ".join(node.name for node in nodes if node.class_index is not None)
+        named.append(f'"{ontology.class_names[k]}"' + (f" (below {above})" if above else ""))
+    return (
+        f"the net {fields_of(net)['net']} has no output for {', '.join(named)}: their probability "
+        "is always 0"
+    )
 
 
 # Raised by flax, jax and numpy when fields are inconsistent.

@@ -10,8 +10,10 @@ from flax.traverse_util import flatten_dict
 
 from uss_jax.anchors.table import COLUMNS, read_header
 from uss_jax.bundles import nets
-from uss_jax.bundles.bundle import Bundle, Variables, net_hash, read_bundle, read_tensors
+from uss_jax.bundles.bundle import Bundle, Variables, net_hash, read_bundle
 from uss_jax.bundles.checkpoints import latest_step
+from uss_jax.bundles.packaged import find_bundle
+from uss_jax.bundles.tensors import read_tensors
 from uss_jax.data.index import RecordIndex, load_index
 from uss_jax.data.metadata import read_encoding, read_sample_rate
 from uss_jax.data.shards import splits
@@ -36,14 +38,14 @@ def inspect(path: str | os.PathLike) -> list[str]:
     Raises:
       UserError: the path is missing, unreadable, or not written by this program.
     """
-    path = pathlib.Path(path)
+    path = find_bundle(path)
     if not path.exists():
         raise UserError(f"{path} {absence(path)}; give {_KINDS}")
     if path.suffix == ".npz" and path.is_file():
         return _of_npz(path)
     if path.parent.name == "checkpoints" and path.name.isdigit():
         return [f"{path}: checkpoint of step {path.name}", *_of_model(path.parent.parent)]
-    if (path / "model.safetensors").is_file() or (path / "separate.stablehlo").is_file():
+    if (path / "separate.stablehlo").is_file():
         return _of_export(path)
     if (path / "config.json").is_file():
         return _of_model(path)
@@ -54,7 +56,7 @@ def inspect(path: str | os.PathLike) -> list[str]:
 
 def _of_export(path: pathlib.Path) -> list[str]:
     config = read_bundle(path).config
-    files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".stablehlo"))
+    files = sorted(path.glob("*.stablehlo"))
     return [
         f"{path}: exported separator, {config['sample_rate']} Hz, condition "
         f"{config['query']['kind']}",

@@ -27,6 +27,7 @@ COMMANDS = {
     "make-pairs": "build evaluation pairs (mixture, source) from records",
     "evaluate": "compute the metrics of a model on a data set",
     "compare": "compare results with the published ones",
+    "tag": "tell which classes sound when in recordings",
     "separate": "separate recordings",
     "query": "make and list stored queries",
     "convert": "convert PANNs, HTS-AT and bytedance/uss checkpoints to bundles, and back",
@@ -34,7 +35,7 @@ COMMANDS = {
     "inspect": "describe a bundle, checkpoint, records directory or anchor table",
 }
 _COMPILING = {"train-tagger", "mine", "train", "make-pairs", "evaluate", "separate", "query"}
-_COMPILING |= {"export"}
+_COMPILING |= {"export", "tag"}
 
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:

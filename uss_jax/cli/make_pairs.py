@@ -65,15 +65,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    import numpy as np
+
     from uss_jax.bundles.model import Model
+    from uss_jax.bundles.nets import unknown_among
     from uss_jax.evaluation.clips import open_clips
     from uss_jax.evaluation.make_pairs import make_pairs, read_groups
 
     say_detector_precision(args)
     groups = read_groups(args.groups) if args.groups else {}
-    model = Model(args.sed)
+    reader, model = open_clips(args.records, args.split, Model(args.sed))
     made = make_pairs(
-        open_clips(args.records, args.split, model),
+        reader,
         model,
         args.out,
         per_class=args.per_class,
@@ -88,5 +91,7 @@ def run(args: argparse.Namespace) -> None:
     if made.without_partner:
         left_out = counted(made.without_partner, "clip")
         print(f"{left_out} left out: the split has no clip of unrelated classes")
+    if unknown := unknown_among(model.sed.module, np.unique(reader.index.label_class)):
+        print(f"{unknown}; the anchors of their clips are arbitrary")
     if made.silent:
         print(f"{counted(made.silent, 'pair')} left out: an anchor is below -60 dBFS")

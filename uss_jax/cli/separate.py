@@ -32,7 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="text file with one recording per line; can be repeated",
     )
-    parser.add_argument("--model", type=path, required=True, metavar="B", help="bundle or workdir")
+    parser.add_argument(
+        "--model",
+        type=path,
+        metavar="B",
+        help="bundle or workdir; may be left out with --dry-run, which then uses yamnet",
+    )
     parser.add_argument(
         "--out",
         type=path,
@@ -118,7 +123,9 @@ def run(args: argparse.Namespace) -> None:
     recordings = find_input_files(args.audio, args.files_from or ())
     if not recordings:
         raise UserError("no recordings; give files, folders, patterns or --files-from LIST")
-    model = Model(args.model, args.precision)
+    if not args.model and not args.dry_run:
+        raise UserError("--model is missing; give the bundle or workdir of a separator, --model B")
+    model = Model(args.model or "yamnet", args.precision)
     threshold = THRESHOLD if args.threshold is None else args.threshold
     if args.dry_run:
         failed = for_each(recordings, lambda one: print(heard(model, one.path, threshold)))

@@ -27,19 +27,20 @@ BATCH_SIZE = 8
 MIN_DBFS = -60.0
 
 
-def open_clips(directory: str | os.PathLike, split: str, model: Model) -> ClipReader:
-    """Opens the records of a split.
+def open_clips(directory: str | os.PathLike, split: str, model: Model) -> tuple[ClipReader, Model]:
+    """Opens the records of a split, and returns the model for their sampling rate.
 
     Raises:
-      UserError: their sample rate is not the model's.
+      UserError: their sampling rate is not the model's, and its nets do not resample.
     """
     rate = read_sample_rate(directory)
+    model = model.at_sample_rate(rate)
     if rate != model.sample_rate:
         raise UserError(
             f"{directory} is at {rate} Hz, {model.path} at {model.sample_rate} Hz; "
             f"prepare records with --sample-rate {model.sample_rate}"
         )
-    return ClipReader(directory, load_index(directory, split))
+    return ClipReader(directory, load_index(directory, split)), model
 
 
 def batches_of(

@@ -17,7 +17,7 @@ from jaxtyping import Float, Integer
 from tqdm import tqdm
 
 from uss_jax.anchors.mix import matching_gain
-from uss_jax.audio.files import write_wav
+from uss_jax.audio.files import PEAK_LIMIT, write_wav
 from uss_jax.bundles.model import Model
 from uss_jax.data.chosen import Chosen
 from uss_jax.data.index import RecordIndex
@@ -237,6 +237,7 @@ def _write_some(
             )
         )
     mixtures = mixed_pairs(*segments)
+    segments[0], mixtures = within_full_scale(segments[0], mixtures)
     written = np.ones(len(mixtures), bool)
     if min_dbfs is not None:
         for side in segments:
@@ -274,6 +275,15 @@ def mixed_pairs(
     energy, other = (np.mean(np.square(side), axis=1) for side in (source, partner))
     gain = matching_gain(energy, other, np)
     return source + partner * gain[:, None].astype(np.float32)
+
+
+def within_full_scale(
+    source: Float[np.ndarray, "n s"], mixture: Float[np.ndarray, "n s"]
+) -> tuple[Float[np.ndarray, "n s"], Float[np.ndarray, "n s"]]:
+    """Scales a pair to a peak of 1 if its mixture is so loud that no reader would accept it."""
+    peak = np.abs(mixture).max(axis=1, keepdims=True)
+    scale = np.where(peak > PEAK_LIMIT, 1 / np.maximum(peak, 1), 1).astype(np.float32)
+    return source * scale, mixture * scale
 
 
 def read_groups(path: str | os.PathLike) -> dict[str, str]:

@@ -32,6 +32,8 @@ class TaggingNet(Protocol):
       frame_hop_samples: samples between frames.
       dtype: compute dtype, "float32" or "bfloat16".
       norm_momentum: only of a net with batch norm: weight of a batch in its running statistics.
+      unknown_classes: only of a net that cannot tell all classes: indices of probability 0.
+      resamples: only of a net that resamples waveforms, and so takes any `sample_rate`: True.
     """
 
     sample_rate: int
@@ -60,6 +62,11 @@ def front_end(net: Any, waveform: Float[Array, "b t"]) -> Float[Array, "b n m"]:
         f_min=net.f_min,
         f_max=net.f_max,
     )
+
+
+def unknown_classes(net: TaggingNet) -> tuple[int, ...]:
+    """Returns the class indices to which a net always gives probability 0."""
+    return tuple(getattr(net, "unknown_classes", ()))
 
 
 def as_detector(net: TaggingNet) -> TaggingNet:

@@ -11,7 +11,9 @@ import numpy as np
 from jaxtyping import Float32
 
 from uss_jax.bundles.model import Model
+from uss_jax.bundles.nets import unknown_among
 from uss_jax.errors import UserError
+from uss_jax.models.tagging import unknown_classes
 from uss_jax.ontology import load_ontology, reference_tree
 from uss_jax.separation.windows import Target
 
@@ -98,6 +100,9 @@ class Classes:
                     f'"{name}" has the class indexes {list(indexes)}; give one or more from 0 to '
                     f"{number - 1}"
                 )
+            if not self.only_active and set(indexes) <= set(unknown_classes(model.tagger.module)):
+                unknown = unknown_among(model.tagger.module, indexes)
+                raise UserError(f"{unknown}; ask for a class above, or with --query RECORDINGS")
 
     def peaks(self, probabilities: Float32[np.ndarray, "s k"]) -> dict[str, float]:
         """Returns each set's highest probability in the recording."""

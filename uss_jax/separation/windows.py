@@ -10,8 +10,8 @@ the mean condition of the active segments that overlap its kept part; its estima
 silence, with a fade of 50 ms, where no segment is active. Windows without an active segment are not
 computed.
 
-Letters: `b` batch, `c` channels, `t` samples, `s` segments, `k` classes, `d` condition width, `n`
-targets.
+Letters: `b` batch, `c` channels, `t` samples, `s` segments, `g` steps of a grid, `k` classes, `d`
+condition width, `n` targets.
 """
 
 import contextlib
@@ -30,6 +30,11 @@ from uss_jax.devices.mesh import batch_sharded
 
 _FADE_SECONDS = 0.05
 _TAGGING_BATCH = 8
+# Length of the detector's windows, and of the context at each end that is not kept. Windows begin
+# 9.6 s apart, a multiple of Cnn14's segments (0.32 s) and of YAMNet's hops (0.12, 0.24, 0.48 s).
+_DETECTED_SECONDS = (12.0, 1.2)
+_DETECTION_BATCH = 4
+_GRID_SECONDS = 0.1
 
 Blocks = Iterable[Float32[np.ndarray, "c _"]]
 
@@ -109,6 +114,29 @@ def tag_segments(model: Model, blocks: Blocks) -> Float32[np.ndarray, "s k"]:
     for segments, rows in in_batches((mono(w) for _, w in _windows(blocks, cut)), _TAGGING_BATCH):
         probabilities.append(np.asarray(model.tagger(np.stack(segments))["clipwise"])[:rows])
     return np.concatenate(probabilities)
+
+
+def detect_sounds(model: Model, blocks: Blocks) -> tuple[Float32[np.ndarray, "g k"], float]:
+    """Returns the detector's probabilities on a grid of about 0.1 s, and its exact step in seconds.
+
+    The value of a step is the maximum over its frames. Arguments are as for `tag_segments`.
+    """
+    net, hop = model.sed, model.sed.module.frame_hop_samples
+    window, context = (round(s * model.sample_rate / hop) * hop for s in _DETECTED_SECONDS)
+    cut = Layout(window, context, model.segment_samples, 0)
+    frames = []
+    windows = ((true, mono(samples)) for true, samples in _windows(blocks, cut))
+    for some, rows in in_batches(windows, _DETECTION_BATCH):
+        framewise = np.asarray(net(np.stack([samples for _, samples in some]))["framewise"])
+        for (true, _), of_window in zip(some[:rows], framewise, strict=False):
+            first, last = _kept(cut, len(frames), true)
+            end = last // hop + (true <= last)  # the recording's end has a frame of its own
+            frames.append(of_window[first // hop : end])
+    together = np.concatenate(frames)
+    step = max(round(_GRID_SECONDS * model.sample_rate / hop), 1)
+    padded = np.pad(together, ((0, -len(together) % step), (0, 0)))
+    grid = padded.reshape(-1, step, together.shape[1]).max(axis=1)
+    return grid, step * hop / model.sample_rate
 
 
 def separate_blocks(

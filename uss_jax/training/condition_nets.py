@@ -11,6 +11,7 @@ from uss_jax.anchors.table import AnchorTable
 from uss_jax.bundles import nets
 from uss_jax.bundles.bundle import Bundle, net_hash, read_bundle
 from uss_jax.bundles.checkpoints import latest_step, save_tree
+from uss_jax.bundles.packaged import PACKAGED
 from uss_jax.errors import UserError
 from uss_jax.models.query import KINDS, QueryNet
 from uss_jax.models.tagging import TaggingNet
@@ -109,7 +110,7 @@ def shapes_of_condition_nets(settings: SeparatorSettings) -> ConditionNets:
     def model(part: str) -> dict[str, Any]:
         location = getattr(settings, f"{part}_bundle")
         if location:
-            return read_bundle(location).config[part]["model"]
+            return read_bundle(location).at_sample_rate(settings.sample_rate).config[part]["model"]
         return {"net": getattr(settings, f"{part}_net"), "sample_rate": settings.sample_rate}
 
     sed, frozen = None, {}
@@ -150,7 +151,7 @@ def _source_bundle(settings: SeparatorSettings, workdir: pathlib.Path, part: str
             f"config.{part}_bundle is empty; give a tagger's bundle or workdir "
             "(`uss-jax convert` and `uss-jax train-tagger` make them)"
         )
-    return read_bundle(location)
+    return read_bundle(location).at_sample_rate(settings.sample_rate)
 
 
 def _keep(workdir: pathlib.Path, part: str, variables: dict[str, Any]) -> None:
@@ -160,7 +161,7 @@ def _keep(workdir: pathlib.Path, part: str, variables: dict[str, Any]) -> None:
 
 def _check_net(net: TaggingNet, part: str, settings: SeparatorSettings) -> None:
     found, wanted = nets.fields_of(net)["net"], getattr(settings, f"{part}_net")
-    if found != wanted:
+    if found != wanted and getattr(settings, f"{part}_bundle") not in PACKAGED:
         raise UserError(
             f"config.{part}_bundle holds the net {found}, config.{part}_net is {wanted}; give "
             f"another bundle or --config.{part}_net={found}"

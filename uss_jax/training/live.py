@@ -182,7 +182,7 @@ def workdir_averages(
     if not path.exists():
         model = Model(workdir)
         classes = sorted({pair.class_index for pair in pairs})
-        found = class_averages(model, open_clips(records, split, model), classes)
+        found = class_averages(model, open_clips(records, split, model)[0], classes)
         with replacing(path) as temporary:
             vectors = list(found.values()) or np.zeros((0, 0), np.float32)
             np.savez(temporary, classes=np.array(list(found), np.int64), vectors=vectors)

@@ -26,11 +26,10 @@ from uss_jax.bundles.bundle import (
     Variables,
     net_hash,
     read_bundle,
-    read_tensors,
     write_bundle,
-    write_tensors,
 )
 from uss_jax.bundles.checkpoints import latest_step, save_tree
+from uss_jax.bundles.tensors import PARTS_FILE, read_tensors, write_tensors
 from uss_jax.devices.mesh import lay_out, make_mesh
 from uss_jax.devices.precision import HIGHEST, at_precision, check_precision
 from uss_jax.disk.atomic import replacing_folder
@@ -229,7 +228,7 @@ def _safetensors(
     inputs: Mapping[str, np.ndarray],
 ) -> np.ndarray:
     """Writes one file with all parts; returns estimates from what is read back."""
-    path = folder / "model.safetensors"
+    path = folder / PARTS_FILE
     flat = flatten_dict(dict(parts), sep="/")
     write_tensors(path, flat)
     variables = unflatten_dict(read_tensors(path), sep="/")["separator"]

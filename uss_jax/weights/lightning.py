@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from uss_jax.bundles.bundle import Bundle, read_tensors
+from uss_jax.bundles.bundle import Bundle
+from uss_jax.bundles.tensors import read_tensors
 from uss_jax.disk.atomic import replacing
 from uss_jax.errors import UserError, counted
 from uss_jax.weights.porting import Converted, StateDict, convert_part, require_fit

@@ -71,7 +71,7 @@ def run(
     averages: Averages = {}
     how = {"train_records": train_records, "split": (split or "train") if train_records else None}
     if train_records:
-        reader = open_clips(train_records, how["split"], model)
+        reader, _ = open_clips(train_records, how["split"], model)
         classes = sorted({pair.class_index for pair in pairs})
         averages = by_name(class_averages(model, reader, classes))
     if train_pairs:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Integer
 
 from uss_jax.bundles.model import Model, Net
+from uss_jax.bundles.nets import unknown_among
 from uss_jax.data.orders import BalancedOrder
 from uss_jax.data.reader import ClipReader
 from uss_jax.devices.batching import in_batches
@@ -57,7 +58,8 @@ def run(
     model: Model, data: str, out: str, *, split: str, clips: int, seed: int
 ) -> tuple[Results, str]:
     """Plants events of a split of the records and evaluates the anchors found."""
-    summaries = evaluate_planted(model, open_clips(data, split, model), clips=clips, seed=seed)
+    reader, model = open_clips(data, split, model)
+    summaries = evaluate_planted(model, reader, clips=clips, seed=seed)
     how = {
         "split": split,
         "clips": clips,
@@ -65,7 +67,10 @@ def run(
         "event_seconds": EVENT_SECONDS,
         "snr_db": SNR_DB,
     }
-    return {"rows": summaries, "how": how}, format_planted(summaries)
+    text = format_planted(summaries)
+    if unknown := unknown_among(model.sed.module, np.unique(reader.index.label_class)):
+        text += f"\n\n{unknown}; anchors of their clips are arbitrary"
+    return {"rows": summaries, "how": how}, text
 
 
 def evaluate_planted(

@@ -3,15 +3,15 @@
 Letters: `n` clips, `k` classes.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
 from uss_jax.audio.pcm import to_float
-from uss_jax.bundles.model import Model
+from uss_jax.bundles.model import Model, Net
+from uss_jax.bundles.nets import unknown_among
 from uss_jax.data.chosen import Chosen
 from uss_jax.data.reader import ClipReader
 from uss_jax.errors import UserError
@@ -19,6 +19,7 @@ from uss_jax.evaluation.clips import batches_of, open_clips
 from uss_jax.evaluation.metrics import average_precision, d_prime, per_class, roc_auc
 from uss_jax.evaluation.suite import Results
 from uss_jax.evaluation.text_table import format_table
+from uss_jax.models.tagging import unknown_classes
 from uss_jax.ontology import load_ontology
 
 DETECTOR = "detector, maximum over time"
@@ -27,21 +28,25 @@ TAGGER = "tagging net"
 
 def run(model: Model, data: str, out: str, *, split: str) -> tuple[Results, str]:
     """Evaluates the model on a split of the records."""
-    summaries = evaluate_tagging(model, open_clips(data, split, model))
-    return {"rows": summaries, "how": {"split": split}}, format_tagging(summaries)
+    reader, model = open_clips(data, split, model)
+    summaries = evaluate_tagging(model, reader)
+    text = format_tagging(summaries)
+    if unknown := unknown_among(model.tagger.module, np.unique(reader.index.label_class)):
+        text += f"\n\n{unknown}; they are left out"
+    return {"rows": summaries, "how": {"split": split}}, text
 
 
 def evaluate_tagging(model: Model, reader: ClipReader) -> list[dict[str, Any]]:
     """Evaluates the model's detector and tagging net, if present, on all clips of a split.
 
     The mAP of chance is the mean share of positives. Classes without a positive (for AUC: or
-    without a negative) are left out.
+    without a negative), and those that a net cannot tell, are left out.
 
     Raises:
       UserError: the model has neither net, its number of classes is not that of the labels, or a
         probability is NaN.
     """
-    nets: dict[str, Callable[[Array], dict[str, Array]]] = {}
+    nets: dict[str, Net] = {}
     if "sed" in model.config:
         nets[DETECTOR] = model.sed
     if model.config.get("query", {}).get("model"):
@@ -49,11 +54,14 @@ def evaluate_tagging(model: Model, reader: ClipReader) -> list[dict[str, Any]]:
     if not nets:
         raise UserError(f"{model.path} holds no tagging net; give a tagger's bundle or workdir")
     probabilities, labels = _tag(nets, model, reader)
-    return [_summary(name, labels, of_net) for name, of_net in probabilities.items()]
+    return [
+        _summary(name, labels, of_net, unknown_classes(nets[name].module))
+        for name, of_net in probabilities.items()
+    ]
 
 
 def _tag(
-    nets: dict[str, Callable[[Array], dict[str, Array]]], model: Model, reader: ClipReader
+    nets: dict[str, Net], model: Model, reader: ClipReader
 ) -> tuple[dict[str, Float[np.ndarray, "n k"]], Bool[np.ndarray, "n k"]]:
     """Returns each net's clipwise probabilities, and the labels."""
     found: dict[str, list[np.ndarray]] = {name: [] for name in nets}
@@ -77,12 +85,19 @@ def _tag(
 
 
 def _summary(
-    name: str, labels: Bool[np.ndarray, "n k"], probability: Float[np.ndarray, "n k"]
+    name: str,
+    labels: Bool[np.ndarray, "n k"],
+    probability: Float[np.ndarray, "n k"],
+    unknown: tuple[int, ...],
 ) -> dict[str, Any]:
     if not np.isfinite(probability).all():
         raise UserError(f"the {name} gives probabilities that are NaN or infinite; it has diverged")
-    precision = per_class(average_precision, labels, probability)
-    auc = per_class(roc_auc, labels, probability)
+    precision, auc = (
+        {k: v for k, v in per_class(metric, labels, probability).items() if k not in unknown}
+        for metric in (average_precision, roc_auc)
+    )
+    if not precision:
+        raise UserError(f"the {name} can tell none of the classes of these labels")
     mean_auc = float(np.mean(list(auc.values()))) if auc else None
     names = load_ontology().class_names
     return {
@@ -94,7 +109,8 @@ def _summary(
         "clips": len(labels),
         "classes": {
             "number": len(precision),
-            "without_positive": labels.shape[1] - len(precision),
+            "without_positive": int((~labels.any(axis=0)).sum()),
+            "unknown": [names[k] for k in sorted(unknown) if labels[:, k].any()],
             "average_precision": {names[k]: value for k, value in precision.items()},
             "auc": {names[k]: value for k, value in auc.items()},
         },

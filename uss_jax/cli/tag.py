@@ -1,0 +1,96 @@
+"""Tells which classes sound when in recordings.
+
+AUDIO is a file, a folder (all audio files below it) or a quoted glob pattern. For each recording, a
+table of the classes heard is printed. With --out, DIR/<path of the recording>/ also gets tags.json
+and tags.png, a strip of each class's probability over time.
+"""
+
+import argparse
+
+from uss_jax.cli.arguments import number, path, positive
+from uss_jax.errors import UserError, counted
+
+_INTERVALS_SHOWN = 4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("audio", type=path, nargs="*", metavar="AUDIO", help="see above")
+    parser.add_argument(
+        "--files-from",
+        type=path,
+        action="append",
+        metavar="LIST",
+        help="text file with one recording per line; can be repeated",
+    )
+    parser.add_argument(
+        "--model",
+        type=path,
+        default="yamnet",
+        metavar="B",
+        help="bundle or workdir with a detector; default: yamnet, which is in the package",
+    )
+    parser.add_argument("--out", type=path, metavar="DIR", help="folder for tags.json and tags.png")
+    parser.add_argument(
+        "--threshold",
+        type=number(0, 1),
+        default=0.2,
+        metavar="P",
+        help="probability from which a class counts as heard, 0 to 1; default: 0.2",
+    )
+    parser.add_argument(
+        "--most",
+        type=positive,
+        default=20,
+        metavar="N",
+        help="classes to show in table and picture, the most probable ones; default: 20",
+    )
+    parser.epilog = "example:\n  uss-jax tag street.wav recordings/ --out tags"
+
+
+def run(args: argparse.Namespace) -> None:
+    from uss_jax.bundles.model import Model
+    from uss_jax.separation.input_files import InputFile, find_input_files
+    from uss_jax.separation.job import for_each
+    from uss_jax.separation.tags import tag, tag_to_folder
+
+    recordings = find_input_files(args.audio, args.files_from or ())
+    if not recordings:
+        raise UserError("no recordings; give files, folders, patterns or --files-from LIST")
+    model = Model(args.model)
+
+    def one(recording: InputFile) -> None:
+        if args.out:
+            tags = tag_to_folder(model, recording, args.out, args.threshold, args.most)
+        else:
+            tags = tag(model, recording.path)
+        print(format_tags(tags, args.threshold, args.most), flush=True)
+
+    failed = for_each(recordings, one)
+    if failed:
+        raise UserError(f"{failed} of {counted(len(recordings), 'recording')} could not be read")
+
+
+def format_tags(tags, threshold: float, most: int) -> str:
+    """Formats the most probable classes: peak, name, and where each sounds, in seconds."""
+    from uss_jax.audio.files import truncation
+    from uss_jax.ontology import load_ontology
+
+    names, heard = load_ontology().class_names, tags.heard(threshold)
+    title = f"{tags.path}: {tags.seconds:.1f} s"
+    if cut := truncation(tags.path):
+        title += f" (the recording is cut off: {cut})"
+    if not heard:
+        return f"{title}\n  no class reaches {threshold:g}"
+    lines = [title]
+    for k in heard[:most]:
+        peak = float(tags.probability[:, k].max())
+        lines.append(f"  {peak:.2f}  {names[k]:<40}  {_spoken(tags.intervals(k, threshold))}")
+    if len(heard) > most:
+        lines.append(f"  and {len(heard) - most} more; --most shows them")
+    return "\n".join(lines)
+
+
+def _spoken(intervals: list[tuple[float, float]]) -> str:
+    shown = ", ".join(f"{begin:.1f}-{end:.1f}" for begin, end in intervals[:_INTERVALS_SHOWN])
+    more = len(intervals) - _INTERVALS_SHOWN
+    return shown + (f" and {more} more" if more > 0 else "")

@@ -3,7 +3,7 @@
 The four recipes of bytedance/uss (32 kHz mono, 2 sources, L1 on the waveform, AdamW with amsgrad,
 batch 16 per device in the original). The paper reports 5.57 dB SDRi on AudioSet with condition=soft
 and data=full, after 1 M steps. `query=htsat` and `sed=htsat` use HTS-AT instead of PANNs' nets for
-conditions and for anchors.
+conditions and for anchors, `query=yamnet` and `sed=yamnet` the YAMNet in the package.
 
     uss-jax train --config configs/resunet30.py:condition=soft,data=full --workdir runs/soft \
         --config.data.records=/data/audioset/1.0.0 --config.sed_bundle=bundles/sed \
@@ -16,8 +16,8 @@ SPLITS = {"balanced": "balanced_train", "full": "full_train"}
 CHOICES = {
     "condition": ("soft", "embedding"),
     "data": ("full", "balanced"),
-    "query": ("cnn14", "htsat"),
-    "sed": ("cnn14", "htsat"),
+    "query": ("cnn14", "htsat", "yamnet"),
+    "sed": ("cnn14", "htsat", "yamnet"),
 }
 
 
@@ -55,9 +55,9 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
     config.data.verify = "whole"  # "always": check the whole clip even if only its anchor is read
 
     # Frozen nets: bundles or workdirs of taggers, and the architecture of each.
-    config.sed_bundle = ""
+    config.sed_bundle = "yamnet" if chosen["sed"] == "yamnet" else ""
     config.sed_net = chosen["sed"]
-    config.query_bundle = ""
+    config.query_bundle = "yamnet" if chosen["query"] == "yamnet" else ""
     config.query_net = chosen["query"]
 
     config.anchors = ConfigDict()
@@ -99,6 +99,7 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
     config.separator.channels = (32, 64, 128, 256, 384, 384)
     config.separator.blocks_per_level = 1
     config.separator.audio_channels = 1
+    config.separator.condition_norm = 0.0  # norm to which conditions are scaled; 0: as they are
     config.separator.film_gain = False
     config.separator.dtype = "float32"  # or "bfloat16" inside the U-Net
 

@@ -30,6 +30,7 @@ SHIPPED = [
     "resunet30.py:condition=embedding,data=balanced",
     "resunet30.py:condition=embedding,data=full",
     "resunet30.py:query=htsat,sed=htsat",
+    "resunet30.py:query=yamnet,sed=yamnet",
     "tagger_cnn14.py",
     "tagger_htsat.py",
     "quickstart.py:part=tagger",

@@ -16,6 +16,7 @@ from uss_jax.bundles.nets import fields_of
 from uss_jax.models.cnn14 import Cnn14
 from uss_jax.models.htsat import HTSAT
 from uss_jax.models.resunet import ResUNet
+from uss_jax.models.yamnet import YAMNet
 
 RATE = 8000
 SEGMENT_SECONDS = 0.5
@@ -34,6 +35,7 @@ TINY_HTSAT = HTSAT(
     depths=(2, 1),
     heads=(2, 4),
 )
+TINY_YAMNET = YAMNet(sample_rate=RATE, channels=14 * (8,), unknown_classes=())
 ONE_BLOCK = TINY_HTSAT.clone(depths=(1,), heads=(2,))  # for what compiles long
 # Tiny nets take longer to compile than to run.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -60,6 +62,8 @@ def random_variables(net, *shapes, seed=0):
 def tagger_variables(seed=0, net=TAGGER):
     """Random variables whose probabilities differ between sounds and stay off 0 and 1."""
     variables = random_variables(net, (1, RATE), seed=seed)
+    if "batch_stats" not in variables:
+        return {"batch_stats": {}, **variables}
     variables["batch_stats"]["bn0"]["mean"][:] = -40.0  # dB, as log-mel is
     variables["batch_stats"]["bn0"]["var"][:] = 400.0
     return variables

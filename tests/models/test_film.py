@@ -8,7 +8,7 @@ import pytest
 from tests.golden.compare import relative_error
 from tests.golden.nets import golden_separator
 from tests.golden.ways import limit
-from uss_jax.models.film import FiLM
+from uss_jax.models.film import FiLM, scaled_to
 
 
 def path_of(torch_name):
@@ -52,3 +52,24 @@ def test_gain_starts_at_zero_and_is_linear_in_the_condition():
     variables["params"]["gain"]["kernel"] = kernel
     _, gain = film.apply(variables, condition)
     np.testing.assert_allclose(gain, condition @ kernel, rtol=1e-5)
+
+
+def test_scaled_conditions_keep_their_direction_only():
+    rng = np.random.default_rng(0)
+    condition = jnp.asarray(rng.uniform(size=(4, 20)), jnp.float32)
+    scaled = np.asarray(scaled_to(condition, 8.0))
+    np.testing.assert_allclose(np.linalg.norm(scaled, axis=1), 8, rtol=1e-3)
+    np.testing.assert_allclose(scaled_to(5 * condition, 8.0), scaled, rtol=1e-3)
+    np.testing.assert_allclose(scaled / scaled[:, :1], condition / condition[:, :1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [0.0, 1e-30, 1e-12, 1e-5, 1e-2, 1.0, 1e10])
+def test_scaling_has_a_bounded_gradient_at_every_length(norm):
+    direction = np.random.default_rng(0).standard_normal(20)
+    condition = jnp.asarray(norm * direction / np.linalg.norm(direction), jnp.float32)[None]
+    scaled = scaled_to(condition, 8.0)
+    assert float(jnp.linalg.norm(scaled)) <= 8.001
+    gradient = jax.jacobian(lambda x: scaled_to(x, 8.0))(condition)[0, :, 0]
+    assert float(jnp.linalg.norm(gradient, 2)) <= 800.1
+    if norm == 0:
+        assert not scaled.any()

@@ -16,6 +16,7 @@ from tests.tiny import (
     SEGMENT_SECONDS,
     TAGGER,
     TINY_HTSAT,
+    TINY_YAMNET,
     noise,
     quick_jit,
     random_variables,
@@ -50,7 +51,7 @@ from uss_jax.training.train_separator import fresh_state, make_step, train_separ
 from uss_jax.training.train_tagger import train_tagger
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-NETS = {"cnn14": TAGGER, "htsat": TINY_HTSAT}
+NETS = {"cnn14": TAGGER, "htsat": TINY_HTSAT, "yamnet": TINY_YAMNET}
 LOW, HIGH = 10, 400  # two classes
 CLIPS, CLIP_SECONDS = 16, 2.0
 QUICKLY = {"xla_backend_optimization_level": 0}  # what runs a few times only

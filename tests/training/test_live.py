@@ -42,7 +42,7 @@ def test_a_run_evaluates_itself_as_evaluate_does(tmp_path, quick_compilation):
     assert (tmp_path / "run" / AVERAGES).exists()
 
     model = Model(tmp_path / "run")
-    reader = open_clips(place / "records", "train", model)
+    reader, _ = open_clips(place / "records", "train", model)
     averages = class_averages(model, reader, sorted(set(CLASSES)))
     assert sorted(averages) == [0, 1, 72, 300, 301]
     figures, _ = score(model, pairs, by_name(averages))

@@ -60,6 +60,7 @@ FIELD_RULES: dict[str, Rule] = {
     "blocks_per_level": whole(1, 16),
     "audio_channels": whole(1, 64),
     "condition_width": whole(1, 100_000),
+    "condition_norm": number(0, 1000),
     "film_gain": flag(),
     "kind": text(*KINDS),
     "adaptor_width": whole(0, 100_000),

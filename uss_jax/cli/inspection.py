@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 from uss_jax.anchors.table import COLUMNS, read_header
 from uss_jax.bundles import nets
 from uss_jax.bundles.bundle import Bundle, Variables, net_hash, read_bundle
+from uss_jax.bundles.card import read_card
 from uss_jax.bundles.checkpoints import latest_step
 from uss_jax.bundles.packaged import find_bundle
 from uss_jax.bundles.tensors import read_tensors
@@ -89,6 +90,8 @@ def _of_model(path: pathlib.Path) -> list[str]:
         )
     if "training" in config:
         lines += _history(path, config)
+    if card := read_card(path):
+        lines += ["model card:", *(f"  {line}" for line in card.splitlines())]
     return lines
 
 

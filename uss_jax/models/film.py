@@ -5,12 +5,23 @@ Letters: `b` batch, `d` width of the condition, `c` channels.
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from uss_jax.models.norm import BatchNorm
 
 LEAK = 0.01
+
+
+def scaled_to(condition: Float[Array, "b d"], norm: float) -> Float[Array, "b d"]:
+    """Scales conditions to a Euclidean norm, so that only their direction matters.
+
+    A condition whose norm is below 0.01 stays shorter, and 0 stays 0. The gradient is at most 100
+    times `norm`.
+    """
+    squares = jnp.sum(jnp.square(condition), axis=-1, keepdims=True)
+    return condition * (norm * jax.lax.rsqrt(squares + 1e-4))
 
 
 class FiLM(nn.Module):

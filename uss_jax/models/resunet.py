@@ -13,7 +13,7 @@ from jaxtyping import Array, Complex, Float
 
 from uss_jax.audio.stft import istft, stft
 from uss_jax.models.conv import Conv1x1, Conv3x3, Upsample
-from uss_jax.models.film import modulated_activation
+from uss_jax.models.film import modulated_activation, scaled_to
 from uss_jax.models.masks import Head, complex_mask
 from uss_jax.models.norm import STATISTICS, BatchNorm
 
@@ -152,6 +152,9 @@ class ResUNet(nn.Module):
       blocks_per_level: residual blocks in each encoder level, the centre and each decoder level.
       audio_channels: channels of mixture and estimate.
       condition_width: d.
+      condition_norm: norm to which conditions are scaled, see `scaled_to`; 0 leaves them, as in the
+        reference. Tagging probabilities are small and many classes are rare, so without it FiLM
+        learns slowly.
       film_gain: whether FiLM also scales (the reference only shifts).
       dtype: compute dtype of the U-Net, "float32" or "bfloat16"; parameters stay float32.
       norm_scope: items that share batch statistics in training, see `BatchNorm.over`.
@@ -164,6 +167,7 @@ class ResUNet(nn.Module):
     blocks_per_level: int = 1
     audio_channels: int = 1
     condition_width: int = 527
+    condition_norm: float = 0.0
     film_gain: bool = False
     dtype: str = "float32"
     norm_scope: str | int = "global"
@@ -229,6 +233,8 @@ class ResUNet(nn.Module):
     ) -> Complex[Array, "b a n f"]:
         """Computes the complex mask of a spectrum from its squared magnitude."""
         self._check(power, condition)
+        if self.condition_norm:
+            condition = scaled_to(condition, self.condition_norm)
         x = BatchNorm(self.norm_scope, name="bn0")(jnp.sqrt(jnp.maximum(power, 1e-10)), train)
         x = jnp.moveaxis(x, 1, -1)  # [b, n, f, a]
 

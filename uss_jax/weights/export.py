@@ -28,6 +28,7 @@ from uss_jax.bundles.bundle import (
     read_bundle,
     write_bundle,
 )
+from uss_jax.bundles.card import CARD, read_card
 from uss_jax.bundles.checkpoints import latest_step, save_tree
 from uss_jax.bundles.tensors import PARTS_FILE, read_tensors, write_tensors
 from uss_jax.devices.mesh import lay_out, make_mesh
@@ -127,6 +128,8 @@ def export(
                 config["precision"] = precision
             (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (unfinished / "README.md").write_text(_read_me(bundle, form, window, precision))
+        if card := read_card(bundle.path):
+            (unfinished / CARD).write_text(card, encoding="utf-8")
     return (
         f"on noise, its output differs from the model's by {difference:.1e} of the largest sample"
     )
@@ -324,6 +327,7 @@ def _read_me(bundle: Bundle, form: str, window: int, precision: str) -> str:
     }
     licence = config.get("licence", "subject to the licences of the training recordings")
     return (
-        f"# Separator exported as {form}\n\nWritten by uss-jax; config.json describes it.\n\n"
+        f"# Separator exported as {form}\n\nWritten by uss-jax; config.json describes it"
+        f"{', card.md the model' if read_card(bundle.path) else ''}.\n\n"
         f"Licence of the parameters: {licence}\n\n{_LOAD[form].format(**about)}"
     )

@@ -43,7 +43,9 @@ def test_a_folder_of_the_same_name_is_opened_by_its_path(tmp_path, monkeypatch):
     write_tagger("yamnet")
     with pytest.raises(UserError, match=r"write \./yamnet for the latter"):
         read_bundle("yamnet")
-    assert read_bundle("./yamnet").config["sed"]["model"]["net"] == "cnn14"
+    for path in ("./yamnet", pathlib.Path("yamnet")):
+        assert read_bundle(path).config["sed"]["model"]["net"] == "cnn14"
+    assert "sed: cnn14" in "\n".join(inspect("./yamnet"))
     shutil.rmtree("yamnet")
     pathlib.Path("yamnet").mkdir()  # of something else
     assert read_bundle("yamnet").config["sed"]["model"]["net"] == "yamnet"
@@ -88,11 +90,19 @@ def test_whole_numbers_with_a_scale_are_read_as_their_product(tmp_path):
     assert kernel.dtype == np.float32
 
 
+_ONE = np.zeros(1, np.float32)
+
+
 @pytest.mark.parametrize(
     "tensors",
     [
-        {"a": np.zeros(1, np.float32), "a/b": np.zeros(1, np.float32)},
-        {"a/b": np.zeros((2, 3), np.int8), "a/b.scale": np.zeros(4, np.float32)},
+        {"a/params/b": _ONE, "a/params/b/c": _ONE},
+        {"a/params/b": np.zeros((2, 3), np.int8), "a/params/b.scale": np.zeros(4, np.float32)},
+        {"a": _ONE},
+        {"a/params": _ONE},
+        {"a/foo/b": _ONE},
+        {"a/params/b": np.zeros(1, np.int8)},
+        {"a/params/b.scale": _ONE},
     ],
 )
 def test_tensors_that_make_no_tree_are_refused(tmp_path, tensors):

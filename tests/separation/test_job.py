@@ -87,7 +87,7 @@ def test_dry_run_says_what_is_heard_and_writes_nothing(bundle, recordings, tmp_p
         (["*.nothing", "--classes", "Dog"], "no file matches"),
         (["a.wav"], "--classes, --levels or --query"),
         ([], "no recordings; give files"),
-        (["-", "--classes", "Dog"], "standard input cannot be separated"),
+        (["-", "--classes", "Dog"], "standard input cannot be read"),
         (["--files-from", "missing.txt", "--classes", "Dog"], "missing.txt cannot be read"),
         (["a.wav", "--classes", "Dog", "--first-parent"], "--first-parent has no effect"),
         (["a.wav", "--query", "more", "--threshold", "0.5"], "--threshold has no effect"),

@@ -1,14 +1,18 @@
 import json
+import os
 import pathlib
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
 
+from tests import tiny
 from uss_jax.assets import FOLDER
 from uss_jax.audio.files import read_blocks
 from uss_jax.bundles.model import Model
 from uss_jax.cli.main import main
+from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 from uss_jax.separation.tags import Tags
 from uss_jax.separation.windows import detect_sounds
@@ -95,12 +99,53 @@ def test_bad_recordings_are_told_and_the_others_tagged(tmp_path, capsys):
     lines = [line for line in err.splitlines() if line.startswith("uss-jax: ")]
     assert len(lines) == 3
     assert "missing.wav does not exist" in lines[0]
-    assert lines[2] == "uss-jax: 2 of 3 recordings could not be read"
+    assert lines[2] == "uss-jax: 2 of 3 recordings could not be tagged"
     assert (
         json.loads((tmp_path / "out" / "quiet" / "tags.json").read_text())["sounds"][0]["name"]
         == "Silence"
     )
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["quiet"]
+
+
+def test_two_recordings_of_one_place_are_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("x.wav", "x.flac"):
+        soundfile.write(name, np.zeros(RATE), RATE)
+    assert main(["tag", "x.wav", "x.flac", "--out", "out"]) == 1
+    assert "x.flac would share an output folder with x.wav, out/x" in capsys.readouterr().err
+    assert main(["tag", "x.wav", "x.flac"]) == 0
+
+
+def test_a_name_that_is_no_unicode_is_written(tmp_path):
+    path = tmp_path / os.fsdecode(b"\xff.wav")
+    soundfile.write(os.fsencode(path), np.zeros(RATE), RATE)
+    assert main(["tag", str(path), "--out", str(tmp_path / "out")]) == 0
+    (folder,) = (tmp_path / "out").iterdir()
+    assert json.loads((folder / "tags.json").read_text())["recording"] == str(path)
+
+
+def test_what_cannot_tag_is_told_before_the_first_recording(tmp_path, capsys):
+    soundfile.write(tmp_path / "x.wav", np.zeros(RATE), RATE)
+    (tmp_path / "file").write_text("")
+    words = ["tag", str(tmp_path / "x.wav"), "--out", str(tmp_path / "file")]
+    assert main(words) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot be created" in line
+
+
+def test_a_diverged_detector_is_no_silence(tmp_path):
+    model = Model(tiny.write_tagger(tmp_path / "tagger"))
+    model.sed.variables["params"]["fc_audioset"]["bias"] = jnp.full(527, jnp.nan)
+    with pytest.raises(UserError, match="gives probabilities that are NaN"):
+        detect_sounds(model, [np.zeros((1, tiny.RATE), np.float32)])
+
+
+@pytest.mark.parametrize("net", [tiny.TAGGER, tiny.TINY_HTSAT])
+def test_other_detectors_hear_a_short_recording_whole(tmp_path, net):
+    model = Model(tiny.write_tagger(tmp_path / "tagger", net=net))
+    found, step = detect_sounds(model, [tiny.tone(500, 3.0)[None]])
+    assert found.shape == (31, 527)
+    assert step == pytest.approx(0.1)
 
 
 def test_a_stereo_file_is_tagged_as_its_mean(yamnet, planted, tmp_path):

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float
 _REACH, _BETA = 52, 10.06
 # A product computes blocks of at least this many input samples.
 _LEAST_BLOCK = 256
-# Blocks of more samples come of rates that share no useful divisor; their matrix would be huge.
-_MOST_BLOCK = 4096
+# Rates that share no useful divisor would need a matrix of more values.
+_MOST_VALUES = 1 << 22
 
 
 def resample_on_device(
@@ -51,23 +51,24 @@ def _plan(from_rate: int, to_rate: int) -> tuple[int, int, int]:
     """Returns input samples and output samples of a block, and the filter's reach in input ones."""
     divisor = math.gcd(from_rate, to_rate)
     block = from_rate // divisor
-    if block > _MOST_BLOCK:
+    block *= -(-_LEAST_BLOCK // block)
+    out = block * to_rate // from_rate
+    reach = math.ceil(_REACH * from_rate / min(from_rate, to_rate))
+    if (block + 2 * reach) * out > _MOST_VALUES:
         raise ValueError(
             f"a rate of {from_rate} Hz cannot be resampled to {to_rate} Hz on the device; use a "
             "rate that shares a larger divisor with it"
         )
-    block *= -(-_LEAST_BLOCK // block)
-    reach = math.ceil(_REACH * from_rate / min(from_rate, to_rate))
-    return block, block * to_rate // from_rate, reach
+    return block, out, reach
 
 
 @functools.cache
 def _matrix(from_rate: int, to_rate: int) -> np.ndarray:
-    """Returns the filter of every output sample of a block, [block + 2 reach, out], float64."""
+    """Returns the filter of every output sample of a block, [block + 2 reach, out], float32."""
     block, out, reach = _plan(from_rate, to_rate)
     band = min(from_rate, to_rate) / from_rate  # of the lower rate, in units of the input's
     at = np.arange(out) * (from_rate / to_rate)
     distance = (np.arange(block + 2 * reach) - reach)[:, None] - at
     kaiser = np.i0(_BETA * np.sqrt(np.clip(1 - (distance / reach) ** 2, 0, 1))) / np.i0(_BETA)
     taps = band * np.sinc(band * distance) * np.where(np.abs(distance) <= reach, kaiser, 0)
-    return taps / taps.sum(axis=0)
+    return (taps / taps.sum(axis=0)).astype(np.float32)

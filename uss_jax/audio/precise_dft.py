@@ -35,8 +35,8 @@ def magnitudes(
       bins: first bin, and bin after the last; others are not computed.
 
     Returns:
-      float32 [b, (t - window_samples) // hop_samples + 1, bins[1] - bins[0]], within about 1e-7 of
-      exact values whatever else the frame holds.
+      float32 [b, (t - window_samples) // hop_samples + 1, bins[1] - bins[0]], within 1e-7 or a few
+      roundings of the value itself, whatever else the frame holds.
     """
     parts = [_folded(part, window_samples, hop_samples) for part in _slices(waveform, jnp)]
     even, odd = zip(*parts, strict=True)
@@ -74,10 +74,10 @@ def _matrices(
     return _slices(window * np.cos(phase), np), _slices(window * np.sin(phase), np)
 
 
-def _slices(x, library) -> list:
+def _slices(x, numbers) -> list:
     """Returns x as a sum: of 8 fractional bits, of 8 more, and the rest; all float32."""
-    first = library.round(x * 256) / 256
-    second = library.round((x - first) * 65536) / 65536
+    first = numbers.round(x * 256) / 256
+    second = numbers.round((x - first) * 65536) / 65536
     return [part.astype(np.float32) for part in (first, second, x - first - second)]
 
 

@@ -102,7 +102,8 @@ class Model:
         """Returns the model for waveforms at this rate; itself if that is its own or only rate."""
         if sample_rate == self.sample_rate:
             return self
-        other = Model(self.path, self.precision, sample_rate)
+        other = Model(self._bundle.path, self.precision, sample_rate)
+        other.path = self.path
         return other if other.sample_rate == sample_rate else self
 
     @functools.cached_property

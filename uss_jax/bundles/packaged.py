@@ -13,11 +13,13 @@ PACKAGED = {"yamnet": FOLDER / "yamnet"}
 def find_bundle(path: str | os.PathLike) -> pathlib.Path:
     """Returns the folder of a bundle, which is given by its path or by its name in PACKAGED.
 
+    Only a string can be a name.
+
     Raises:
       UserError: the working directory holds a bundle of that name too.
     """
     name = os.fspath(path)
-    if name not in PACKAGED:
+    if isinstance(path, os.PathLike) or name not in PACKAGED:
         return pathlib.Path(path)
     if pathlib.Path(name, "config.json").is_file():
         raise UserError(

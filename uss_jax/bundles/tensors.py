@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from safetensors import SafetensorError
@@ -49,15 +50,23 @@ def read_parts(path: pathlib.Path) -> dict[str, dict[str, Any]]:
         return {}
     tensors = read_tensors(path)
     try:
-        leaves = {
-            name: _scaled(tensor, tensors.get(name + _SCALE))
-            for name, tensor in tensors.items()
-            if not name.endswith(_SCALE)
-        }
+        scales = {name.removesuffix(_SCALE) for name in tensors if name.endswith(_SCALE)}
+        leaves = {name: tensors[name] for name in tensors if not name.endswith(_SCALE)}
+        for name in leaves.keys() | scales:
+            _require_leaf(name, name in scales, leaves.get(name))
+        for name in scales:
+            leaves[name] = leaves[name].astype(np.float32) * tensors[name + _SCALE]
         return unflatten_dict(leaves, sep="/")
     except (ValueError, TypeError, IndexError, AttributeError) as error:
         raise UserError(f"{path} holds tensors that are no parts of a model ({error})") from error
 
 
-def _scaled(tensor: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
-    return tensor if scale is None else tensor.astype(np.float32) * scale
+def _require_leaf(name: str, scaled: bool, tensor: np.ndarray | None) -> None:
+    """Raises a ValueError unless a tensor can be a leaf of a part's variables."""
+    part, collection, leaf = [*name.split("/", 2), "", ""][:3]
+    if not part or collection not in ("params", "batch_stats") or not leaf:
+        raise ValueError(f"{name} is not named part/params/... or part/batch_stats/...")
+    if tensor is None:
+        raise ValueError(f"{name}{_SCALE} belongs to no tensor")
+    if not scaled and not jnp.issubdtype(tensor.dtype, jnp.floating):
+        raise ValueError(f"{name} holds {tensor.dtype} and has no {name}{_SCALE}")

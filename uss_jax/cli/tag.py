@@ -6,6 +6,7 @@ and tags.png, a strip of each class's probability over time.
 """
 
 import argparse
+import pathlib
 
 from uss_jax.cli.arguments import number, path, positive
 from uss_jax.errors import UserError, counted
@@ -49,25 +50,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from uss_jax.bundles.model import Model
-    from uss_jax.separation.input_files import InputFile, find_input_files
+    from uss_jax.disk.folder import make_folder
+    from uss_jax.separation.input_files import InputFile, Places, find_input_files
     from uss_jax.separation.job import for_each
-    from uss_jax.separation.tags import tag, tag_to_folder
+    from uss_jax.separation.tags import tag, write_tags
 
     recordings = find_input_files(args.audio, args.files_from or ())
     if not recordings:
         raise UserError("no recordings; give files, folders, patterns or --files-from LIST")
     model = Model(args.model)
+    _ = model.sed  # a model without a detector is told once
+    places = Places(args.out or "")
+    if args.out:
+        make_folder(pathlib.Path(args.out), "give another --out", name=f"--out {args.out}")
 
     def one(recording: InputFile) -> None:
-        if args.out:
-            tags = tag_to_folder(model, recording, args.out, args.threshold, args.most)
-        else:
-            tags = tag(model, recording.path)
+        folder = places.folder_of(recording) if args.out else None
+        tags = tag(model, recording.path)
+        if folder:
+            make_folder(folder, "give another --out")
+            write_tags(folder, tags, model, args.threshold, args.most)
         print(format_tags(tags, args.threshold, args.most), flush=True)
 
     failed = for_each(recordings, one)
     if failed:
-        raise UserError(f"{failed} of {counted(len(recordings), 'recording')} could not be read")
+        raise UserError(f"{failed} of {counted(len(recordings), 'recording')} could not be tagged")
 
 
 def format_tags(tags, threshold: float, most: int) -> str:

@@ -30,8 +30,6 @@ _PATCH_FRAMES = 96
 _PATCH_SAMPLES = (_PATCH_FRAMES - 1) * _HOP + _WINDOW
 # Stride of each depthwise convolution; the first convolution has stride 2.
 _STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)
-# Male and female speech, battle cry, male and female singing, funny music.
-_UNKNOWN = (1, 2, 12, 32, 33, 277)
 
 
 class YAMNet(nn.Module):
@@ -43,7 +41,8 @@ class YAMNet(nn.Module):
         only, since a convolution pads at a patch's borders, so the cost grows as 1 / hop.
       channels: widths of the convolutions; the last one is that of the embedding.
       classes: k.
-      unknown_classes: class indices without an output, of probability 0.
+      unknown_classes: class indices without an output, of probability 0; six of AudioSet's in the
+        published weights.
       dtype: compute dtype of the convolutions; log-mel, embedding and outputs are float32.
     """
 
@@ -51,7 +50,7 @@ class YAMNet(nn.Module):
     patch_hop_frames: int = 48
     channels: tuple[int, ...] = (32, 64, 128, 128, 256, 256, *6 * (512,), 1024, 1024)
     classes: int = 527
-    unknown_classes: tuple[int, ...] = _UNKNOWN
+    unknown_classes: tuple[int, ...] = ()
     dtype: str = "float32"
 
     resamples: ClassVar[bool] = True
@@ -59,8 +58,9 @@ class YAMNet(nn.Module):
     def setup(self) -> None:
         if len(self.channels) != len(_STRIDES) + 1:
             raise ValueError(f"channels must be {len(_STRIDES) + 1} widths")
-        if not all(k < self.classes for k in self.unknown_classes):
-            raise ValueError("unknown_classes must be class indices")
+        unknown = set(self.unknown_classes)
+        if not all(k < self.classes for k in unknown) or len(unknown) == self.classes:
+            raise ValueError("unknown_classes must be class indices, but not all of them")
         self.stem = Stem(self.channels[0], self.dtype)
         self.block = [
             Block(width, stride, self.dtype, name=f"block{i}")
@@ -122,11 +122,11 @@ class YAMNet(nn.Module):
         known = nn.sigmoid(self.classifier(embedding))
         if not self.unknown_classes:
             return known
-        source = np.full(self.classes, known.shape[-1])
-        source[np.setdiff1d(np.arange(self.classes), self.unknown_classes)] = np.arange(
+        column = np.full(self.classes, known.shape[-1])
+        column[np.setdiff1d(np.arange(self.classes), self.unknown_classes)] = np.arange(
             known.shape[-1]
         )
-        return jnp.pad(known, ((0, 0), (0, 0), (0, 1)))[..., source]
+        return jnp.pad(known, ((0, 0), (0, 0), (0, 1)))[..., column]
 
     def _at_frames(self, patchwise: Float[Array, "b p k"], samples: int) -> Float[Array, "b n k"]:
         """Interpolates between centres of patches; the first and last one hold beyond theirs."""

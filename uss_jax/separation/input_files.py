@@ -1,4 +1,4 @@
-"""Finds the recordings to separate, and where below the output folder their sounds go."""
+"""Finds the recordings to separate or tag, and their places below the output folder."""
 
 import dataclasses
 import glob
@@ -16,15 +16,35 @@ _OTHERS_NAMED = 3
 
 @dataclasses.dataclass(frozen=True)
 class InputFile:
-    """A recording to separate.
+    """A recording to separate or tag.
 
     Attributes:
       path: audio file.
-      place: folder for its sounds, relative to the output folder.
+      place: folder for its results, relative to the output folder.
     """
 
     path: pathlib.Path
     place: pathlib.PurePath
+
+
+class Places:
+    """The folders of recordings below an output folder, each of one recording only."""
+
+    def __init__(self, out: str | os.PathLike):
+        self._out = pathlib.Path(out)
+        self._taken: dict[pathlib.PurePath, pathlib.Path] = {}
+
+    def folder_of(self, recording: InputFile) -> pathlib.Path:
+        """Returns the folder of a recording; raises a UserError if it is another one's."""
+        other = self._taken.setdefault(recording.place, recording.path)
+        folder = self._out / recording.place
+        if other != recording.path:
+            raise UserError(
+                f"{recording.path} would share an output folder with {other}, {folder}; give both "
+                "as paths relative to the working directory, or run them separately with different "
+                "--out"
+            )
+        return folder
 
 
 def find_input_files(
@@ -69,7 +89,7 @@ def _listed(lists: Sequence[str | os.PathLike]) -> Iterator[str]:
 
 def _named_by(word: str) -> list[pathlib.Path]:
     if word == "-":
-        raise UserError("standard input cannot be separated; write it to a file and give that")
+        raise UserError("standard input cannot be read; write it to a file and give that")
     matches = [word]
     if glob.has_magic(word) and not os.path.lexists(word):
         matches = sorted(glob.glob(word, recursive=True))

@@ -15,11 +15,12 @@ from uss_jax.audio.files import audio_format, read_blocks, truncation
 from uss_jax.audio.resampling import resample_blocks
 from uss_jax.bundles.bundle import net_hash
 from uss_jax.bundles.model import Model
+from uss_jax.disk.atomic import is_full
 from uss_jax.disk.checked_json import either, list_of, nothing, number, read_json, record, text
 from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError, counted, one_line
 from uss_jax.ontology import load_ontology
-from uss_jax.separation.input_files import InputFile
+from uss_jax.separation.input_files import InputFile, Places
 from uss_jax.separation.queries import Classes, Query
 from uss_jax.separation.recordings import Separated, Separator
 from uss_jax.separation.report import REPORT, not_heard, recording_facts, write_report
@@ -86,7 +87,7 @@ def separate_all(
     """
     query.require_fit(separator.model)
     run = _digest_of_run(separator, query, settings)
-    taken: dict[pathlib.PurePath, pathlib.Path] = {}
+    taken = Places(out)
     unheard = earlier = 0
     rate = separator.model.sample_rate
     print(
@@ -96,14 +97,7 @@ def separate_all(
 
     def separate(recording: InputFile) -> None:
         nonlocal unheard, earlier
-        other = taken.setdefault(recording.place, recording.path)
-        if other != recording.path:
-            raise UserError(
-                f"{recording.path} would share an output folder with {other}, "
-                f"{os.path.join(out, recording.place)}; give both as paths relative to the working "
-                "directory, or run them separately with different --out"
-            )
-        folder = pathlib.Path(out) / recording.place
+        folder = taken.folder_of(recording)
         digest = _digest_of_recording(run, recording.path)
         facts = finished_facts(folder, digest)
         if facts is None:
@@ -129,7 +123,11 @@ def for_each(recordings: Sequence[InputFile], act: Callable[[InputFile], None]) 
     for recording in recordings:
         try:
             act(recording)
+        except BrokenPipeError:
+            raise
         except (UserError, OSError) as error:
+            if isinstance(error, OSError) and is_full(error):
+                raise
             print(f"uss-jax: {one_line(str(error))}", file=sys.stderr)
             failed += 1
     return failed

@@ -102,7 +102,8 @@ class Classes:
                 )
             if not self.only_active and set(indexes) <= set(unknown_classes(model.tagger.module)):
                 unknown = unknown_among(model.tagger.module, indexes)
-                raise UserError(f"{unknown}; ask for a class above, or with --query RECORDINGS")
+                examples = ", or with --query RECORDINGS" if takes.recordings else ""
+                raise UserError(f"{unknown}; ask for a class above{examples}")
 
     def peaks(self, probabilities: Float32[np.ndarray, "s k"]) -> dict[str, float]:
         """Returns each set's highest probability in the recording."""

@@ -20,9 +20,7 @@ from uss_jax.audio.resampling import resample_blocks
 from uss_jax.bundles.bundle import net_hash
 from uss_jax.bundles.model import Model
 from uss_jax.disk.atomic import replacing
-from uss_jax.disk.folder import make_folder
 from uss_jax.ontology import load_ontology
-from uss_jax.separation.input_files import InputFile
 from uss_jax.separation.windows import detect_sounds
 
 TAGS, STRIPS = "tags.json", "tags.png"
@@ -50,7 +48,7 @@ class Tags:
         """Returns the classes that reach the threshold, the most probable first."""
         peaks = self.probability.max(axis=0)
         order = np.argsort(-peaks, kind="stable")
-        return [k for k in order.tolist() if peaks[k] >= threshold]
+        return [k for k in order.tolist() if peaks[k] >= threshold and peaks[k] > 0]
 
     def intervals(self, class_index: int, threshold: float) -> list[tuple[float, float]]:
         """Returns when a class reaches the threshold, as (begin, end) in seconds."""
@@ -69,29 +67,25 @@ def tag(model: Model, path: pathlib.Path) -> Tags:
     total = round(form.samples / form.sample_rate, 1)
     with tqdm(total=total, desc=path.name, unit="s", leave=False, disable=None) as progress:
 
-        def counted():
+        def read():
             for block in read_blocks(path):
                 yield block
                 progress.update(block.shape[1] / form.sample_rate)
 
-        blocks = resample_blocks(counted(), form.sample_rate, model.sample_rate)
+        blocks = resample_blocks(read(), form.sample_rate, model.sample_rate)
         probability, step_seconds = detect_sounds(model, blocks)
     return Tags(path, form.samples / form.sample_rate, step_seconds, probability)
 
 
-def tag_to_folder(
-    model: Model, recording: InputFile, out: str | os.PathLike, threshold: float, most: int
-) -> Tags:
-    """Tags a recording and writes tags.json and tags.png to its folder below `out`."""
-    folder = pathlib.Path(out) / recording.place
-    tags = tag(model, recording.path)
-    make_folder(folder, "give another --out", name=str(folder))
+def write_tags(folder: pathlib.Path, tags: Tags, model: Model, threshold: float, most: int) -> None:
+    """Writes tags.json and tags.png; replaces those of an earlier run."""
     with replacing(folder / STRIPS) as temporary:
         draw_strips(temporary, tags, threshold, most)
     with replacing(folder / TAGS) as temporary:
-        content = json.dumps(tag_facts(tags, model, threshold), ensure_ascii=False)
-        pathlib.Path(temporary).write_text(content + "\n", encoding="utf-8")
-    return tags
+        content = json.dumps(tag_facts(tags, model, threshold), ensure_ascii=False, allow_nan=False)
+        # A file's name may be no Unicode.
+        encoded = (content + "\n").encode("utf-8", errors="backslashreplace")
+        pathlib.Path(temporary).write_bytes(encoded)
 
 
 def tag_facts(tags: Tags, model: Model, threshold: float) -> dict[str, Any]:

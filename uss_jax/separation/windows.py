@@ -27,12 +27,14 @@ from uss_jax.audio.resampling import mono
 from uss_jax.bundles.model import Model, Net
 from uss_jax.devices.batching import in_batches
 from uss_jax.devices.mesh import batch_sharded
+from uss_jax.errors import UserError
 
 _FADE_SECONDS = 0.05
 _TAGGING_BATCH = 8
-# Length of the detector's windows, and of the context at each end that is not kept. Windows begin
-# 9.6 s apart, a multiple of Cnn14's segments (0.32 s) and of YAMNet's hops (0.12, 0.24, 0.48 s).
-_DETECTED_SECONDS = (12.0, 1.2)
+# Length of the detector's windows, and of the context at each end that is not kept. A window is no
+# longer than HTS-AT's image. Windows begin 7.68 s apart: a multiple of Cnn14's segments (0.32 s),
+# and of YAMNet's usual hops (0.12, 0.24, 0.48 s).
+_DETECTED_SECONDS = (10.08, 1.2)
 _DETECTION_BATCH = 4
 _GRID_SECONDS = 0.1
 
@@ -120,23 +122,37 @@ def detect_sounds(model: Model, blocks: Blocks) -> tuple[Float32[np.ndarray, "g 
     """Returns the detector's probabilities on a grid of about 0.1 s, and its exact step in seconds.
 
     The value of a step is the maximum over its frames. Arguments are as for `tag_segments`.
+
+    Raises:
+      UserError: a probability is NaN.
     """
-    net, hop = model.sed, model.sed.module.frame_hop_samples
+    hop = model.sed.module.frame_hop_samples
+    step = max(round(_GRID_SECONDS * model.sample_rate / hop), 1)
+    grid, held = [], None
+    for frames in _detected(model, blocks, hop):
+        if not np.isfinite(frames).all():
+            raise UserError(f"the detector of {model.path} gives probabilities that are NaN")
+        held = frames if held is None else np.concatenate([held, frames])
+        whole = len(held) // step * step
+        grid.append(held[:whole].reshape(-1, step, held.shape[1]).max(axis=1))
+        held = held[whole:]
+    if len(held):
+        grid.append(held.max(axis=0, keepdims=True))
+    return np.concatenate(grid), step * hop / model.sample_rate
+
+
+def _detected(model: Model, blocks: Blocks, hop: int) -> Iterator[Float32[np.ndarray, "_ k"]]:
+    """Yields the detector's probabilities of the frames that each window keeps."""
     window, context = (round(s * model.sample_rate / hop) * hop for s in _DETECTED_SECONDS)
-    cut = Layout(window, context, model.segment_samples, 0)
-    frames = []
+    cut, index = Layout(window, context, model.segment_samples, 0), 0
     windows = ((true, mono(samples)) for true, samples in _windows(blocks, cut))
     for some, rows in in_batches(windows, _DETECTION_BATCH):
-        framewise = np.asarray(net(np.stack([samples for _, samples in some]))["framewise"])
-        for (true, _), of_window in zip(some[:rows], framewise, strict=False):
-            first, last = _kept(cut, len(frames), true)
+        framewise = model.sed(np.stack([samples for _, samples in some]))["framewise"]
+        for (true, _), of_window in zip(some[:rows], np.asarray(framewise), strict=False):
+            first, last = _kept(cut, index, true)
             end = last // hop + (true <= last)  # the recording's end has a frame of its own
-            frames.append(of_window[first // hop : end])
-    together = np.concatenate(frames)
-    step = max(round(_GRID_SECONDS * model.sample_rate / hop), 1)
-    padded = np.pad(together, ((0, -len(together) % step), (0, 0)))
-    grid = padded.reshape(-1, step, together.shape[1]).max(axis=1)
-    return grid, step * hop / model.sample_rate
+            yield of_window[first // hop : end]
+            index += 1
 
 
 def separate_blocks(

@@ -11,7 +11,6 @@ from jaxtyping import Bool, Float
 
 from uss_jax.audio.pcm import to_float
 from uss_jax.bundles.model import Model, Net
-from uss_jax.bundles.nets import unknown_among
 from uss_jax.data.chosen import Chosen
 from uss_jax.data.reader import ClipReader
 from uss_jax.errors import UserError
@@ -31,8 +30,9 @@ def run(model: Model, data: str, out: str, *, split: str) -> tuple[Results, str]
     reader, model = open_clips(data, split, model)
     summaries = evaluate_tagging(model, reader)
     text = format_tagging(summaries)
-    if unknown := unknown_among(model.tagger.module, np.unique(reader.index.label_class)):
-        text += f"\n\n{unknown}; they are left out"
+    unknown = {name for summary in summaries for name in summary["classes"]["unknown"]}
+    if unknown:
+        text += f"\n\nleft out, since the net has no output for them: {'; '.join(sorted(unknown))}"
     return {"rows": summaries, "how": {"split": split}}, text
 
 

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from uss_jax.audio.stft import cut_frames
+
 # Half length of the filter in samples of the lower rate, and Kaiser's beta: together, 100 dB of
 # attenuation and a transition band of 1/8 of the lower rate's band.
 _REACH, _BETA = 52, 10.06
@@ -37,13 +39,10 @@ def resample_on_device(
     block, out, reach = _plan(from_rate, to_rate)
     samples = waveform.shape[-1]
     blocks = -(-samples // block)
-    padded = jnp.pad(waveform, ((0, 0), (reach, blocks * block - samples + reach)))
-    pieces = -(-(block + 2 * reach) // block)
-    padded = jnp.pad(padded, ((0, 0), (0, (blocks - 1 + pieces) * block - padded.shape[1])))
-    rows = padded.reshape(padded.shape[0], blocks - 1 + pieces, block)
-    rows = jnp.concatenate([rows[:, i : i + blocks] for i in range(pieces)], axis=-1)
+    padded = jnp.pad(waveform, ((0, 0), (reach, 0)))
+    rows = cut_frames(padded, blocks, block + 2 * reach, block)
     matrix = _matrix(from_rate, to_rate).astype(waveform.dtype)
-    result = jnp.matmul(rows[..., : block + 2 * reach], matrix, precision=jax.lax.Precision.HIGHEST)
+    result = jnp.matmul(rows, matrix, precision=jax.lax.Precision.HIGHEST)
     return result.reshape(result.shape[0], blocks * out)[:, : samples * to_rate // from_rate]
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from uss_jax.audio.stft import hann_window
+from uss_jax.audio.stft import cut_frames, hann_window
 
 
 def magnitudes(
@@ -51,14 +51,9 @@ def _folded(
 
     The sample at a distance of 0 is halved; that at half a window is zero in a Hann window.
     """
-    half, pieces = window_samples // 2, -(-window_samples // hop_samples)
-    frames = (waveform.shape[1] - window_samples) // hop_samples + 1
-    # A frame is `pieces` consecutive blocks of one hop; slices are faster than a gather.
-    length = (frames - 1 + pieces) * hop_samples
-    blocks = jnp.pad(waveform, ((0, 0), (0, max(length - waveform.shape[1], 0))))[:, :length]
-    blocks = blocks.reshape(waveform.shape[0], frames - 1 + pieces, hop_samples)
-    framed = jnp.concatenate([blocks[:, i : i + frames] for i in range(pieces)], axis=-1)
-    after, before = framed[..., half:window_samples], framed[..., 1 : half + 1][..., ::-1]
+    half, frames = window_samples // 2, (waveform.shape[1] - window_samples) // hop_samples + 1
+    framed = cut_frames(waveform, frames, window_samples, hop_samples)
+    after, before = framed[..., half:], framed[..., 1 : half + 1][..., ::-1]
     return (after + before) * np.r_[0.5, np.ones(half - 1)].astype(np.float32), after - before
 
 

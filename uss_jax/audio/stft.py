@@ -42,19 +42,30 @@ def stft(
     """
     waveform = _at_least_float32(waveform)
     frames = frame_count(waveform.shape[-1], hop_samples)
-    pieces = -(-n_fft // hop_samples)
     lead = [(0, 0)] * (waveform.ndim - 1)
     padded = jnp.pad(waveform, [*lead, (n_fft // 2, n_fft // 2)], mode="reflect")
 
+    framed = cut_frames(padded, frames, n_fft, hop_samples)
+    windowed = framed * hann_window(n_fft).astype(framed.dtype)
+    return _without_gathering(jnp.fft.rfft, windowed)
+
+
+def cut_frames(
+    waveform: Float[Array, "*batch t"], frames: int, frame_samples: int, hop_samples: int
+) -> Float[Array, "*batch n _"]:
+    """Cuts frames, the first from sample 0 on; samples beyond the waveform's end are zero."""
     # A frame is `pieces` consecutive blocks of one hop. Slices avoid a gather, whose gradient would
     # be a scatter.
+    pieces = -(-frame_samples // hop_samples)
     block_samples = (frames - 1 + pieces) * hop_samples
-    excess = block_samples - padded.shape[-1]
-    padded = jnp.pad(padded, [*lead, (0, excess)]) if excess > 0 else padded[..., :block_samples]
+    lead = [(0, 0)] * (waveform.ndim - 1)
+    excess = block_samples - waveform.shape[-1]
+    padded = (
+        jnp.pad(waveform, [*lead, (0, excess)]) if excess > 0 else waveform[..., :block_samples]
+    )
     blocks = padded.reshape(*padded.shape[:-1], frames - 1 + pieces, hop_samples)
     framed = jnp.concatenate([blocks[..., i : i + frames, :] for i in range(pieces)], axis=-1)
-    windowed = framed[..., :n_fft] * hann_window(n_fft).astype(framed.dtype)
-    return _without_gathering(jnp.fft.rfft, windowed)
+    return framed[..., :frame_samples]
 
 
 def istft(

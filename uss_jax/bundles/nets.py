@@ -10,7 +10,9 @@ from typing import Any, SupportsIndex, TypeVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.errors import FlaxError
+from jaxtyping import Integer
 
 from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
 from uss_jax.disk.checked_json import Rule, flag, list_of, number, text, whole
@@ -226,6 +228,12 @@ def unknown_among(net: TaggingNet, class_indexes: Iterable[SupportsIndex]) -> st
         f"the net {fields_of(net)['net']} has no output for {', '.join(named)}: their probability "
         "is always 0"
     )
+
+
+def arbitrary_anchors(sed: TaggingNet, labels: Integer[np.ndarray, "_"]) -> str:
+    """Returns a sentence on the labels whose anchors a detector cannot find; empty if none is."""
+    unknown = unknown_among(sed, np.unique(labels))
+    return unknown and f"{unknown}; the anchors of these labels are arbitrary"
 
 
 # Raised by flax, jax and numpy when fields are inconsistent.

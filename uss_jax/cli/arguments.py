@@ -51,6 +51,30 @@ def path(text: str) -> str:
     return os.path.expanduser(text)
 
 
+def add_recordings(parser: argparse.ArgumentParser) -> None:
+    """Adds AUDIO and --files-from; `input_files` finds what they name."""
+    parser.add_argument(
+        "audio", type=path, nargs="*", metavar="AUDIO", help="recordings, see above"
+    )
+    parser.add_argument(
+        "--files-from",
+        type=path,
+        action="append",
+        metavar="LIST",
+        help="text file with one recording per line; can be repeated",
+    )
+
+
+def input_files(args: argparse.Namespace) -> list:
+    """Returns the recordings that the arguments name; raises a UserError if there are none."""
+    from uss_jax.separation.input_files import find_input_files
+
+    recordings = find_input_files(args.audio, args.files_from or ())
+    if not recordings:
+        raise UserError("no recordings; give files, folders, patterns or --files-from LIST")
+    return recordings
+
+
 def add_precision(parser: argparse.ArgumentParser, of: str = "") -> None:
     """Adds --precision; `of` is put before its help."""
     parser.add_argument(

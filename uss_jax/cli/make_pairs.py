@@ -65,10 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    import numpy as np
-
     from uss_jax.bundles.model import Model
-    from uss_jax.bundles.nets import unknown_among
+    from uss_jax.bundles.nets import arbitrary_anchors
     from uss_jax.evaluation.clips import open_clips
     from uss_jax.evaluation.make_pairs import make_pairs, read_groups
 
@@ -91,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     if made.without_partner:
         left_out = counted(made.without_partner, "clip")
         print(f"{left_out} left out: the split has no clip of unrelated classes")
-    if unknown := unknown_among(model.sed.module, np.unique(reader.index.label_class)):
-        print(f"{unknown}; the anchors of their clips are arbitrary")
+    if said := arbitrary_anchors(model.sed.module, reader.index.label_class):
+        print(said)
     if made.silent:
         print(f"{counted(made.silent, 'pair')} left out: an anchor is below -60 dBFS")

@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.anchors.mine import MiningSettings, mine
     from uss_jax.anchors.table import read_table
     from uss_jax.bundles.model import Model
-    from uss_jax.bundles.nets import unknown_among
+    from uss_jax.bundles.nets import arbitrary_anchors
     from uss_jax.evaluation.clips import open_clips
 
     if not args.out.endswith(".npz"):
@@ -153,8 +153,8 @@ def run(args: argparse.Namespace) -> None:
         f"{np.median(table.purity.astype(np.float32)):.3f}"
         + (f", {silent} below {args.min_dbfs:g} dBFS" if silent else "")
     )
-    if unknown := unknown_among(model.sed.module, np.unique(reader.index.label_class)):
-        print(f"{unknown}; the anchors of these labels are arbitrary", file=sys.stderr)
+    if said := arbitrary_anchors(model.sed.module, reader.index.label_class):
+        print(said, file=sys.stderr)
     heard = best[best >= 0]
     if heard.size and np.median(heard) < _GUESSING:
         print(

@@ -17,21 +17,20 @@ Queries:
 
 import argparse
 
-from uss_jax.cli.arguments import add_precision, number, path, positive, refuse_idle
+from uss_jax.cli.arguments import (
+    add_precision,
+    add_recordings,
+    input_files,
+    number,
+    path,
+    positive,
+    refuse_idle,
+)
 from uss_jax.errors import NotHeard, UserError, counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "audio", type=path, nargs="*", metavar="AUDIO", help="recordings, see above"
-    )
-    parser.add_argument(
-        "--files-from",
-        type=path,
-        action="append",
-        metavar="LIST",
-        help="text file with one recording per line; can be repeated",
-    )
+    add_recordings(parser)
     parser.add_argument(
         "--model",
         type=path,
@@ -114,15 +113,12 @@ _REPORTED += ("blocks", "mono", "residual", "sum_to_mixture", "format", "precisi
 
 def run(args: argparse.Namespace) -> None:
     from uss_jax.bundles.model import Model
-    from uss_jax.separation.input_files import find_input_files
     from uss_jax.separation.job import for_each, heard, separate_all
     from uss_jax.separation.queries import THRESHOLD
     from uss_jax.separation.recordings import Separator, Settings
 
     _refuse_idle_options(args)
-    recordings = find_input_files(args.audio, args.files_from or ())
-    if not recordings:
-        raise UserError("no recordings; give files, folders, patterns or --files-from LIST")
+    recordings = input_files(args)
     if not args.model and not args.dry_run:
         raise UserError("--model is missing; give the bundle or workdir of a separator, --model B")
     model = Model(args.model or "yamnet", args.precision)

@@ -8,21 +8,14 @@ and tags.png, a strip of each class's probability over time.
 import argparse
 import pathlib
 
-from uss_jax.cli.arguments import number, path, positive
+from uss_jax.cli.arguments import add_recordings, input_files, number, path, positive
 from uss_jax.errors import UserError, counted
 
 _INTERVALS_SHOWN = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("audio", type=path, nargs="*", metavar="AUDIO", help="see above")
-    parser.add_argument(
-        "--files-from",
-        type=path,
-        action="append",
-        metavar="LIST",
-        help="text file with one recording per line; can be repeated",
-    )
+    add_recordings(parser)
     parser.add_argument(
         "--model",
         type=path,
@@ -51,13 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from uss_jax.bundles.model import Model
     from uss_jax.disk.folder import make_folder
-    from uss_jax.separation.input_files import InputFile, Places, find_input_files
+    from uss_jax.separation.input_files import InputFile, Places
     from uss_jax.separation.job import for_each
     from uss_jax.separation.tags import tag, write_tags
 
-    recordings = find_input_files(args.audio, args.files_from or ())
-    if not recordings:
-        raise UserError("no recordings; give files, folders, patterns or --files-from LIST")
+    recordings = input_files(args)
     model = Model(args.model)
     _ = model.sed  # a model without a detector is told once
     places = Places(args.out or "")
@@ -84,7 +75,7 @@ def format_tags(tags, threshold: float, most: int) -> str:
 
     names, heard = load_ontology().class_names, tags.heard(threshold)
     title = f"{tags.path}: {tags.seconds:.1f} s"
-    if cut := truncation(tags.path):
+    if cut := truncation(tags.path, decode=False):  # of a FLAC file, reading it has told
         title += f" (the recording is cut off: {cut})"
     if not heard:
         return f"{title}\n  no class reaches {threshold:g}"

@@ -24,7 +24,7 @@ from uss_jax.separation.input_files import InputFile, Places
 from uss_jax.separation.queries import Classes, Query
 from uss_jax.separation.recordings import Separated, Separator
 from uss_jax.separation.report import REPORT, not_heard, recording_facts, write_report
-from uss_jax.separation.windows import tag_segments
+from uss_jax.separation.windows import classes_heard, tag_segments
 
 _HEARD_SHOWN = 20
 # Present in a recording's folder until its sounds and reports are complete.
@@ -245,7 +245,7 @@ def heard(model: Model, path: pathlib.Path, threshold: float) -> str:
     peaks = probabilities.max(axis=0)
     seconds = model.segment_samples / model.sample_rate
     lines = [f"{path}: {form.samples / form.sample_rate:.1f} s"]
-    found = [k for k in np.argsort(-peaks, kind="stable").tolist() if peaks[k] >= threshold]
+    found = classes_heard(probabilities, threshold)
     for k in found[:_HEARD_SHOWN]:
         marks = "".join("#" if p >= threshold else "." for p in probabilities[:60, k])
         name = load_ontology().class_names[k]

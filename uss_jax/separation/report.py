@@ -30,6 +30,7 @@ from uss_jax.audio.resampling import resample
 from uss_jax.disk.atomic import replacing
 from uss_jax.errors import one_line
 from uss_jax.ontology import load_ontology
+from uss_jax.separation.windows import classes_heard
 
 REPORT = "report.json"
 _N_FFT = 2048
@@ -53,10 +54,14 @@ def write_report(
     page = _page(folder, facts, files)
     with replacing(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
-    # report.json comes last: it marks the recording as done. Bytes of names that are not UTF-8 are
-    # written as escapes, which are valid JSON too.
-    with replacing(folder / REPORT) as temporary:
-        text = json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False)
+    # report.json comes last: it marks the recording as done.
+    write_json(folder / REPORT, facts, indent=1)
+
+
+def write_json(path: pathlib.Path, facts: dict[str, Any], indent: int | None = None) -> None:
+    """Writes facts of a recording; bytes of names that are not UTF-8 become escapes."""
+    with replacing(path) as temporary:
+        text = json.dumps(facts, indent=indent, ensure_ascii=False, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
@@ -92,8 +97,7 @@ def recording_facts(
     }
     if probabilities is not None:
         names = load_ontology().class_names
-        peaks = probabilities.max(axis=0)
-        heard = [k for k in np.argsort(-peaks, kind="stable").tolist() if peaks[k] >= threshold]
+        heard = classes_heard(probabilities, threshold)
         facts["segment_seconds"] = segment_seconds
         facts["threshold"] = threshold
         facts["classes"] = {

@@ -1,10 +1,9 @@
-"""Which classes sound when in a recording, as JSON and as a picture.
+"""Finds which classes sound when in a recording, and writes that as JSON and as a picture.
 
 Letters: `g` steps of a grid, `k` classes.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 from typing import Any
@@ -21,7 +20,8 @@ from uss_jax.bundles.bundle import net_hash
 from uss_jax.bundles.model import Model
 from uss_jax.disk.atomic import replacing
 from uss_jax.ontology import load_ontology
-from uss_jax.separation.windows import detect_sounds
+from uss_jax.separation.report import write_json
+from uss_jax.separation.windows import classes_heard, detect_sounds
 
 TAGS, STRIPS = "tags.json", "tags.png"
 # More columns than a picture shows are reduced to their maxima.
@@ -46,9 +46,8 @@ class Tags:
 
     def heard(self, threshold: float) -> list[int]:
         """Returns the classes that reach the threshold, the most probable first."""
-        peaks = self.probability.max(axis=0)
-        order = np.argsort(-peaks, kind="stable")
-        return [k for k in order.tolist() if peaks[k] >= threshold and peaks[k] > 0]
+        heard = classes_heard(self.probability, threshold)
+        return [k for k in heard if self.probability[:, k].any()]
 
     def intervals(self, class_index: int, threshold: float) -> list[tuple[float, float]]:
         """Returns when a class reaches the threshold, as (begin, end) in seconds."""
@@ -81,11 +80,7 @@ def write_tags(folder: pathlib.Path, tags: Tags, model: Model, threshold: float,
     """Writes tags.json and tags.png; replaces those of an earlier run."""
     with replacing(folder / STRIPS) as temporary:
         draw_strips(temporary, tags, threshold, most)
-    with replacing(folder / TAGS) as temporary:
-        content = json.dumps(tag_facts(tags, model, threshold), ensure_ascii=False, allow_nan=False)
-        # A file's name may be no Unicode.
-        encoded = (content + "\n").encode("utf-8", errors="backslashreplace")
-        pathlib.Path(temporary).write_bytes(encoded)
+    write_json(folder / TAGS, tag_facts(tags, model, threshold))
 
 
 def tag_facts(tags: Tags, model: Model, threshold: float) -> dict[str, Any]:

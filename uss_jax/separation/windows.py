@@ -118,6 +118,13 @@ def tag_segments(model: Model, blocks: Blocks) -> Float32[np.ndarray, "s k"]:
     return np.concatenate(probabilities)
 
 
+def classes_heard(probabilities: Float32[np.ndarray, "_ k"], threshold: float) -> list[int]:
+    """Returns the classes whose peak reaches the threshold, the most probable first."""
+    peaks = probabilities.max(axis=0)
+    order = np.argsort(-peaks, kind="stable")
+    return [k for k in order.tolist() if peaks[k] >= threshold]
+
+
 def detect_sounds(model: Model, blocks: Blocks) -> tuple[Float32[np.ndarray, "g k"], float]:
     """Returns the detector's probabilities on a grid of about 0.1 s, and its exact step in seconds.
 

@@ -6,7 +6,6 @@ import pathlib
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -51,9 +50,9 @@ def train_separator(config: ConfigDict, workdir: str | os.PathLike) -> None:
         records = open_records(settings, settings.anchors, settings.mixing)
         around = load_condition_nets(settings, held, records.places and records.places.table)
 
-        labels = np.unique(records.index.label_class)
-        if around.sed and (unknown := nets.unknown_among(around.sed, labels)):
-            say(f"{unknown}; the anchors of these labels are arbitrary")
+        labels = records.index.label_class
+        if around.sed and (said := nets.arbitrary_anchors(around.sed, labels)):
+            say(said)
 
         # The separator and its step.
         separator = build_separator(settings, around)

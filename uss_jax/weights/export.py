@@ -127,9 +127,10 @@ def export(
             if form == "stablehlo":
                 config["precision"] = precision
             (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (unfinished / "README.md").write_text(_read_me(bundle, form, window, precision))
-        if card := read_card(bundle.path):
+        card = read_card(bundle.path)
+        if card:
             (unfinished / CARD).write_text(card, encoding="utf-8")
+        (unfinished / "README.md").write_text(_read_me(bundle, form, window, precision, bool(card)))
     return (
         f"on noise, its output differs from the model's by {difference:.1e} of the largest sample"
     )
@@ -315,7 +316,7 @@ def _require_flatbuffers() -> None:
         ) from error
 
 
-def _read_me(bundle: Bundle, form: str, window: int, precision: str) -> str:
+def _read_me(bundle: Bundle, form: str, window: int, precision: str, has_card: bool) -> str:
     config = bundle.config
     segment = round(config["segment_seconds"] * _rate(bundle))
     about = {
@@ -328,6 +329,6 @@ def _read_me(bundle: Bundle, form: str, window: int, precision: str) -> str:
     licence = config.get("licence", "subject to the licences of the training recordings")
     return (
         f"# Separator exported as {form}\n\nWritten by uss-jax; config.json describes it"
-        f"{', card.md the model' if read_card(bundle.path) else ''}.\n\n"
+        f"{', card.md the model' if has_card else ''}.\n\n"
         f"Licence of the parameters: {licence}\n\n{_LOAD[form].format(**about)}"
     )

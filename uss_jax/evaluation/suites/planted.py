@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Integer
 
 from uss_jax.bundles.model import Model, Net
-from uss_jax.bundles.nets import unknown_among
+from uss_jax.bundles.nets import arbitrary_anchors
 from uss_jax.data.orders import BalancedOrder
 from uss_jax.data.reader import ClipReader
 from uss_jax.devices.batching import in_batches
@@ -68,8 +68,8 @@ def run(
         "snr_db": SNR_DB,
     }
     text = format_planted(summaries)
-    if unknown := unknown_among(model.sed.module, np.unique(reader.index.label_class)):
-        text += f"\n\n{unknown}; anchors of their clips are arbitrary"
+    if said := arbitrary_anchors(model.sed.module, reader.index.label_class):
+        text += f"\n\n{said}"
     return {"rows": summaries, "how": how}, text
 
 

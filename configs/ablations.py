@@ -20,6 +20,7 @@ ABLATIONS = {
     # The condition.
     "condition=one_hot": {"query.kind": "one_hot"},
     "condition=soft": {},
+    "condition=class_vectors": {"query.kind": "class_vectors"},
     "condition=embedding": {"query.kind": "embedding"},
     # Training of the query net.
     "query=frozen": {},

@@ -55,17 +55,23 @@ def _tagger() -> ConfigDict:
 
 def _separator() -> ConfigDict:
     config = _base("resunet30.py")
-    config.total_steps = 500
+    config.total_steps = 400
     config.global_batch = 6
     config.mixing.group_size = 6
     # Speed change augments the data, 8 minutes of sound instead of 5000 hours.
     config.speed = ConfigDict(dict(least=0.7, most=1.4))
-    config.query.kind = "embedding"
-    config.query.dropout = 0.3  # an average over 3 clips a class resembles none of them
+    config.sed_bundle = config.query_bundle = "yamnet"
+    config.sed_net = config.query_net = "yamnet"
+    config.anchors.source = "table"  # `uss-jax mine` finds the anchors of hundreds of clips at once
+    config.query.kind = "class_vectors"
+    config.query.one_class_share = 0.1
+    config.loss = "snr_threshold"
+    config.clip_norm = 5.0  # otherwise a few items that are nearly separated drive the step
     config.separator.n_fft = 512
     config.separator.hop_samples = 256
     config.separator.channels = (8, 16, 32, 64)
+    config.separator.condition_norm = 10.0
     config.schedule = ConfigDict(
-        dict(name="cosine", learning_rate=4e-3, warm_up_steps=50, total_steps=500)
+        dict(name="cosine", learning_rate=2e-3, warm_up_steps=50, total_steps=400)
     )
     return config

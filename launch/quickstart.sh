@@ -29,20 +29,16 @@ for split in train test; do
         --labels "$sounds/manifest.csv" --out out/data --name demo --version 1.0.0 \
         --split "$split" --sample-rate 16000 --clip-seconds 5 --overwrite
 done
-step "Train a tagging and detection net on weak labels" train-tagger \
-    --config configs/quickstart.py:part=tagger --workdir "$runs/tagger" \
-    --config.data.records="$records" --config.seed="$seed"
-step "Evaluate its tagging on held-out recordings" evaluate tagging --model "$runs/tagger" \
-    --data "$records" --out "$runs/tagging.json"
-step "Evaluate its anchors on sounds planted at known positions" evaluate planted \
-    --model "$runs/tagger" --data "$records" --split train --clips 50 --seed "$seed" \
+step "Evaluate YAMNet's anchors on sounds planted at known positions" evaluate planted \
+    --model yamnet --data "$records" --split train --clips 50 --seed "$seed" \
     --out "$runs/planted.json"
-step "Train a separator on anchors found by the tagger" train \
-    --config configs/quickstart.py:part=separator --workdir "$runs/separator" \
-    --config.data.records="$records" --config.seed="$seed" \
-    --config.sed_bundle="$runs/tagger" --config.query_bundle="$runs/tagger"
+step "Find anchors in the training recordings with it" mine --records "$records" --split train \
+    --sed yamnet --out "$runs/anchors.npz"
+step "Train a separator on these anchors" train --config configs/quickstart.py:part=separator \
+    --workdir "$runs/separator" --config.data.records="$records" --config.seed="$seed" \
+    --config.anchors.table="$runs/anchors.npz"
 step "Build mixtures of held-out recordings" make-pairs --records "$records" --split test \
-    --sed "$runs/tagger" --groups "$sounds/manifest.csv" --per-class 4 --seed 0 \
+    --sed yamnet --groups "$sounds/manifest.csv" --per-class 4 --seed 0 \
     --out "$runs/pairs" --overwrite
 step "Evaluate the separation of these mixtures" evaluate pairs --model "$runs/separator" \
     --data "$runs/pairs" --train-records "$records" --bank "$runs/classes.npz" \
@@ -52,7 +48,10 @@ class="${mixture##*/example2_}"
 step "Separate one of these mixtures, with the class of its target as query" separate "$mixture" \
     --model "$runs/separator" --query "$runs/classes.npz" --classes "${class%_mixture.wav}" \
     --residual --overwrite --out out/separated
+step "Separate it by the top level of the ontology" separate "$mixture" --model "$runs/separator" \
+    --levels 1 --overwrite --out out/levels
 
 printf '\nDone in %d s. In out/: example*.wav and example*.png (mixture, target, estimate),\n' \
     $((SECONDS - began))
-printf 'results.json (all metrics), separated/ (sounds). Trained models are in %s/.\n' "$runs"
+printf 'results.json (all metrics), separated/ and levels/ (sounds). The trained model is in %s/.\n' \
+    "$runs"

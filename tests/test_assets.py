@@ -1,4 +1,4 @@
-"""Properties of the bundled demo sounds (uss_jax/assets/demo/ATTRIBUTION.md has the rules)."""
+"""Properties of the bundled sounds (uss_jax/assets/demo/ATTRIBUTION.md has the rules)."""
 
 import collections
 import csv
@@ -9,12 +9,12 @@ import soundfile
 
 from uss_jax.ontology import load_ontology
 
-DEMO = importlib.resources.files("uss_jax") / "assets" / "demo"
+ASSETS = importlib.resources.files("uss_jax") / "assets"
+DEMO, MORE = ASSETS / "demo", ASSETS / "more"
 
 
-@pytest.fixture(scope="module")
-def clips():
-    with (DEMO / "manifest.csv").open(encoding="utf-8", newline="") as file:
+def _read(folder):
+    with (folder / "manifest.csv").open(encoding="utf-8", newline="") as file:
         clips = list(csv.DictReader(file))
     for clip in clips:
         clip["labels"] = clip["labels"].split(";")
@@ -22,34 +22,51 @@ def clips():
     return clips
 
 
+@pytest.fixture(scope="module")
+def clips():
+    return _read(DEMO)
+
+
+@pytest.fixture(scope="module")
+def more():
+    return _read(MORE)
+
+
 def _of(clips, split):
     return [clip for clip in clips if clip["split"] == split]
 
 
-def test_every_clip_is_32_khz_mono_of_at_most_5_seconds_and_the_whole_fits_in_8_mb(clips):
-    for clip in clips:
-        info = soundfile.info(str(DEMO / clip["file"]))
+@pytest.mark.parametrize(("folder", "seconds"), [(DEMO, 5), (MORE, 10)])
+def test_every_clip_is_32_khz_mono_and_short_and_the_whole_is_small(folder, seconds):
+    listed = _read(folder)
+    for clip in listed:
+        info = soundfile.info(str(folder / clip["file"]))
         assert (info.samplerate, info.channels, info.format) == (32000, 1, "OGG"), clip["file"]
-        assert info.frames <= 5 * 32000, clip["file"]
+        assert info.frames <= seconds * 32000, clip["file"]
         assert round(info.frames / 32000, 3) == float(clip["seconds"]), clip["file"]
-    listed = {clip["file"] for clip in clips}
-    assert {path.name for path in DEMO.iterdir() if path.name.endswith(".ogg")} == listed
-    assert sum(path.stat().st_size for path in DEMO.iterdir()) <= 8e6
+    found = {path.name for path in folder.iterdir() if path.name.endswith(".ogg")}
+    assert found == {clip["file"] for clip in listed}
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 8e6
 
 
-def test_every_label_is_a_class(clips):
+def test_every_label_is_a_class(clips, more):
     ontology = load_ontology()
-    for clip in clips:
+    for clip in clips + more:
         for label in clip["labels"]:
             assert ontology.class_names[ontology.resolve(label)] == label
 
 
-def test_licences_permit_redistribution_and_are_attributed(clips):
+def test_licences_permit_redistribution_and_are_attributed(clips, more):
+    permitted = {"CC0-1.0", "CC-BY-3.0", "MIT", "BSD-4-Clause-like", "public-domain"}
+    for folder, of_folder in ((DEMO, clips), (MORE, more)):
+        attribution = (folder / "ATTRIBUTION.md").read_text(encoding="utf-8")
+        packages = collections.Counter(clip["package"] for clip in of_folder)
+        for clip in of_folder:
+            assert clip["licence"] in permitted
+            assert clip["attribution"]
+        for package, number in packages.items():
+            assert f"### {package} ({number} clips)" in attribution
     attribution = (DEMO / "ATTRIBUTION.md").read_text(encoding="utf-8")
-    for clip in clips:
-        assert clip["licence"] in {"CC0-1.0", "CC-BY-3.0", "MIT", "public-domain"}
-        assert clip["attribution"]
-        assert f"### {clip['package']} (" in attribution
     for clip in clips:
         if clip["package"] == "openttd-opensfx":  # an author for each sound
             assert f"`{clip['file']}` ({clip['licence']})" in attribution
@@ -61,6 +78,12 @@ def test_no_original_recording_is_in_both_splits(clips):
         for split in ("train", "test")
     )
     assert not train & test
+
+
+def test_the_further_recordings_are_not_among_those_for_testing(clips, more):
+    assert {clip["split"] for clip in more} == {"train"}
+    tested = set().union(*(clip["originals"] for clip in _of(clips, "test")))
+    assert not tested & set().union(*(clip["originals"] for clip in more))
 
 
 def test_every_label_of_a_test_clip_has_training_clips_and_its_group_is_true(clips):

@@ -35,6 +35,7 @@ SHIPPED = [
     "tagger_htsat.py",
     "quickstart.py:part=tagger",
     "quickstart.py:part=separator",
+    "demo.py",
     *(f"ablations.py:{name}" for name in ABLATIONS),
 ]
 

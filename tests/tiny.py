@@ -40,7 +40,7 @@ ONE_BLOCK = TINY_HTSAT.clone(depths=(1,), heads=(2,))  # for what compiles long
 # Tiny nets take longer to compile than to run.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
-_WIDTHS = {"one_hot": 527, "soft": 527, "embedding": 6}
+_WIDTHS = {"one_hot": 527, "soft": 527, "class_vectors": 6, "embedding": 6}
 
 
 def random_variables(net, *shapes, seed=0):

@@ -3,10 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.tiny import RATE, TAGGER, quick_jit, tagger_variables
+from tests.tiny import RATE, TAGGER, TINY_HTSAT, TINY_YAMNET, quick_jit, tagger_variables
+from uss_jax.bundles.nets import build_query, fields_of
+from uss_jax.errors import UserError
 from uss_jax.models.query import QueryNet
 
-WIDTHS = {"one_hot": 527, "soft": 527, "embedding": 6}
+WIDTHS = {"one_hot": 527, "soft": 527, "class_vectors": 6, "embedding": 6}
 CLASS_INDEX = jnp.array([3, 526])
 
 
@@ -62,18 +64,24 @@ def nonzero(tree):
 
 def test_kinds_read_what_they_are_named_after(waveform):
     tags = quick_jit(TAGGER.apply)(tagger_variables(), waveform)
+    vectors = tagger_variables()["params"]["fc_audioset"]["kernel"].T
+    vectors = vectors - vectors.mean(axis=0)
+    vectors /= np.sqrt(np.sum(vectors**2, axis=1, keepdims=True) + 1e-4)
     expected = {
         "one_hot": jax.nn.one_hot(CLASS_INDEX, 527),
         "soft": tags["clipwise"],
+        "class_vectors": np.log1p(np.asarray(tags["clipwise"]) * 100) / np.log(101) @ vectors,
         "embedding": tags["embedding"],
     }
     for kind, condition in expected.items():
         actual = condition_of(*with_variables(kind=kind), waveform)
-        np.testing.assert_allclose(actual, condition, rtol=1e-6)
+        np.testing.assert_allclose(actual, condition, rtol=1e-6, atol=2e-5)
 
 
 def test_unknown_kind_is_refused(waveform):
-    with pytest.raises(ValueError, match="'hard', expected one of one_hot, soft, embedding"):
+    with pytest.raises(
+        ValueError, match="'hard', expected one of one_hot, soft, class_vectors, embedding"
+    ):
         QueryNet(None, "hard").apply({}, waveform, CLASS_INDEX)
 
 
@@ -133,3 +141,64 @@ def test_dropout_leaves_out_parts_of_the_condition_in_training_only(waveform):
     kept = dropped != 0
     assert 0.4 < kept.mean() < 0.6
     np.testing.assert_allclose(dropped[kept], 2 * whole[kept], rtol=1e-5)
+
+
+def in_training(net, variables, waveform, classes):
+    condition, _ = net.apply(
+        variables,
+        waveform,
+        classes,
+        train=True,
+        rngs={"augment": jax.random.key(0)},
+        mutable=["batch_stats"],
+    )
+    return condition
+
+
+@pytest.mark.parametrize("kind", ["soft", "class_vectors"])
+def test_a_share_of_items_is_asked_with_one_class_in_training_only(waveform, kind):
+    net, variables = with_variables(kind=kind)
+    asking = net.clone(one_class_share=1.0)
+    whole = condition_of(net, variables, waveform)
+    np.testing.assert_array_equal(condition_of(asking, variables, waveform), whole)
+
+    heard = quick_jit(TAGGER.apply)(tagger_variables(), waveform)["clipwise"]
+    one = np.zeros((2, 527), np.float32)
+    for item, k in enumerate(CLASS_INDEX):  # as if the class were heard at least as a query needs
+        one[item, k] = max(heard[item, k], 0.2)
+    wanted = net.apply(variables, jnp.asarray(one), method="adapt")
+    found = in_training(asking, variables, waveform, CLASS_INDEX)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+    many = jnp.repeat(waveform[:1, :800], 200, axis=0)
+    asked = in_training(
+        net.clone(one_class_share=0.25), variables, many, jnp.full(200, 3, jnp.int32)
+    )
+    alone = jnp.abs(asked - in_training(net, variables, many[:1], CLASS_INDEX[:1])).max(axis=1)
+    assert 0.15 < (alone > 1e-6).mean() < 0.35
+
+
+@pytest.mark.parametrize("net", [TAGGER, TINY_HTSAT, TINY_YAMNET])
+def test_class_vectors_are_what_logits_are_made_with(net):
+    """A class's logit changes along its vector: what a step of the embedding does to it."""
+    variables = tagger_variables(net=net)
+    vectors = np.asarray(net.apply(variables, method="class_vectors"))
+    assert vectors.shape == (net.classes, net.embedding_width)
+    rng = np.random.default_rng(0)
+    embedding, step = rng.random((2, net.embedding_width)).astype(np.float32)
+
+    def logits(embedding):
+        if isinstance(net, type(TINY_HTSAT)):  # a step inside a map of equal tokens
+            grid = net.image_size // net.token_pixels
+            tokens = jnp.broadcast_to(embedding, (1, 1, grid, grid, net.embedding_width))
+            return net.apply(variables, tokens, method="logits")[0, 0, 1]
+        probabilities = net.apply(variables, jnp.asarray(embedding)[None, None], method="classify")
+        return jax.scipy.special.logit(probabilities[0, 0])
+
+    change = logits(embedding + 1e-2 * step) - logits(embedding)
+    np.testing.assert_allclose(change, 1e-2 * vectors @ step, atol=3e-5)
+
+
+def test_one_class_of_a_kind_without_probabilities_is_refused():
+    with pytest.raises(UserError, match="needs probabilities"):
+        build_query({"kind": "embedding", "one_class_share": 0.5}, fields_of(TAGGER))

@@ -2,9 +2,10 @@
 
 A bundle is a folder with `config.json` and a folder for each part: `separator`, `query` (the
 tagging net that computes conditions), `adaptor` (if the query has one), `sed`; or all parts are in
-one safetensors file, where a `tagger` is both `query` and `sed`. In a workdir the
-frozen parts are under `frozen/`, and the trained ones in the newest checkpoint, as a moving average
-if there is one. A tagger's run has one trained net, used as both `query` and `sed`.
+one safetensors file, where a `tagger` is both `query` and `sed`. Tagging nets that a separator's
+bundle does not hold are those in the package with the same hash. In a workdir the frozen parts are
+under `frozen/`, and the trained ones in the newest checkpoint, as a moving average if there is one.
+A tagger's run has one trained net, used as both `query` and `sed`.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ import numpy as np
 from uss_jax.bundles import nets
 from uss_jax.bundles.checkpoints import Checkpoints, latest_step, load_tree, save_tree
 from uss_jax.bundles.layout import require_same_layout
-from uss_jax.bundles.packaged import find_bundle
+from uss_jax.bundles.packaged import PACKAGED, find_bundle
 from uss_jax.bundles.tensors import PARTS_FILE, read_parts, write_tensors
 from uss_jax.disk.atomic import replacing_folder
 from uss_jax.disk.checked_json import (
@@ -179,6 +180,8 @@ class Bundle:
         in_file = read_parts(self.path / PARTS_FILE)
         if found := in_file.get(part) or in_file.get(_TRAINED_AS.get(part)):
             return {"batch_stats": {}, **found}
+        if packaged := self._packaged(part):
+            return packaged.read_unverified(part)
         # A run's nets are in its newest checkpoint, those of the query under `query`.
         step = latest_step(self.path / "checkpoints")
         if step is not None:
@@ -201,6 +204,13 @@ class Bundle:
         """Returns the folder that holds a part; None for the trained parts of a run."""
         places = (self.path / part, self.path / "frozen" / part)
         return next((place for place in places if place.is_dir()), None)
+
+    def _packaged(self, part: str) -> "Bundle | None":
+        """Returns the tagger in the package whose hash a part has, if there is one."""
+        wanted = self.config.get("hashes", {}).get(part)
+        if wanted and self.config["kind"] != "tagger":
+            return packaged_taggers().get(wanted)
+        return None
 
     def _query_net(self) -> QueryNet:
         section = {"kind": "soft", **self._section("query")}
@@ -257,6 +267,13 @@ def read_bundle(path: str | os.PathLike, averaged: bool = True) -> Bundle:
             f"format version {FORMAT_VERSION} and kind separator or tagger"
         )
     return Bundle(path, config, averaged)
+
+
+def packaged_taggers() -> dict[str, Bundle]:
+    """Returns the taggers in the package by the hash of their net."""
+    bundles = [read_bundle(folder) for folder in PACKAGED.values()]
+    taggers = [bundle for bundle in bundles if bundle.config["kind"] == "tagger"]
+    return {bundle.config["hashes"]["query"]: bundle for bundle in taggers}
 
 
 def write_bundle(

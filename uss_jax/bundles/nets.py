@@ -68,6 +68,7 @@ FIELD_RULES: dict[str, Rule] = {
     "adaptor_width": whole(0, 100_000),
     "adaptor_hidden": whole(1, 100_000),
     "shortcut": flag(),
+    "one_class_share": number(0, 1),
     "dropout": number(0, 0.999),
     "finetune": flag(),
 }
@@ -196,6 +197,11 @@ def build_query(section: Mapping[str, Any], model: Mapping[str, Any] | None) -> 
         if fields.get("finetune"):  # trained with the separator, at the separator's momentum
             tagger = at_momentum(tagger, MOMENTUM)
     query = build(QueryNet, {**fields, "tagger": tagger}, "query")
+    if query.one_class_share and not query.takes.probabilities:
+        kinds = " or ".join(name for name, kind in KINDS.items() if kind.probabilities)
+        raise UserError(
+            f"query.one_class_share needs probabilities: query.kind={kinds}, not {query.kind}"
+        )
     if query.shortcut and query.adaptor_width not in (0, width := query.source_width):
         raise UserError(
             f"query.shortcut needs query.adaptor_width={width}, the width of the adaptor's input"

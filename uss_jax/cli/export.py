@@ -42,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="stablehlo: window length, in seconds; default: the segment length, 2 s as published",
     )
+    parser.add_argument(
+        "--without-packaged",
+        action="store_true",
+        help="safetensors: leave out tagging nets that are in the package (yamnet); other programs "
+        "cannot compute conditions then",
+    )
     add_precision(parser, of="stablehlo: ")
     parser.epilog = (
         "example:\n"
@@ -60,6 +66,8 @@ def run(args: argparse.Namespace) -> None:
         refuse_idle(args, ("window_seconds",), "without --format stablehlo")
     else:
         refuse_idle(args, ("dtype",), "with stablehlo, which stores the functions as they run")
+    if args.format != "safetensors":
+        refuse_idle(args, ("without_packaged",), "without --format safetensors")
     bundle = read_bundle(args.bundle, averaged=args.parameters != "last")
     if not bundle.is_run:
         refuse_idle(args, ("parameters",), "with a bundle, which holds one set of parameters")
@@ -71,5 +79,6 @@ def run(args: argparse.Namespace) -> None:
         shards=args.shards or 1,
         window_seconds=args.window_seconds,
         precision=args.precision,
+        without_packaged=args.without_packaged,
     )
     print(f"{args.out}: {args.format}; {checked}")

@@ -113,8 +113,8 @@ _REPORTED += ("blocks", "mono", "residual", "sum_to_mixture", "format", "precisi
 
 def run(args: argparse.Namespace) -> None:
     from uss_jax.bundles.model import Model
+    from uss_jax.models.query import HEARD
     from uss_jax.separation.job import for_each, heard, separate_all
-    from uss_jax.separation.queries import THRESHOLD
     from uss_jax.separation.recordings import Separator, Settings
 
     _refuse_idle_options(args)
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.model and not args.dry_run:
         raise UserError("--model is missing; give the bundle or workdir of a separator, --model B")
     model = Model(args.model or "yamnet", args.precision)
-    threshold = THRESHOLD if args.threshold is None else args.threshold
+    threshold = HEARD if args.threshold is None else args.threshold
     if args.dry_run:
         failed = for_each(recordings, lambda one: print(heard(model, one.path, threshold)))
         if failed:

@@ -119,6 +119,10 @@ class Cnn14(nn.Module):
         """Returns class probabilities."""
         return nn.sigmoid(self.fc_audioset(embedding))
 
+    def class_vectors(self) -> Float[Array, "k e"]:
+        """Returns the last layer's vector of each class."""
+        return jnp.asarray(self.fc_audioset.variables["params"]["kernel"]).T
+
     @property
     def embedding_width(self) -> int:
         """Width of the embedding."""

@@ -156,6 +156,10 @@ class HTSAT(nn.Module):
         x = self.token_semantic(x.reshape(b * v, bands, -1, e))
         return x.astype(tokens.dtype).reshape(b, v, -1, self.classes)
 
+    def class_vectors(self) -> Float[Array, "k e"]:
+        """Returns the head's vector of each class, summed over the positions of its kernel."""
+        return jnp.sum(self.token_semantic.variables["params"]["kernel"], axis=(0, 1)).T
+
     @property
     def embedding_width(self) -> int:
         """Width of the embedding: channels of the last stage's tokens."""

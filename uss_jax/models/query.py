@@ -1,16 +1,19 @@
 """The query net: computes the condition that describes the target to a separator.
 
-Kinds of condition: `one_hot` (the class); `soft` (tagging probabilities) and `embedding` (hidden
-layer of the tagging net), both of the clean target. Letters: `b` batch, `s` samples, `d` width.
+Kinds of condition: `one_hot` (the class); of the clean target, `soft` (tagging probabilities),
+`class_vectors` (those of the tagging net, weighted by the probabilities) and `embedding` (hidden
+layer of the tagging net). Letters: `b` batch, `s` samples, `k` classes, `e` embedding, `d` width.
 """
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from uss_jax.models.film import scaled_to
 from uss_jax.models.tagging import TaggingNet
 
 _OF_RECORDINGS = (
@@ -25,12 +28,14 @@ class Kind:
 
     Attributes:
       reads: output of the tagging net that it is; None: it is made of a class index alone.
+      weighs_vectors: what is read are weights of class vectors, see `weighted_vectors`.
       words: how the user of an exported model makes one; `samples` is the length of a segment.
       classes: a class, or set of classes, is a condition by itself.
       probabilities: tagging probabilities, those of some classes alone too, are a condition.
     """
 
     reads: str | None
+    weighs_vectors: bool = False
     words: str = _OF_RECORDINGS
     classes: bool = False
     probabilities: bool = False
@@ -48,8 +53,37 @@ KINDS = {
         classes=True,
     ),
     "soft": Kind(reads="clipwise", probabilities=True),
+    "class_vectors": Kind(reads="clipwise", weighs_vectors=True, probabilities=True),
     "embedding": Kind(reads="embedding"),
 }
+
+# A queried class is separated where its probability is at least this (as in bytedance/uss).
+HEARD = 0.2
+# Probabilities well below this one weigh nothing.
+_HARDLY_HEARD = 1e-2
+
+
+def weighted_vectors(
+    probabilities: Float[Array, "b k"], vectors: Float[Array, "k e"]
+) -> Float[Array, "b e"]:
+    """Adds up class vectors, weighted by log(1 + 100 p) / log(101): 1 at p = 1, 0 at 0.
+
+    Related classes have similar vectors, so a separator knows something of a class that it was
+    never trained on. The vectors are centred, as they share a large mean, and have norm 1. The
+    weights are logarithmic, since most probabilities are small and yet say much.
+    """
+    vectors = vectors - jnp.mean(vectors, axis=0)
+    vectors = scaled_to(vectors, 1.0)
+    weights = jnp.log1p(probabilities / _HARDLY_HEARD) / math.log1p(1 / _HARDLY_HEARD)
+    return jnp.matmul(weights, vectors)
+
+
+def _one_class(
+    probabilities: Float[Array, "b k"], class_index: Int[Array, "b"]
+) -> Float[Array, "b k"]:
+    """Keeps one class's probability, at least that at which a queried class counts as heard."""
+    one = jax.nn.one_hot(class_index, probabilities.shape[1], dtype=probabilities.dtype)
+    return one * jnp.maximum(probabilities, HEARD)
 
 
 class Adaptor(nn.Module):
@@ -80,6 +114,8 @@ class QueryNet(nn.Module):
       adaptor_width: width of the adaptor's output, the condition; 0 for no adaptor.
       adaptor_hidden: width of the adaptor's hidden layer.
       shortcut: add the adaptor's input to its output (needs equal widths).
+      one_class_share: share of items that are asked, in training, with their class's probability
+        alone, as `--classes` asks; 0 in the reference. Needs a kind made of probabilities.
       dropout: dropout rate of the tagging net's output in training. It prepares the separator for
         vectors that no training target produced, such as class averages; 0 in the reference.
       finetune: whether the tagging net trains; a frozen one always runs in evaluation mode and
@@ -92,6 +128,7 @@ class QueryNet(nn.Module):
     adaptor_width: int = 0
     adaptor_hidden: int = 2048
     shortcut: bool = False
+    one_class_share: float = 0.0
     dropout: float = 0.0
     finetune: bool = False
 
@@ -105,6 +142,8 @@ class QueryNet(nn.Module):
         """Width of a condition before the adaptor."""
         if self.takes.reads is None:
             return self.classes
+        if self.takes.weighs_vectors:
+            return self.tagger.embedding_width
         widths = {"clipwise": self.tagger.classes, "embedding": self.tagger.embedding_width}
         return widths[self.takes.reads]
 
@@ -125,6 +164,10 @@ class QueryNet(nn.Module):
         else:
             x = self.tagger(waveform, train=train and self.finetune)[self.takes.reads]
             x = x if self.finetune else jax.lax.stop_gradient(x)
+        if train and self.one_class_share:
+            key = self.make_rng("augment")
+            alone = jax.random.bernoulli(key, self.one_class_share, class_index.shape)
+            x = jnp.where(alone[:, None], _one_class(x, class_index), x)
         return self.adapt(x, train)
 
     @nn.compact
@@ -132,6 +175,9 @@ class QueryNet(nn.Module):
         """Maps an output of the tagging net, or a vector made by hand, to the condition."""
         if self.dropout:
             x = nn.Dropout(self.dropout, rng_collection="augment")(x, deterministic=not train)
+        if self.takes.weighs_vectors:
+            vectors = self.tagger.class_vectors()
+            x = weighted_vectors(x, vectors if self.finetune else jax.lax.stop_gradient(vectors))
         if not self.adaptor_width:
             return x
         adapted = Adaptor(self.adaptor_width, self.adaptor_hidden, name="adaptor")(x, train)

@@ -50,6 +50,10 @@ class TaggingNet(Protocol):
         self, waveform: Any, train: bool = False, augment: Augment | None = None
     ) -> dict[str, Array]: ...
 
+    def class_vectors(self) -> Float[Array, "k e"]:
+        """Returns what the last layer multiplies an embedding with, for each class."""
+        ...
+
 
 def front_end(net: Any, waveform: Float[Array, "b t"]) -> Float[Array, "b n m"]:
     """Computes the log-mel with the settings in the net's fields; n = t // hop_samples + 1."""

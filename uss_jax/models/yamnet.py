@@ -119,14 +119,21 @@ class YAMNet(nn.Module):
 
     def classify(self, embedding: Float[Array, "b p e"]) -> Float[Array, "b p k"]:
         """Returns class probabilities, 0 for the unknown classes."""
-        known = nn.sigmoid(self.classifier(embedding))
+        return self._of_all_classes(nn.sigmoid(self.classifier(embedding)))
+
+    def class_vectors(self) -> Float[Array, "k e"]:
+        """Returns the classifier's vector of each class, 0 for the unknown classes."""
+        return self._of_all_classes(jnp.asarray(self.classifier.variables["params"]["kernel"])).T
+
+    def _of_all_classes(self, known: Float[Array, "*_ d"]) -> Float[Array, "*_ k"]:
+        """Inserts 0 for the unknown classes."""
         if not self.unknown_classes:
             return known
         column = np.full(self.classes, known.shape[-1])
         column[np.setdiff1d(np.arange(self.classes), self.unknown_classes)] = np.arange(
             known.shape[-1]
         )
-        return jnp.pad(known, ((0, 0), (0, 0), (0, 1)))[..., column]
+        return jnp.pad(known, [(0, 0)] * (known.ndim - 1) + [(0, 1)])[..., column]
 
     def _at_frames(self, patchwise: Float[Array, "b p k"], samples: int) -> Float[Array, "b n k"]:
         """Interpolates between centres of patches; the first and last one hold beyond theirs."""

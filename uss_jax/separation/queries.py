@@ -13,12 +13,10 @@ from jaxtyping import Float32
 from uss_jax.bundles.model import Model
 from uss_jax.bundles.nets import unknown_among
 from uss_jax.errors import UserError
+from uss_jax.models.query import HEARD
 from uss_jax.models.tagging import unknown_classes
 from uss_jax.ontology import load_ontology, reference_tree
 from uss_jax.separation.windows import Target
-
-# A class is active in a segment if its probability is at least this (as in bytedance/uss).
-THRESHOLD = 0.2
 
 # Conditions are probabilities, activations or an adaptor's output; a net overflows long before the
 # largest float32.
@@ -81,7 +79,7 @@ class Classes:
     """
 
     sets: Mapping[str, Sequence[int]]
-    threshold: float = THRESHOLD
+    threshold: float = HEARD
     only_active: bool = False
     needs_tags: ClassVar[bool] = True
 

@@ -25,6 +25,7 @@ from uss_jax.bundles.bundle import (
     Bundle,
     Variables,
     net_hash,
+    packaged_taggers,
     read_bundle,
     write_bundle,
 )
@@ -80,6 +81,7 @@ def export(
     shards: int = 1,
     window_seconds: float | None = None,
     precision: str = HIGHEST,
+    without_packaged: bool = False,
 ) -> str:
     """Exports a model; the folder appears complete, and only if its outputs match the model's.
 
@@ -91,6 +93,7 @@ def export(
       shards: orbax only: number of devices over which every large array is sharded.
       window_seconds: stablehlo only: window length, in seconds; a segment's when None.
       precision: stablehlo only: precision of the function, see uss_jax/devices/precision.py.
+      without_packaged: safetensors only: leave out tagging nets that are in the package.
 
     Returns:
       A sentence on what was checked.
@@ -106,7 +109,10 @@ def export(
     separator, variables = bundle.separator()
     parts = {"separator": variables}
     parts |= {p: bundle.variables(p) for p in _PARTS[1:] if bundle.holds(p)}
-    parts = {p: _cast(variables, dtype) for p, variables in parts.items()}
+    packaged = packaged_taggers() if without_packaged else {}
+    hashes = {p: net_hash(v) for p, v in parts.items()}
+    parts = {p: _cast(v, dtype) for p, v in parts.items() if hashes[p] not in packaged}
+    hashes |= {p: net_hash(v) for p, v in parts.items()}
     window = round((window_seconds or bundle.config["segment_seconds"]) * _rate(bundle))
     inputs = _inputs(separator, window)
     live = _live(separator, parts["separator"], inputs)
@@ -123,7 +129,7 @@ def export(
             unfinished.mkdir()
         difference = _require_same(live, writers[form](), f"the {form} export of {bundle.path}")
         if form != "orbax":
-            config = {**_config(bundle), "hashes": {p: net_hash(v) for p, v in parts.items()}}
+            config = {**_config(bundle), "hashes": hashes}
             if form == "stablehlo":
                 config["precision"] = precision
             (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Trains the separator in the package, `demo`, on all bundled recordings but those for testing:
+# bash launch/demo.sh. Takes three hours on two cores, resumes when interrupted; results go to out/.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/environment.sh
+make_environment
+
+sounds=uss_jax/assets
+records=out/data/bundled/1.0.0
+run=out/demo
+export PYTHONUNBUFFERED=1 JAX_NUM_CPU_DEVICES=2
+uss_jax=.venv/bin/uss-jax
+
+mkdir -p out
+# One list of both folders, its paths relative to $sounds.
+{
+    head -n 1 "$sounds/demo/manifest.csv"
+    tail -q -n +2 "$sounds/demo/manifest.csv" | sed 's|^|demo/|'
+    tail -q -n +2 "$sounds/more/manifest.csv" | sed 's|^|more/|'
+} > out/bundled.csv
+if [ ! -e "$records/index-train.npz" ]; then
+    $uss_jax prepare --audio "$sounds" --labels out/bundled.csv --out out/data --name bundled \
+        --version 1.0.0 --split train --sample-rate 16000
+fi
+$uss_jax mine --records "$records" --split train --sed yamnet --out "$run/anchors.npz"
+$uss_jax train --config configs/demo.py --workdir "$run/separator" \
+    --config.data.records="$records" --config.anchors.table="$run/anchors.npz"
+cp "$sounds/separator/card.md" "$run/separator/"
+$uss_jax export "$run/separator" --format safetensors --without-packaged --out "$run/bundle"
+printf '\n%s is what the package holds as %s.\n' "$run/bundle" "$sounds/separator"

@@ -1,6 +1,7 @@
 """Bundles of the package: by name, whole, small, and under a licence that is told."""
 
 import hashlib
+import json
 import pathlib
 import shutil
 
@@ -8,12 +9,16 @@ import jax
 import numpy as np
 import pytest
 
-from tests.tiny import write_separator, write_tagger
-from uss_jax.bundles.bundle import read_bundle
+from tests.tiny import random_variables, write_separator, write_tagger
+from uss_jax.bundles.bundle import read_bundle, write_bundle
+from uss_jax.bundles.model import Model
+from uss_jax.bundles.nets import fields_of
 from uss_jax.bundles.packaged import PACKAGED
 from uss_jax.bundles.tensors import PARTS_FILE, read_parts, write_tensors
 from uss_jax.cli.inspection import inspect
+from uss_jax.cli.main import main
 from uss_jax.errors import UserError
+from uss_jax.models.resunet import ResUNet
 from uss_jax.weights.export import export
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -33,7 +38,7 @@ def test_notice_tells_licence_origin_and_checksum(name):
     file = PACKAGED[name] / PARTS_FILE
     assert file.stat().st_size <= 8e6
     notice = (ROOT / "NOTICE").read_text(encoding="utf-8")
-    about = notice.partition(f"uss_jax/assets/{name}/\n")[2]
+    about = notice.partition(f"uss_jax/assets/{PACKAGED[name].name}/\n")[2]
     assert hashlib.sha256(file.read_bytes()).hexdigest() in about
     assert read_bundle(name).config["licence"] in about
 
@@ -68,6 +73,51 @@ def test_an_export_as_safetensors_is_a_bundle(tmp_path):
         for a, b in zip(_leaves(found), _leaves(wanted), strict=True):
             np.testing.assert_array_equal(a, b)
     assert opened.separator()[0] == whole.separator()[0]
+
+
+@pytest.fixture(scope="module")
+def on_yamnet(tmp_path_factory):
+    """A separator with YAMNet as query net and detector."""
+    yamnet = read_bundle("yamnet")
+    separator = ResUNet(n_fft=128, hop_samples=64, channels=(4, 4), condition_width=1024)
+    inputs = (1, 1, separator.grid_samples), (1, separator.condition_width)
+    parts = {part: yamnet.variables(part) for part in ("query", "sed")}
+    parts["separator"] = random_variables(separator, *inputs)
+    sections = {"query": {"kind": "class_vectors", **yamnet.config["query"]}}
+    config = {**yamnet.config, "kind": "separator", "separator": fields_of(separator), **sections}
+    path = tmp_path_factory.mktemp("on_yamnet") / "model"
+    write_bundle(path, config, parts)
+    return path
+
+
+def test_nets_of_the_package_can_be_left_out_of_an_export(on_yamnet, tmp_path):
+    words = ["--format", "safetensors", "--without-packaged", "--out", tmp_path / "export"]
+    assert main([str(word) for word in ["export", on_yamnet, *words]]) == 0
+    assert set(read_parts(tmp_path / "export" / PARTS_FILE)) == {"separator"}
+    assert (tmp_path / "export" / PARTS_FILE).stat().st_size < 1e6
+    opened, whole = Model(tmp_path / "export"), Model(on_yamnet)
+    assert opened.query_hash == whole.query_hash
+    sound = 0.1 * np.random.default_rng(0).standard_normal((1, 32000)).astype(np.float32)
+    conditions = [model.condition(sound, np.zeros(1, np.int32)) for model in (opened, whole)]
+    np.testing.assert_array_equal(*conditions)
+    found, wanted = (model.sed(sound)["framewise"] for model in (opened, whole))
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_an_export_whose_net_the_package_does_not_have_is_refused(on_yamnet, tmp_path):
+    export(read_bundle(on_yamnet), "safetensors", tmp_path / "export", without_packaged=True)
+    file = tmp_path / "export" / "config.json"
+    config = json.loads(file.read_text())
+    config["hashes"]["query"] = "0" * 64
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="holds no parameters of its query"):
+        Model(tmp_path / "export").query_hash  # noqa: B018
+
+
+def test_nets_are_left_out_of_safetensors_only(on_yamnet, tmp_path, capsys):
+    words = ["--format", "orbax", "--without-packaged", "--out", tmp_path / "export"]
+    assert main([str(word) for word in ["export", on_yamnet, *words]]) == 1
+    assert "--without-packaged has no effect" in capsys.readouterr().err
 
 
 def test_a_changed_tensor_is_refused(tmp_path):

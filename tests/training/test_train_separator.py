@@ -57,7 +57,13 @@ def _leaves(tree):
         ("resunet30.py:condition=embedding,data=full", ADAPTOR),
         ("resunet30.py", {**OPEN, "mixing.sources": 3, "loss": "l1_wav_l1_sp"}),
         ("resunet30.py", EVERY_OTHER_WAY),
-        ("quickstart.py:part=separator", {"data.order": "uniform", "separator.dtype": "bfloat16"}),
+        (
+            "quickstart.py:part=separator",
+            {
+                **{"anchors.source": "device", "sed_net": "cnn14", "query_net": "cnn14"},
+                **{"data.order": "uniform", "separator.dtype": "bfloat16"},
+            },
+        ),
     ],
 )
 def test_separators_train_and_their_workdir_is_a_bundle(

@@ -16,8 +16,8 @@ def get_config() -> ConfigDict:
     config = quickstart["get_config"]("part=separator")
     config.data.clip_seconds = 10.0
     config.data.threads = 2
-    config.total_steps = 6000
-    config.schedule.total_steps = 6000
+    config.total_steps = 5000
+    config.schedule.total_steps = 5000
     config.schedule.warm_up_steps = 200
     config.ema_decay = 0.999
     config.query.one_class_share = 0.25

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains the separator in the package, `demo`, on all bundled recordings but those for testing:
-# bash launch/demo.sh. Takes three hours on two cores, resumes when interrupted; results go to out/.
+# bash launch/demo.sh [--config.key=value ...]. Takes an hour on two cores and resumes when
+# interrupted; results go to out/demo.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
@@ -12,7 +13,7 @@ run=out/demo
 export PYTHONUNBUFFERED=1 JAX_NUM_CPU_DEVICES=2
 uss_jax=.venv/bin/uss-jax
 
-mkdir -p out
+mkdir -p "$run"
 # One list of both folders, its paths relative to $sounds.
 {
     head -n 1 "$sounds/demo/manifest.csv"
@@ -25,7 +26,7 @@ if [ ! -e "$records/index-train.npz" ]; then
 fi
 $uss_jax mine --records "$records" --split train --sed yamnet --out "$run/anchors.npz"
 $uss_jax train --config configs/demo.py --workdir "$run/separator" \
-    --config.data.records="$records" --config.anchors.table="$run/anchors.npz"
+    --config.data.records="$records" --config.anchors.table="$run/anchors.npz" "$@"
 cp "$sounds/separator/card.md" "$run/separator/"
 $uss_jax export "$run/separator" --format safetensors --without-packaged --out "$run/bundle"
 printf '\n%s is what the package holds as %s.\n' "$run/bundle" "$sounds/separator"

@@ -17,6 +17,7 @@ from uss_jax.bundles.bundle import net_hash, read_bundle, write_bundle
 from uss_jax.bundles.checkpoints import save_tree
 from uss_jax.bundles.nets import fields_of
 from uss_jax.errors import UserError
+from uss_jax.models.query import KINDS
 from uss_jax.models.resunet import ResUNet
 
 ABOUT = {"kind": "tagger", "sample_rate": RATE, "segment_seconds": 0.5}
@@ -38,14 +39,14 @@ def test_nets_come_back_as_they_were(tmp_path):
     assert query.kind == "soft"
 
 
-@pytest.mark.parametrize("kind", ["one_hot", "soft", "embedding"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_separator_knows_its_condition(tmp_path, kind):
     bundle = read_bundle(write_separator(tmp_path / "s", kind))
     separator, _ = bundle.separator()
     query, variables = bundle.query()
     assert query.kind == kind
     assert bool(variables["params"]) == (kind != "one_hot")
-    assert separator.condition_width == (6 if kind == "embedding" else 527)
+    assert separator.condition_width == (6 if kind in ("embedding", "class_vectors") else 527)
 
 
 HOSTILE_CONFIGS = {

@@ -2,13 +2,14 @@ import pytest
 
 from tests.evaluation.tones import BARK, DOG, SPEECH, write_pairs
 from tests.tiny import noise, tone, write_records, write_separator
+from uss_jax.models.query import KINDS
 
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("evaluate")
     write_pairs(place / "pairs")
-    for kind in ("one_hot", "soft", "embedding"):
+    for kind in KINDS:
         write_separator(place / kind, kind)
     clips = [
         ("a", tone(220, 0.8), [SPEECH]),

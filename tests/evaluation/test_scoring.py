@@ -12,13 +12,14 @@ from uss_jax.evaluation import items, scoring
 from uss_jax.evaluation.rows import CLASS, HALF, IDENTITY, MIXTURE, ORACLE, SHUFFLED
 from uss_jax.evaluation.scoring import score
 from uss_jax.evaluation.suites.pairs import find_pairs
+from uss_jax.models.query import KINDS
 
 
-@pytest.mark.parametrize("kind", ["one_hot", "soft", "embedding"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_figures_are_those_of_the_estimates(place, kind):
     model, pairs = Model(place / kind), find_pairs(place / "pairs")
     figures, rows = score(model, pairs)
-    asked = [ORACLE, CLASS] if kind == "soft" else [ORACLE]
+    asked = [ORACLE, CLASS] if KINDS[kind].probabilities else [ORACLE]
     assert list(figures) == [*asked, SHUFFLED, IDENTITY, HALF, MIXTURE]
     for at, pair in enumerate(pairs):
         source, _ = soundfile.read(pair.source, dtype="float32")

@@ -175,7 +175,7 @@ def test_a_share_of_items_is_asked_with_one_class_in_training_only(waveform, kin
         net.clone(one_class_share=0.25), variables, many, jnp.full(200, 3, jnp.int32)
     )
     alone = jnp.abs(asked - in_training(net, variables, many[:1], CLASS_INDEX[:1])).max(axis=1)
-    assert 0.15 < (alone > 1e-6).mean() < 0.35
+    assert 0.15 < (alone > 1e-3).mean() < 0.35
 
 
 @pytest.mark.parametrize("net", [TAGGER, TINY_HTSAT, TINY_YAMNET])

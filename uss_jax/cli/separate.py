@@ -16,6 +16,7 @@ Queries:
 """
 
 import argparse
+import sys
 
 from uss_jax.cli.arguments import (
     add_precision,
@@ -35,13 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         type=path,
         metavar="B",
-        help="bundle or workdir; may be left out with --dry-run, which then uses yamnet",
+        help="bundle or workdir; default: demo, a small separator in the package, with which "
+        "results are poor",
     )
     parser.add_argument(
         "--out",
         type=path,
         metavar="DIR",
-        help="output folder; sounds go to DIR/<path of the recording>/",
+        help="output folder; sounds go to DIR/<path of the recording>/; default: separated",
     )
     parser.add_argument("--classes", nargs="+", metavar="NAME", help="see above")
     parser.add_argument("--levels", nargs="+", type=positive, metavar="LEVEL", help="see above")
@@ -92,6 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     parser.epilog = (
         "example:\n"
+        "  uss-jax separate street.wav --levels 1\n"
         '  uss-jax separate street.wav --model uss --classes "Dog" "Speech+Singing" --out separated'
         "\n\nexit status: 0 done, 1 some recordings could not be separated, 3 all were, but a\n"
         "queried class is not heard in some"
@@ -111,6 +114,12 @@ _REPORTED = ("model", "classes", "levels", "first_parent", "query", "threshold")
 _REPORTED += ("blocks", "mono", "residual", "sum_to_mixture", "format", "precision")
 
 
+_DEMONSTRATION = (
+    "model demo: a demonstration, trained on 11 minutes of sound; for good results give --model a "
+    "published separator (`uss-jax convert`) or your own (`uss-jax train`)"
+)
+
+
 def run(args: argparse.Namespace) -> None:
     from uss_jax.bundles.model import Model
     from uss_jax.models.query import HEARD
@@ -119,9 +128,11 @@ def run(args: argparse.Namespace) -> None:
 
     _refuse_idle_options(args)
     recordings = input_files(args)
-    if not args.model and not args.dry_run:
-        raise UserError("--model is missing; give the bundle or workdir of a separator, --model B")
-    model = Model(args.model or "yamnet", args.precision)
+    if not args.model:
+        args.model = "yamnet" if args.dry_run else "demo"
+    if args.model == "demo":
+        print(_DEMONSTRATION, file=sys.stderr)
+    model = Model(args.model, args.precision)
     threshold = HEARD if args.threshold is None else args.threshold
     if args.dry_run:
         failed = for_each(recordings, lambda one: print(heard(model, one.path, threshold)))
@@ -130,8 +141,6 @@ def run(args: argparse.Namespace) -> None:
                 f"{failed} of {counted(len(recordings), 'recording')} could not be read"
             )
         return
-    if not args.out:
-        raise UserError("--out is missing; give the output folder, --out DIR")
     suffix, subtype = _FORMATS[args.format]
     settings = Settings(
         reference_blocks=args.blocks == "reference",
@@ -145,7 +154,8 @@ def run(args: argparse.Namespace) -> None:
     asked = {key: value for key, value in vars(args).items() if key in _REPORTED}
     asked["threshold"] = None if args.query else threshold
     query = _query(args, model, threshold)
-    done = separate_all(Separator(model, settings), recordings, args.out, query, asked)
+    out = args.out or "separated"
+    done = separate_all(Separator(model, settings), recordings, out, query, asked)
     if done.failed:
         raise UserError(
             f"{done.failed} of {counted(len(recordings), 'recording')} could not be separated, "

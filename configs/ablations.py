@@ -20,7 +20,10 @@ ABLATIONS = {
     # The condition.
     "condition=one_hot": {"query.kind": "one_hot"},
     "condition=soft": {},
-    "condition=class_vectors": {"query.kind": "class_vectors"},
+    "condition=class_vectors": {
+        "query.kind": "class_vectors",
+        "separator.condition_norm": 10.0,
+    },
     "condition=embedding": {"query.kind": "embedding"},
     # Training of the query net.
     "query=frozen": {},

@@ -23,7 +23,7 @@ def get_config(argument: str = "part=separator") -> ConfigDict:
     config.data.threads = 1
     config.data.workers = 0
     config.log_every_steps = 50
-    config.checkpoint_every_steps = 500
+    config.checkpoint_every_steps = 100
     return config
 
 

@@ -28,5 +28,7 @@ $uss_jax mine --records "$records" --split train --sed yamnet --out "$run/anchor
 $uss_jax train --config configs/demo.py --workdir "$run/separator" \
     --config.data.records="$records" --config.anchors.table="$run/anchors.npz" "$@"
 cp "$sounds/separator/card.md" "$run/separator/"
-$uss_jax export "$run/separator" --format safetensors --without-packaged --out "$run/bundle"
+rm -rf "$run/bundle"
+$uss_jax export "$run/separator" --format safetensors --without-packaged \
+    --licence Apache-2.0 --out "$run/bundle"
 printf '\n%s is what the package holds as %s.\n' "$run/bundle" "$sounds/separator"

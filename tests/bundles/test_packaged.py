@@ -110,7 +110,7 @@ def test_an_export_whose_net_the_package_does_not_have_is_refused(on_yamnet, tmp
     config = json.loads(file.read_text())
     config["hashes"]["query"] = "0" * 64
     file.write_text(json.dumps(config))
-    with pytest.raises(UserError, match="holds no parameters of its query"):
+    with pytest.raises(UserError, match="was exported without its query"):
         Model(tmp_path / "export").query_hash  # noqa: B018
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import re
 import shutil
 
@@ -227,3 +228,20 @@ def test_a_query_of_the_wrong_kind_is_refused_once(tmp_path, recordings, capsys)
     embedding = tiny.write_separator(tmp_path / "embedding", "embedding")
     assert separate(str(embedding), tmp_path / "out", str(recordings), "--classes", "Dog") == 1
     assert capsys.readouterr().err.count("takes embeddings of example recordings, not classes") == 1
+
+
+def test_the_same_command_on_a_folder_does_not_separate_its_results(
+    bundle, recordings, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(recordings, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    words = ["separate", ".", "--model", bundle, "--classes", "Dog", "--threshold", "0"]
+    assert main(words) in (0, 3)
+    sounds = sorted(pathlib.Path("separated").rglob("*.wav"))
+    assert sounds
+    assert main(words) in (0, 3)
+    assert sorted(pathlib.Path("separated").rglob("*.wav")) == sounds
+    # Recordings in the output folder itself are no results; named results are recordings.
+    assert main([*words, "--out", "."]) in (0, 3)
+    assert main([words[0], str(sounds[0]), *words[2:], "--out", "again"]) in (0, 3)
+    assert len(list(pathlib.Path("again").rglob("*.wav"))) == 1

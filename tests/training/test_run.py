@@ -333,6 +333,21 @@ def test_a_run_goes_on_at_another_precision_and_says_so(place, tmp_path, capsys)
     assert said in capsys.readouterr().out
 
 
+def test_a_run_from_before_there_were_these_fields_goes_on(place, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(train_words("resunet30.py", place, run, {"total_steps": 1})) == 0
+    saved = json.loads((run / "config.json").read_text())
+    for section, key in (("separator", "condition_norm"), ("query", "one_class_share")):
+        assert saved[section].pop(key) == saved["training"][section].pop(key) == 0
+    (run / "config.json").write_text(json.dumps(saved))
+    assert main(train_words("resunet30.py", place, run, {"total_steps": 2})) == 0
+    assert "resuming after step 1" in capsys.readouterr().out
+    saved["query"]["one_class_share"] = 0.5
+    (run / "config.json").write_text(json.dumps(saved))
+    assert main(train_words("resunet30.py", place, run, {"total_steps": 3})) == 1
+    assert "started with query.one_class_share=0.5, not 0.0" in capsys.readouterr().err
+
+
 def test_runs_and_configs_from_before_there_was_a_precision_go_on(
     place, tmp_path, capsys, monkeypatch
 ):

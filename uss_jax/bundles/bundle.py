@@ -195,6 +195,11 @@ class Bundle:
             params, stats = ({**tree, **tree.get("query", {})} for tree in (params, stats))
             if name in params:
                 return {"params": params[name], "batch_stats": stats.get(name, {})}
+        if in_file and part in self.config.get("hashes", {}):
+            raise UserError(
+                f"{self.path} was exported without its {part}, and this version of the package "
+                "has no net of that hash; export it again without --without-packaged"
+            )
         raise UserError(
             f"{self.path} holds no parameters of its {part}; copy it again or, if it is the "
             "workdir of a run, wait for its first checkpoint"

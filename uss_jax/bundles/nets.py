@@ -197,6 +197,8 @@ def build_query(section: Mapping[str, Any], model: Mapping[str, Any] | None) -> 
         if fields.get("finetune"):  # trained with the separator, at the separator's momentum
             tagger = at_momentum(tagger, MOMENTUM)
     query = build(QueryNet, {**fields, "tagger": tagger}, "query")
+    if query.takes.weighs_vectors and not hasattr(tagger, "class_vectors"):
+        raise UserError(f"query.kind={query.kind} needs class vectors, which this net has none of")
     if query.one_class_share and not query.takes.probabilities:
         kinds = " or ".join(name for name, kind in KINDS.items() if kind.probabilities)
         raise UserError(

@@ -2,7 +2,7 @@
 
 orbax        a bundle like the given one, its arrays whole or sharded (--shards), in float32 or
              bfloat16 (--dtype)
-safetensors  one file with all tensors
+safetensors  one file with all tensors, or without those of nets in the package
 stablehlo    functions: from mixture and condition to estimate, for any batch size and a fixed
              window length, and from recording to condition; they need only jax, on cpu, cuda or tpu
 
@@ -10,6 +10,7 @@ Every export is run on noise and compared with the model before it is moved to D
 """
 
 import argparse
+import dataclasses
 
 from uss_jax.cli.arguments import add_precision, number, path, positive, refuse_idle
 
@@ -48,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="safetensors: leave out tagging nets that are in the package (yamnet); other programs "
         "cannot compute conditions then",
     )
+    parser.add_argument(
+        "--licence", help="licence of the parameters, for config.json; default: the model's"
+    )
     add_precision(parser, of="stablehlo: ")
     parser.epilog = (
         "example:\n"
@@ -71,6 +75,9 @@ def run(args: argparse.Namespace) -> None:
     bundle = read_bundle(args.bundle, averaged=args.parameters != "last")
     if not bundle.is_run:
         refuse_idle(args, ("parameters",), "with a bundle, which holds one set of parameters")
+    if args.licence:
+        config = {**bundle.config, "licence": args.licence}
+        bundle = dataclasses.replace(bundle, config=config)
     checked = export(
         bundle,
         args.format,

@@ -4,7 +4,8 @@ AUDIO is a file, a folder (all audio files below it) or a quoted glob pattern. E
 folder below DIR at its own path: sounds/street.wav goes to DIR/sounds/street/. If the path is
 absolute, it starts at the folder that was given, or is just the name of a given file. The folder
 holds the sounds, report.json, and report.html to look at and listen to. The same command given
-again resumes where it was stopped and leaves finished recordings as they are.
+again resumes where it was stopped and leaves finished recordings as they are; sounds below DIR are
+no recordings to separate.
 
 Queries:
   --classes NAME ...        classes by name, mid or index; "Speech+Singing" is one sound. Each is
@@ -16,7 +17,10 @@ Queries:
 """
 
 import argparse
+import os
+import pathlib
 import sys
+from collections.abc import Sequence
 
 from uss_jax.cli.arguments import (
     add_precision,
@@ -115,7 +119,7 @@ _REPORTED += ("blocks", "mono", "residual", "sum_to_mixture", "format", "precisi
 
 
 _DEMONSTRATION = (
-    "model demo: a demonstration, trained on 11 minutes of sound; for good results give --model a "
+    "model demo: a demonstration, trained on minutes of sound; for good results give --model a "
     "published separator (`uss-jax convert`) or your own (`uss-jax train`)"
 )
 
@@ -127,7 +131,8 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.separation.recordings import Separator, Settings
 
     _refuse_idle_options(args)
-    recordings = input_files(args)
+    out = args.out or "separated"
+    recordings = _not_separated_before(input_files(args), args.audio, out)
     if not args.model:
         args.model = "yamnet" if args.dry_run else "demo"
     if args.model == "demo":
@@ -154,7 +159,6 @@ def run(args: argparse.Namespace) -> None:
     asked = {key: value for key, value in vars(args).items() if key in _REPORTED}
     asked["threshold"] = None if args.query else threshold
     query = _query(args, model, threshold)
-    out = args.out or "separated"
     done = separate_all(Separator(model, settings), recordings, out, query, asked)
     if done.failed:
         raise UserError(
@@ -166,6 +170,20 @@ def run(args: argparse.Namespace) -> None:
             f"in {done.not_heard} of {counted(len(recordings), 'recording')} a queried class is "
             "not heard, and its file is silent; see above"
         )
+
+
+def _not_separated_before(recordings: list, named: Sequence[str], out: str) -> list:
+    """Leaves out the sounds of an earlier run, found in a folder, unless they are named."""
+    from uss_jax.separation.report import REPORT
+
+    place = pathlib.Path(os.path.abspath(out))
+
+    def is_result(path: pathlib.Path) -> bool:
+        above = pathlib.Path(os.path.abspath(path)).parents
+        inside = [folder for folder in above if place in folder.parents]
+        return any((folder / REPORT).is_file() for folder in inside)
+
+    return [one for one in recordings if str(one.path) in named or not is_result(one.path)]
 
 
 def _refuse_idle_options(args: argparse.Namespace) -> None:

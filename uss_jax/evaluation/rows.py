@@ -76,7 +76,7 @@ def find_rows(
             Row(AVERAGE, np.stack([averages.get(item.label, zeros) for item in items]), exists)
         )
     if model.query.module.takes.probabilities:
-        rows.append(_class_vectors(model, batches, heard, conditions.shape[1]))
+        rows.append(_one_class_conditions(model, batches, heard, conditions.shape[1]))
     classes = [item.label if item.class_index is None else item.class_index for item in items]
     others = unrelated_items(classes, digests, [item.other_class_index for item in items])
     exists = heard & (others >= 0) & asked[others]
@@ -109,7 +109,7 @@ def oracle_conditions(
     return np.stack(conditions), digests, heard
 
 
-def _class_vectors(
+def _one_class_conditions(
     model: Model, batches: Batches, heard: Bool[np.ndarray, " n"], width: int
 ) -> Row:
     """Conditions on the class's tagging probability in the mixture, all others zero.
@@ -121,7 +121,7 @@ def _class_vectors(
     conditions = np.zeros((len(items), width), np.float32)
     exists = heard & [item.class_index is not None for item in items]
     which = [number for number, at in enumerate(batches.places) if exists[at].any()]
-    for number, (mixture,) in batches.read(("mixture",), which, "class vectors"):
+    for number, (mixture,) in batches.read(("mixture",), which, "classes asked for"):
         at = batches.places[number]
         found = on_host(tagger(batches.put(mixture))["clipwise"], batches.mesh)[: len(at)]
         classes = np.array([items[place].class_index or 0 for place in at])

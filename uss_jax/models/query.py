@@ -1,8 +1,10 @@
 """The query net: computes the condition that describes the target to a separator.
 
 Kinds of condition: `one_hot` (the class); of the clean target, `soft` (tagging probabilities),
-`class_vectors` (those of the tagging net, weighted by the probabilities) and `embedding` (hidden
-layer of the tagging net). Letters: `b` batch, `s` samples, `k` classes, `e` embedding, `d` width.
+`class_vectors` (vectors of the tagging net's last layer, weighted by the probabilities) and
+`embedding` (its hidden layer).
+
+Letters: `b` batch, `s` samples, `k` classes, `e` embedding, `d` width of the condition.
 """
 
 import dataclasses
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from uss_jax.models.film import scaled_to
-from uss_jax.models.tagging import TaggingNet
+from uss_jax.models.tagging import TaggingNet, unknown_classes
 
 _OF_RECORDINGS = (
     '`read("condition.stablehlo").call(recording)` computes conditions from recordings of the '
@@ -69,10 +71,13 @@ def weighted_vectors(
     """Adds up class vectors, weighted by log(1 + 100 p) / log(101): 1 at p = 1, 0 at 0.
 
     Related classes have similar vectors, so a separator knows something of a class that it was
-    never trained on. The vectors are centred, as they share a large mean, and have norm 1. The
-    weights are logarithmic, since most probabilities are small and yet say much.
+    never trained on. The vectors are centred, as they share a large mean, and have norm 1; those of
+    classes without an output stay 0. The weights are logarithmic, since most probabilities are
+    small and yet say much.
     """
-    vectors = vectors - jnp.mean(vectors, axis=0)
+    vectors = vectors.astype(jnp.float32)
+    known = jnp.any(vectors != 0, axis=1, keepdims=True)
+    vectors = jnp.where(known, vectors - jnp.mean(vectors, axis=0), 0)
     vectors = scaled_to(vectors, 1.0)
     weights = jnp.log1p(probabilities / _HARDLY_HEARD) / math.log1p(1 / _HARDLY_HEARD)
     return jnp.matmul(weights, vectors)
@@ -167,6 +172,8 @@ class QueryNet(nn.Module):
         if train and self.one_class_share:
             key = self.make_rng("augment")
             alone = jax.random.bernoulli(key, self.one_class_share, class_index.shape)
+            for unknown in unknown_classes(self.tagger):  # nobody can ask for these
+                alone &= class_index != unknown
             x = jnp.where(alone[:, None], _one_class(x, class_index), x)
         return self.adapt(x, train)
 

@@ -33,6 +33,8 @@ class TaggingNet(Protocol):
       dtype: compute dtype, "float32" or "bfloat16".
       norm_momentum: only of a net with batch norm: weight of a batch in its running statistics.
       unknown_classes: only of a net that cannot tell all classes: indices of probability 0.
+      class_vectors: only of a net that serves conditions of that name: method that returns what the
+        last layer multiplies an embedding with, for each class [k, e]; 0 for unknown classes.
       resamples: only of a net that resamples waveforms, and so takes any `sample_rate`: True.
     """
 
@@ -49,10 +51,6 @@ class TaggingNet(Protocol):
     def __call__(
         self, waveform: Any, train: bool = False, augment: Augment | None = None
     ) -> dict[str, Array]: ...
-
-    def class_vectors(self) -> Float[Array, "k e"]:
-        """Returns what the last layer multiplies an embedding with, for each class."""
-        ...
 
 
 def front_end(net: Any, waveform: Float[Array, "b t"]) -> Float[Array, "b n m"]:

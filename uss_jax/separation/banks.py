@@ -26,7 +26,7 @@ class Bank:
     Attributes:
       name: [n] names of the sounds.
       vectors: [n, d] conditions.
-      kind: `one_hot`, `soft` or `embedding`.
+      kind: one of models/query.py's KINDS.
       net_hash: hash of the query net that computed them.
       how: how they were made, in words.
     """
@@ -126,6 +126,12 @@ def load_bank(path: str | os.PathLike) -> Bank:
 def read_bank(path: str | os.PathLike, model: Model) -> Bank:
     """Reads a bank; raises a UserError unless this model's query net made its vectors."""
     bank = load_bank(path)
+    kind = model.query.module.kind
+    if bank.kind != kind:
+        raise UserError(
+            f"{path} holds conditions of the kind {bank.kind}, {model.path} takes the kind {kind}; "
+            "make the bank with this model"
+        )
     width = model.separator.module.condition_width
     if bank.vectors.shape[1] != width:
         raise UserError(

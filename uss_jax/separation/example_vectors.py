@@ -78,7 +78,7 @@ def vector_of_recordings(model: Model, path: str | os.PathLike) -> Float32[np.nd
     """Averages `recording_vector` over recordings without silence, as bytedance/uss queries.
 
     Args:
-      model: model with a `soft` or `embedding` condition.
+      model: model whose condition is computed from recordings.
       path: a recording or a folder of them; silent recordings are skipped.
 
     Raises:

@@ -68,9 +68,9 @@ def level_sets(levels: Sequence[int], first_parent_only: bool) -> dict[str, tupl
 class Classes:
     """Queries sets of classes in the segments where they are heard, as bytedance/uss does.
 
-    The condition of a segment is its tagging probabilities with those outside the set zeroed, or
-    the set's indicator vector if the model's condition is one-hot. A segment is active if any
-    probability of the set reaches the threshold.
+    The condition of a segment is made of its tagging probabilities, with those outside the set
+    zeroed, or of the set's indicator vector if the model's condition is one-hot. A segment is
+    active if any probability of the set reaches the threshold.
 
     Attributes:
       sets: name -> class indexes.

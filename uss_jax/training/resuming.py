@@ -36,11 +36,13 @@ _MAY_CHANGE = frozenset(
     }.items()
     for key in keys
 )
-# Nets that config.json of older versions does not name.
+# Entries that config.json of older versions lacks, with what was meant.
 _NETS_BEFORE = {
     "separator.net": "resunet",
     "query.model.net": "cnn14",
     "sed.model.net": "cnn14",
+    "separator.condition_norm": 0.0,
+    "query.one_class_share": 0.0,
 }
 # Schema of a checkpoint's data position, see `position_of`.
 _POSITION = record(

@@ -111,7 +111,10 @@ def export(
     parts |= {p: bundle.variables(p) for p in _PARTS[1:] if bundle.holds(p)}
     packaged = packaged_taggers() if without_packaged else {}
     hashes = {p: net_hash(v) for p, v in parts.items()}
-    parts = {p: _cast(v, dtype) for p, v in parts.items() if hashes[p] not in packaged}
+    left_out = [p for p in parts if hashes[p] in packaged]
+    if without_packaged and not left_out:
+        raise UserError(f"no net of {bundle.path} is in the package; leave out --without-packaged")
+    parts = {p: _cast(v, dtype) for p, v in parts.items() if p not in left_out}
     hashes |= {p: net_hash(v) for p, v in parts.items()}
     window = round((window_seconds or bundle.config["segment_seconds"]) * _rate(bundle))
     inputs = _inputs(separator, window)
@@ -136,7 +139,9 @@ def export(
         card = read_card(bundle.path)
         if card:
             (unfinished / CARD).write_text(card, encoding="utf-8")
-        (unfinished / "README.md").write_text(_read_me(bundle, form, window, precision, bool(card)))
+        (unfinished / "README.md").write_text(
+            _read_me(bundle, form, window, precision, bool(card), left_out)
+        )
     return (
         f"on noise, its output differs from the model's by {difference:.1e} of the largest sample"
     )
@@ -322,7 +327,9 @@ def _require_flatbuffers() -> None:
         ) from error
 
 
-def _read_me(bundle: Bundle, form: str, window: int, precision: str, has_card: bool) -> str:
+def _read_me(
+    bundle: Bundle, form: str, window: int, precision: str, has_card: bool, left_out: list[str]
+) -> str:
     config = bundle.config
     segment = round(config["segment_seconds"] * _rate(bundle))
     about = {
@@ -333,8 +340,10 @@ def _read_me(bundle: Bundle, form: str, window: int, precision: str, has_card: b
         "condition": KINDS[config["query"]["kind"]].words.format(samples=segment) + "\n",
     }
     licence = config.get("licence", "subject to the licences of the training recordings")
+    missing = f"Not in it, but in uss_jax: {' and '.join(left_out)}.\n" if left_out else ""
     return (
         f"# Separator exported as {form}\n\nWritten by uss-jax; config.json describes it"
         f"{', card.md the model' if has_card else ''}.\n\n"
         f"Licence of the parameters: {licence}\n\n{_LOAD[form].format(**about)}"
+        f"{missing}"
     )

@@ -6,8 +6,9 @@ import pathlib
 from uss_jax.assets import FOLDER
 from uss_jax.errors import UserError
 
-# Name -> folder. `yamnet` is a tagger that knows 521 of AudioSet's 527 classes.
-PACKAGED = {"yamnet": FOLDER / "yamnet"}
+# Name -> folder. `yamnet` is a tagger that knows 521 of AudioSet's 527 classes, `demo` a small
+# separator whose tagging nets are those of `yamnet`.
+PACKAGED = {"yamnet": FOLDER / "yamnet", "demo": FOLDER / "separator"}
 
 
 def find_bundle(path: str | os.PathLike) -> pathlib.Path:

@@ -25,7 +25,7 @@ def test_figures_are_those_of_the_estimates(place, kind):
         source, _ = soundfile.read(pair.source, dtype="float32")
         mixture, _ = soundfile.read(pair.mixture, dtype="float32")
         condition = model.condition(source[None], np.array([pair.class_index], np.int32))
-        np.testing.assert_allclose(rows[ORACLE].conditions[at], condition[0], atol=1e-6)
+        np.testing.assert_allclose(rows[ORACLE].conditions[at], condition[0], atol=1e-5)
         estimate = np.asarray(model.separate(mixture[None], condition))[0]
         alone = np.asarray(model.separate(source[None], condition))[0]
         assert figures[IDENTITY]["sdr"][at] == pytest.approx(sdr(source, alone), abs=1e-3)

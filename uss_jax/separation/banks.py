@@ -126,18 +126,18 @@ def load_bank(path: str | os.PathLike) -> Bank:
 def read_bank(path: str | os.PathLike, model: Model) -> Bank:
     """Reads a bank; raises a UserError unless this model's query net made its vectors."""
     bank = load_bank(path)
-    kind = model.query.module.kind
-    if bank.kind != kind:
-        raise UserError(
-            f"{path} holds conditions of the kind {bank.kind}, {model.path} takes the kind {kind}; "
-            "make the bank with this model"
-        )
     width = model.separator.module.condition_width
     if bank.vectors.shape[1] != width:
         raise UserError(
             f"{path} holds vectors of shape {bank.vectors.shape} for "
             f"{counted(len(bank.name), 'name')}, {model.path} takes conditions of width "
             f"{width}; make the bank with this model"
+        )
+    kind = model.query.module.kind
+    if bank.kind != kind:
+        raise UserError(
+            f"{path} holds conditions of the kind {bank.kind}, {model.path} takes the kind {kind}; "
+            "make the bank with this model"
         )
     if bank.net_hash != model.query_hash:
         raise UserError(

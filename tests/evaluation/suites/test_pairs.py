@@ -96,6 +96,8 @@ def test_results_hold_every_row_group_and_class(place, tmp_path, capsys):
         read_bank(bank, Model(write_separator(tmp_path / "other", "embedding", seed=5)))
     with pytest.raises(UserError, match="conditions of width 527"):
         read_bank(bank, Model(place / "soft"))
+    with pytest.raises(UserError, match="takes the kind class_vectors"):
+        read_bank(bank, Model(place / "class_vectors"))
 
 
 def test_examples_are_the_quantiles(place, tmp_path):

@@ -38,6 +38,19 @@ def condition_of(net, variables, waveform):
     return quick_jit(net.apply)(variables, waveform, CLASS_INDEX)
 
 
+def in_training(net, variables, waveform, classes):
+    """The conditions in training mode, with the random draws of key 0."""
+    condition, _ = net.apply(
+        variables,
+        waveform,
+        classes,
+        train=True,
+        rngs={"augment": jax.random.key(0)},
+        mutable=["batch_stats"],
+    )
+    return condition
+
+
 def training_gradient(net, variables, waveform):
     """Gradient by the parameters, and the updated statistics, in training mode."""
 
@@ -75,7 +88,8 @@ def test_kinds_read_what_they_are_named_after(waveform):
     }
     for kind, condition in expected.items():
         actual = condition_of(*with_variables(kind=kind), waveform)
-        np.testing.assert_allclose(actual, condition, rtol=1e-6, atol=2e-5)
+        rounding = 2e-5 if kind == "class_vectors" else 0  # of sums over 527 classes
+        np.testing.assert_allclose(actual, condition, rtol=1e-6, atol=rounding)
 
 
 def test_unknown_kind_is_refused(waveform):
@@ -130,29 +144,10 @@ def test_dropout_leaves_out_parts_of_the_condition_in_training_only(waveform):
     dropping = plain.clone(dropout=0.5)
     whole = condition_of(plain, variables, waveform)
     np.testing.assert_array_equal(condition_of(dropping, variables, waveform), whole)
-    dropped, _ = dropping.apply(
-        variables,
-        waveform,
-        CLASS_INDEX,
-        train=True,
-        rngs={"augment": jax.random.key(0)},
-        mutable=["batch_stats"],
-    )
+    dropped = in_training(dropping, variables, waveform, CLASS_INDEX)
     kept = dropped != 0
     assert 0.4 < kept.mean() < 0.6
     np.testing.assert_allclose(dropped[kept], 2 * whole[kept], rtol=1e-5)
-
-
-def in_training(net, variables, waveform, classes):
-    condition, _ = net.apply(
-        variables,
-        waveform,
-        classes,
-        train=True,
-        rngs={"augment": jax.random.key(0)},
-        mutable=["batch_stats"],
-    )
-    return condition
 
 
 @pytest.mark.parametrize("kind", ["soft", "class_vectors"])

@@ -176,7 +176,7 @@ def _not_separated_before(recordings: list, named: Sequence[str], out: str) -> l
     """Leaves out the sounds of an earlier run, found in a folder, unless they are named."""
     from uss_jax.separation.report import REPORT
 
-    place = pathlib.Path(os.path.abspath(out))
+    place, named = pathlib.Path(os.path.abspath(out)), set(named)
 
     def is_result(path: pathlib.Path) -> bool:
         above = pathlib.Path(os.path.abspath(path)).parents

@@ -37,7 +37,7 @@ _MAY_CHANGE = frozenset(
     for key in keys
 )
 # Entries that config.json of older versions lacks, with what was meant.
-_NETS_BEFORE = {
+_ENTRIES_BEFORE = {
     "separator.net": "resunet",
     "query.model.net": "cnn14",
     "sed.model.net": "cnn14",
@@ -241,7 +241,7 @@ def _require_same_nets(saved: Any, wanted: Any, where: str = "") -> None:
         for key in [*wanted, *(key for key in saved if key not in wanted)]:
             if where or key != "training":
                 name = f"{where}.{key}".strip(".")
-                before = saved.get(key, _NETS_BEFORE.get(name))
+                before = saved.get(key, _ENTRIES_BEFORE.get(name))
                 _require_same_nets(before, wanted.get(key), name)
     elif saved != wanted:
         saved, wanted = ("{...}" if isinstance(x, dict) else x for x in (saved, wanted))

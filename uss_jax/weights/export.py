@@ -12,7 +12,7 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -109,13 +109,10 @@ def export(
     separator, variables = bundle.separator()
     parts = {"separator": variables}
     parts |= {p: bundle.variables(p) for p in _PARTS[1:] if bundle.holds(p)}
-    packaged = packaged_taggers() if without_packaged else {}
-    hashes = {p: net_hash(v) for p, v in parts.items()}
-    left_out = [p for p in parts if hashes[p] in packaged]
+    left_out = _packaged(parts) if without_packaged else {}
     if without_packaged and not left_out:
         raise UserError(f"no net of {bundle.path} is in the package; leave out --without-packaged")
     parts = {p: _cast(v, dtype) for p, v in parts.items() if p not in left_out}
-    hashes |= {p: net_hash(v) for p, v in parts.items()}
     window = round((window_seconds or bundle.config["segment_seconds"]) * _rate(bundle))
     inputs = _inputs(separator, window)
     live = _live(separator, parts["separator"], inputs)
@@ -132,7 +129,8 @@ def export(
             unfinished.mkdir()
         difference = _require_same(live, writers[form](), f"the {form} export of {bundle.path}")
         if form != "orbax":
-            config = {**_config(bundle), "hashes": hashes}
+            hashes = {p: net_hash(v) for p, v in parts.items()}
+            config = {**_config(bundle), "hashes": {**hashes, **left_out}}
             if form == "stablehlo":
                 config["precision"] = precision
             (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -158,6 +156,13 @@ def _require_applicable(form: str, dtype: str, precision: str) -> None:
     elif precision != HIGHEST:
         raise UserError(f"{form} holds parameters, not computations; leave out --precision")
     check_precision(precision, "precision")
+
+
+def _packaged(parts: Mapping[str, Variables]) -> dict[str, str]:
+    """Returns the hashes of the parts that are tagging nets of the package."""
+    packaged = packaged_taggers()
+    hashes = {part: net_hash(parts[part]) for part in ("query", "sed") if part in parts}
+    return {part: digest for part, digest in hashes.items() if digest in packaged}
 
 
 def _config(bundle: Bundle) -> dict[str, Any]:
@@ -328,7 +333,7 @@ def _require_flatbuffers() -> None:
 
 
 def _read_me(
-    bundle: Bundle, form: str, window: int, precision: str, has_card: bool, left_out: list[str]
+    bundle: Bundle, form: str, window: int, precision: str, has_card: bool, left_out: Iterable[str]
 ) -> str:
     config = bundle.config
     segment = round(config["segment_seconds"] * _rate(bundle))

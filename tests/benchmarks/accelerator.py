@@ -105,7 +105,8 @@ def anchors_batch(batch: int, samples: int, from_table: bool) -> dict[str, Any]:
     made = {"audio": audio, "samples": np.full(batch, samples, np.int32)}
     made["class_index"] = rng.integers(0, 527, batch, np.int32)
     if from_table:
-        made |= {"begin_sample": np.zeros(batch, np.int32), "score": np.ones(batch, np.float32)}
+        made |= {name: np.zeros(batch, np.int32) for name in ("begin_sample", "anchor_sample")}
+        made |= {"score": np.ones(batch, np.float32)}
     return jax.device_put(made)
 
 

@@ -19,6 +19,7 @@ WORDS = {
     "evaluate tagging": {"--split"},
     "evaluate planted": {"--split"},
     "separate": {"--classes"},
+    "export": {"--licence"},
     "train": {"--coordinator"},
     "train-tagger": {"--coordinator"},
 }

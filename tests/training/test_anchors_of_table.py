@@ -1,6 +1,7 @@
 """Training on mined anchors gives what training with the detector inside gives, for less."""
 
 import json
+import math
 import os
 import pathlib
 
@@ -31,6 +32,7 @@ from uss_jax.data.orders import BalancedOrder
 from uss_jax.data.pipeline import batches
 from uss_jax.data.prepare import prepare
 from uss_jax.data.reader import ClipReader
+from uss_jax.training.augment import at_other_speed
 
 DEMO = pathlib.Path(uss_jax.__file__).parent / "assets" / "demo"
 LENGTH = 5 * SEGMENT
@@ -96,6 +98,36 @@ def test_anchors_of_the_table_are_those_the_detector_finds_in_the_step(real):
     assert len(set(begins)) > 10
 
 
+def test_rows_longer_than_an_anchor_hold_it_and_what_is_around_it(real):
+    places, around, near_ends = Placement(real[2], real[1], seed=1), SEGMENT // 2, 0
+    wide = _feed(real, SEGMENT + around, places=places, around_samples=around)
+    for anchors, rows in zip(_feed(real, SEGMENT, places=places), wide, strict=True):
+        assert (anchors["anchor_sample"] == 0).all()
+        np.testing.assert_array_equal(rows["begin_sample"], anchors["begin_sample"])
+        length = real[1].samples[rows["record"]].astype(int)
+        first = rows["begin_sample"] - rows["anchor_sample"]
+        latest = np.maximum(length - SEGMENT - around, 0)
+        np.testing.assert_array_equal(first, np.clip(rows["begin_sample"] - around // 2, 0, latest))
+        np.testing.assert_array_equal(rows["samples"], np.minimum(length, SEGMENT + around))
+        near_ends += (rows["anchor_sample"] != around // 2).sum()
+        for row, at in enumerate(rows["anchor_sample"]):
+            inside = rows["audio"][row, at : at + SEGMENT]
+            np.testing.assert_array_equal(inside, anchors["audio"][row])
+    assert 0 < near_ends < 64
+
+
+def test_anchors_of_a_table_at_another_speed_are_full(real):
+    speed, around = {"least": 0.7, "most": 1.4}, math.ceil(0.4 * SEGMENT)
+    places = Placement(real[2], real[1], seed=1)
+    for batch in _feed(real, SEGMENT + around, places=places, around_samples=around):
+        rows = {name: jax.numpy.asarray(column) for name, column in batch.items()}
+        changed = at_other_speed(rows, jax.random.key(0), speed, SEGMENT)
+        assert changed["audio"].shape == (16, SEGMENT)
+        long = real[1].samples[batch["record"]] >= SEGMENT + around
+        assert long.sum() > 8
+        assert (changed["samples"][long] == SEGMENT).all()
+
+
 def test_only_the_anchors_are_read(real, monkeypatch):
     read, preadv = [], os.preadv
     monkeypatch.setattr(os, "preadv", lambda *args: read.append(preadv(*args)) or read[-1])
@@ -136,6 +168,7 @@ def _train(place, workdir, **changed):
 @pytest.mark.long
 def test_a_run_on_a_table_needs_no_detector_and_resumes(place, tmp_path, capsys, quick_compilation):
     policies = {"anchors__top_k": 2, "anchors__jitter_samples": 40, "anchors__min_score": 1e-4}
+    policies["speed"] = {"least": 0.7, "most": 1.4}
     assert _train(place, tmp_path / "run", sed_bundle="", **policies) == 0
     said = capsys.readouterr().out
     assert "top_k 2, jitter_samples 40" in said

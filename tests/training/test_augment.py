@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from uss_jax.training.augment import mixup, mixup_weights, spec_augment
+from uss_jax.training.augment import at_other_speed, mixup, mixup_weights, spec_augment
 
 STRIPES = dict(time_width=8, time_stripes=2, mel_width=3, mel_stripes=2)
 
@@ -65,3 +65,51 @@ def test_mixup_weights_are_beta(alpha):
     # Five standard errors of 20000 draws, at most 0.02.
     assert weights.mean() == pytest.approx(0.5, abs=0.02)
     assert weights.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), abs=0.01)
+
+
+def _at_speed(speed, **batch):
+    """The batch at one speed, as numpy arrays, of anchors of 100 samples."""
+    batch = {name: jnp.asarray(value) for name, value in batch.items()}
+    changed = at_other_speed(batch, jax.random.key(0), {"least": speed, "most": speed}, 100)
+    return np.asarray(changed["audio"]), np.asarray(changed["samples"])
+
+
+@pytest.mark.parametrize("speed", [0.5, 0.8, 1.0, 1.25])
+def test_a_clip_at_another_speed_is_read_from_its_beginning(speed):
+    ramp = np.arange(1.0, 201.0, dtype=np.float32)[None]
+    audio, samples = _at_speed(speed, audio=ramp, samples=np.array([200]))
+    kept = min(200, int(np.ceil(200 / speed)))
+    assert samples == [kept]
+    inside = kept - 2  # after the last sample, the interpolation falls to zero
+    np.testing.assert_allclose(audio[0, :inside], 1 + speed * np.arange(inside), rtol=1e-5)
+    assert (audio[0, kept:] == 0).all()
+
+
+# Rows of 180 samples around anchors of 100: in the middle, at the clip's two ends, and in a clip of
+# 120 samples.
+@pytest.mark.parametrize("speed", [0.7, 1.0, 1.4, 1.8])
+def test_an_anchor_at_another_speed_keeps_its_middle_and_is_full(speed):
+    begin, length = np.array([40, 0, 80, 10]), np.array([180, 180, 180, 120])
+    rows = np.arange(1.0, 181.0, dtype=np.float32)[None].repeat(4, axis=0)
+    rows[3, 120:] = 0
+    audio, samples = _at_speed(speed, audio=rows, samples=length, anchor_sample=begin)
+    assert audio.shape == (4, 100)
+    source = 100 * speed
+    first = np.clip(begin + 50 - source / 2, 0, np.maximum(length - source, 0))
+    expected = 1 + first[:, None] + speed * np.arange(100)
+    np.testing.assert_allclose(audio[:3], expected[:3], rtol=1e-4)
+    assert (samples[:3] == 100).all()
+    kept = int(min(100, np.ceil(120 / speed - 1e-4)))
+    assert samples[3] == kept
+    np.testing.assert_allclose(audio[3, : kept - 2], expected[3, : kept - 2], rtol=1e-4)
+    assert (audio[3, kept:] == 0).all()
+
+
+def test_speeds_are_log_uniform_and_differ_between_items():
+    ramp = jnp.arange(300.0)[None].repeat(2000, axis=0)
+    batch = {"audio": ramp, "samples": jnp.full(2000, 300)}
+    changed = at_other_speed(batch, jax.random.key(0), {"least": 0.5, "most": 2.0})["audio"]
+    drawn = np.log2(np.asarray(changed[:, 100]) / 100)
+    np.testing.assert_allclose(
+        np.quantile(drawn, [0, 0.25, 0.5, 0.75, 1]), [-1, -0.5, 0, 0.5, 1], atol=0.08
+    )

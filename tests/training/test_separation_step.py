@@ -45,6 +45,7 @@ def _batch(seed=0):
         "samples": np.full(BATCH, SEGMENT, np.int32),
         "class_index": rng.permutation(527)[:BATCH].astype(np.int32),
         "begin_sample": np.zeros(BATCH, np.int32),
+        "anchor_sample": np.zeros(BATCH, np.int32),
         "score": np.zeros(BATCH, np.float32),
         "absent": np.array([1, 0, 1, 1, 0, 1, 1, 1], np.uint8),
     }

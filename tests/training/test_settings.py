@@ -113,3 +113,21 @@ def test_class_weights_have_a_range(draws):
     values["data"]["class_weights"] = {"Dog": draws}
     with pytest.raises(UserError, match=r"class_weights\['Dog'\] is .*, expected a whole number"):
         separator_settings(ConfigDict(values))
+
+
+@pytest.mark.parametrize(
+    ("source", "speed", "read"),
+    [
+        ("device", None, 10.0),
+        ("device", {"least": 0.7, "most": 1.4}, 10.0),
+        ("table", None, 2.0),
+        ("table", {"least": 0.7, "most": 1.4}, 2.8),
+        ("table", {"least": 0.5, "most": 0.9}, 2.0),
+        ("table", {"least": 1.0, "most": 8.0}, 10.0),
+    ],
+)
+def test_as_much_is_read_as_an_anchor_at_another_speed_needs(source, speed, read):
+    config = load_config(str(CONFIGS / "resunet30.py"), [])
+    config.anchors.source, config.speed = source, ConfigDict(speed) if speed else None
+    settings = separator_settings(config)
+    assert settings.read_samples == round(read * settings.sample_rate)

@@ -56,6 +56,7 @@ def batches(
     workers: int = 0,
     labels: bool = False,
     places: Places | None = None,
+    around_samples: int = 0,
     max_corrupt: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Returns an iterator over this host's part of the batches of steps start_step..stop_step - 1.
@@ -65,18 +66,21 @@ def batches(
       order: the sampling order; step n uses the `batch_size` positions from n * batch_size on.
       start_step, stop_step: range of training steps.
       batch_size: global batch size over all hosts.
-      clip_samples: length of a row or anchor, in samples; clips are zero-padded or cut at the end.
+      clip_samples: length of a row, in samples; clips are zero-padded or cut at the end.
       host, hosts: index of this host and number of hosts; each gets a contiguous block of rows.
       threads: batches read concurrently in each process, which holds up to `threads` + 1 batches;
         a worker holds two more in shared memory.
       workers: processes that read, for when one is too slow (FLAC); 0: this process reads.
       labels: whether to yield all labels of the clips.
       places: where the anchors to read begin; None: read clips from their beginning.
+      around_samples: with `places`, how much longer a row is than an anchor. The anchor is in the
+        middle of its row, except near the ends of its clip.
       max_corrupt: damaged records to report and replace by other clips; one more is an error.
 
     Yields:
       audio [b, t] int16, samples [b] int32 (true length, at most t), class_index [b] int32 (the
-      drawn class), record [b] int32; with `places`, begin_sample [b] int32 and score [b] float32;
+      drawn class), record [b] int32; with `places`, begin_sample [b] int32 (of the anchor in its
+      clip), anchor_sample [b] int32 (of the anchor in its row) and score [b] float32;
       for a GroupedOrder, conflict and absent [b] uint8 (see its draw_marked); with `labels`, labels
       [b, k] uint8 of 0 and 1.
 
@@ -91,7 +95,9 @@ def batches(
         return iter(())
     rows = np.arange(host * batch_size // hosts, (host + 1) * batch_size // hosts)
     draws = _Draws(order, places, batch_size, rows, stop_step)
-    make_batch = _MakeBatch(reader, draws, clip_samples, labels, _Corrupt(max_corrupt))
+    make_batch = _MakeBatch(
+        reader, draws, clip_samples, around_samples, labels, _Corrupt(max_corrupt)
+    )
     dataset = grain.MapDataset.range(start_step, stop_step).map(make_batch)
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
     dataset = dataset.to_iter_dataset(ahead)
@@ -136,13 +142,14 @@ class _MakeBatch:
     reader: ClipReader
     draws: "_Draws"
     clip_samples: int
+    around_samples: int
     labels: bool
     corrupt: "_Corrupt"
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         positions, drawn = self.draws.of_step(step)
         audio = np.empty((len(positions), self.clip_samples), np.int16)
-        samples, damaged = _read(self.reader, drawn, audio)
+        samples, damaged = self._read(drawn, audio)
         attempt = 0
         while damaged:
             attempt += 1
@@ -152,7 +159,7 @@ class _MakeBatch:
             some = np.fromiter(damaged, np.int64)
             others = self.draws.at(positions[some] + attempt * _FAR)
             their_audio = audio[some]
-            their_samples, wrong = _read(self.reader, others, their_audio)
+            their_samples, wrong = self._read(others, their_audio)
             audio[some], samples[some] = their_audio, their_samples
             for name in drawn.keys() & _OF_RECORD:
                 drawn[name][some] = others[name]
@@ -160,6 +167,27 @@ class _MakeBatch:
         if self.labels:
             drawn["labels"] = _label_matrix(self.reader, drawn["record"])
         return {"audio": audio, "samples": samples, **drawn}
+
+    def _read(
+        self, drawn: dict[str, np.ndarray], audio: Int16[np.ndarray, "b t"]
+    ) -> tuple[Int32[np.ndarray, " b"], dict[int, DamagedRecord]]:
+        """Reads the drawn clips, or what is around their anchors, into `audio`.
+
+        Adds anchor_sample to `drawn` if it has anchors.
+
+        Returns:
+          True lengths, and errors of damaged rows.
+        """
+        records = drawn["record"]
+        length = self.reader.index.samples[records].astype(np.int64)
+        begin = np.zeros_like(length)
+        if "begin_sample" in drawn:
+            first = drawn["begin_sample"] - self.around_samples // 2
+            begin = np.clip(first, 0, np.maximum(length - audio.shape[1], 0))
+            drawn["anchor_sample"] = (drawn["begin_sample"] - begin).astype(np.int32)
+        samples = np.clip(length - begin, 0, audio.shape[1]).astype(np.int32)
+        damaged = self.reader.read_into(audio, records.tolist(), begin.tolist(), samples.tolist())
+        return samples, damaged
 
 
 class _Draws:
@@ -225,18 +253,6 @@ class _Draws:
             begin, score = places.place(positions, records, classes)
             drawn |= {"begin_sample": begin.astype(np.int32), "score": score.astype(np.float32)}
         return drawn | {"class_index": classes.astype(np.int32), "record": records.astype(np.int32)}
-
-
-def _read(
-    reader: ClipReader, drawn: dict[str, np.ndarray], audio: Int16[np.ndarray, "b t"]
-) -> tuple[Int32[np.ndarray, " b"], dict[int, DamagedRecord]]:
-    """Reads the drawn clips or anchors into `audio`; returns true lengths and damaged rows."""
-    records = drawn["record"]
-    begin = drawn.get("begin_sample", np.zeros_like(records))
-    rest = reader.index.samples[records].astype(np.int64) - begin
-    samples = np.clip(rest, 0, audio.shape[1]).astype(np.int32)
-    damaged = reader.read_into(audio, records.tolist(), begin.tolist(), samples.tolist())
-    return samples, damaged
 
 
 class _Corrupt:

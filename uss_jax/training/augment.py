@@ -25,50 +25,72 @@ AUGMENTATIONS = {
 
 
 def change_speed(
-    key: Array, audio: Float[Array, "b t"], samples: Int[Array, "b"], *, least: float, most: float
-) -> tuple[Float[Array, "b t"], Int[Array, "b"]]:
+    key: Array,
+    audio: Float[Array, "b t"],
+    samples: Int[Array, "b"],
+    middle: Float[Array, "b"] | None = None,
+    *,
+    length: int,
+    least: float,
+    most: float,
+) -> tuple[Float[Array, "b s"], Int[Array, "b"]]:
     """Plays each item faster or slower, changing its pitch too (Ko et al. 2015).
 
     For small collections: one recording of a dog becomes many dogs. Samples are interpolated
-    linearly; the end of a slowed clip is cut off.
+    linearly.
 
     Args:
       key: random key.
       audio: waveforms.
       samples: number of true samples of each item; the rest are zeros.
+      middle: sample that becomes the middle of each result, unless the waveform's end is nearer;
+        None: results begin where the waveforms do.
+      length: length of the results, s.
       least, most: range of the log-uniform speed factor.
 
     Returns:
       Waveforms and their numbers of true samples.
     """
-    shape, length = samples.shape, audio.shape[1]
+    shape, last = samples.shape, audio.shape[1] + 1
     speed = jnp.exp(jax.random.uniform(key, shape, minval=jnp.log(least), maxval=jnp.log(most)))
-    place = jnp.arange(length) * speed[:, None]
+    begin = jnp.zeros_like(speed)
+    if middle is not None:
+        begin = jnp.clip(middle - speed * length / 2, 0, jnp.maximum(samples - speed * length, 0))
+    place = begin[:, None] + jnp.arange(length) * speed[:, None]
     left = jnp.floor(place).astype(jnp.int32)
     padded = jnp.pad(audio, ((0, 0), (0, 2)))
 
     def at(index: Array) -> Array:
-        return jnp.take_along_axis(padded, jnp.minimum(index, length + 1), axis=1)
+        return jnp.take_along_axis(padded, jnp.minimum(index, last), axis=1)
 
     share = (place - left).astype(audio.dtype)
     changed = at(left) * (1 - share) + at(left + 1) * share
-    return changed, jnp.clip(jnp.ceil(samples / speed), 1, length).astype(samples.dtype)
+    return changed, jnp.clip(jnp.ceil((samples - begin) / speed), 1, length).astype(samples.dtype)
 
 
 def at_other_speed(
-    batch: dict[str, Array], key: Array, speed: dict[str, float] | None
+    batch: dict[str, Array],
+    key: Array,
+    speed: dict[str, float] | None,
+    segment_samples: int | None = None,
 ) -> dict[str, Array]:
-    """Returns a batch with float `audio`, the speed of each clip changed.
+    """Returns a batch with float `audio`, the speed of each clip or anchor changed.
 
     Args:
-      batch: batch with `audio` [b, t] and, if `speed` is given, `samples` [b].
+      batch: batch with `audio` [b, t] and, if `speed` is given, `samples` [b]. With `anchor_sample`
+        [b], `audio` holds an anchor that begins there and what is around it; the result holds as
+        much of it as becomes the length of an anchor, about the anchor's middle.
       key: random key.
-      speed: keyword arguments of `change_speed`; None for no change.
+      speed: range of `change_speed`; None for no change.
+      segment_samples: length of an anchor, in samples; not needed without `anchor_sample`.
     """
     audio = to_float(batch["audio"])
     if speed is None:
         return {**batch, "audio": audio}
-    audio, samples = change_speed(key, audio, batch["samples"], **speed)
+    middle, length = None, audio.shape[1]
+    if "anchor_sample" in batch:
+        middle, length = batch["anchor_sample"] + segment_samples / 2, segment_samples
+    audio, samples = change_speed(key, audio, batch["samples"], middle, length=length, **speed)
     return {**batch, "audio": audio, "samples": samples}
 
 

@@ -38,12 +38,11 @@ def dry_run(config: ConfigDict) -> list[str]:
     key = jax.random.key(settings.seed)
     state = shapes(fresh, key, around.trained, rules=settings.sharding, mesh=mesh)
     from_table = settings.anchors.source == "table"
-    samples = settings.segment_samples if from_table else settings.clip_samples
     return describe(
         make_step(settings, separator, around, mesh),
         state,
         around.frozen,
-        clip_batch(settings.global_batch, samples, from_table=from_table),
+        clip_batch(settings.global_batch, settings.read_samples, from_table=from_table),
         counted=make_step(settings, separator, around, mesh, remat=False),
         mesh=mesh,
     )
@@ -55,7 +54,8 @@ def clip_batch(items: int, samples: int, *, from_table: bool) -> dict[str, jax.S
     batch = {name: shape(np.int32) for name in ("samples", "class_index", "record")}
     batch |= {name: shape(np.uint8) for name in ("conflict", "absent")}
     if from_table:
-        batch |= {"begin_sample": shape(np.int32), "score": shape(np.float32)}
+        batch |= {name: shape(np.int32) for name in ("begin_sample", "anchor_sample")}
+        batch["score"] = shape(np.float32)
     return {"audio": shape(np.int16, samples), **batch}
 
 

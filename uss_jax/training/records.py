@@ -100,13 +100,14 @@ def read_batches(
         start_step=start,
         stop_step=settings.total_steps,
         batch_size=clips_per_step,
-        clip_samples=settings.clip_samples if records.places is None else settings.segment_samples,
+        clip_samples=settings.read_samples,
         host=jax.process_index(),
         hosts=jax.process_count(),
         threads=data.threads,
         workers=data.workers,
         labels=labels,
         places=records.places,
+        around_samples=settings.read_samples - settings.segment_samples,
         max_corrupt=data.max_corrupt,
     )
 

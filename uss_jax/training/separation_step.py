@@ -47,7 +47,7 @@ class Anchoring:
 
     Attributes:
       segment_samples, min_dbfs, image: see `find_anchors`.
-      speed: arguments of `change_speed`, applied to the clips; None for no change.
+      speed: range of `change_speed`, applied to the clips; None for no change.
     """
 
     segment_samples: int
@@ -107,7 +107,7 @@ def make_separation_step(
     def gradient(params: Any, batch_stats: Any, frozen: Any, batch: Batch, key: Array):
         """Returns gradients, new batch statistics and metrics of a batch or a part of it."""
         keys = streams(key, _STREAMS)
-        batch = at_other_speed(batch, keys["speed"], anchoring.speed)
+        batch = at_other_speed(batch, keys["speed"], anchoring.speed, anchoring.segment_samples)
         anchors = find_anchors(
             nets.sed,
             frozen.get("sed"),

@@ -5,6 +5,7 @@ field with a default is optional; the default is what runs did before the key ex
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -87,6 +88,11 @@ class RunSettings:
         """Length to which clips are padded or cut, in samples."""
         return round(self.data.clip_seconds * self.sample_rate)
 
+    @property
+    def read_samples(self) -> int:
+        """Length of what is read of each clip, in samples."""
+        return self.clip_samples
+
 
 @dataclasses.dataclass(frozen=True)
 class AnchorSettings:
@@ -134,6 +140,14 @@ class SeparatorSettings(RunSettings):
     sed_net: str = "cnn14"
     query_bundle: str = ""
     query_net: str = "cnn14"
+
+    @property
+    def read_samples(self) -> int:
+        """With anchors of a table, an anchor and as much around it as `speed` can need."""
+        if self.anchors.source != "table":
+            return self.clip_samples
+        longest = math.ceil(self.segment_samples * (self.speed["most"] if self.speed else 1))
+        return max(self.segment_samples, min(longest, self.clip_samples))
 
     @property
     def norm_scope(self) -> str | int:

@@ -35,7 +35,7 @@ def make_tagging_step(
       outputs: names of the clip probabilities to train; their losses are averaged.
       mixup_alpha: alpha of mixup's Beta(alpha, alpha); None for no mixup.
       spec_augment_stripes: arguments of `spec_augment`; None for none.
-      speed: arguments of `change_speed`; None for none.
+      speed: range of `change_speed`; None for no change.
       noise: arguments of `add_noise`; None for none.
       max_norm_ratio: updates are skipped if their gradient norm exceeds this many times the running
         median, see training/guard.py; 0 for no limit.

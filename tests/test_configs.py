@@ -36,6 +36,7 @@ SHIPPED = [
     "quickstart.py:part=tagger",
     "quickstart.py:part=separator",
     "demo.py",
+    "demo.py:steps=20000",
     *(f"ablations.py:{name}" for name in ABLATIONS),
 ]
 

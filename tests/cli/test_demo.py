@@ -2,6 +2,7 @@
 
 import importlib.resources
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ import soundfile
 
 from uss_jax.bundles.bundle import read_bundle
 from uss_jax.cli.main import main
+from uss_jax.cli.separate import _not_separated_before
+from uss_jax.separation.input_files import find_input_files
 
 ASSETS = importlib.resources.files("uss_jax") / "assets"
 RATE = 32000
@@ -39,6 +42,8 @@ def street(tmp_path_factory):
 def test_one_line_takes_a_recording_apart(street, monkeypatch, capsys):
     place, sounds = street
     monkeypatch.chdir(place)
+    (place / "demo").mkdir()
+    (place / "demo/config.json").touch()  # another bundle, not meant
     assert main(["separate", "street.wav", "--levels", "1"]) == 0
     assert "model demo: a demonstration" in capsys.readouterr().err
     report = json.loads((place / "separated/street/report.json").read_text())
@@ -49,6 +54,22 @@ def test_one_line_takes_a_recording_apart(street, monkeypatch, capsys):
         inside = np.sum(estimate[span] ** 2)
         assert inside > 0.9 * np.sum(estimate**2), name
         assert abs(10 * np.log10(inside / 2 / np.sum(sound**2))) < 6, name
+
+
+def test_results_of_earlier_runs_are_separated_only_if_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = pathlib.Path("separated/street/level=1/Music.wav")
+    result.parent.mkdir(parents=True)
+    for file in ("street.wav", result, "separated/street/report.json", "list.txt"):
+        pathlib.Path(file).write_text(f"./{result}")
+
+    def left(*words, lists=()):
+        found = _not_separated_before(find_input_files(words, lists), "separated")
+        return sorted(str(one.path) for one in found)
+
+    assert left(".") == left("*.wav", "separated/*/*/*.wav") == ["street.wav"]
+    assert left(f"./{result}") == left(lists=["list.txt"]) == [str(result)]
+    assert left("separated", f"{result}") == [str(result)]
 
 
 def test_its_tagging_nets_are_those_of_yamnet():

@@ -139,6 +139,14 @@ def test_finetuned_tagger_gets_gradients_and_runs_in_training_mode(waveform):
     assert nonzero(moved) == {True}
 
 
+def test_finetuning_moves_class_vectors_and_embedding(waveform):
+    net, variables = with_variables(kind="class_vectors", finetune=True)
+    gradient, statistics = training_gradient(net, variables, waveform)
+    assert nonzero(gradient) == {True}
+    moved = jax.tree.map(lambda a, b: a - b, statistics, variables["batch_stats"])
+    assert nonzero(moved) == {True}
+
+
 def test_dropout_leaves_out_parts_of_the_condition_in_training_only(waveform):
     plain, variables = with_variables(kind="soft")
     dropping = plain.clone(dropout=0.5)

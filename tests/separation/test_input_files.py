@@ -14,6 +14,17 @@ def test_folders_and_patterns(recordings, monkeypatch):
     assert [one.path for one in found] == list(map(pathlib.Path, ("a.wav", "b.flac", "more/a.wav")))
 
 
+def test_what_is_named_itself_is_marked(recordings, monkeypatch, tmp_path):
+    monkeypatch.chdir(recordings)
+    (tmp_path / "list.txt").write_text("more/a.wav\n")
+    found = find_input_files([".", "*.wav", "./b.flac"], [tmp_path / "list.txt"])
+    assert {str(one.path): one.named for one in found} == {
+        "a.wav": False,
+        "b.flac": True,
+        "more/a.wav": True,
+    }
+
+
 def test_a_place_is_the_path_as_given_whatever_the_other_files(recordings, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert places(["recordings/a.wav", "recordings/more/a.wav"]) == [

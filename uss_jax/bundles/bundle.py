@@ -23,7 +23,7 @@ from uss_jax.bundles import nets
 from uss_jax.bundles.checkpoints import Checkpoints, latest_step, load_tree, save_tree
 from uss_jax.bundles.layout import require_same_layout
 from uss_jax.bundles.packaged import PACKAGED, find_bundle
-from uss_jax.bundles.tensors import PARTS_FILE, read_parts, write_tensors
+from uss_jax.bundles.tensors import PARTS_FILE, names_in, read_parts, write_tensors
 from uss_jax.disk.atomic import replacing_folder
 from uss_jax.disk.checked_json import (
     anything,
@@ -177,11 +177,11 @@ class Bundle:
         """Reads a part's variables without checking their hash; otherwise as `variables`."""
         if folder := self._folder(part):
             return load_tree(folder)
+        if packaged := self.packaged(part):
+            return packaged.read_unverified(part)
         in_file = read_parts(self.path / PARTS_FILE)
         if found := in_file.get(part) or in_file.get(_TRAINED_AS.get(part)):
             return {"batch_stats": {}, **found}
-        if packaged := self._packaged(part):
-            return packaged.read_unverified(part)
         # A run's nets are in its newest checkpoint, those of the query under `query`.
         step = latest_step(self.path / "checkpoints")
         if step is not None:
@@ -210,12 +210,15 @@ class Bundle:
         places = (self.path / part, self.path / "frozen" / part)
         return next((place for place in places if place.is_dir()), None)
 
-    def _packaged(self, part: str) -> "Bundle | None":
-        """Returns the tagger in the package whose hash a part has, if there is one."""
+    def packaged(self, part: str) -> "Bundle | None":
+        """Returns the tagger in the package that a part without variables here is read from."""
         wanted = self.config.get("hashes", {}).get(part)
-        if wanted and self.config["kind"] != "tagger":
-            return packaged_taggers().get(wanted)
-        return None
+        if not wanted or self.config["kind"] == "tagger" or self._folder(part):
+            return None
+        here = {name.split("/", 1)[0] for name in names_in(self.path / PARTS_FILE)}
+        if here & {part, _TRAINED_AS.get(part)}:
+            return None
+        return packaged_taggers().get(wanted)
 
     def _query_net(self) -> QueryNet:
         section = {"kind": "soft", **self._section("query")}

@@ -211,6 +211,23 @@ def build_query(section: Mapping[str, Any], model: Mapping[str, Any] | None) -> 
     return query
 
 
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a bundle's config with all fields of its nets.
+
+    Older versions wrote fewer; what is missing has its default.
+    """
+    found = dict(config)
+    if "separator" in config:
+        found["separator"] = fields_of(build_separator(config["separator"]))
+    if "sed" in config:
+        found["sed"] = {"model": fields_of(build_sed(config["sed"]["model"]))}
+    if "query" in config:
+        query = build_query({"kind": "soft", **config["query"]}, config["query"].get("model"))
+        model = query.tagger and fields_of(query.tagger)
+        found["query"] = {**fields_of(query), "tagger": None, "model": model}
+    return found
+
+
 def require_classes(net: TaggingNet | QueryNet, where: str) -> None:
     """Raises a UserError unless a net has as many classes as AudioSet, since labels index them."""
     wanted = len(load_ontology().class_mids)

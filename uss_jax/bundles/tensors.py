@@ -1,13 +1,14 @@
 """Safetensors files: foreign tensors, and the variables of a model's parts."""
 
+import contextlib
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from uss_jax.errors import UserError
@@ -24,8 +25,27 @@ def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     Raises:
       UserError: the file is damaged; the library checks all sizes against that of the file.
     """
-    try:
+    with _telling(path):
         return load_file(path)
+
+
+def names_in(path: pathlib.Path) -> set[str]:
+    """Returns the names of a file's tensors, which are not read; empty if there is no such file.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    if not path.is_file():
+        return set()
+    with _telling(path), safe_open(path, framework="np") as file:
+        return set(file.keys())
+
+
+@contextlib.contextmanager
+def _telling(path: pathlib.Path) -> Iterator[None]:
+    """Raises a UserError about a file that the library cannot read."""
+    try:
+        yield
     except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{path} cannot be read as a safetensors file ({str(error)[:200]}); get it again"

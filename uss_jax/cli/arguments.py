@@ -75,6 +75,21 @@ def input_files(args: argparse.Namespace) -> list:
     return recordings
 
 
+def add_threshold(parser: argparse.ArgumentParser, of: str) -> None:
+    """Adds --threshold, whose default None stands for HEARD of models/query.py.
+
+    Args:
+      parser: the parser.
+      of: what happens from this probability on.
+    """
+    parser.add_argument(
+        "--threshold",
+        type=number(0, 1),
+        metavar="P",
+        help=f"probability from which a class {of}, 0 to 1; default: 0.2",
+    )
+
+
 def add_precision(parser: argparse.ArgumentParser, of: str = "") -> None:
     """Adds --precision; `of` is put before its help."""
     parser.add_argument(

@@ -141,7 +141,10 @@ def _of_part(bundle: Bundle, part: str, variables: Variables, found: str) -> Ite
     net = nets.name_of(tables[part], fields) if part in tables else part
     stored = f" in {'/'.join(sorted(dtypes))}" if dtypes != {"float32"} else ""
     classes = f", {counted(fields['classes'], 'class', 'classes')}" if "classes" in fields else ""
-    yield f"{part}: {net}{classes}, {sum(sizes.values()):,} parameters{stored}, sha256 {found}"
+    where = " in the package" if bundle.packaged(part) else ""
+    yield (
+        f"{part}: {net}{classes}, {sum(sizes.values()):,} parameters{stored}{where}, sha256 {found}"
+    )
     if said != found:
         yield f"  differs from config.json ({said}): the bundle was changed or is damaged"
     yield from (f"  {name:<18}{size:>12,}" for name, size in sizes.items())

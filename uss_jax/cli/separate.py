@@ -20,13 +20,12 @@ import argparse
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
 
 from uss_jax.cli.arguments import (
     add_precision,
     add_recordings,
+    add_threshold,
     input_files,
-    number,
     path,
     positive,
     refuse_idle,
@@ -57,12 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --levels: count a class under its first parent only, as bytedance/uss does",
     )
     parser.add_argument("--query", type=path, metavar="PATH", help="see above")
-    parser.add_argument(
-        "--threshold",
-        type=number(0, 1),
-        metavar="P",
-        help="probability from which a class is active in a segment, 0 to 1; default: 0.2",
-    )
+    add_threshold(parser, "is active in a segment")
     parser.add_argument(
         "--residual", action="store_true", help="also write the recording minus the estimates"
     )
@@ -126,18 +120,21 @@ _DEMONSTRATION = (
 
 def run(args: argparse.Namespace) -> None:
     from uss_jax.bundles.model import Model
+    from uss_jax.bundles.packaged import PACKAGED
     from uss_jax.models.query import HEARD
     from uss_jax.separation.job import for_each, heard, separate_all
     from uss_jax.separation.recordings import Separator, Settings
 
     _refuse_idle_options(args)
     out = args.out or "separated"
-    recordings = _not_separated_before(input_files(args), args.audio, out)
-    if not args.model:
+    recordings = _not_separated_before(input_files(args), out)
+    place = args.model
+    if not place:
         args.model = "yamnet" if args.dry_run else "demo"
+        place = PACKAGED[args.model]  # whatever the working directory holds
     if args.model == "demo":
         print(_DEMONSTRATION, file=sys.stderr)
-    model = Model(args.model, args.precision)
+    model = Model(place, args.precision)
     threshold = HEARD if args.threshold is None else args.threshold
     if args.dry_run:
         failed = for_each(recordings, lambda one: print(heard(model, one.path, threshold)))
@@ -172,18 +169,18 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
-def _not_separated_before(recordings: list, named: Sequence[str], out: str) -> list:
-    """Leaves out the sounds of an earlier run, found in a folder, unless they are named."""
+def _not_separated_before(recordings: list, out: str) -> list:
+    """Leaves out the sounds of an earlier run, unless they are named themselves."""
     from uss_jax.separation.report import REPORT
 
-    place, named = pathlib.Path(os.path.abspath(out)), set(named)
+    place = pathlib.Path(os.path.abspath(out))
 
     def is_result(path: pathlib.Path) -> bool:
         above = pathlib.Path(os.path.abspath(path)).parents
         inside = [folder for folder in above if place in folder.parents]
         return any((folder / REPORT).is_file() for folder in inside)
 
-    return [one for one in recordings if str(one.path) in named or not is_result(one.path)]
+    return [one for one in recordings if one.named or not is_result(one.path)]
 
 
 def _refuse_idle_options(args: argparse.Namespace) -> None:

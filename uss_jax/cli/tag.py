@@ -8,7 +8,7 @@ and tags.png, a strip of each class's probability over time.
 import argparse
 import pathlib
 
-from uss_jax.cli.arguments import add_recordings, input_files, number, path, positive
+from uss_jax.cli.arguments import add_recordings, add_threshold, input_files, path, positive
 from uss_jax.errors import UserError, counted
 
 _INTERVALS_SHOWN = 4
@@ -24,13 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bundle or workdir with a detector; default: yamnet, which is in the package",
     )
     parser.add_argument("--out", type=path, metavar="DIR", help="folder for tags.json and tags.png")
-    parser.add_argument(
-        "--threshold",
-        type=number(0, 1),
-        default=0.2,
-        metavar="P",
-        help="probability from which a class counts as heard, 0 to 1; default: 0.2",
-    )
+    add_threshold(parser, "counts as heard")
     parser.add_argument(
         "--most",
         type=positive,
@@ -44,10 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from uss_jax.bundles.model import Model
     from uss_jax.disk.folder import make_folder
+    from uss_jax.models.query import HEARD
     from uss_jax.separation.input_files import InputFile, Places
     from uss_jax.separation.job import for_each
     from uss_jax.separation.tags import tag, write_tags
 
+    threshold = HEARD if args.threshold is None else args.threshold
     recordings = input_files(args)
     model = Model(args.model)
     _ = model.sed  # a model without a detector is told once
@@ -60,8 +56,8 @@ def run(args: argparse.Namespace) -> None:
         tags = tag(model, recording.path)
         if folder:
             make_folder(folder, "give another --out")
-            write_tags(folder, tags, model, args.threshold, args.most)
-        print(format_tags(tags, args.threshold, args.most), flush=True)
+            write_tags(folder, tags, model, threshold, args.most)
+        print(format_tags(tags, threshold, args.most), flush=True)
 
     failed = for_each(recordings, one)
     if failed:

@@ -25,10 +25,10 @@ def run(args: argparse.Namespace) -> None:
     with joined_hosts(args):
         config = load_config(args.config, args.config_overrides)
         train_tagger(config, args.workdir)
-        workdir = one_line(args.workdir)
+        workdir, net = one_line(args.workdir), config.tagger.net
         say(
             f"{workdir} holds the tagging net, for detection and for queries. To train a separator "
-            f"with it: `uss-jax train ... --config.sed_bundle={workdir} "
-            f"--config.query_bundle={workdir}`; to find anchors once: `uss-jax mine ... --sed "
-            f"{workdir}`"
+            f"with it: `uss-jax train ... --config.sed_bundle={workdir} --config.sed_net={net} "
+            f"--config.query_bundle={workdir} --config.query_net={net}`; to find anchors once: "
+            f"`uss-jax mine ... --sed {workdir}`"
         )

@@ -3,7 +3,7 @@
 Each mixture is separated with
 - the condition of the clean source ("oracle"),
 - the condition averaged over training recordings of its class ("class average"),
-- the tagging probability of its class in the mixture, others zero ("class vector"),
+- the tagging probability of its class in the mixture, others zero ("class alone"),
 - the oracle of an unrelated item ("shuffled oracle"): shows whether the query matters, and its
   level shows the leakage when the queried sound is absent.
 The source as its own mixture ("target alone") shows the distortion added by the net. Two baselines
@@ -26,7 +26,7 @@ from uss_jax.evaluation.items import Batches, on_host, samples_digest
 from uss_jax.evaluation.metrics import is_silent
 from uss_jax.ontology import load_ontology
 
-ORACLE, AVERAGE, CLASS = "oracle", "class average", "class vector"
+ORACLE, AVERAGE, CLASS = "oracle", "class average", "class alone"
 SHUFFLED, IDENTITY = "shuffled oracle", "target alone"
 MIXTURE, HALF = "the mixture", "half the mixture"
 # In the order of the table.

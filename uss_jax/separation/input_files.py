@@ -21,10 +21,12 @@ class InputFile:
     Attributes:
       path: audio file.
       place: folder for its results, relative to the output folder.
+      named: whether it was named itself, not by a folder or a pattern.
     """
 
     path: pathlib.Path
     place: pathlib.PurePath
+    named: bool = True
 
 
 class Places:
@@ -67,8 +69,9 @@ def find_input_files(
     found: dict[str, InputFile] = {}
     for word in (*words, *_listed(lists)):
         for path in _named_by(word):
-            recording = InputFile(path, _place(path, word))
-            found.setdefault(os.path.abspath(path), recording)
+            key, named = os.path.abspath(path), path == pathlib.Path(word)
+            one = found.get(key, InputFile(path, _place(path, word), named))
+            found[key] = dataclasses.replace(one, named=one.named or named)
     return list(found.values())
 
 

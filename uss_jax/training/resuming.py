@@ -1,7 +1,6 @@
 """Resuming a run: from its last checkpoint, if that is intact and of the same nets and data."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from uss_jax.bundles import nets
 from uss_jax.bundles.bundle import read_bundle
 from uss_jax.bundles.checkpoints import Checkpoints
 from uss_jax.bundles.failures import DamagedCheckpoint
@@ -36,14 +36,6 @@ _MAY_CHANGE = frozenset(
     }.items()
     for key in keys
 )
-# Entries that config.json of older versions lacks, with what was meant.
-_ENTRIES_BEFORE = {
-    "separator.net": "resunet",
-    "query.model.net": "cnn14",
-    "sed.model.net": "cnn14",
-    "separator.condition_norm": 0.0,
-    "query.one_class_share": 0.0,
-}
 # Schema of a checkpoint's data position, see `position_of`.
 _POSITION = record(
     {"seed": whole(0, 2**64), "global_batch": whole(1, 2**31), "index_digest": text()},
@@ -97,7 +89,7 @@ def resume(
         saved = read_bundle(workdir).config
         try:
             saved_position = checkpoints.position(step, _POSITION)
-            _require_same_nets(saved, json.loads(json.dumps(about)))
+            _require_same_nets(nets.completed(saved), nets.completed(about))
             _require_same_data(saved_position, position, index)
             _require_same_drawing(type(settings), saved["training"], about["training"])
             state = restore_state(checkpoints, step, like)
@@ -241,8 +233,7 @@ def _require_same_nets(saved: Any, wanted: Any, where: str = "") -> None:
         for key in [*wanted, *(key for key in saved if key not in wanted)]:
             if where or key != "training":
                 name = f"{where}.{key}".strip(".")
-                before = saved.get(key, _ENTRIES_BEFORE.get(name))
-                _require_same_nets(before, wanted.get(key), name)
+                _require_same_nets(saved.get(key), wanted.get(key), name)
     elif saved != wanted:
         saved, wanted = ("{...}" if isinstance(x, dict) else x for x in (saved, wanted))
         raise UserError(

@@ -37,6 +37,10 @@ SHIPPED = [
     "quickstart.py:part=separator",
     "demo.py",
     "demo.py:steps=20000",
+    "bandsplit.py",
+    "bandsplit.py:size=tiny",
+    "bandsplit.py:size=small,condition=embedding,data=balanced",
+    "bandsplit.py:size=large,query=yamnet,sed=yamnet",
     *(f"ablations.py:{name}" for name in ABLATIONS),
 ]
 
@@ -126,6 +130,9 @@ def test_the_published_tagger():
         "resunet30.py:data=some",
         "resunet30.py:soft",
         "resunet30.py:size=big",
+        "bandsplit.py:size=big",
+        "bandsplit.py:size=tiny,condition=soft",
+        "demo.py:steps=0",
         "quickstart.py:part=all",
         "tagger_cnn14.py:part=all",
     ],

@@ -3,6 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.tiny import CONFIGS
+from uss_jax.bundles.nets import build_separator
+from uss_jax.cli.config import load_config
 from uss_jax.devices.cost import (
     device_bytes,
     flops_by_way,
@@ -37,7 +40,10 @@ def test_products_and_convolutions_are_counted_by_hand():
 
 def _separate(net):
     mixture, condition = SHAPE((2, 1, 64000), np.float32), SHAPE((2, 527), np.float32)
-    variables = jax.eval_shape(net.init, jax.random.key(0), mixture, condition)
+    variables = {
+        "batch_stats": {},
+        **jax.eval_shape(net.init, jax.random.key(0), mixture, condition),
+    }
 
     def separate(params, stats, mixture, condition):
         variables = {"params": params, "batch_stats": stats}
@@ -51,6 +57,13 @@ def test_the_published_separator_costs_what_is_said_of_it():
     assert model_flops(separate, *arguments) / 2 == pytest.approx(2 * 51e9, rel=0.02)
     gradient = jax.grad(lambda *x: jnp.sum(separate(*x)))
     assert model_flops(gradient, *arguments) / 2 == pytest.approx(0.31e12, rel=0.02)
+
+
+@pytest.mark.parametrize(("size", "macs"), [("small", 14.4e9), ("base", 54e9), ("large", 236e9)])
+def test_band_split_separators_cost_what_is_said_of_them(size, macs):
+    config = load_config(str(CONFIGS / f"bandsplit.py:size={size}"), [])
+    separate, arguments = _separate(build_separator(config.separator.to_dict()))
+    assert model_flops(separate, *arguments) / 2 == pytest.approx(2 * macs, rel=0.02)
 
 
 def test_bfloat16_nearly_halves_what_is_kept_for_the_backward_pass_and_remat_takes_more_of_it():

@@ -27,6 +27,7 @@ from uss_jax.devices.mesh import (
     to_devices,
 )
 from uss_jax.errors import UserError
+from uss_jax.models.bandsplit import BandSplit
 from uss_jax.models.query import QueryNet
 from uss_jax.models.resunet import ResUNet
 from uss_jax.training.examples import Mixing
@@ -70,14 +71,15 @@ print(jax.device_count())
     assert int(run.stdout) == (chosen or by_itself)
 
 
-def _separation(channels=(4, 4), gather=lambda params: params, **fields):
+def _separation(channels=(4, 4), gather=lambda params: params, separator=None, **fields):
     """Step, state and frozen variables: device-found anchors, soft condition.
 
     One mixing group spans all devices.
     """
-    separator = ResUNet(n_fft=128, hop_samples=64, channels=channels, condition_width=527)
+    if separator is None:
+        separator = ResUNet(n_fft=128, hop_samples=64, channels=channels, condition_width=527)
     separator = separator.clone(**fields)
-    variables = random_variables(separator, (1, 1, SEGMENT), (1, 527))
+    variables = {"batch_stats": {}, **random_variables(separator, (1, 1, SEGMENT), (1, 527))}
     tagger = tagger_variables(net=SMALL)
     step = make_separation_step(
         Nets(separator, QueryNet(SMALL, "soft"), SED),
@@ -208,6 +210,14 @@ def test_published_structure_reduces_twice_a_batch_norm_and_never_gathers(
     text = _compiled(made).as_text()
     print(f"\n{_reduces(text)} all-reduces")
     assert least <= _reduces(text) <= most
+    assert not re.search(r"\b(all-gather|all-to-all)(-start)?\(", text)
+
+
+def test_a_band_split_step_reduces_its_gradients_alone(quick_compilation):
+    bands = dict(n_fft=128, hop_samples=64, bands=(4,) * 16, width=8, layers=2, head_width=4)
+    net = BandSplit(**bands, hidden_width=8, condition_width=527, remat=True)
+    text = _compiled(_separation(separator=net)).as_text()
+    assert 1 <= _reduces(text) <= 1 + 2
     assert not re.search(r"\b(all-gather|all-to-all)(-start)?\(", text)
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Integer
 from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
 from uss_jax.disk.checked_json import Rule, flag, list_of, number, text, whole
 from uss_jax.errors import UserError
+from uss_jax.models.bandsplit import BandSplit
 from uss_jax.models.cnn14 import Cnn14, Cnn14DecisionLevelMax
 from uss_jax.models.htsat import HTSAT
 from uss_jax.models.norm import MOMENTUM
@@ -31,7 +32,7 @@ Module = TypeVar("Module", bound=nn.Module)
 Entry = TypeVar("Entry")
 
 # Nets by their name in a config (`net`, by default the first).
-SEPARATORS: dict[str, type[SeparatorNet]] = {"resunet": ResUNet}
+SEPARATORS: dict[str, type[SeparatorNet]] = {"resunet": ResUNet, "bandsplit": BandSplit}
 # Tagging nets: the class for each role. Both roles have the same variables.
 TAGGERS = {
     "cnn14": {"query": Cnn14, "sed": Cnn14DecisionLevelMax},
@@ -60,6 +61,11 @@ FIELD_RULES: dict[str, Rule] = {
     "repeat_short": flag(),
     "stochastic_depth": number(0, 0.999),
     "blocks_per_level": whole(1, 16),
+    "bands": list_of(whole(1, 16384), 1, 16384),
+    "width": whole(1, 16384),
+    "layers": whole(1, 96),
+    "head_width": whole(2, 1024),
+    "hidden_width": whole(1, 65536),
     "audio_channels": whole(1, 64),
     "condition_width": whole(1, 100_000),
     "condition_norm": number(0, 1000),

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from uss_jax.models import cpu_conv
+from uss_jax.models.compute_dtype import in_compute_dtype
 from uss_jax.models.reductions import sum_places
 from uss_jax.models.vjp import custom_vjp
 
@@ -79,16 +80,6 @@ class Conv1x1(nn.Module):
         *maps, kernel, bias = in_compute_dtype(self.dtype, *maps, kernel, bias)
         product = linear(tuple(maps), kernel[0, 0])
         return add_bias(product, bias) if onto is None else add_bias(onto, bias) + product
-
-
-def in_compute_dtype(dtype: str, *arrays: Array) -> tuple[Array, ...]:
-    """Casts arrays to the dtype that a layer computes in.
-
-    "float32" means at least float32: with float64 arrays the layer computes in float64.
-    """
-    if dtype == "float32":
-        dtype = jnp.result_type(jnp.float32, *arrays)
-    return tuple(a.astype(dtype) for a in arrays)
 
 
 @jax.custom_vjp

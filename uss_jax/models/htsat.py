@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from uss_jax.models.compute_dtype import flax_dtype
 from uss_jax.models.norm import BatchNorm
-from uss_jax.models.swin import PATCH, WINDOW, PatchEmbedding, Stage, flax_dtype, layer_norm
+from uss_jax.models.swin import PATCH, WINDOW, PatchEmbedding, Stage, layer_norm
 from uss_jax.models.tagging import TAGGING_MOMENTUM, Augment, front_end
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from uss_jax.models.conv import in_compute_dtype
+from uss_jax.models.compute_dtype import flax_dtype, in_compute_dtype
 
 PATCH = 4  # pixels per side
 WINDOW = 8  # tokens per side
@@ -159,11 +159,6 @@ class WindowAttention(nn.Module):
         self.sow("intermediates", "probabilities", probabilities)
         y = jnp.einsum("bwhqk,bwkhd->bwqhd", probabilities.astype(v.dtype), v)
         return dense(c, self.dtype, name="projection")(y.reshape(b, w, p, c))
-
-
-def flax_dtype(dtype: str) -> str | None:
-    """Returns the `dtype` for Flax layers: None for "float32", so that float64 stays float64."""
-    return None if dtype == "float32" else dtype
 
 
 def dense(features: int, dtype: str, **arguments) -> nn.Dense:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from uss_jax.audio.mel import htk_mel_matrix
 from uss_jax.audio.polyphase import resample_on_device
 from uss_jax.audio.precise_dft import magnitudes
-from uss_jax.models.conv import in_compute_dtype
+from uss_jax.models.compute_dtype import in_compute_dtype
 from uss_jax.models.tagging import Augment
 
 # The front end; waveforms at other rates are resampled to this one.

@@ -1,0 +1,371 @@
+"""The band-split separator: attention over time and over bands, conditioned by adaptive norms.
+
+The spectrum is cut into bands, each of which becomes one vector a frame. Layers of attention over
+time and over bands change these vectors, and from each a complex mask of its band is computed. The
+family is that of BS-RoFormer (arXiv:2309.02612), Mel-Band RoFormer (arXiv:2310.01809) and
+TF-Locoformer (arXiv:2408.03440); the condition modulates every norm as in DiT (arXiv:2212.09748).
+Nearly all work is in matrix products, and there are no batch statistics.
+
+Letters: `b` batch, `a` audio channels, `c` any number of channels, `t` samples, `n` frames, `f`
+bins, `k` bands, `d` width of the condition, `w` width of the net, `s` length of a sequence.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Complex, Float
+
+from uss_jax.audio.stft import istft, stft
+from uss_jax.models.compute_dtype import flax_dtype, in_compute_dtype
+from uss_jax.models.film import scaled_to
+
+_WINDOW_FRAMES = 128
+_CONTEXT_FRAMES = 32
+# Added to mean squares, of samples up to 1: about -100 dB of full scale for a band's bin.
+_FLOOR = 1e-8
+_ROTARY_BASE = 10_000.0
+
+
+def mel_bands(count: int, n_fft: int, sample_rate: int) -> tuple[int, ...]:
+    """Returns widths of bands, in bins, that are about equally wide on the mel scale.
+
+    Widths are powers of two, so that neighbouring bands are equally wide and share one product.
+
+    Args:
+      count: the bands aimed at; the result has about as many.
+      n_fft: length of the transform, in samples; the widths add up to half of it.
+      sample_rate: in Hz.
+    """
+    bins, hertz = n_fft // 2, sample_rate / n_fft
+    mel_per_band = 2595 * np.log10(1 + sample_rate / 2 / 700) / count
+    widths: list[int] = []
+    while (first := sum(widths)) < bins:
+        # A mel is this many Hz wide at the band's lower end.
+        wanted = mel_per_band * (700 + first * hertz) * np.log(10) / 2595 / hertz
+        width = 2 ** max(0, round(np.log2(wanted)))
+        widths.append(min(max(width, widths[-1] if widths else 1), bins - first))
+    return tuple(widths)
+
+
+def normalised(x: Float[Array, "*any w"]) -> Float[Array, "*any w"]:
+    """Divides vectors by their root mean square, in float32."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+
+
+def rotated(x: Float[Array, "b s h e"]) -> Float[Array, "b s h e"]:
+    """Rotates pairs of features by angles in proportion to their position in the sequence.
+
+    Rotary positions (arXiv:2104.09864): products of two rotated vectors depend on their distance
+    only. Feature i and feature i + e/2 are a pair.
+    """
+    length, half = x.shape[1], x.shape[-1] // 2
+    speed = _ROTARY_BASE ** (-np.arange(half) / half)
+    angle = np.arange(length)[:, None, None] * speed
+    cos, sin = (
+        jnp.asarray(of(angle), jnp.promote_types(x.dtype, jnp.float32)) for of in (np.cos, np.sin)
+    )
+    first, second = x[..., :half], x[..., half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+class Attention(nn.Module):
+    """Attention of every vector of a sequence to all others, with rotary positions."""
+
+    head_width: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b s w"]) -> Float[Array, "b s w"]:
+        width = x.shape[-1]
+        shape = *x.shape[:2], width // self.head_width, self.head_width
+        dense = dict(use_bias=False, dtype=flax_dtype(self.dtype))
+        query, key, value = (
+            nn.Dense(width, name=name, **dense)(x).reshape(shape)
+            for name in ("query", "key", "value")
+        )
+        query, key = (rotated(v).astype(value.dtype) for v in (query, key))
+        found = attended(query, key, value)
+        return nn.Dense(width, name="out", **dense)(found.reshape(x.shape))
+
+
+def attended(
+    query: Float[Array, "b s h e"], key: Float[Array, "b s h e"], value: Float[Array, "b s h e"]
+) -> Float[Array, "b s h e"]:
+    """Returns attention of every query to all keys; the softmax is computed in float32.
+
+    On a GPU, cuDNN's kernel computes it without storing the products, for values that it takes.
+    """
+    width = value.shape[-1]
+    kernel_takes_it = value.dtype == jnp.bfloat16 and width % 8 == 0 and width <= 128
+    if kernel_takes_it and jax.default_backend() == "gpu":
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    dtype = jnp.promote_types(value.dtype, jnp.float32)
+    products = jnp.einsum("bqhe,bkhe->bhqk", query, key, preferred_element_type=dtype)
+    weights = nn.softmax(products / math.sqrt(width)).astype(value.dtype)
+    return jnp.einsum("bhqk,bkhe->bqhe", weights, value)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers, of which a third gates the inner one (SwiGLU, arXiv:2002.05202)."""
+
+    hidden_width: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b s w"]) -> Float[Array, "b s w"]:
+        dense = dict(use_bias=False, dtype=flax_dtype(self.dtype))
+        gate = nn.silu(nn.Dense(self.hidden_width, name="gate", **dense)(x))
+        inner = nn.Dense(self.hidden_width, name="inner", **dense)(x)
+        return nn.Dense(x.shape[-1], name="outer", **dense)(gate * inner)
+
+
+class Layer(nn.Module):
+    """Attention over time, then over bands, each followed by a feed-forward net."""
+
+    head_width: int
+    hidden_width: int
+    dtype: str
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n k w"], asked: Float[Array, "#b _"]
+    ) -> Float[Array, "b n k w"]:
+        for axis in ("time", "bands"):
+            x = jnp.swapaxes(x, 1, 2)  # the axis of the sequence is now the last but one
+            for part, net in (
+                ("attention", Attention(self.head_width, self.dtype, name=f"{axis}_attention")),
+                ("forward", FeedForward(self.hidden_width, self.dtype, name=f"{axis}_forward")),
+            ):
+                name = f"{axis}_{part}_norm"
+                y, gate = AdaptiveNorm(gated=True, name=name)(x, asked)
+                (y,) = in_compute_dtype(self.dtype, y)
+                y = net(y.reshape(-1, *x.shape[2:])).reshape(x.shape)
+                x = x + gate.astype(x.dtype) * y
+        return x
+
+
+class AdaptiveNorm(nn.Module):
+    """Normalises vectors, then scales and shifts them as the condition says.
+
+    Everything that the condition does is 0 at first, so a gated branch is closed.
+    """
+
+    gated: bool
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b _ _ w"], asked: Float[Array, "#b _"]
+    ) -> tuple[Float[Array, "b _ _ w"], Float[Array, "#b 1 1 w"] | None]:
+        """Returns the vectors, in float32, and the gate of the branch that they enter, if any."""
+        zeros = nn.initializers.zeros_init()
+        made = nn.Dense((2 + self.gated) * x.shape[-1], kernel_init=zeros, name="modulation")(asked)
+        scale, shift, *gate = jnp.split(made[:, None, None], 2 + self.gated, axis=-1)
+        return normalised(x) * (1 + scale) + shift, gate[0] if gate else None
+
+
+class PerBand(nn.Module):
+    """A linear layer of its own for each band; neighbouring bands of equal width share a product.
+
+    Attributes:
+      widths: for each band, the number of its features that are read or made.
+      features: width of the result for every band; None if `widths` are those of the result.
+      scale: variance of the initial kernel, relative to that which keeps the input's.
+      bias: initial bias of each band's features.
+    """
+
+    widths: tuple[int, ...]
+    features: int | None
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, parts: Sequence[Float[Array, "b n _ _"]]) -> list[Float[Array, "b n _ _"]]:
+        """Maps runs of equally wide bands [b, n, bands, features], one array a run."""
+        init = nn.initializers.variance_scaling(
+            self.scale, "fan_in", "normal", in_axis=1, out_axis=2, batch_axis=0
+        )
+        made = []
+        for number, ((count, width), x) in enumerate(zip(runs(self.widths), parts, strict=True)):
+            shape = count, x.shape[-1], self.features or width
+            kernel = self.param(f"kernel{number}", init, shape)
+            bias = self.param(f"bias{number}", nn.initializers.zeros_init(), (count, shape[-1]))
+            y = jnp.einsum("bnkf,kfg->bnkg", x, kernel.astype(x.dtype))
+            made.append(y + bias.astype(x.dtype))
+        return made
+
+
+def runs(widths: Sequence[int]) -> list[tuple[int, int]]:
+    """Returns (number of bands, width) for each run of equally wide bands."""
+    return [(len(list(alike)), width) for width, alike in itertools.groupby(widths)]
+
+
+def cut_bands(x: Float[Array, "b n f *more"], widths: Sequence[int]) -> list[Array]:
+    """Cuts bins into bands: for each run of equally wide ones [b, n, bands, width, ...]."""
+    parts, first = [], 0
+    for count, width in runs(widths):
+        run = x[:, :, first : first + count * width]
+        parts.append(run.reshape(*x.shape[:2], count, width, *x.shape[3:]))
+        first += count * width
+    return parts
+
+
+class BandSplit(nn.Module):
+    """Extracts the sound described by a condition from a mixture.
+
+    The mask is any complex number for every bin but the Nyquist bin, where it is 0; it starts at
+    1/2. STFT, norms and masks are computed in float32, all other products in `dtype`.
+
+    Attributes:
+      n_fft: STFT window length in samples.
+      hop_samples: STFT hop in samples.
+      bands: widths of the bands in bins, from 0 Hz on; n_fft / 2 in all.
+      width: w, length of the vector of a band in a frame.
+      layers: number of layers, each of attention over time and over bands.
+      head_width: width of an attention head, even; divides `width`.
+      hidden_width: width inside the feed-forward nets.
+      audio_channels: channels of mixture and estimate.
+      condition_width: d.
+      condition_norm: norm to which conditions are scaled, see `scaled_to`; 0 leaves them.
+      dtype: compute dtype, "float32" or "bfloat16"; parameters are float32.
+      remat: recompute the layers in the backward pass instead of storing what they compute.
+    """
+
+    n_fft: int = 2048
+    hop_samples: int = 512
+    bands: tuple[int, ...] = mel_bands(60, 2048, 32000)
+    width: int = 256
+    layers: int = 4
+    head_width: int = 64
+    hidden_width: int = 683
+    audio_channels: int = 1
+    condition_width: int = 527
+    condition_norm: float = 0.0
+    dtype: str = "float32"
+    remat: bool = False
+
+    @property
+    def grid_samples(self) -> int:
+        """One hop."""
+        return self.hop_samples
+
+    @property
+    def window_samples(self) -> int:
+        """128 frames."""
+        return _WINDOW_FRAMES * self.hop_samples
+
+    @property
+    def context_samples(self) -> int:
+        """32 frames."""
+        return _CONTEXT_FRAMES * self.hop_samples
+
+    def for_training(self, norm_scope: str | int, remat: bool) -> "BandSplit":
+        """Returns the net with `remat` set; it has no batch norms."""
+        del norm_scope
+        return self.clone(remat=remat)
+
+    def __call__(
+        self,
+        mixture: Float[Array, "b a t"],
+        condition: Float[Array, "#b d"],
+        train: bool = False,
+    ) -> Float[Array, "b a t"]:
+        """Returns the estimated target.
+
+        Args:
+          mixture: waveforms of any length.
+          condition: one vector per item, or one for all.
+          train: without effect, since there are neither batch statistics nor dropout.
+
+        Raises:
+          ValueError: audio channels or condition width do not fit the net, or its fields clash.
+        """
+        del train
+        spectrum = stft(mixture, self.n_fft, self.hop_samples)
+        mask = self.mask(spectrum, condition)
+        return istft(spectrum * mask, self.n_fft, self.hop_samples, mixture.shape[-1])
+
+    def separate_with_shared_mask(
+        self, mixture: Float[Array, "b c t"], condition: Float[Array, "#b d"]
+    ) -> Float[Array, "b c t"]:
+        """Separates any number of channels with a one-channel net, all by the same mask.
+
+        Each bin's mask is the mean of the channels' own masks, weighted with their power, so what
+        is out of phase in two channels does not vanish. For equal channels it is that of each.
+        """
+        items, channels, samples = mixture.shape
+        spectrum = stft(mixture, self.n_fft, self.hop_samples)
+        alone = spectrum.reshape(items * channels, 1, *spectrum.shape[2:])
+        if condition.shape[0] > 1:
+            condition = jnp.repeat(condition, channels, axis=0)
+        masks = self.mask(alone, condition).reshape(spectrum.shape)
+        power = jnp.square(spectrum.real) + jnp.square(spectrum.imag) + 1e-20
+        mask = jnp.sum(masks * power, axis=1, keepdims=True) / jnp.sum(power, 1, keepdims=True)
+        return istft(spectrum * mask, self.n_fft, self.hop_samples, samples)
+
+    @nn.compact
+    def mask(
+        self, spectrum: Complex[Array, "b a n f"], condition: Float[Array, "#b d"]
+    ) -> Complex[Array, "b a n f"]:
+        """Computes the complex mask of a spectrum."""
+        self._check(spectrum, condition)
+        if self.condition_norm:
+            condition = scaled_to(condition, self.condition_norm)
+        asked = nn.silu(nn.Dense(self.width, name="condition")(condition))
+
+        parts = PerBand(self.bands, self.width, name="split")(self._features(spectrum))
+        (x,) = in_compute_dtype(self.dtype, jnp.concatenate(parts, axis=2))
+        layer = nn.remat(Layer) if self.remat else Layer
+        for i in range(1, self.layers + 1):
+            fields = self.head_width, self.hidden_width, self.dtype
+            x = layer(*fields, name=f"layer{i}")(x, asked)
+
+        x, _ = AdaptiveNorm(gated=False, name="norm")(x, asked)
+        counts = np.cumsum([count for count, _ in runs(self.bands)])[:-1]
+        inner = PerBand(self.bands, self.width, name="inner")(jnp.split(x, counts, axis=2))
+        made = tuple(2 * self.audio_channels * width for width in self.bands)
+        outer = PerBand(made, None, scale=0.01, name="merge")(list(map(nn.silu, inner)))
+        return self._joined(outer)
+
+    def _features(self, spectrum: Complex[Array, "b a n f"]) -> list[Float[Array, "b n _ _"]]:
+        """Returns the bands' features: their bins at a root mean square of 1, and its logarithm."""
+        planes = jnp.stack([spectrum.real, spectrum.imag], axis=-1)[:, :, :, :-1]
+        features = []
+        for band in cut_bands(jnp.moveaxis(planes, 1, -1), self.bands):
+            flat = band.reshape(*band.shape[:3], -1)
+            square = jnp.mean(jnp.square(flat), axis=-1, keepdims=True) + _FLOOR
+            level = 0.1 * jnp.log(square)
+            features.append(jnp.concatenate([flat * jax.lax.rsqrt(square), level], axis=-1))
+        return features
+
+    def _joined(self, parts: Sequence[Float[Array, "b n _ _"]]) -> Complex[Array, "b a n f"]:
+        """Joins the bands' masks and appends that of the Nyquist bin, 0."""
+        items, frames = parts[0].shape[:2]
+        flat = [part.reshape(items, frames, -1, self.audio_channels, 2) for part in parts]
+        planes = jnp.moveaxis(jnp.concatenate(flat, axis=2), 3, 1)  # [b, a, n, f, 2]
+        mask = jax.lax.complex(planes[..., 0] + 0.5, planes[..., 1])
+        return jnp.pad(mask, [(0, 0)] * 3 + [(0, 1)])
+
+    def _check(self, spectrum: Array, condition: Array) -> None:
+        if spectrum.shape[1] != self.audio_channels:
+            raise ValueError(
+                f"the separator takes {self.audio_channels} audio channels, "
+                f"the mixture has {spectrum.shape[1]}"
+            )
+        if condition.shape[-1] != self.condition_width:
+            raise ValueError(
+                f"the separator takes a condition of width {self.condition_width}, "
+                f"this one has {condition.shape[-1]}"
+            )
+        if sum(self.bands) != self.n_fft // 2:
+            raise ValueError(
+                f"bands add up to {sum(self.bands)} bins, not to n_fft / 2 = {self.n_fft // 2}"
+            )
+        if self.width % self.head_width or self.head_width % 2:
+            raise ValueError(
+                f"head_width={self.head_width} is odd or does not divide width={self.width}"
+            )

@@ -21,11 +21,11 @@ from ml_collections import ConfigDict
 
 def get_config():
     config = runpy.run_path({str(CONFIGS / "resunet30.py")!r})["get_config"]()
-    config.separator = ConfigDict(
-        dict(net="gains", n_fft=128, hop_samples=64, audio_channels=1, dtype="float32")
-    )
+    config.separator = ConfigDict(SEPARATOR)
     return config
 """
+COMMON = dict(n_fft=128, hop_samples=64, audio_channels=1, dtype="float32")
+BANDS = dict(bands=(2,) * 16 + (8,) * 4, width=8, layers=1, head_width=4, hidden_width=12)
 
 
 class Gains(nn.Module):
@@ -63,13 +63,16 @@ class Gains(nn.Module):
 
 
 @pytest.mark.long
-def test_it_trains_is_measured_separates_and_is_exported(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "separator", [dict(net="gains", **COMMON), dict(net="bandsplit", **COMMON, **BANDS)]
+)
+def test_it_trains_is_measured_separates_and_is_exported(tmp_path, monkeypatch, separator):
     monkeypatch.setitem(nets.SEPARATORS, "gains", Gains)
     place, run, out = write_place(tmp_path), tmp_path / "run", str(tmp_path / "pairs.json")
     write_pairs(tmp_path / "pairs", [1, 300])
-    (tmp_path / "gains.py").write_text(CONFIG)
+    (tmp_path / "other.py").write_text(CONFIG.replace("SEPARATOR", repr(separator)))
     changed = {"eval.pairs": tmp_path / "pairs", "eval.every_steps": 2, "total_steps": 4}
-    words = train_words(str(tmp_path / "gains.py"), place, run, changed)
+    words = train_words(str(tmp_path / "other.py"), place, run, changed)
     words = [word for word in words if not word.startswith("--config.separator.")]
     assert main(words) == 0
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -89,5 +92,5 @@ def test_it_trains_is_measured_separates_and_is_exported(tmp_path, monkeypatch):
     for form in ("orbax", "safetensors"):
         exported = str(tmp_path / form)
         assert main(["export", str(run), "--format", form, "--out", exported]) == 0
-        assert any("gains" in line for line in inspect(exported))
-    assert "separator: gains" in "\n".join(inspect(run))
+        assert any(separator["net"] in line for line in inspect(exported))
+    assert f"separator: {separator['net']}" in "\n".join(inspect(run))

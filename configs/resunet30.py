@@ -141,6 +141,9 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
     config.keep_best = 1  # number with the highest SDRi in evaluation, in addition
     # If the newest checkpoint is damaged: "set_aside" to resume from the one before, or "stop".
     config.damaged_checkpoint = "set_aside"
+    # Bundle, workdir or converted checkpoint whose parameters a new run starts from; "" for none.
+    config.init_from = ""
+    config.init_partly = False  # take what has the same name and shape, else all must
 
     config.eval = ConfigDict()
     config.eval.pairs = ""  # folder written by `uss-jax make-pairs`; no evaluation if empty

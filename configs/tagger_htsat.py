@@ -92,6 +92,9 @@ def get_config() -> ConfigDict:
     config.keep_checkpoints = 3
     # If the newest checkpoint is damaged: "set_aside" to resume from the one before, or "stop".
     config.damaged_checkpoint = "set_aside"
+    # Bundle, workdir or converted checkpoint whose parameters a new run starts from; "" for none.
+    config.init_from = ""
+    config.init_partly = False  # take what has the same name and shape, else all must
 
     config.profile = ConfigDict()
     config.profile.steps = ()  # (first, last) steps to profile; the trace goes to the workdir

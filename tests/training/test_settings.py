@@ -38,6 +38,7 @@ def test_a_config_file_of_other_keys_or_types_is_said(change, said):
         ({"data.clip_seconds": 1e9}, "clip_seconds is 1000000000.0, expected a number from 0.01"),
         ({"data.threads": 0}, "config.data.threads is 0, expected a whole number from 1 to 256"),
         ({"data.workers": -1}, "config.data.workers is -1, expected a whole number from 0 to"),
+        ({"init_partly": True}, "config.init_partly has no effect without config.init_from"),
         ({"data.max_corrupt": -1}, "config.data.max_corrupt is -1, expected a whole number"),
         ({"data.share": 0.0}, "config.data.share is 0.0, expected above 0 and at most 1"),
         ({"data.class_weights.Drum": "many"}, "class_weights['Drum'] is 'many', expected"),

@@ -21,6 +21,7 @@ from uss_jax.training.loop import Evaluate, Pace, Reports, fit
 from uss_jax.training.records import Records, read_batches
 from uss_jax.training.resuming import position_of, resume
 from uss_jax.training.settings import RunSettings
+from uss_jax.training.starting import start_from
 from uss_jax.training.state import TrainState, parameter_count
 from uss_jax.training.step import Step
 from uss_jax.training.throughput import Throughput, Trace
@@ -103,7 +104,12 @@ def run(
 
         # The state: of the last checkpoint, else a fresh one.
         resumed = resume(workdir, checkpoints, like, about, position, records.index, settings)
-        start, state = resumed or (0, create(trained.fresh, *trained.fresh_from, like=like))
+        if resumed is None:
+            resumed = 0, create(trained.fresh, *trained.fresh_from, like=like)
+            if settings.init_from:
+                first = start_from(resumed[1], settings.init_from, settings.init_partly, about)
+                resumed = 0, first
+        start, state = resumed
 
         write_config(workdir, about)
         reports = _reports(trained, settings, workdir, start, parameter_count(like.params), stack)

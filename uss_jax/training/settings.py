@@ -74,6 +74,8 @@ class RunSettings:
     # The largest ratio in a healthy float32 run of 827 steps was 10.
     max_norm_ratio: float = 100.0
     damaged_checkpoint: str = "set_aside"
+    init_from: str = ""
+    init_partly: bool = False
     precision: str = "default"
     speed: Mapping[str, float] | None = None
     sharding: Sequence[Any] = ()
@@ -286,6 +288,8 @@ def _check_run(settings: RunSettings) -> None:
         raise UserError(
             f"config.data.share is {settings.data.share}, expected above 0 and at most 1"
         )
+    if settings.init_partly and not settings.init_from:
+        raise UserError("config.init_partly has no effect without config.init_from")
     ratio = settings.max_norm_ratio
     if not (ratio == 0 or ratio > 1):
         raise UserError(

@@ -1,0 +1,137 @@
+"""Runs that start from the parameters of a model."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from tests.tiny import finish_run, train_words, write_place, write_separator
+from uss_jax.bundles.bundle import read_bundle, write_bundle
+from uss_jax.cli.main import main
+
+ADAPTOR = {"query.kind": "embedding", "query.adaptor_width": 9, "query.adaptor_hidden": 7}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return write_place(tmp_path_factory.mktemp("place"))
+
+
+def _start(place, workdir, location, config="resunet30.py", **changed):
+    """Runs without a step of any size; returns the exit status and the workdir's variables."""
+    changed = {name.replace("__", "."): value for name, value in changed.items()}
+    tagger = "tagger" in config
+    words = {"init_from": location, "total_steps": 1, "schedule.learning_rate": 0.0, **changed}
+    status = main(train_words(config, place, workdir, words))
+    if status:
+        return status, None
+    return status, read_bundle(workdir).variables("sed" if tagger else "separator")
+
+
+def _flat(variables):
+    return flatten_dict(variables["params"], sep="/")
+
+
+@pytest.fixture(scope="module")
+def trained(place, tmp_path_factory):
+    """A run of two steps that averages its parameters."""
+    workdir = tmp_path_factory.mktemp("runs") / "first"
+    finish_run("resunet30.py", place, workdir, {"ema_decay": 0.5})
+    return workdir
+
+
+@pytest.mark.long
+def test_a_run_starts_from_another_ones_average(place, trained, tmp_path, capsys):
+    status, variables = _start(place, tmp_path / "run", trained, ema_decay=0.9)
+    assert status == 0
+    said = capsys.readouterr().out
+    arrays = len(jax.tree.leaves(read_bundle(trained).variables("separator")))
+    assert f"starting from {trained}: {arrays} arrays taken\n" in said
+    wanted = _flat(read_bundle(trained).variables("separator"))
+    newest = _flat(read_bundle(trained, averaged=False).variables("separator"))
+    for name, value in _flat(variables).items():
+        np.testing.assert_array_equal(value, wanted[name])
+    assert any((wanted[name] != newest[name]).any() for name in wanted)
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1]
+    # Resuming does not start again, whatever has become of the model.
+    words = {"init_from": tmp_path / "gone", "total_steps": 2, "ema_decay": 0.9}
+    words["schedule.learning_rate"] = 0.0
+    assert main(train_words("resunet30.py", place, tmp_path / "run", words)) == 0
+    assert "resuming after step 1" in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_a_bundle_with_another_head_gives_the_rest(place, trained, tmp_path, capsys):
+    wide = {"separator__channels": (4, 6), "separator__condition_norm": 8.0}
+    assert _start(place, tmp_path / "run", trained, **wide)[0] == 1
+    said = capsys.readouterr().err
+    assert "separator.channels=[4, 4], not [4, 6]" in said
+    assert "separator.condition_norm=0.0, not 8.0" in said
+    status, variables = _start(place, tmp_path / "run", trained, init_partly=True, **wide)
+    assert status == 0
+    said = capsys.readouterr().out
+    taken, new, left = (
+        re.search(pattern, said)[1]
+        for pattern in (r"(\d+) arrays taken", r"as new: (.*)", r"not taken: (.*)")
+    )
+    assert int(taken) > 10
+    assert "separator/centre_block" in new
+    assert "separator/centre_block" in left
+    old, made = _flat(read_bundle(trained).variables("separator")), _flat(variables)
+    equal = {name for name in made.keys() & old.keys() if np.array_equal(made[name], old[name])}
+    assert "encoder_block1/conv_block1/conv1/kernel" in equal
+    assert "encoder_block2/conv_block1/conv2/kernel" not in equal
+
+
+@pytest.mark.long
+def test_an_adaptor_is_taken_too(place, tmp_path, capsys):
+    finish_run("resunet30.py", place, tmp_path / "first", ADAPTOR)
+    changed = {name.replace(".", "__"): value for name, value in ADAPTOR.items()}
+    assert _start(place, tmp_path / "run", tmp_path / "first", **changed)[0] == 0
+    first, again = (
+        flatten_dict(read_bundle(tmp_path / name).variables("adaptor")) for name in ("first", "run")
+    )
+    for name, value in first.items():
+        np.testing.assert_array_equal(again[name], value)
+
+
+@pytest.mark.long
+def test_a_tagger_starts_from_a_tagger(place, tmp_path, capsys):
+    status, variables = _start(
+        place, tmp_path / "run", place / "tagger", "tagger_cnn14.py", optimizer="adamw"
+    )
+    assert status == 0
+    wanted = _flat(read_bundle(place / "tagger").variables("sed"))
+    for name, value in _flat(variables).items():
+        np.testing.assert_array_equal(value, wanted[name])
+
+
+def test_what_does_not_fit_is_said(place, tmp_path, capsys):
+    bundle = write_separator(tmp_path / "bundle", "one_hot")
+    config = dict(read_bundle(bundle).config)
+    parts = {"separator": read_bundle(bundle).variables("separator")}
+    del config["hashes"]
+    faster = {**config, "sample_rate": 16000}
+    write_bundle(tmp_path / "faster", faster, parts)
+    fewer = {"params": dict(parts["separator"]["params"]), "batch_stats": {}}
+    fewer["params"].pop("after_conv")
+    write_bundle(tmp_path / "fewer", config, {"separator": fewer})
+    for location, changed, said in (
+        ("nothing", {}, "nothing"),
+        (place / "tagger", {}, "config.init_from is a tagger, of which a separator cannot start"),
+        (bundle, {"query__kind": "soft"}, "query.kind=one_hot, not soft"),
+        (bundle, {"separator__hop_samples": 32}, "separator.hop_samples=64, not 32"),
+        (tmp_path / "faster", {}, "sample_rate=16000, not 8000"),
+        (tmp_path / "fewer", {}, "no array of its shape for separator/after_conv, separator/bn0, "),
+        (tmp_path / "fewer", {}, "and 3 more (28 arrays); take what fits"),
+    ):
+        status, _ = _start(
+            place, tmp_path / "run", location, **{"query__kind": "one_hot", **changed}
+        )
+        assert status == 1
+        assert said in capsys.readouterr().err
+        assert not list((tmp_path / "run").glob("checkpoints/*"))

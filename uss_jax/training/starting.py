@@ -1,0 +1,137 @@
+"""The first state of a run: fresh, or with the parameters of a bundle, workdir or converted net."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from uss_jax.bundles import nets
+from uss_jax.bundles.bundle import Bundle, read_bundle
+from uss_jax.devices.hosts import say
+from uss_jax.errors import UserError, counted
+from uss_jax.training.state import TrainState
+
+# Nets of a state by their names in its trees, and the parts of a bundle that they start from. A
+# query net that is trained starts from config.query_bundle.
+_PARTS = {"separator": "separator", "query/adaptor": "adaptor", "tagger": "sed"}
+# Fields that say how a net computes, not what.
+_FREE = ("dtype",)
+_NAMED = 4
+
+
+def start_from(
+    state: TrainState, location: str, partly: bool, about: Mapping[str, Any]
+) -> TrainState:
+    """Returns a fresh state with the parameters and statistics of a model; says what was taken.
+
+    Step, optimiser and position in the data stay those of a new run. A model that keeps an average
+    of its parameters gives that.
+
+    Args:
+      state: the fresh state.
+      location: bundle or workdir.
+      partly: take whatever has the same name and shape; otherwise all must, and the nets be equal.
+      about: content of the run's config.json.
+
+    Raises:
+      UserError: the model cannot be read, or does not fit; or nothing of it does.
+    """
+    bundle = read_bundle(location)
+    if said := list(_differences(bundle.config, about)):
+        said = f"{location} differs from this run: {', '.join(said)}"
+        if not partly:
+            raise UserError(f"{said}; give another config.init_from or --config.init_partly=True")
+        say(said)
+    wanted = {"params": _flat(state.params), "batch_stats": _flat(state.batch_stats)}
+    stored = _stored(bundle, wanted["params"])
+    taken, left = {}, []
+    for tree, leaves in wanted.items():
+        found = {name: value for name, value in stored[tree].items() if name in leaves}
+        fits = {name: v for name, v in found.items() if np.shape(v) == leaves[name].shape}
+        taken[tree] = fits
+        left += [f"{tree}/{name}" for name in leaves if name not in fits]
+    unused = [
+        f"{tree}/{name}" for tree in stored for name in stored[tree].keys() - taken[tree].keys()
+    ]
+    count = sum(map(len, taken.values()))
+    if not count or (not partly and (left or unused)):
+        raise UserError(
+            f"config.init_from={location} does not fit: {_shown('no array of its shape for', left)}"
+            f"{_shown('no place for', unused)}take what fits with --config.init_partly=True"
+        )
+    say(f"starting from {location}: {counted(count, 'array')} taken")
+    for what, names in (("as new", left), ("not taken", unused)):
+        if names:
+            say(f"  {what}: {_listed(names)}")
+    return state.replace(
+        params=_replaced(state.params, taken["params"]),
+        batch_stats=_replaced(state.batch_stats, taken["batch_stats"]),
+        ema=_replaced(state.ema, taken["params"]),
+    )
+
+
+def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the fields in which two models' nets differ."""
+    stored, wanted = nets.completed(stored), nets.completed(json.loads(json.dumps(wanted)))
+    if stored["sample_rate"] != wanted["sample_rate"]:
+        yield f"sample_rate={stored['sample_rate']}, not {wanted['sample_rate']}"
+    part = "separator" if wanted["kind"] == "separator" else "sed"
+    if part not in stored:
+        raise UserError(
+            f"config.init_from is a {stored['kind']}, of which a {wanted['kind']} cannot start"
+        )
+    pairs = [(f"{part}.", stored[part], wanted[part])]
+    if part == "separator" and "query" in stored:
+        asked = ({"kind": model["query"]["kind"]} for model in (stored, wanted))
+        pairs.append(("query.", *asked))
+    for where, a, b in pairs:
+        a, b = (x.get("model") or x for x in (a, b))
+        for key in b:
+            if key not in _FREE and a.get(key) != b[key]:
+                yield f"{where}{key}={a.get(key)}, not {b[key]}"
+
+
+def _stored(bundle: Bundle, wanted: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+    """Reads the parts of a model that a state has, flat and by the state's names."""
+    trees: dict[str, dict[str, np.ndarray]] = {"params": {}, "batch_stats": {}}
+    for prefix, part in _PARTS.items():
+        if any(name.startswith(f"{prefix}/") for name in wanted) and bundle.holds(part):
+            variables = bundle.variables(part)
+            for tree, found in trees.items():
+                flat = _flat(variables.get(tree, {}))
+                found |= {f"{prefix}/{name}": value for name, value in flat.items()}
+    return trees
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _replaced(tree: Any, by: Mapping[str, np.ndarray]) -> Any:
+    """Returns the tree with some leaves replaced, in new arrays of the same layout."""
+
+    def new(path: Any, leaf: jax.Array) -> jax.Array:
+        if (name := _name(path)) not in by:
+            return leaf.copy()
+        value = np.asarray(by[name], leaf.dtype)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda part: value[part])
+
+    return jax.tree_util.tree_map_with_path(new, tree)
+
+
+def _shown(what: str, names: Sequence[str]) -> str:
+    return f"{what} {_listed(names)}; " if names else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names the modules of arrays, whose names are tree/net/module/..."""
+    modules = sorted({"/".join(name.split("/")[1:3]) for name in names})
+    more = len(modules) - _NAMED
+    shown = ", ".join(modules[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return f"{shown} ({counted(len(names), 'array')})"

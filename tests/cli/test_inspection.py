@@ -112,7 +112,7 @@ def test_records_tables_and_banks(tmp_path):
     index = write_records(tmp_path / "records", "test", [("a", noise(1, 0.9), [72, 3])])
     text = "\n".join(inspect(tmp_path / "records"))
     assert "8000 Hz" in text
-    assert "test: 1 clip, 0.00 h, 2 labels of 2 classes, 1 shard," in text
+    assert "test: 1 clip, 0.9 s, 2 labels of 2 classes, 1 shard," in text
     assert index.digest in text
 
     columns = {name: np.zeros((3, 1) if "k" in of.shape else 3) for name, of in COLUMNS.items()}

@@ -323,3 +323,13 @@ def test_inputs_that_do_not_fit_are_refused(fields, shapes, message):
     inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(net.init, jax.random.key(0), *inputs)
+
+
+def test_it_is_exported_for_any_batch():
+    net, variables, mixture, condition = tiny_case(batch=3, samples=320)
+    (b,) = jax.export.symbolic_shape("b")
+    shapes = [jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype) for x in (mixture, condition)]
+    exported = jax.export.export(jax.jit(functools.partial(net.apply, variables)))(*shapes)
+    np.testing.assert_allclose(
+        exported.call(mixture, condition), separate(net, variables, mixture, condition), atol=1e-5
+    )

@@ -187,9 +187,11 @@ def _of_records(path: pathlib.Path) -> Iterator[str]:
     yield f"{path}: records at {rate} Hz, {read_encoding(path)}"
     for split in splits(path):
         index = load_index(path, split)
-        hours = int(index.samples.astype(np.int64).sum()) / rate / 3600
+        seconds = int(index.samples.astype(np.int64).sum()) / rate
+        units = (("h", 3600), ("minutes", 60), ("s", 1))
+        unit, size = next((pair for pair in units if seconds >= 2 * pair[1]), units[-1])
         yield (
-            f"  {split}: {counted(len(index), 'clip')}, {hours:.2f} h, "
+            f"  {split}: {counted(len(index), 'clip')}, {seconds / size:,.1f} {unit}, "
             f"{counted(len(index.label_class), 'label')} of "
             f"{counted(len(np.unique(index.label_class)), 'class', 'classes')}, "
             f"{counted(len(index.shards), 'shard')}, index "

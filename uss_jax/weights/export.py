@@ -337,12 +337,15 @@ def _read_me(
 ) -> str:
     config = bundle.config
     segment = round(config["segment_seconds"] * _rate(bundle))
+    words = KINDS[config["query"]["kind"]].words.format(samples=segment)
+    if bundle.holds("adaptor") and not bundle.holds("query"):
+        words = "The condition is what the adaptor makes of the requested class, in uss_jax only."
     about = {
         "samples": window,
         "rate": _rate(bundle),
         "width": bundle.separator()[0].condition_width,
         "precision": precision,
-        "condition": KINDS[config["query"]["kind"]].words.format(samples=segment) + "\n",
+        "condition": f"{words}\n",
     }
     licence = config.get("licence", "subject to the licences of the training recordings")
     missing = f"Not in it, but in uss_jax: {' and '.join(left_out)}.\n" if left_out else ""

@@ -53,28 +53,6 @@ def test_tagging_is_evaluated_over_the_classes_that_it_can_tell(place, capsys):
 @pytest.mark.parametrize("config", ["resunet30.py:condition=soft", "quickstart.py:part=separator"])
 def test_a_separator_is_trained_and_asked_with_it(place, tmp_path, capsys, config):
     changed = {"sed_bundle": "yamnet", "query_bundle": "yamnet", "total_steps": 2}
-    if (
-        "quickstart" in config
-    ):  # by its own choices: anchors of a table, other speeds, class_vectors
-        words = ["--records", place / "records", "--segment-seconds", SEGMENT_SECONDS]
-        words += ["--sed", "yamnet", "--out", tmp_path / "anchors.npz"]
-        assert main(["mine", *map(str, words)]) == 0
-        changed["anchors.table"] = tmp_path / "anchors.npz"
-    assert main(train_words(config, place, tmp_path / "run", changed)) == 0
-    said = capsys.readouterr()
-    assert f"{UNKNOWN}: their probability is always 0; the anchors" in said.out + said.err
-    model = Model(tmp_path / "run")
-    assert (
-        model.sample_rate == model.sed.module.sample_rate == model.tagger.module.sample_rate == RATE
-    )
-    assert (model.sed.module.patch_hop_frames, model.tagger.module.patch_hop_frames) == (24, 48)
-    recording = tmp_path / "beep.wav"
-    write_wav(recording, tone(900, 2.0)[None], RATE)
-    ask = ["separate", str(recording), "--model", str(tmp_path / "run"), "--out", str(tmp_path)]
-    assert main([*ask, "--classes", "Male speech, man speaking"]) == 1
-    assert UNKNOWN in capsys.readouterr().err
-    assert main([*ask, "--classes", "Beep, bleep", "--threshold", "0"]) == 0
-    assert np.isfinite(json.loads((tmp_path / "beep" / "report.json").read_text())["seconds"])
     if "quickstart" in config:  # with its own choices: table, other speeds, class vectors
         words = ["--records", place / "records", "--sed", "yamnet", "--out", tmp_path / "table.npz"]
         assert main(["mine", *map(str, words)]) == 0

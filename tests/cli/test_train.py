@@ -31,6 +31,7 @@ def test_a_trained_tagger_says_how_it_is_used(capsys):
     words = ["train-tagger", "--config", "quickstart:part=tagger", "--workdir", "runs/tagger"]
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert "--config.sed_bundle=runs/tagger --config.query_bundle=runs/tagger`" in said
+    for part in ("sed", "query"):
+        assert f"--config.{part}_bundle=runs/tagger --config.{part}_net=cnn14" in said
     assert "`uss-jax mine ... --sed runs/tagger`" in said
     assert said.count("\n") == 1

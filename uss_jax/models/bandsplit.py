@@ -23,6 +23,7 @@ from jaxtyping import Array, Complex, Float
 from uss_jax.audio.stft import istft, stft
 from uss_jax.models.compute_dtype import flax_dtype, in_compute_dtype
 from uss_jax.models.film import scaled_to
+from uss_jax.models.separator import require_fitting
 
 _WINDOW_FRAMES = 128
 _CONTEXT_FRAMES = 32
@@ -351,16 +352,7 @@ class BandSplit(nn.Module):
         return jnp.pad(mask, [(0, 0)] * 3 + [(0, 1)])
 
     def _check(self, spectrum: Array, condition: Array) -> None:
-        if spectrum.shape[1] != self.audio_channels:
-            raise ValueError(
-                f"the separator takes {self.audio_channels} audio channels, "
-                f"the mixture has {spectrum.shape[1]}"
-            )
-        if condition.shape[-1] != self.condition_width:
-            raise ValueError(
-                f"the separator takes a condition of width {self.condition_width}, "
-                f"this one has {condition.shape[-1]}"
-            )
+        require_fitting(self, spectrum.shape[1], condition.shape[-1])
         if sum(self.bands) != self.n_fft // 2:
             raise ValueError(
                 f"bands add up to {sum(self.bands)} bins, not to n_fft / 2 = {self.n_fft // 2}"

@@ -16,6 +16,7 @@ from uss_jax.models.conv import Conv1x1, Conv3x3, Upsample
 from uss_jax.models.film import modulated_activation, scaled_to
 from uss_jax.models.masks import Head, complex_mask
 from uss_jax.models.norm import STATISTICS, BatchNorm
+from uss_jax.models.separator import require_fitting
 
 _WINDOW_FRAMES = 480
 _CONTEXT_FRAMES = 32
@@ -245,16 +246,7 @@ class ResUNet(nn.Module):
         return complex_mask(x[:, :frames], self.audio_channels)
 
     def _check(self, power: Array, condition: Array) -> None:
-        if power.shape[1] != self.audio_channels:
-            raise ValueError(
-                f"the separator takes {self.audio_channels} audio channels, "
-                f"the mixture has {power.shape[1]}"
-            )
-        if condition.shape[-1] != self.condition_width:
-            raise ValueError(
-                f"the separator takes a condition of width {self.condition_width}, "
-                f"this one has {condition.shape[-1]}"
-            )
+        require_fitting(self, power.shape[1], condition.shape[-1])
         if (self.n_fft // 2) % 2 ** len(self.channels):
             raise ValueError(
                 f"n_fft / 2 = {self.n_fft // 2} is not divisible by 2 ** {len(self.channels)} "

@@ -67,6 +67,18 @@ class SeparatorNet(Protocol):
         ...
 
 
+def require_fitting(net: SeparatorNet, channels: int, width: int) -> None:
+    """Raises a ValueError unless a net takes so many audio channels and such wide conditions."""
+    if channels != net.audio_channels:
+        raise ValueError(
+            f"the separator takes {net.audio_channels} audio channels, the mixture has {channels}"
+        )
+    if width != net.condition_width:
+        raise ValueError(
+            f"the separator takes a condition of width {net.condition_width}, this one has {width}"
+        )
+
+
 def separate(
     net: SeparatorNet,
     variables: Any,

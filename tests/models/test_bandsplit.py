@@ -1,6 +1,7 @@
 """The band-split separator: its blocks beside PyTorch's, and its properties."""
 
 import functools
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.golden.compare import distance
-from tests.tiny import quick_jit, random_variables
+from tests.tiny import CONFIGS, quick_jit, random_variables
 from uss_jax.devices.mesh import batch_sharded, make_mesh
 from uss_jax.models.bandsplit import (
     Attention,
@@ -78,8 +79,10 @@ def test_bands_cover_all_bins_and_are_as_wide_as_mels(count, n_fft, sample_rate)
     assert ((ratio > 0.6) & (ratio < 1.6)).all()
 
 
-def test_the_default_bands_are_those_of_32_khz():
-    assert BandSplit().bands == mel_bands(60, 2048, 32000)
+def test_the_bands_of_the_configs_are_these():
+    config = runpy.run_path(str(CONFIGS / "bandsplit.py"))
+    assert config["BANDS_32_KHZ"] == mel_bands(60, 2048, 32000)
+    assert config["BANDS_16_KHZ"] == mel_bands(24, 512, 16000)
 
 
 def test_attention_is_that_of_pytorch_with_rotary_positions():

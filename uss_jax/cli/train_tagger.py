@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
+    from uss_jax.bundles.nets import TAGGERS, name_of
     from uss_jax.cli.config import joined_hosts, load_config
     from uss_jax.devices.hosts import say
     from uss_jax.training.train_tagger import train_tagger
@@ -25,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     with joined_hosts(args):
         config = load_config(args.config, args.config_overrides)
         train_tagger(config, args.workdir)
-        workdir, net = one_line(args.workdir), config.tagger.net
+        workdir, net = one_line(args.workdir), name_of(TAGGERS, config.tagger.to_dict())
         say(
             f"{workdir} holds the tagging net, for detection and for queries. To train a separator "
             f"with it: `uss-jax train ... --config.sed_bundle={workdir} --config.sed_net={net} "

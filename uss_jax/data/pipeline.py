@@ -30,7 +30,7 @@ from uss_jax.ontology import load_ontology
 _FAR = 2**44
 _DRAWN_AT_ONCE = 256  # positions; drawing them takes a few milliseconds
 _BLOCKS_KEPT = 4  # enough, as threads are at most a few steps apart
-_OF_RECORD = {"record", "class_index", "begin_sample", "score"}
+_OF_RECORD = {"record", "class_index", "anchor_sample", "begin_sample", "score"}
 
 
 @runtime_checkable

@@ -98,17 +98,10 @@ class Attention(nn.Module):
 def attended(
     query: Float[Array, "b s h e"], key: Float[Array, "b s h e"], value: Float[Array, "b s h e"]
 ) -> Float[Array, "b s h e"]:
-    """Returns attention of every query to all keys; the softmax is computed in float32.
-
-    On a GPU, cuDNN's kernel computes it without storing the products, for values that it takes.
-    """
-    width = value.shape[-1]
-    kernel_takes_it = value.dtype == jnp.bfloat16 and width % 8 == 0 and width <= 128
-    if kernel_takes_it and jax.default_backend() == "gpu":
-        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    """Returns attention of every query to all keys; the softmax is computed in float32."""
     dtype = jnp.promote_types(value.dtype, jnp.float32)
     products = jnp.einsum("bqhe,bkhe->bhqk", query, key, preferred_element_type=dtype)
-    weights = nn.softmax(products / math.sqrt(width)).astype(value.dtype)
+    weights = nn.softmax(products / math.sqrt(value.shape[-1])).astype(value.dtype)
     return jnp.einsum("bhqk,bkhe->bqhe", weights, value)
 
 
@@ -219,7 +212,7 @@ class BandSplit(nn.Module):
     """Extracts the sound described by a condition from a mixture.
 
     The mask is any complex number for every bin but the Nyquist bin, where it is 0; it starts at
-    1/2. STFT, norms and masks are computed in float32, all other products in `dtype`.
+    1/2. Attention and feed-forward nets compute in `dtype`, all else in float32.
 
     Attributes:
       n_fft: STFT window length in samples.

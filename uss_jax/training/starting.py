@@ -13,9 +13,13 @@ from uss_jax.devices.hosts import say
 from uss_jax.errors import UserError, counted
 from uss_jax.training.state import TrainState
 
-# Nets of a state by their names in its trees, and the parts of a bundle that they start from. A
-# query net that is trained starts from config.query_bundle.
-_PARTS = {"separator": "separator", "query/adaptor": "adaptor", "tagger": "sed"}
+# Nets of a state by their names in its trees, and the parts of a bundle that they start from.
+_PARTS = {
+    "separator": "separator",
+    "query/adaptor": "adaptor",
+    "query/tagger": "query",
+    "tagger": "sed",
+}
 # Fields that say how a net computes, not what.
 _FREE = ("dtype",)
 _NAMED = 4
@@ -56,7 +60,9 @@ def start_from(
         f"{tree}/{name}" for tree in stored for name in stored[tree].keys() - taken[tree].keys()
     ]
     count = sum(map(len, taken.values()))
-    if not count or (not partly and (left or unused)):
+    if not count:
+        raise UserError(f"nothing of {location} fits this run; give another config.init_from")
+    if not partly and (left or unused):
         raise UserError(
             f"config.init_from={location} does not fit: {_shown('no array of its shape for', left)}"
             f"{_shown('no place for', unused)}take what fits with --config.init_partly=True"

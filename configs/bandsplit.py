@@ -37,7 +37,7 @@ def get_config(argument: str = "size=base") -> ConfigDict:
         config = _base("quickstart.py")("part=separator")
         transform = dict(n_fft=512, hop_samples=256, bands=BANDS_16_KHZ)
     else:
-        config = _base("resunet30.py")(*([",".join(others)] if others else []))
+        config = _base("resunet30.py")(",".join(others) or "condition=soft")
         transform = dict(n_fft=2048, hop_samples=512, bands=BANDS_32_KHZ)
     norm, dtype = config.separator.condition_norm, config.separator.dtype
     config.separator = ConfigDict(

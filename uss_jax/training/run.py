@@ -104,12 +104,7 @@ def run(
 
         # The state: of the last checkpoint, else a fresh one.
         resumed = resume(workdir, checkpoints, like, about, position, records.index, settings)
-        if resumed is None:
-            resumed = 0, create(trained.fresh, *trained.fresh_from, like=like)
-            if settings.init_from:
-                first = start_from(resumed[1], settings.init_from, settings.init_partly, about)
-                resumed = 0, first
-        start, state = resumed
+        start, state = resumed or (0, _first_state(trained, settings, like, about))
 
         write_config(workdir, about)
         reports = _reports(trained, settings, workdir, start, parameter_count(like.params), stack)
@@ -134,6 +129,15 @@ def run(
             reports=reports,
             evaluate=trained.evaluation and trained.evaluation(frozen),
         )
+
+
+def _first_state(
+    trained: Trained, settings: RunSettings, like: TrainState, about: Mapping[str, Any]
+) -> TrainState:
+    state = create(trained.fresh, *trained.fresh_from, like=like)
+    if settings.init_from:
+        state = start_from(state, settings.init_from, settings.init_partly, about)
+    return state
 
 
 def _introduce(trained: Trained, records: Records, settings: RunSettings, like: TrainState) -> None:

@@ -1,6 +1,5 @@
 """The first state of a run: fresh, or with the parameters of a bundle, workdir or converted net."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from uss_jax.bundles import nets
 from uss_jax.bundles.bundle import Bundle, read_bundle
+from uss_jax.bundles.fingerprint import by_path, path_of
 from uss_jax.devices.hosts import say
 from uss_jax.errors import UserError, counted
 from uss_jax.training.state import TrainState
@@ -48,14 +48,16 @@ def start_from(
         if not partly:
             raise UserError(f"{said}; give another config.init_from or --config.init_partly=True")
         say(said)
-    wanted = {"params": _flat(state.params), "batch_stats": _flat(state.batch_stats)}
+    wanted = {"params": by_path(state.params), "batch_stats": by_path(state.batch_stats)}
     stored = _stored(bundle, wanted["params"])
     taken, left = {}, []
     for tree, leaves in wanted.items():
-        found = {name: value for name, value in stored[tree].items() if name in leaves}
-        fits = {name: v for name, v in found.items() if np.shape(v) == leaves[name].shape}
-        taken[tree] = fits
-        left += [f"{tree}/{name}" for name in leaves if name not in fits]
+        taken[tree] = {
+            name: value
+            for name, value in stored[tree].items()
+            if name in leaves and np.shape(value) == leaves[name].shape
+        }
+        left += [f"{tree}/{name}" for name in leaves if name not in taken[tree]]
     unused = [
         f"{tree}/{name}" for tree in stored for name in stored[tree].keys() - taken[tree].keys()
     ]
@@ -80,7 +82,7 @@ def start_from(
 
 def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
     """Yields the fields in which two models' nets differ."""
-    stored, wanted = nets.completed(stored), nets.completed(json.loads(json.dumps(wanted)))
+    stored, wanted = nets.completed(stored), nets.completed(wanted)
     if stored["sample_rate"] != wanted["sample_rate"]:
         yield f"sample_rate={stored['sample_rate']}, not {wanted['sample_rate']}"
     part = "separator" if wanted["kind"] == "separator" else "sed"
@@ -88,15 +90,14 @@ def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterat
         raise UserError(
             f"config.init_from is a {stored['kind']}, of which a {wanted['kind']} cannot start"
         )
-    pairs = [(f"{part}.", stored[part], wanted[part])]
+    models = [config[part].get("model", config[part]) for config in (stored, wanted)]
+    for key, value in models[1].items():
+        if key not in _FREE and models[0].get(key) != value:
+            yield f"{part}.{key}={models[0].get(key)}, not {value}"
     if part == "separator" and "query" in stored:
-        asked = ({"kind": model["query"]["kind"]} for model in (stored, wanted))
-        pairs.append(("query.", *asked))
-    for where, a, b in pairs:
-        a, b = (x.get("model") or x for x in (a, b))
-        for key in b:
-            if key not in _FREE and a.get(key) != b[key]:
-                yield f"{where}{key}={a.get(key)}, not {b[key]}"
+        before, now = stored["query"]["kind"], wanted["query"]["kind"]
+        if before != now:
+            yield f"query.kind={before}, not {now}"
 
 
 def _stored(bundle: Bundle, wanted: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
@@ -106,24 +107,16 @@ def _stored(bundle: Bundle, wanted: Mapping[str, Any]) -> dict[str, dict[str, np
         if any(name.startswith(f"{prefix}/") for name in wanted) and bundle.holds(part):
             variables = bundle.variables(part)
             for tree, found in trees.items():
-                flat = _flat(variables.get(tree, {}))
+                flat = by_path(variables.get(tree, {}))
                 found |= {f"{prefix}/{name}": value for name, value in flat.items()}
     return trees
-
-
-def _flat(tree: Any) -> dict[str, Any]:
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _replaced(tree: Any, by: Mapping[str, np.ndarray]) -> Any:
     """Returns the tree with some leaves replaced by arrays of the same layout."""
 
     def new(path: Any, leaf: jax.Array) -> jax.Array:
-        if (name := _name(path)) not in by:
+        if (name := path_of(path)) not in by:
             return leaf
         value = np.asarray(by[name], leaf.dtype)
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda part: value[part])

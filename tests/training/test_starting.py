@@ -100,6 +100,19 @@ def test_an_adaptor_is_taken_too(place, tmp_path, capsys):
 
 
 @pytest.mark.long
+def test_a_trained_query_net_is_taken_too(place, tmp_path):
+    finish_run("resunet30.py", place, tmp_path / "first", {"query.finetune": True})
+    assert _start(place, tmp_path / "run", tmp_path / "first", query__finetune=True)[0] == 0
+    first, again, given = (
+        _flat(read_bundle(path).variables("query"))
+        for path in (tmp_path / "first", tmp_path / "run", place / "tagger")
+    )
+    for name, value in first.items():
+        np.testing.assert_array_equal(again[name], value)
+    assert any((first[name] != given[name]).any() for name in first)
+
+
+@pytest.mark.long
 def test_a_tagger_starts_from_a_tagger(place, tmp_path, capsys):
     status, variables = _start(
         place, tmp_path / "run", place / "tagger", "tagger_cnn14.py", optimizer="adamw"

@@ -94,6 +94,15 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
     # Share of items asked with their class's probability alone, as `--classes` asks.
     config.query.one_class_share = 0.0
     config.query.dropout = 0.0  # on the tagging net's output, in training
+    # The folder that `uss-jax mine --query` wrote beside anchors.table; "": the step computes
+    # conditions.
+    config.query.table = ""
+    # Shares of the items asked with the condition of the target itself ("own", as published), with
+    # that of another recording of its class ("other"), with its class's mean over the training set
+    # ("mean"), with "other" and "own" in random proportion ("mix"), or with its class's probability
+    # in the mixture ("masked"). "other", "mean" and "mix" need `table`.
+    config.query.source = ConfigDict(dict(own=1.0, other=0.0, mean=0.0, mix=0.0, masked=0.0))
+    config.query.groups = ""  # label file with a column `group`: "other" is of another group
 
     config.separator = ConfigDict()
     config.separator.n_fft = 2048

@@ -10,11 +10,10 @@ from uss_jax.anchors.table import read_header
 from uss_jax.bundles.bundle import read_bundle
 from uss_jax.cli.inspection import inspect
 from uss_jax.data.label_map import read_label_map
-from uss_jax.data.labels import read_file_list, read_labels
+from uss_jax.data.labels import read_file_list, read_groups, read_labels
 from uss_jax.data.schema import read_schema
 from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError
-from uss_jax.evaluation.make_pairs import read_groups
 from uss_jax.separation.banks import load_bank
 from uss_jax.separation.input_files import find_input_files
 

@@ -10,6 +10,7 @@ from uss_jax.bundles.model import Model
 from uss_jax.cli.main import main
 from uss_jax.data.chosen import Chosen
 from uss_jax.data.index import load_index
+from uss_jax.data.labels import read_groups
 from uss_jax.data.orders import BalancedOrder
 from uss_jax.data.reader import ClipReader
 from uss_jax.errors import UserError
@@ -18,7 +19,6 @@ from uss_jax.evaluation.clips import anchors_of_clips
 from uss_jax.evaluation.make_pairs import (
     draw_pairs,
     mixed_pairs,
-    read_groups,
     within_full_scale,
 )
 from uss_jax.ontology import load_ontology

@@ -1,5 +1,7 @@
 """Mining: runs the detector over every clip once to find the anchors of all its labels.
 
+With a query net, the condition of every anchor is computed in the same pass.
+
 A part is the clips of one TFRecord shard. Each host mines every `hosts`-th part on a mesh of its
 own devices, so that no host waits for another. Parts are files; existing ones are not mined again.
 The host that finishes the last part writes the table.
@@ -23,9 +25,12 @@ import numpy as np
 from jaxtyping import Bool, Integer
 from tqdm import tqdm
 
+from uss_jax.anchors import conditions
 from uss_jax.anchors.detect import RULES, image_of_rule
 from uss_jax.anchors.of_labels import mine_batch
-from uss_jax.anchors.table import COLUMNS, read_header, typed, write_table
+from uss_jax.anchors.table import COLUMNS, AnchorTable, read_header, read_table, typed, write_table
+from uss_jax.audio.pcm import to_float
+from uss_jax.bundles import nets
 from uss_jax.bundles.bundle import net_hash
 from uss_jax.bundles.model import Net
 from uss_jax.data.chosen import Chosen
@@ -33,7 +38,7 @@ from uss_jax.data.index import RecordIndex
 from uss_jax.data.pipeline import batches
 from uss_jax.data.reader import ClipReader
 from uss_jax.devices.mesh import make_mesh, on_all_devices, to_devices
-from uss_jax.disk.atomic import replacing
+from uss_jax.disk.atomic import move, replacing
 from uss_jax.disk.checked_npz import read_npz
 from uss_jax.disk.folder import make_folder
 from uss_jax.errors import UserError, counted
@@ -61,12 +66,36 @@ class MiningSettings:
     rule: str = RULES[0]
 
 
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """What conditions are mined with.
+
+    Attributes:
+      tagger: the tagging net of the query net.
+      output: the output that is the condition, one of `conditions.OUTPUTS`.
+    """
+
+    tagger: Net
+    output: str
+
+    def header(self) -> dict[str, Any]:
+        """Returns what identifies the conditions of these anchors, less the anchors' digest."""
+        return {
+            "format_version": conditions.FORMAT_VERSION,
+            "query_hash": net_hash(self.tagger.variables),
+            "query_model": nets.fields_of(self.tagger.module),
+            "output": self.output,
+            "width": nets.output_shapes(self.tagger.module)[self.output].shape[1],
+        }
+
+
 def mine(
     reader: ClipReader,
     sed: Net,
     out: str | os.PathLike,
     settings: MiningSettings,
     *,
+    query: Query | None = None,
     batch_size: int,
     host: int = 0,
     hosts: int = 1,
@@ -79,6 +108,7 @@ def mine(
       sed: the detector.
       out: path of the table; until it is written, parts are in a folder beside it.
       settings: mining settings.
+      query: computes the conditions, which are written beside `out`; None for no conditions.
       batch_size: clips per batch, over all devices of this host.
       host, hosts: index of this host, from 0, and number of hosts that share `out`.
       threads: number of threads that read batches.
@@ -91,9 +121,10 @@ def mine(
     _require_minable(index, batch_size, mesh.size)
     image = image_of_rule(settings.rule, sed.module, settings.clip_samples, "--rule")
     header = _header(sed, index, settings)
-    if _is_made(out, header, index):
+    asked = query and query.header()
+    if _is_made(out, header, index, asked):
         return True
-    parts = _make_parts_folder(out, header)
+    parts = _make_parts_folder(out, {**header, **({"query": asked} if asked else {})})
     find = functools.partial(
         mine_batch,
         sed.module,
@@ -107,19 +138,46 @@ def mine(
     todo = [number for number in range(host, len(places), hosts) if not places[number].exists()]
     ends = np.searchsorted(index.record_shard, np.arange(len(places) + 1))
     total = int(sum(ends[number + 1] - ends[number] for number in todo))
+    compute = query and _vectors(query, asked["width"], mesh, settings, batch_size)
     with jax.set_mesh(mesh), _Progress(total) as progress:
         for number in todo:
             records = np.arange(ends[number], ends[number + 1])
             columns = _mine_part(
-                reader, records, find, mesh, settings.clip_samples, batch_size, threads, progress
+                *(reader, records, find, compute, mesh, settings.clip_samples),
+                *(batch_size, threads, progress),
             )
+            if compute:
+                conditions.write_shard(_conditions(parts), number, columns.pop("vector"))
             with replacing(places[number]) as temporary:
                 np.savez(temporary, **typed(columns))
             progress.part_done(len(records))
     if not all(place.exists() for place in places):
         return False
-    _assemble(out, parts, header, index)
+    _assemble(out, parts, header, index, asked)
     return True
+
+
+def _vectors(
+    query: Query,
+    width: int,
+    mesh: jax.sharding.Mesh,
+    settings: MiningSettings,
+    batch_size: int,
+) -> Callable[..., np.ndarray]:
+    """Returns `vectors_of_anchors` with the query net on the devices."""
+    tagger = query.tagger.on(mesh)
+
+    def compute(segments: np.ndarray) -> np.ndarray:
+        placed = to_devices({"audio": segments}, mesh)["audio"]
+        return np.asarray(tagger(to_float(placed))[query.output])
+
+    return functools.partial(
+        conditions.vectors_of_anchors,
+        compute,
+        width=width,
+        segment_samples=settings.segment_samples,
+        batch_size=batch_size,
+    )
 
 
 def _require_minable(index: RecordIndex, batch_size: int, devices: int) -> None:
@@ -165,14 +223,22 @@ def _header(sed: Net, index: RecordIndex, settings: MiningSettings) -> dict[str,
     return header
 
 
-def _is_made(out: pathlib.Path, header: dict[str, Any], index: RecordIndex) -> bool:
-    """Returns whether a table with these settings already exists."""
+def _is_made(
+    out: pathlib.Path, header: dict[str, Any], index: RecordIndex, asked: dict[str, Any] | None
+) -> bool:
+    """Returns whether a table with these settings, and its conditions, already exist."""
     if not out.exists():
         return False
     there = read_header(out)
     if not index.has_digest(there["index_digest"]):
         return False
-    return {**there, "index_digest": index.digest} == header
+    if {**there, "index_digest": index.digest} != header:
+        return False
+    if asked is None:
+        return True
+    table = read_table(out, index, header["segment_samples"])
+    wanted = {**asked, "anchors_digest": table.digest}
+    return conditions.are_made(conditions.folder_of(out), wanted)
 
 
 def _make_parts_folder(out: pathlib.Path, header: dict[str, Any]) -> pathlib.Path:
@@ -180,6 +246,8 @@ def _make_parts_folder(out: pathlib.Path, header: dict[str, Any]) -> pathlib.Pat
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:12]
     parts = out.with_name(f".{out.name}.parts-{digest}")
     make_folder(parts, "choose another --out")
+    if "query" in header:
+        make_folder(_conditions(parts), "choose another --out")
     return parts
 
 
@@ -187,31 +255,47 @@ def _part(parts: pathlib.Path, number: int) -> pathlib.Path:
     return parts / f"{number:05d}.npz"
 
 
+def _conditions(parts: pathlib.Path) -> pathlib.Path:
+    return parts / "conditions"
+
+
 def _mine_part(
     reader: ClipReader,
     records: Integer[np.ndarray, " r"],
     find: Callable[..., dict[str, Any]],
+    compute: Callable[..., np.ndarray] | None,
     mesh: jax.sharding.Mesh,
     clip_samples: int,
     batch_size: int,
     threads: int,
     progress: tqdm,
 ) -> dict[str, np.ndarray]:
-    """Mines some records and returns their table rows; `find` is `mine_batch` of a batch."""
-    found: list[tuple[np.ndarray, Any]] = []
+    """Mines some records and returns their table rows, with `vector` if `compute` is given.
+
+    `find` is `mine_batch` of a batch, `compute` is `vectors_of_anchors` of its rows.
+    """
+    found: list[tuple[np.ndarray, np.ndarray, Any]] = []
     rows: list[dict[str, np.ndarray]] = []
+
+    def fetch(clips: np.ndarray, audio: np.ndarray, mined: Any) -> None:
+        columns = _rows(reader.index, clips, mined)
+        if compute:
+            at = np.searchsorted(clips, columns["record"])
+            columns["vector"] = compute(audio, at, columns["begin_sample"], columns["score"])
+        rows.append(columns)
+        progress.update(len(clips))
+
+    left = len(records)
     for batch in _label_batches(reader, records, clip_samples, batch_size, threads):
-        clips = batch.pop("record")
-        found.append((clips, find(to_devices(batch, mesh))))
+        clips = batch.pop("record")[:left]
+        left -= len(clips)
+        found.append((clips, batch["audio"], find(to_devices(batch, mesh))))
         # Fetch the previous batch's results while this one runs.
         if len(found) > 1:
-            rows.append(_rows(reader.index, *found.pop(0)))
-            progress.update(batch_size)
-    for clips, mined in found:
-        some = clips[: len(records) - batch_size * (-(-len(records) // batch_size) - 1)]
-        rows.append(_rows(reader.index, some, mined))
-        progress.update(len(some))
-    return {name: np.concatenate([some[name] for some in rows]) for name in COLUMNS}
+            fetch(*found.pop(0))
+    for some in found:
+        fetch(*some)
+    return {name: np.concatenate([some[name] for some in rows]) for name in rows[0]}
 
 
 def _label_batches(
@@ -268,7 +352,11 @@ def _rows(
 
 
 def _assemble(
-    out: pathlib.Path, parts: pathlib.Path, header: dict[str, Any], index: RecordIndex
+    out: pathlib.Path,
+    parts: pathlib.Path,
+    header: dict[str, Any],
+    index: RecordIndex,
+    asked: dict[str, Any] | None,
 ) -> None:
     rows = []
     try:
@@ -276,7 +364,7 @@ def _assemble(
             with open(_part(parts, part), "rb") as file:
                 rows.append(read_npz(file, COLUMNS))
     except FileNotFoundError:  # another host has just assembled and removed them
-        if _is_made(out, header, index):
+        if _is_made(out, header, index, asked):
             return
         raise
     except ValueError as error:
@@ -289,5 +377,19 @@ def _assemble(
             f"{parts} holds parts that do not match the records; remove that folder and run the "
             "same command again"
         )
+    if asked:
+        digest = AnchorTable.of(header, columns).digest
+        _keep_conditions(out, parts, {**asked, "anchors_digest": digest})
     write_table(out, header, columns)
     shutil.rmtree(parts, ignore_errors=True)
+
+
+def _keep_conditions(out: pathlib.Path, parts: pathlib.Path, header: dict[str, Any]) -> None:
+    """Moves the mined conditions beside the table, unless an interrupted assembly has done so."""
+    folder = conditions.folder_of(out)
+    if conditions.are_made(folder, header):
+        return
+    conditions.write_header(_conditions(parts), header)
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    move(_conditions(parts), folder)

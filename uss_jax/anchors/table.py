@@ -73,6 +73,12 @@ class AnchorTable:
     purity: Float[np.ndarray, " r"]
     rms_db: Float[np.ndarray, " r"]
 
+    @classmethod
+    def of(cls, header: dict[str, Any], columns: dict[str, np.ndarray]) -> "AnchorTable":
+        """Returns the table that these columns are when stored."""
+        names = (field.name for field in dataclasses.fields(cls) if field.name != "header")
+        return cls(header, **{name: columns[name].astype(COLUMNS[name].dtype) for name in names})
+
     def __len__(self) -> int:
         return len(self.score)
 
@@ -128,8 +134,7 @@ def read_table(path: str | os.PathLike, index: RecordIndex, segment_samples: int
             f"for {segment_samples}; change config.segment_seconds or {_AGAIN}"
         )
     _check(path, columns, index, segment_samples)
-    del columns["record"], columns["class"]
-    return AnchorTable(header, **columns)
+    return AnchorTable.of(header, columns)
 
 
 def _check(
@@ -215,14 +220,7 @@ class Placement:
         classes: Integer[np.ndarray, " n"],
     ) -> tuple[Integer[np.ndarray, " n"], Float[np.ndarray, " n"]]:
         """Returns begin sample and score of one anchor for each record and class."""
-        rows = self._rows(records, classes)
-        chosen = np.zeros(len(rows), np.int64)
-        if self.top_k > 1:
-            score = self.table.score[rows, : self.top_k].astype(np.float64)
-            weight = np.where(score >= max(self.min_score, 1e-9), score, 0.0).cumsum(axis=1)
-            drawn = uniform(self.seed, ANCHORS, positions) * weight[:, -1]
-            # If all weights are 0, the best anchor is taken.
-            chosen = np.where(weight[:, -1] > 0, (drawn[:, None] >= weight).sum(axis=1), 0)
+        rows, chosen = self.choose(positions, records, classes)
         begin = self.table.begin_sample[rows, chosen].astype(np.int64)
         if self.jitter_samples:
             width = 2 * self.jitter_samples + 1
@@ -231,6 +229,23 @@ class Placement:
             latest = np.maximum(samples - self.table.header["segment_samples"], 0)
             begin = np.clip(begin + move - self.jitter_samples, 0, latest)
         return begin, self.table.score[rows, chosen]
+
+    def choose(
+        self,
+        positions: Integer[np.ndarray, " n"],
+        records: Integer[np.ndarray, " n"],
+        classes: Integer[np.ndarray, " n"],
+    ) -> tuple[Integer[np.ndarray, " n"], Integer[np.ndarray, " n"]]:
+        """Returns the table's row of each record and class, and the anchor drawn of it."""
+        rows = self._rows(records, classes)
+        chosen = np.zeros(len(rows), np.int64)
+        if self.top_k > 1:
+            score = self.table.score[rows, : self.top_k].astype(np.float64)
+            weight = np.where(score >= max(self.min_score, 1e-9), score, 0.0).cumsum(axis=1)
+            drawn = uniform(self.seed, ANCHORS, positions) * weight[:, -1]
+            # If all weights are 0, the best anchor is taken.
+            chosen = np.where(weight[:, -1] > 0, (drawn[:, None] >= weight).sum(axis=1), 0)
+        return rows, chosen
 
     def _rows(self, records: np.ndarray, classes: np.ndarray) -> np.ndarray:
         first = self.index.label_row[records].astype(np.int64)

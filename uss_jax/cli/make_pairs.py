@@ -67,8 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from uss_jax.bundles.model import Model
     from uss_jax.bundles.nets import arbitrary_anchors
+    from uss_jax.data.labels import read_groups
     from uss_jax.evaluation.clips import open_clips
-    from uss_jax.evaluation.make_pairs import make_pairs, read_groups
+    from uss_jax.evaluation.make_pairs import make_pairs
 
     say_detector_precision(args)
     groups = read_groups(args.groups) if args.groups else {}

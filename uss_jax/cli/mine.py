@@ -5,11 +5,15 @@ where the label is most likely, the runners-up, and level and purity at the best
 interrupted job resumes when the same command is given again. Several machines that share a disk can
 divide the work: give each its --host of --hosts.
 
+With --query, the condition of every anchor is computed in the same pass, so that training need not
+run the query net (config.query.table). TABLE without .npz and with .conditions is their folder.
+
 With --show, draws the anchors of one clip over its spectrogram instead.
 """
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from uss_jax.cli.arguments import (
     add_detector_precision,
@@ -21,6 +25,9 @@ from uss_jax.cli.arguments import (
     whole,
 )
 from uss_jax.errors import UserError, counted
+
+if TYPE_CHECKING:
+    from uss_jax.anchors.mine import Query
 
 # A median score below this means that the detector does not know the classes.
 _GUESSING = 0.02
@@ -42,11 +49,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=path, required=True, metavar="TABLE", help="anchor table, an .npz file"
     )
     parser.add_argument(
+        "--query",
+        type=path,
+        metavar="BUNDLE",
+        help="also compute the conditions of the anchors with this query net: a tagger's bundle or "
+        "workdir, or a separator's",
+    )
+    parser.add_argument(
+        "--query-output",
+        choices=("clipwise", "embedding"),
+        help="output of the query net: clipwise for conditions soft and class_vectors, embedding "
+        "for embedding; default: that of a separator's conditions, clipwise of a tagger",
+    )
+    parser.add_argument(
         "--candidates",
         type=whole(1, 64),
         default=4,
         metavar="K",
-        help="anchors per label; default: 4",
+        help="anchors per label; default: 4. With --query, each of them has a condition",
     )
     parser.add_argument(
         "--clip-seconds",
@@ -100,6 +120,7 @@ def run(args: argparse.Namespace) -> None:
     import jax
     import numpy as np
 
+    from uss_jax.anchors.conditions import folder_of
     from uss_jax.anchors.mine import MiningSettings, mine
     from uss_jax.anchors.table import read_table
     from uss_jax.bundles.model import Model
@@ -110,6 +131,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out} does not end in .npz; give the name of an .npz file")
     if not 0 <= args.host < args.hosts:
         raise UserError(f"--host {args.host} is not between 0 and {args.hosts - 1}")
+    if args.query_output and not args.query:
+        raise UserError("--query-output has no effect without --query")
     say_detector_precision(args)
     reader, model = open_clips(args.records, args.split, Model(args.sed))
     if args.show is not None:
@@ -136,6 +159,7 @@ def run(args: argparse.Namespace) -> None:
         model.sed,
         args.out,
         settings,
+        query=_query(args),
         batch_size=args.batch * jax.local_device_count(),
         host=args.host,
         hosts=args.hosts,
@@ -153,6 +177,8 @@ def run(args: argparse.Namespace) -> None:
         f"{np.median(table.purity.astype(np.float32)):.3f}"
         + (f", {silent} below {args.min_dbfs:g} dBFS" if silent else "")
     )
+    if args.query:
+        print(f"{folder_of(args.out)}: the conditions of these anchors")
     if said := arbitrary_anchors(model.sed.module, reader.index.label_class):
         print(said, file=sys.stderr)
     heard = best[best >= 0]
@@ -163,3 +189,21 @@ def run(args: argparse.Namespace) -> None:
             "(config.anchors.source=random); train the detector longer or convert a published one",
             file=sys.stderr,
         )
+
+
+def _query(args: argparse.Namespace) -> "Query | None":
+    """Returns what computes the conditions; None without --query."""
+    from uss_jax.anchors.mine import Query
+    from uss_jax.bundles.model import Model
+    from uss_jax.evaluation.clips import open_clips
+
+    if not args.query:
+        return None
+    _, model = open_clips(args.records, args.split, Model(args.query))
+    found = model.query.module
+    if not found.takes.recordings:
+        raise UserError(
+            f"--query {args.query}: its conditions are {found.kind}, which are not computed from "
+            "anchors; give a tagger"
+        )
+    return Query(model.tagger, args.query_output or found.takes.reads)

@@ -8,6 +8,7 @@ dogs/a.wav,Bark;Dog               labels separated by ";": names, mids or class 
 """
 
 import collections
+import csv
 import dataclasses
 import functools
 import os
@@ -293,3 +294,16 @@ def _refuse_duplicates(path: str | os.PathLike, labelled: list[LabelledFile]) ->
                 f"{path}, line {item.line}: {item.id} was listed in line {lines[item.id]} "
                 "already; keep one line with all its labels"
             )
+
+
+def read_groups(path: str | os.PathLike) -> dict[str, str]:
+    """Reads file -> group from a label table with the columns `file` and `group`."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="", opener=at_once) as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as a CSV file ({error})") from error
+    missing = [name for name in ("file", "group") if not rows or name not in rows[0]]
+    if missing:
+        raise UserError(f'{path} has no column "{missing[0]}"; it needs "file" and "group"')
+    return {row["file"]: row["group"] or "" for row in rows}

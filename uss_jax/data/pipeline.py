@@ -30,7 +30,10 @@ from uss_jax.ontology import load_ontology
 _FAR = 2**44
 _DRAWN_AT_ONCE = 256  # positions; drawing them takes a few milliseconds
 _BLOCKS_KEPT = 4  # enough, as threads are at most a few steps apart
-_OF_RECORD = {"record", "class_index", "anchor_sample", "begin_sample", "score"}
+_OF_RECORD = {
+    *("record", "class_index", "anchor_sample", "begin_sample", "score"),
+    *("vector", "masked"),
+}
 
 
 @runtime_checkable
@@ -40,6 +43,15 @@ class Places(Protocol):
     def place(
         self, positions: np.ndarray, records: np.ndarray, classes: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+@runtime_checkable
+class Asks(Protocol):
+    """Maps positions to what items are asked with, as columns; see training/asking.py."""
+
+    def ask(
+        self, positions: np.ndarray, records: np.ndarray, classes: np.ndarray
+    ) -> dict[str, np.ndarray]: ...
 
 
 def batches(
@@ -56,6 +68,7 @@ def batches(
     workers: int = 0,
     labels: bool = False,
     places: Places | None = None,
+    asks: Asks | None = None,
     around_samples: int = 0,
     max_corrupt: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -73,6 +86,7 @@ def batches(
       workers: processes that read, for when one is too slow (FLAC); 0: this process reads.
       labels: whether to yield all labels of the clips.
       places: where the anchors to read begin; None: read clips from their beginning.
+      asks: what the items are asked with; None: the step finds it.
       around_samples: with `places`, how much longer a row is than an anchor. The anchor is in the
         middle of its row, except near the ends of its clip.
       max_corrupt: damaged records to report and replace by other clips; one more is an error.
@@ -80,7 +94,8 @@ def batches(
     Yields:
       audio [b, t] int16, samples [b] int32 (true length, at most t), class_index [b] int32 (the
       drawn class), record [b] int32; with `places`, begin_sample [b] int32 (of the anchor in its
-      clip), anchor_sample [b] int32 (of the anchor in its row) and score [b] float32;
+      clip), anchor_sample [b] int32 (of the anchor in its row) and score [b] float32; with `asks`,
+      its columns;
       for a GroupedOrder, conflict and absent [b] uint8 (see its draw_marked); with `labels`, labels
       [b, k] uint8 of 0 and 1.
 
@@ -94,7 +109,7 @@ def batches(
     if start_step >= stop_step:
         return iter(())
     rows = np.arange(host * batch_size // hosts, (host + 1) * batch_size // hosts)
-    draws = _Draws(order, places, batch_size, rows, stop_step)
+    draws = _Draws(order, places, asks, batch_size, rows, stop_step)
     make_batch = _MakeBatch(
         reader, draws, clip_samples, around_samples, labels, _Corrupt(max_corrupt)
     )
@@ -201,16 +216,17 @@ class _Draws:
         self,
         order: Order,
         places: Places | None,
+        asks: Asks | None,
         batch_size: int,
         rows: Integer[np.ndarray, " b"],
         stop_step: int,
     ):
         """
         Args:
-          order, places, batch_size, stop_step: see `batches`.
+          order, places, asks, batch_size, stop_step: see `batches`.
           rows: this host's rows of each global batch.
         """
-        self._arguments = order, places, batch_size, rows, stop_step
+        self._arguments = order, places, asks, batch_size, rows, stop_step
         self._steps = max(1, _DRAWN_AT_ONCE // len(rows))
         self._blocks: dict[int, dict[str, np.ndarray]] = {}
         self._lock = threading.Lock()
@@ -237,12 +253,12 @@ class _Draws:
         return self.at(self._positions(steps))
 
     def _positions(self, steps: Integer[np.ndarray, " s"]) -> Integer[np.ndarray, " n"]:
-        _, _, batch_size, rows, _ = self._arguments
+        _, _, _, batch_size, rows, _ = self._arguments
         return (steps[:, None] * batch_size + rows).ravel()
 
     def at(self, positions: Integer[np.ndarray, " n"]) -> dict[str, np.ndarray]:
         """Returns the columns of a batch that need no reading, at any positions; see `batches`."""
-        order, places = self._arguments[:2]
+        order, places, asks = self._arguments[:3]
         drawn = {}
         if isinstance(order, GroupedOrder):
             records, classes, *marks = order.draw_marked(positions)
@@ -252,6 +268,8 @@ class _Draws:
         if places is not None:
             begin, score = places.place(positions, records, classes)
             drawn |= {"begin_sample": begin.astype(np.int32), "score": score.astype(np.float32)}
+        if asks is not None:
+            drawn |= asks.ask(positions, records, classes)
         return drawn | {"class_index": classes.astype(np.int32), "record": records.astype(np.int32)}
 
 

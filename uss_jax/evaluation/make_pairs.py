@@ -24,7 +24,6 @@ from uss_jax.data.index import RecordIndex
 from uss_jax.data.orders import BalancedOrder
 from uss_jax.data.reader import ClipReader
 from uss_jax.disk.atomic import replacing_folder
-from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError, counted
 from uss_jax.evaluation.clips import MIN_DBFS, MinedAnchors, anchors_of_clips, read_segments
 from uss_jax.evaluation.items import samples_digest
@@ -284,19 +283,6 @@ def within_full_scale(
     peak = np.abs(mixture).max(axis=1, keepdims=True)
     scale = np.where(peak > PEAK_LIMIT, 1 / np.maximum(peak, 1), 1).astype(np.float32)
     return source * scale, mixture * scale
-
-
-def read_groups(path: str | os.PathLike) -> dict[str, str]:
-    """Reads file -> group from a label table with the columns `file` and `group`."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="", opener=at_once) as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as a CSV file ({error})") from error
-    missing = [name for name in ("file", "group") if not rows or name not in rows[0]]
-    if missing:
-        raise UserError(f'{path} has no column "{missing[0]}"; it needs "file" and "group"')
-    return {row["file"]: row["group"] or "" for row in rows}
 
 
 def _id(reader: ClipReader, record: int) -> str:

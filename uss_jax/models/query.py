@@ -13,7 +13,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from uss_jax.models.film import scaled_to
 from uss_jax.models.tagging import TaggingNet, unknown_classes
@@ -158,24 +158,52 @@ class QueryNet(nn.Module):
         return self.adaptor_width or self.source_width
 
     def __call__(
-        self, waveform: Float[Array, "b s"], class_index: Int[Array, "b"], train: bool = False
+        self,
+        waveform: Float[Array, "b s"],
+        class_index: Int[Array, "b"],
+        train: bool = False,
+        vector: Float[Array, "b _"] | None = None,
+        masked: tuple[Bool[Array, "b"], Float[Array, "b s"]] | None = None,
     ) -> Float[Array, "b d"]:
+        """Computes the condition of each item.
+
+        Args:
+          waveform: clean targets.
+          class_index: their classes.
+          train: whether dropout, `one_class_share` and a finetuned net are in training mode.
+          vector: outputs of the tagging net, computed before; None: those of `waveform`.
+          masked: marks the items that are asked with the probability of their class in the mixture,
+            all others zero, and the mixtures; None if there are none.
+        """
         if self.kind not in KINDS:
             raise ValueError(
                 f"unknown condition kind {self.kind!r}, expected one of {', '.join(KINDS)}"
             )
-        if self.takes.reads is None:
+        if vector is not None:
+            x = vector
+        elif self.takes.reads is None:
             x = jax.nn.one_hot(class_index, self.classes, dtype=waveform.dtype)
         else:
             x = self.tagger(waveform, train=train and self.finetune)[self.takes.reads]
             x = x if self.finetune else jax.lax.stop_gradient(x)
+        if masked is not None:
+            where, mixture = masked
+            where &= self._can_be_asked(class_index)
+            heard = jax.lax.stop_gradient(self.tagger(mixture, train=False)[self.takes.reads])
+            heard *= jax.nn.one_hot(class_index, self.classes, dtype=heard.dtype)
+            x = jnp.where(where[:, None], heard, x)
         if train and self.one_class_share:
             key = self.make_rng("augment")
             alone = jax.random.bernoulli(key, self.one_class_share, class_index.shape)
-            for unknown in unknown_classes(self.tagger):  # nobody can ask for these
-                alone &= class_index != unknown
+            alone &= self._can_be_asked(class_index)
             x = jnp.where(alone[:, None], _one_class(x, class_index), x)
         return self.adapt(x, train)
+
+    def _can_be_asked(self, class_index: Int[Array, "b"]) -> Bool[Array, "b"]:
+        """Returns whether the tagging net has an output for each class."""
+        return jnp.all(
+            class_index[:, None] != jnp.array(unknown_classes(self.tagger), jnp.int32), axis=1
+        )
 
     @nn.compact
     def adapt(self, x: Float[Array, "b _"], train: bool = False) -> Float[Array, "b d"]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from uss_jax.anchors.conditions import ConditionTable
 from uss_jax.anchors.table import AnchorTable
 from uss_jax.bundles import nets
 from uss_jax.bundles.bundle import Bundle, net_hash, read_bundle
@@ -45,14 +46,17 @@ class ConditionNets:
     def sections(self, settings: SeparatorSettings) -> dict[str, Any]:
         """Returns their sections of config.json."""
         tagger = self.query.tagger
-        found = {"query": {**settings.query, "model": tagger and nets.fields_of(tagger)}}
+        found = {"query": {**settings.query_fields, "model": tagger and nets.fields_of(tagger)}}
         if self.sed is not None:
             found["sed"] = {"model": nets.fields_of(self.sed)}
         return found
 
 
 def load_condition_nets(
-    settings: SeparatorSettings, workdir: pathlib.Path, table: AnchorTable | None = None
+    settings: SeparatorSettings,
+    workdir: pathlib.Path,
+    table: AnchorTable | None = None,
+    conditions: ConditionTable | None = None,
 ) -> ConditionNets:
     """Loads the nets from their bundles.
 
@@ -63,9 +67,10 @@ def load_condition_nets(
       settings: settings of the run.
       workdir: folder of the run.
       table: table of the anchors; None without one.
+      conditions: conditions of its anchors; None without them.
 
     Raises:
-      UserError: a bundle is missing or unsuitable, or the table is of another detector.
+      UserError: a bundle is missing or unsuitable, or table or conditions are of another net.
     """
     sed, frozen = None, {}
     detects = settings.anchors.source == "device"
@@ -89,7 +94,9 @@ def load_condition_nets(
         model = nets.fields_of(source.tagger)
         _check_rate(source.tagger.sample_rate, settings, "query_bundle")
         tagger = {item: {"tagger": variables[item]["tagger"]} for item in variables}
-    query = nets.build_query(settings.query, model)
+    query = nets.build_query(settings.query_fields, model)
+    if conditions is not None:
+        _require_query_of(conditions, query, tagger, settings)
 
     trained = {"params": {}, "batch_stats": {}}
     if query.finetune:
@@ -119,7 +126,7 @@ def shapes_of_condition_nets(settings: SeparatorSettings) -> ConditionNets:
         sed = nets.build_sed(model("sed"))
         frozen["sed"] = nets.layout(sed)
     has_tagger = KINDS[settings.query["kind"]].recordings
-    query = nets.build_query(settings.query, model("query") if has_tagger else None)
+    query = nets.build_query(settings.query_fields, model("query") if has_tagger else None)
     tagger, trained = ({"params": {}, "batch_stats": {}} for _ in range(2))
     if has_tagger:
         tagger = {name: {"tagger": tree} for name, tree in nets.layout(query.tagger).items()}
@@ -137,6 +144,27 @@ def _require_detector_of(table: AnchorTable, sed: Any, settings: SeparatorSettin
         raise UserError(
             f"{settings.anchors.table} was mined with another detector than config.sed_bundle="
             f"{settings.sed_bundle}; mine again with this one, or set config.sed_bundle to that one"
+        )
+
+
+def _require_query_of(
+    conditions: ConditionTable, query: QueryNet, tagger: Any, settings: SeparatorSettings
+) -> None:
+    """Raises a UserError unless conditions were mined with this query net."""
+    header = conditions.header
+    if header["output"] != query.takes.reads:
+        raise UserError(
+            f"{conditions.path} holds the output {header['output']} of its query net, "
+            f"config.query.kind={query.kind} needs {query.takes.reads}; mine with "
+            f"--query-output {query.takes.reads}"
+        )
+    found = net_hash({item: tagger[item]["tagger"] for item in tagger})
+    fields = nets.fields_of(query.tagger)
+    if found != header["query_hash"] or fields != header["query_model"]:
+        raise UserError(
+            f"{conditions.path} was mined with another query net than config.query_bundle="
+            f"{settings.query_bundle}; mine again with this one, or set config.query_bundle to "
+            "that one"
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 import jax
 import numpy as np
 
+from uss_jax.anchors.conditions import open_conditions
 from uss_jax.anchors.table import Placement, read_table, usable, without
 from uss_jax.data.grouping import GroupedOrder
 from uss_jax.data.index import RecordIndex, load_index
@@ -16,7 +17,14 @@ from uss_jax.data.reader import ClipReader
 from uss_jax.devices.hosts import say
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
-from uss_jax.training.settings import AnchorSettings, Data, MixingSettings, RunSettings
+from uss_jax.training.asking import Asking, Recordings, alone, class_means, recording_of
+from uss_jax.training.settings import (
+    AnchorSettings,
+    AskingSettings,
+    Data,
+    MixingSettings,
+    RunSettings,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,18 +36,21 @@ class Records:
       reader: reader of its clips.
       order: maps positions in the training order to clip and class.
       places: anchors of a table; None if whole clips are read.
+      asks: what items are asked with; None if with conditions of their own that the step computes.
     """
 
     index: RecordIndex
     reader: ClipReader
     order: Order
     places: Placement | None = None
+    asks: Asking | None = None
 
 
 def open_records(
     settings: RunSettings,
     anchors: AnchorSettings | None = None,
     mixing: MixingSettings | None = None,
+    asking: AskingSettings | None = None,
 ) -> Records:
     """Opens the records of a run and builds their training order.
 
@@ -47,6 +58,7 @@ def open_records(
       settings: settings of the run.
       anchors: with source `table`, only labels with a usable anchor are drawn.
       mixing: how the order is arranged in mixing groups; None without mixing.
+      asking: what items are asked with; None without a query.
 
     Raises:
       UserError: records or anchor table are missing, or do not match the settings.
@@ -78,7 +90,8 @@ def open_records(
             sets=mixing.all_targets,
         )
     reader = ClipReader(data.records, index, data.verify == "always")
-    return Records(index, reader, order, places)
+    asks = asking and _open_asking(asking, index, drawn, places, seed)
+    return Records(index, reader, order, places, asks)
 
 
 def read_batches(
@@ -107,6 +120,7 @@ def read_batches(
         workers=data.workers,
         labels=labels,
         places=records.places,
+        asks=records.asks,
         around_samples=settings.read_samples - settings.segment_samples,
         max_corrupt=data.max_corrupt,
     )
@@ -167,6 +181,33 @@ def _open_table(
         jitter_samples=section.jitter_samples,
     )
     return places, keep
+
+
+def _open_asking(
+    section: AskingSettings,
+    index: RecordIndex,
+    drawn: np.ndarray,
+    places: Placement | None,
+    seed: int,
+) -> Asking | None:
+    """Returns what items are asked with; `drawn` masks the labels that are drawn."""
+    shares = {name: share for name, share in section.source.items() if share}
+    recordings = mean = conditions = None
+    if section.table:
+        conditions = open_conditions(section.table, places.table, index)
+        if shares.keys() & {"other", "mix"}:
+            recordings = Recordings.of(index, drawn, recording_of(index, section.groups))
+            if said := alone(recordings, index):
+                say(said)
+        if "mean" in shares:
+            mean = class_means(conditions, index, drawn)
+        say(
+            f"conditions of {section.table}, of the anchors as they are in the recordings; asked "
+            f"with: " + ", ".join(f"{name} {share:g}" for name, share in shares.items())
+        )
+    elif shares.keys() <= {"own"}:
+        return None
+    return Asking(shares, seed, conditions, places, recordings, mean)
 
 
 def _of_share(index: RecordIndex, share: float, seed: int) -> np.ndarray:

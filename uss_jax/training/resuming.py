@@ -39,7 +39,8 @@ _MAY_CHANGE = frozenset(
 # Schema of a checkpoint's data position, see `position_of`.
 _POSITION = record(
     {"seed": whole(0, 2**64), "global_batch": whole(1, 2**31), "index_digest": text()},
-    dict.fromkeys(("anchors_digest", "frozen_digest"), text()) | {"examples_seen": whole(0, 2**63)},
+    dict.fromkeys(("anchors_digest", "asked_digest", "frozen_digest"), text())
+    | {"examples_seen": whole(0, 2**63)},
     others=True,
 )
 
@@ -54,6 +55,8 @@ def position_of(records: Records, settings: RunSettings, frozen: Any) -> dict[st
     }
     if records.places is not None:
         position["anchors_digest"] = records.places.table.digest
+    if records.asks is not None:
+        position["asked_digest"] = records.asks.digest
     return position
 
 
@@ -187,6 +190,11 @@ def _require_same_data(
         raise UserError(
             "this run was started with another anchor source or table; resume with config.anchors "
             "as it was or start in a new workdir"
+        )
+    if saved.get("asked_digest") != position.get("asked_digest"):
+        raise UserError(
+            "this run was started with other conditions; resume with config.query.source, "
+            "config.query.table and config.query.groups as they were or start in a new workdir"
         )
 
 

@@ -126,6 +126,8 @@ def make_separation_step(
                 examples.anchor,
                 batch["class_index"],
                 train=True,
+                vector=batch.get("vector"),
+                masked=(batch["masked"] != 0, examples.mixture) if "masked" in batch else None,
                 rngs={"augment": keys["query"]},
                 mutable=["batch_stats"],
             )

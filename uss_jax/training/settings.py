@@ -20,6 +20,7 @@ from uss_jax.disk.checked_json import Rule, number, record, text, whole
 from uss_jax.errors import UserError
 from uss_jax.models.norm import MOMENTUM, SCOPES
 from uss_jax.models.query import KINDS
+from uss_jax.training.asking import check_shares
 from uss_jax.training.augment import AUGMENTATIONS
 from uss_jax.training.examples import Mixing
 from uss_jax.training.losses import LOSSES
@@ -110,6 +111,15 @@ class AnchorSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class AskingSettings:
+    """Keys of section `query` that do not define the net: what items are asked with."""
+
+    source: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"own": 1.0})
+    table: str = ""
+    groups: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class MixingSettings(Mixing):
     """Section `mixing`: how anchors are mixed, and arranged before (`order`)."""
 
@@ -152,6 +162,18 @@ class SeparatorSettings(RunSettings):
         return max(self.segment_samples, min(longest, self.clip_samples))
 
     @property
+    def query_fields(self) -> dict[str, Any]:
+        """The keys of section `query` that define the net."""
+        asking = {field.name for field in dataclasses.fields(AskingSettings)}
+        return {key: value for key, value in self.query.items() if key not in asking}
+
+    @property
+    def asking(self) -> "AskingSettings":
+        """The other keys of section `query`."""
+        asking = {key: self.query[key] for key in self.query if key not in self.query_fields}
+        return AskingSettings(**asking)
+
+    @property
     def norm_scope(self) -> str | int:
         """Scope of batch norms: one of SCOPES, or a number of items."""
         return self.batch_norm if self.batch_norm in SCOPES else int(self.batch_norm)
@@ -181,6 +203,12 @@ def _class_weights(value: Any, key: str) -> None:
         whole(0, 10_000)(draws, f"{key}[{label!r}]")
 
 
+def _shares(value: Any, key: str) -> None:
+    record({}, others=True)(value, key)
+    for kind, share in value.items():
+        number(0, 1)(share, f"{key}.{kind}")
+
+
 def _steps(value: Any, key: str) -> None:
     integers = isinstance(value, Sequence) and all(isinstance(step, int) for step in value)
     if value and not (integers and len(value) == 2 and 1 <= value[0] <= value[1]):
@@ -208,7 +236,11 @@ _RULES: dict[str, Rule] = {
         {"learning_rate": number(0, 1e3), "warm_up_steps": whole(0, MOST)},
         others=True,
     ),
-    "query": record({"kind": one_of(*KINDS)}, {"dropout": number()}, others=True),
+    "query": record(
+        {"kind": one_of(*KINDS)},
+        {"dropout": number(), "source": _shares, "table": text(), "groups": text()},
+        others=True,
+    ),
     "profile.steps": _steps,
     "data.order": one_of("balanced", "uniform"),
     "data.clip_seconds": number(0.01, 3600),
@@ -329,6 +361,7 @@ def _check_separator(settings: SeparatorSettings) -> None:
         raise UserError(
             f"config.eval.every_steps is {settings.eval.every_steps}, expected at least 1"
         )
+    _check_asking(settings)
     rule, source = settings.anchors.rule, settings.anchors.source
     if source != "device" and rule != RULES[0]:
         raise UserError(
@@ -349,6 +382,31 @@ def _check_separator(settings: SeparatorSettings) -> None:
     ):
         if not 0 <= share < 1:
             raise UserError(f"config.{key} is {share}, expected at least 0 and below 1")
+
+
+def _check_asking(settings: SeparatorSettings) -> None:
+    asking, kind = settings.asking, KINDS[settings.query["kind"]]
+    check_shares(asking.source, bool(asking.table))
+    if asking.table and not kind.recordings:
+        raise UserError(
+            f"config.query.table has no effect with config.query.kind={settings.query['kind']}, "
+            "whose conditions are not computed from anchors; leave it empty"
+        )
+    if asking.table and settings.query.get("finetune"):
+        raise UserError(
+            "config.query.table holds the conditions of a net that config.query.finetune=True "
+            "changes; set one of them only"
+        )
+    if asking.table and settings.anchors.source != "table":
+        raise UserError(
+            "config.query.table holds the conditions of mined anchors; set "
+            "config.anchors.source=table and config.anchors.table to those it was mined with"
+        )
+    if asking.source.get("masked") and not kind.probabilities:
+        raise UserError(
+            "config.query.source.masked needs conditions of probabilities: config.query.kind="
+            + " or ".join(name for name, kind in KINDS.items() if kind.probabilities)
+        )
 
 
 def _check_mixing(mixing: MixingSettings) -> None:

@@ -47,8 +47,11 @@ def train_separator(config: ConfigDict, workdir: str | os.PathLike) -> None:
     with open_workdir(workdir) as held:
         # What it learns from, and the nets around it.
         schedule = make_schedule(**settings.schedule)
-        records = open_records(settings, settings.anchors, settings.mixing)
-        around = load_condition_nets(settings, held, records.places and records.places.table)
+        records = open_records(settings, settings.anchors, settings.mixing, settings.asking)
+        around = load_condition_nets(
+            *(settings, held, records.places and records.places.table),
+            records.asks and records.asks.conditions,
+        )
 
         labels = records.index.label_class
         if around.sed and (said := nets.arbitrary_anchors(around.sed, labels)):

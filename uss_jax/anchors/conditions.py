@@ -1,0 +1,228 @@
+"""Mined conditions: the query net's vector of every mined anchor, beside the table of anchors.
+
+A frozen query net gives an anchor the same vector in every epoch, so `mine --query` computes it
+once. What is stored is the output of the tagging net, before class vectors or an adaptor. A table
+of anchors and its conditions have the same rows. The conditions are a folder: `header.json`, and an
+array of float16 for the rows of each record shard, which is mapped into memory and read by row.
+
+Letters: `r` rows of the table, `k` anchors of a row, `n` rows to read, `w` width of a vector, `b`
+clips of a batch, `t` samples of a clip.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int16, Integer
+
+from uss_jax.anchors.table import AnchorTable
+from uss_jax.data.index import RecordIndex
+from uss_jax.devices.batching import in_batches
+from uss_jax.disk.atomic import replacing
+from uss_jax.disk.checked_json import read_json, record, text, whole
+from uss_jax.disk.opening import at_once
+from uss_jax.errors import UserError
+
+FORMAT_VERSION = 1
+# Outputs of a tagging net that are conditions, see models/query.py.
+OUTPUTS = ("clipwise", "embedding")
+_AGAIN = "mine again with `uss-jax mine --query`"
+_HEADER = record(
+    {
+        "format_version": whole(FORMAT_VERSION, FORMAT_VERSION),
+        "query_hash": text(),
+        "query_model": record({}, others=True),
+        "output": text(*OUTPUTS),
+        "width": whole(1, 100_000),
+        "anchors_digest": text(),
+    },
+    others=True,
+)
+
+
+def folder_of(table: str | os.PathLike) -> pathlib.Path:
+    """Returns the folder of the conditions that are mined with a table."""
+    return pathlib.Path(table).with_suffix(".conditions")
+
+
+@dataclasses.dataclass(frozen=True)
+class ConditionTable:
+    """The vectors of every anchor of a table.
+
+    Shards are opened when they are first read, in each process anew.
+
+    Attributes:
+      path: the folder.
+      header: `query_hash`, `query_model`, `output`, `width` and `anchors_digest`.
+      first_row: [shards + 1] first row of each record shard, and the number of rows.
+      anchors: anchors of a row, k.
+    """
+
+    path: pathlib.Path
+    header: dict[str, Any]
+    first_row: Integer[np.ndarray, "_"]
+    anchors: int
+
+    @property
+    def width(self) -> int:
+        """Width of a vector."""
+        return self.header["width"]
+
+    @property
+    def digest(self) -> str:
+        """What a resumed run must find again: query net, output and anchors."""
+        return "/".join(self.header[key] for key in ("query_hash", "output", "anchors_digest"))
+
+    def read(
+        self, rows: Integer[np.ndarray, " n"], chosen: Integer[np.ndarray, " n"]
+    ) -> Float[np.ndarray, "n w"]:
+        """Returns the vectors of one anchor of each row, as float32."""
+        shards = np.searchsorted(self.first_row, rows, side="right") - 1
+        vectors = np.empty((len(rows), self.width), np.float32)
+        for shard in np.unique(shards):
+            at = shards == shard
+            vectors[at] = self.shard(int(shard))[rows[at] - self.first_row[shard], chosen[at]]
+        return vectors
+
+    def shard(self, number: int) -> Float[np.ndarray, "r k w"]:
+        """Maps the vectors of a record shard into memory.
+
+        Raises:
+          UserError: the file is missing, damaged, or not of this shape.
+        """
+        opened = self._opened
+        if number not in opened:
+            opened[number] = self._open(number)
+        return opened[number]
+
+    @functools.cached_property
+    def _opened(self) -> dict[int, np.ndarray]:
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def _open(self, number: int) -> np.ndarray:
+        path = _shard(self.path, number)
+        rows = int(self.first_row[number + 1] - self.first_row[number])
+        wanted = (rows, self.anchors, self.width)
+        if not rows:
+            return np.zeros(wanted, np.float16)
+        try:
+            vectors = np.lib.format.open_memmap(path, mode="r")
+        except (OSError, ValueError, EOFError, SyntaxError) as error:
+            words = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"{path} cannot be read ({words}); {_AGAIN}") from error
+        if vectors.dtype != np.float16 or vectors.shape != wanted:
+            raise UserError(
+                f"{path} holds {vectors.dtype} of shape {vectors.shape}, expected float16 of shape "
+                f"{wanted}; {_AGAIN}"
+            )
+        return vectors
+
+
+def open_conditions(
+    path: str | os.PathLike, table: AnchorTable, index: RecordIndex
+) -> ConditionTable:
+    """Opens the conditions of a table's anchors, and all their files once.
+
+    Raises:
+      UserError: they cannot be read, are damaged, or are of other anchors.
+    """
+    path = pathlib.Path(path)
+    header = _read_header(path)
+    if header["anchors_digest"] != table.digest:
+        raise UserError(
+            f"{path} holds the conditions of other anchors than those of config.anchors.table; "
+            f"give the table that it was mined with, or {_AGAIN}"
+        )
+    of_shard = np.searchsorted(index.record_shard, np.arange(len(index.shards) + 1))
+    first_row = index.label_row[of_shard].astype(np.int64)
+    found = ConditionTable(path, header, first_row, table.begin_sample.shape[1])
+    for number in range(len(index.shards)):
+        found.shard(number)
+    return found
+
+
+def are_made(path: pathlib.Path, header: Mapping[str, Any]) -> bool:
+    """Returns whether these conditions exist."""
+    return (path / "header.json").exists() and _read_header(path) == header
+
+
+def _read_header(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        with open(path / "header.json", "rb", opener=at_once) as file:
+            return read_json(file, _HEADER)
+    except (OSError, ValueError) as error:
+        words = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{path} is not a folder of mined conditions ({words}); {_AGAIN}"
+        ) from error
+
+
+def write_header(path: pathlib.Path, header: Mapping[str, Any]) -> None:
+    """Writes the header into a folder whose shards are all there."""
+    with replacing(path / "header.json") as temporary:
+        temporary.write_text(json.dumps(header, indent=2) + "\n")
+
+
+def write_shard(path: pathlib.Path, number: int, vectors: Float[np.ndarray, "r k w"]) -> None:
+    """Writes the vectors of a record shard atomically."""
+    with replacing(_shard(path, number)) as temporary:
+        np.save(temporary, vectors)
+
+
+def _shard(path: pathlib.Path, number: int) -> pathlib.Path:
+    return path / f"{number:05d}.npy"
+
+
+def vectors_of_anchors(
+    compute: Callable[[Int16[np.ndarray, "n s"]], Float[np.ndarray, "n w"]],
+    audio: Int16[np.ndarray, "b t"],
+    clips: Integer[np.ndarray, " r"],
+    begin_sample: Integer[np.ndarray, "r k"],
+    score: Float[np.ndarray, "r k"],
+    *,
+    width: int,
+    segment_samples: int,
+    batch_size: int,
+) -> Float[np.ndarray, "r k w"]:
+    """Computes the vectors of the anchors of a batch of clips; zeros where there is no anchor.
+
+    Labels of a clip often share an anchor, which is computed once.
+
+    Args:
+      compute: maps `batch_size` segments to their vectors.
+      audio: the clips.
+      clips: row in `audio` of each row of the table.
+      begin_sample, score: columns of the table.
+      width: width of a vector, w.
+      segment_samples: length of an anchor, s.
+      batch_size: segments computed at a time.
+
+    Raises:
+      UserError: a vector exceeds the range of float16.
+    """
+    row, anchor = np.nonzero(score >= 0)
+    places = np.stack([clips[row], begin_sample[row, anchor].astype(np.int64)], axis=1)
+    places, which = np.unique(places, axis=0, return_inverse=True)
+    found = []
+    for some, count in in_batches(places.tolist(), batch_size):
+        segments = np.stack([audio[clip, begin : begin + segment_samples] for clip, begin in some])
+        found.append(compute(segments)[:count])
+    vectors = np.zeros((*score.shape, width), np.float16)
+    if found:
+        with np.errstate(over="ignore"):
+            small = np.concatenate(found).astype(np.float16)
+        if not np.isfinite(small).all():
+            raise UserError(
+                "the query net gives values beyond the range of float16, +-65504, or none at all; "
+                "leave out --query, so that training computes its conditions"
+            )
+        vectors[row, anchor] = small[which.ravel()]
+    return vectors

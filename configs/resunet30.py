@@ -147,7 +147,10 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
     config.log_every_steps = 100
     config.checkpoint_every_steps = 10_000
     config.keep_checkpoints = 3  # number of newest checkpoints
-    config.keep_best = 1  # number with the highest SDRi in evaluation, in addition
+    config.keep_best = 1  # number of the best in evaluation, in addition
+    # By SDRi with the condition of the clean source ("sdri"), with that of the class's average
+    # ("average_sdri"), with the class alone ("class_sdri"), or the same with SI-SDRi ("si_sdri").
+    config.best_by = "sdri"
     # If the newest checkpoint is damaged: "set_aside" to resume from the one before, or "stop".
     config.damaged_checkpoint = "set_aside"
     # Bundle, workdir or converted checkpoint whose parameters a new run starts from; "" for none.

@@ -93,11 +93,12 @@ def test_a_run_goes_on_with_another_clipping(tmp_path, before, norm):
 @pytest.mark.parametrize(
     ("best", "left"), [(0, [5, 6]), (1, [2, 5, 6]), (2, [2, 4, 5, 6]), (3, [1, 2, 4, 5, 6])]
 )
-def test_the_best_stay_beside_the_newest(tmp_path, best, left):
-    sdri = {1: 2.0, 2: 9.0, 3: 1.0, 4: 3.0, 6: float("nan")}
-    with Checkpoints(tmp_path / "c", keep=2, keep_best=best) as checkpoints:
+@pytest.mark.parametrize(("by", "other"), [("sdri", "class_sdri"), ("class_sdri", "sdri")])
+def test_the_best_stay_beside_the_newest(tmp_path, best, left, by, other):
+    values = {1: 2.0, 2: 9.0, 3: 1.0, 4: 3.0, 6: float("nan")}
+    with Checkpoints(tmp_path / "c", keep=2, keep_best=best, best_by=by) as checkpoints:
         for step in range(1, 7):
-            figures = {"sdri": sdri[step]} if step in sdri else None
+            figures = {other: 10.0 - values[step], by: values[step]} if step in values else None
             checkpoints.save(step, _state().parts(), POSITION, figures)
     assert sorted(int(path.name) for path in (tmp_path / "c").iterdir()) == left
 

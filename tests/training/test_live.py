@@ -21,6 +21,7 @@ from uss_jax.evaluation.summary import summarise
 from uss_jax.models.query import QueryNet
 from uss_jax.models.resunet import ResUNet
 from uss_jax.training.live import AVERAGES, make_evaluation
+from uss_jax.training.settings import BEST_BY
 from uss_jax.training.state import TrainState
 
 # Of the last two classes there are no training clips, and so no averages.
@@ -39,6 +40,7 @@ def test_a_run_evaluates_itself_as_evaluate_does(tmp_path, quick_compilation):
     said = {line["step"]: line for line in map(json.loads, lines) if "eval/sdri" in line}
     assert sorted(said) == [2, 4]
     assert said[2]["eval/sdri"] != said[4]["eval/sdri"]
+    assert {f"eval/{name}" for name in BEST_BY} <= said[4].keys()
     assert (tmp_path / "run" / AVERAGES).exists()
 
     model = Model(tmp_path / "run")
@@ -47,7 +49,7 @@ def test_a_run_evaluates_itself_as_evaluate_does(tmp_path, quick_compilation):
     assert sorted(averages) == [0, 1, 72, 300, 301]
     figures, _ = score(model, pairs, by_name(averages))
     rows = {row["query"]: row for row in summarise(pairs, figures)}
-    for name, row in (("", "oracle"), ("average_", "class average")):
+    for name, row in (("", "oracle"), ("average_", "class average"), ("class_", "class alone")):
         for figure in ("sdri", "si_sdri"):
             # One program or another, in float32.
             wanted = pytest.approx(rows[row][figure], abs=1e-3)

@@ -51,23 +51,25 @@ class _FlushedThenNamed(ocp.path.atomicity.AtomicRenameTemporaryPath):
         await asyncio.to_thread(flush, self.get_final().parent)
 
 
-def _sdri(figures: Mapping[str, float] | None) -> float:
-    return (figures or {}).get("sdri", -np.inf)
-
-
 @dataclasses.dataclass
 class _NewestAndBest:
     """Policy that orbax applies after each save: keep the newest and the best checkpoints."""
 
     newest: int | None
     best: int
+    best_by: str
+
+    def value(self, figures: Mapping[str, float] | None) -> float:
+        """Returns the metric by which checkpoints are compared; -inf without an evaluation."""
+        found = (figures or {}).get(self.best_by, np.nan)
+        return -np.inf if np.isnan(found) else found
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         del context
         steps = [checkpoint.step for checkpoint in checkpoints]
         kept = set(steps if self.newest is None else steps[-self.newest :])
-        evaluated = [c for c in checkpoints if _sdri(c.metrics) > -np.inf]
-        evaluated.sort(key=lambda checkpoint: _sdri(checkpoint.metrics), reverse=True)
+        evaluated = [c for c in checkpoints if self.value(c.metrics) > -np.inf]
+        evaluated.sort(key=lambda checkpoint: self.value(checkpoint.metrics), reverse=True)
         kept |= {checkpoint.step for checkpoint in evaluated[: self.best]}
         return [step in kept for step in steps]
 
@@ -80,20 +82,28 @@ class Checkpoints:
     verified on reading. Checkpoints of older versions have no fingerprints and are not verified.
     """
 
-    def __init__(self, directory: str | os.PathLike, keep: int | None, keep_best: int = 0):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        keep: int | None,
+        keep_best: int = 0,
+        best_by: str = "sdri",
+    ):
         """Opens the folder; for writing, creates it if needed and removes unfinished checkpoints.
 
         Args:
           directory: folder of the checkpoints.
           keep: number of newest checkpoints to keep; None to open read-only.
-          keep_best: number of checkpoints with the highest SDRi to keep as well.
+          keep_best: number of best checkpoints to keep as well.
+          best_by: metric of evaluations whose highest values are the best.
         """
         self._directory = pathlib.Path(directory).absolute()
         writing = keep is not None
+        policy = _NewestAndBest(keep, keep_best, best_by)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_NewestAndBest(keep, keep_best),
+            preservation_policy=policy,
             # Without best_fn, orbax neither writes nor reads metrics.
-            best_fn=_sdri if writing else None,
+            best_fn=policy.value if writing else None,
             create=writing,
             cleanup_tmp_directories=writing,
             temporary_path_class=_FlushedThenNamed,
@@ -136,7 +146,7 @@ class Checkpoints:
           step: number of steps done.
           parts: non-empty trees of arrays, by names in ITEMS.
           position: data position.
-          figures: metrics of an evaluation, if any; the best checkpoints have the highest `sdri`.
+          figures: metrics of an evaluation, if any, see `best_by`.
         """
         items = {name: ocp.args.StandardSave(tree) for name, tree in parts.items()}
         about = {

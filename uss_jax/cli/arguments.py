@@ -46,6 +46,14 @@ natural = whole(0, _MOST)
 positive = whole(1, _MOST)
 
 
+def positives(text: str) -> tuple[int, ...]:
+    """Parses different integers above 0, separated by commas."""
+    found = tuple(positive(part.strip()) for part in text.split(","))
+    if len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"expected different numbers, not {text[:60]!r}")
+    return found
+
+
 def path(text: str) -> str:
     """Expands "~" in a path; shells leave it unexpanded after "="."""
     return os.path.expanduser(text)

@@ -6,11 +6,17 @@ that it is complete, and scores it as published.
 
 import argparse
 
-from uss_jax.cli.arguments import add_precision, natural, path, positive, refuse_idle
+from uss_jax.cli.arguments import add_precision, natural, path, positive, positives, refuse_idle
 from uss_jax.evaluation.suite import Option, Suite, keyword
 from uss_jax.evaluation.suites import SUITES
 
-_TYPES = {"text": None, "path": path, "natural": natural, "positive": positive}
+_TYPES = {
+    "text": None,
+    "path": path,
+    "natural": natural,
+    "positive": positive,
+    "positives": positives,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,10 +1,11 @@
 """Averages the conditions of training recordings into one condition per class.
 
-Letters: `d` width of the condition, `t` samples of a recording.
+Letters: `d` width of the condition, `m` recordings of a label, `t` samples of a recording.
 """
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -27,13 +28,23 @@ from uss_jax.separation.example_vectors import remove_silence
 _CLIPS_OF_AVERAGE = 100
 _SEGMENTS_AT_A_TIME = 16
 
+Label = TypeVar("Label", int, str)
 Averages = dict[str, Float[np.ndarray, " d"]]
+# Conditions of the recordings of each label.
+Vectors = dict[str, Float[np.ndarray, "m d"]]
 
 
 def file_averages(
     model: Model, files: Mapping[str, Sequence[str | os.PathLike]], *, without_silence: bool
 ) -> Averages:
-    """Averages the conditions of each label: over a file's segments, then over the label's files.
+    """Averages the conditions of each label over its files, see `file_vectors`."""
+    return averaged(file_vectors(model, files, without_silence=without_silence))
+
+
+def file_vectors(
+    model: Model, files: Mapping[str, Sequence[str | os.PathLike]], *, without_silence: bool
+) -> Vectors:
+    """Averages the conditions of each file of each label over its segments.
 
     As in the reference, a short last segment is repeated to full length. Silent files are skipped.
     Empty for a model with one-hot conditions, which do not depend on a recording.
@@ -49,7 +60,7 @@ def file_averages(
         waveform = read_mono(path, model.sample_rate)
         return remove_silence(waveform, model.sample_rate) if without_silence else waveform
 
-    return _averages(model, {label: map(read, paths) for label, paths in files.items()})
+    return _vectors(model, {label: map(read, paths) for label, paths in files.items()})
 
 
 def source_averages(model: Model, items: Sequence[Item]) -> Averages:
@@ -61,21 +72,25 @@ def source_averages(model: Model, items: Sequence[Item]) -> Averages:
         label: (item.read("source", model.sample_rate) for item in same)
         for label, same in by_label.items()
     }
-    return _averages(model, sources)
+    return averaged(_vectors(model, sources))
 
 
-def _averages(model: Model, recordings: Mapping[str, Iterable[np.ndarray]]) -> Averages:
+def averaged(vectors: Mapping[Label, Float[np.ndarray, "m d"]]) -> dict[Label, np.ndarray]:
+    """Returns the mean vector of each label."""
+    return {label: of_label.mean(axis=0) for label, of_label in vectors.items()}
+
+
+def _vectors(model: Model, recordings: Mapping[str, Iterable[np.ndarray]]) -> Vectors:
     if not model.query.module.takes.recordings:
         return {}
-    averages = {}
+    vectors = {}
     for label, waveforms in tqdm(recordings.items(), "class averages", disable=None):
-        vectors = _vectors(model, waveforms)
-        if vectors:
-            averages[label] = np.mean(vectors, axis=0)
-    return averages
+        if of_label := _vectors_of(model, waveforms):
+            vectors[label] = np.stack(of_label)
+    return vectors
 
 
-def _vectors(model: Model, waveforms: Iterable[np.ndarray]) -> list[Float[np.ndarray, " d"]]:
+def _vectors_of(model: Model, waveforms: Iterable[np.ndarray]) -> list[Float[np.ndarray, " d"]]:
     """Returns the mean condition of each recording that is not silent.
 
     A batch may hold segments of several recordings.
@@ -102,7 +117,14 @@ def _vectors(model: Model, waveforms: Iterable[np.ndarray]) -> list[Float[np.nda
 def class_averages(
     model: Model, reader: ClipReader, classes: Sequence[int]
 ) -> dict[int, Float[np.ndarray, " d"]]:
-    """Averages the conditions of each class over the mined anchors of its clips.
+    """Averages the conditions of each class over its clips, see `class_vectors`."""
+    return averaged(class_vectors(model, reader, classes))
+
+
+def class_vectors(
+    model: Model, reader: ClipReader, classes: Sequence[int]
+) -> dict[int, Float[np.ndarray, "m d"]]:
+    """Computes the conditions of the mined anchors of clips of each class.
 
     Uses a fixed random choice of at most 100 clips per class, and no anchors below -60 dBFS.
     Classes with nothing left are omitted.
@@ -129,13 +151,13 @@ def class_averages(
     conditions = np.concatenate(conditions)[: len(chosen.records)]
     loud = np.concatenate(loud)[: len(chosen.records)]
     counts = {label: loud & (chosen.classes == label) for label in classes}
-    return {label: conditions[rows].mean(axis=0) for label, rows in counts.items() if rows.any()}
+    return {label: conditions[rows] for label, rows in counts.items() if rows.any()}
 
 
-def by_name(averages: Mapping[int, Float[np.ndarray, " d"]]) -> Averages:
+def by_name(vectors: Mapping[int, np.ndarray]) -> dict[str, np.ndarray]:
     """Replaces class indexes by class names as keys."""
     names = load_ontology().class_names
-    return {names[label]: vector for label, vector in averages.items()}
+    return {names[label]: of_label for label, of_label in vectors.items()}
 
 
 def bank_of_averages(model: Model, averages: Averages, how: str) -> Bank:

@@ -3,6 +3,7 @@
 Each mixture is separated with
 - the condition of the clean source ("oracle"),
 - the condition averaged over training recordings of its class ("class average"),
+- the mean condition of a few such recordings, drawn for the mixture ("1 recording", ...),
 - the tagging probability of its class in the mixture, others zero ("class alone"),
 - the oracle of an unrelated item ("shuffled oracle"): shows whether the query matters, and its
   level shows the leakage when the queried sound is absent.
@@ -14,14 +15,14 @@ Letters: `n` items, `m` some of them, `d` width of the condition.
 
 import dataclasses
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Integer
 
 from uss_jax.bundles.model import Model
-from uss_jax.errors import UserError
+from uss_jax.errors import UserError, counted
 from uss_jax.evaluation.items import Batches, on_host, samples_digest
 from uss_jax.evaluation.metrics import is_silent
 from uss_jax.ontology import load_ontology
@@ -29,8 +30,49 @@ from uss_jax.ontology import load_ontology
 ORACLE, AVERAGE, CLASS = "oracle", "class average", "class alone"
 SHUFFLED, IDENTITY = "shuffled oracle", "target alone"
 MIXTURE, HALF = "the mixture", "half the mixture"
-# In the order of the table.
-NAMES = (ORACLE, AVERAGE, CLASS, SHUFFLED, IDENTITY, HALF, MIXTURE)
+_BEFORE, _AFTER = (ORACLE, AVERAGE), (CLASS, SHUFFLED, IDENTITY, HALF, MIXTURE)
+
+
+def row_of(recordings: int) -> str:
+    """Returns the name of the row whose queries are that many recordings."""
+    return counted(recordings, "recording")
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Sorts names of rows as in the table; a row of fewer recordings stands below one of more."""
+    others = [name for name in names if name not in _BEFORE + _AFTER]
+    others.sort(key=lambda name: -int(name.split()[0].replace(",", "")))
+    return [name for name in (*_BEFORE, *others, *_AFTER) if name in names]
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Training recordings that are drawn for each item.
+
+    Attributes:
+      vectors: label -> conditions of its recordings [m, d].
+      counts: numbers of recordings of a query; each is a row.
+    """
+
+    vectors: Mapping[str, Float[np.ndarray, "m d"]]
+    counts: Sequence[int]
+
+    def rows(self, labels: Sequence[str], heard: Bool[np.ndarray, " n"], width: int) -> list["Row"]:
+        """Returns the rows: an item has those of as many recordings as its label has.
+
+        The draw depends on the item's place alone, and fewer recordings are among those of more.
+        """
+        conditions = np.zeros((len(self.counts), len(labels), width), np.float32)
+        exists = np.zeros(conditions.shape[:2], bool)
+        for at in np.flatnonzero(heard).tolist():
+            vectors = self.vectors.get(labels[at], np.zeros((0, width), np.float32))
+            order = np.random.default_rng(at).permutation(len(vectors))
+            for row, count in enumerate(self.counts):
+                if count <= len(vectors):
+                    conditions[row, at] = vectors[order[:count]].mean(axis=0)
+                    exists[row, at] = True
+        names = map(row_of, self.counts)
+        return [Row(*row) for row in zip(names, conditions, exists, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +94,7 @@ def find_rows(
     model: Model,
     batches: Batches,
     averages: dict[str, Float[np.ndarray, " d"]] | None,
+    drawn: Drawn | None,
     oracle_only: bool,
 ) -> list[Row]:
     """Computes the conditions of every query that at least one item has."""
@@ -75,6 +118,8 @@ def find_rows(
         rows.append(
             Row(AVERAGE, np.stack([averages.get(item.label, zeros) for item in items]), exists)
         )
+    if drawn:
+        rows += drawn.rows([item.label for item in items], heard, conditions.shape[1])
     if model.query.module.takes.probabilities:
         rows.append(_one_class_conditions(model, batches, heard, conditions.shape[1]))
     classes = [item.label if item.class_index is None else item.class_index for item in items]

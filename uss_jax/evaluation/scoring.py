@@ -24,7 +24,7 @@ from uss_jax.errors import UserError
 from uss_jax.evaluation.finished import Finished
 from uss_jax.evaluation.items import Batches, Item, Waveforms
 from uss_jax.evaluation.metrics import FLOOR, is_silent, separation_figures
-from uss_jax.evaluation.rows import HALF, IDENTITY, MIXTURE, NAMES, ORACLE, Row, find_rows
+from uss_jax.evaluation.rows import HALF, IDENTITY, MIXTURE, ORACLE, Drawn, Row, find_rows, in_order
 
 # A CPU core separates one item at a time, to stay in cache, and tags several, to amortise reading
 # 80 M parameters.
@@ -38,6 +38,7 @@ def score(
     items: Sequence[Item],
     averages: dict[str, Float[np.ndarray, " d"]] | None = None,
     *,
+    drawn: Drawn | None = None,
     oracle_only: bool = False,
     unfinished: str | os.PathLike | None = None,
 ) -> tuple[dict[str, Figures], dict[str, Row]]:
@@ -47,6 +48,7 @@ def score(
       model: the separator with its query net.
       items: items to separate.
       averages: label -> averaged condition, if available.
+      drawn: training recordings to query with; None for none.
       oracle_only: separate each item only once, with the condition of its clean source.
       unfinished: file that stores the metrics of finished batches, to resume an interrupted run;
         removed at the end.
@@ -64,7 +66,7 @@ def score(
     tagged = Batches(items, lengths, model.sample_rate, _ROWS_TAGGED_BY_CORE)
     separator = model.separator_on(batches.mesh)
     with jax.set_mesh(batches.mesh):
-        rows = find_rows(model, tagged, averages, oracle_only)
+        rows = find_rows(model, tagged, averages, drawn, oracle_only)
         finished = Finished(unfinished, _identity(model, items, rows, batches.size, oracle_only))
         which = [number for number in range(len(batches.places)) if number not in finished.done]
         for number, sides in batches.read(("mixture", "source"), which, "evaluate"):
@@ -154,7 +156,8 @@ def _together(
 ) -> dict[str, Figures]:
     """Collects the metrics of all batches into arrays in the order of the items."""
     together: dict[str, Figures] = {}
-    for name in NAMES:
+    names = {name for found in finished.done.values() for name in found}
+    for name in in_order(names):
         for number, found in finished.done.items():
             for figure, values in found.get(name, {}).items():
                 of_row = together.setdefault(name, {})

@@ -18,8 +18,9 @@ class Option:
     Attributes:
       flag: name on the command line, such as "--out-dir".
       help: text for `--help`.
-      kind: type of its value: any text, a path, an integer >= 0 (natural) or > 0 (positive); a
-        switch takes no value and is False by default.
+      kind: type of its value: any text, a path, an integer >= 0 (natural) or > 0 (positive), or
+        several of the latter separated by commas (positives); a switch takes no value and is False
+        by default.
       default: value if the option is not given.
       choices: allowed values; None allows all.
       metavar: placeholder of the value in `--help`; None for the flag's name.
@@ -29,8 +30,8 @@ class Option:
 
     flag: str
     help: str
-    kind: Literal["text", "path", "natural", "positive", "switch"] = "text"
-    default: str | int | None = None
+    kind: Literal["text", "path", "natural", "positive", "positives", "switch"] = "text"
+    default: str | int | tuple[int, ...] | None = None
     choices: tuple[str, ...] | None = None
     metavar: str | None = None
     only_with: str | None = None

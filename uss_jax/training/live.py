@@ -53,9 +53,10 @@ def make_evaluation(
 
     `sdri` and `si_sdri` (dB) and `l1` (mean absolute error) use the condition of the clean source.
     With the prefix `average_` they use the averaged condition of the class, over the pairs whose
-    class has one. `half_sdri` is the SDRi of half the mixture, a baseline without a model.
-    `seconds` is the time taken. Pairs with a silent source have no SDRi and are left out of its
-    medians; `silent` is their number, if any.
+    class has one; with the prefix `class_`, if conditions are made of probabilities, that of the
+    class in the mixture, all others zero. `half_sdri` is the SDRi of half the mixture, a baseline
+    without a model. `seconds` is the time taken. Pairs with a silent source have no SDRi and are
+    left out of its medians; `silent` is their number, if any.
 
     Args:
       separator, query: the nets.
@@ -112,13 +113,16 @@ def _figures(
         "batch_stats": state.batch_stats["separator"],
     }
     mixture, source = batch["mixture"], batch["source"]
-    conditions = {
-        "": query.apply(
-            query_variables(frozen, state.averaged, state.batch_stats), source, batch["class_index"]
-        )
-    }
+    condition = functools.partial(
+        query.apply, query_variables(frozen, state.averaged, state.batch_stats)
+    )
+    classes = batch["class_index"]
+    conditions = {"": condition(source, classes)}
     if averaged:
         conditions["average_"] = batch["average"]
+    if query.takes.probabilities:
+        none, every = jnp.zeros((*classes.shape, query.classes)), jnp.ones(classes.shape, bool)
+        conditions["class_"] = condition(source, classes, vector=none, masked=(every, mixture))
     figures = {}
     for prefix, condition in conditions.items():
         estimate, _ = separate(separator, variables, mixture, condition)

@@ -99,7 +99,8 @@ def run(
     _introduce(trained, records, settings, like)
     with contextlib.ExitStack() as stack:
         folder = workdir / "checkpoints"
-        checkpoints = Checkpoints(folder, settings.keep_checkpoints, settings.keep_best)
+        keep = settings.keep_checkpoints, settings.keep_best, settings.best_by
+        checkpoints = Checkpoints(folder, *keep)
         stack.enter_context(checkpoints)
 
         # The state: of the last checkpoint, else a fresh one.

@@ -71,6 +71,7 @@ class RunSettings:
     keep_checkpoints: int
     profile: Profile
     keep_best: int = 0
+    best_by: str = "sdri"
     clip_norm: float = 0.0
     # The largest ratio in a healthy float32 run of 827 steps was 10.
     max_norm_ratio: float = 100.0
@@ -218,6 +219,11 @@ def _steps(value: Any, key: str) -> None:
         )
 
 
+# Metrics of an evaluation in training by which the best checkpoint can be chosen, see live.py.
+BEST_BY = tuple(
+    f"{row}{figure}" for figure in ("sdri", "si_sdri") for row in ("", "average_", "class_")
+)
+
 # Rules of keys by dotted name; other keys follow that of their type.
 _RULES: dict[str, Rule] = {
     **AUGMENTATIONS,
@@ -227,6 +233,7 @@ _RULES: dict[str, Rule] = {
     "weight_decay": number(0, 1e3),
     "clip_norm": number(0, 1e30),
     "keep_best": whole(0, MOST),
+    "best_by": one_of(*BEST_BY),
     "damaged_checkpoint": one_of("set_aside", "stop"),
     "precision": text(*PRECISIONS),
     "loss": one_of(*LOSSES),
@@ -386,6 +393,11 @@ def _check_separator(settings: SeparatorSettings) -> None:
 
 def _check_asking(settings: SeparatorSettings) -> None:
     asking, kind = settings.asking, KINDS[settings.query["kind"]]
+    if settings.best_by.startswith("class_") and not kind.probabilities:
+        raise UserError(
+            f"config.best_by={settings.best_by} needs conditions of probabilities, which "
+            f"config.query.kind={settings.query['kind']} are not; choose sdri"
+        )
     check_shares(asking.source, bool(asking.table))
     if asking.table and not kind.recordings:
         raise UserError(

@@ -13,7 +13,8 @@ from uss_jax.bundles.model import Model
 from uss_jax.cli.main import main
 from uss_jax.errors import UserError
 from uss_jax.evaluation import scoring
-from uss_jax.evaluation.rows import AVERAGE, HALF, IDENTITY, MIXTURE, ORACLE, SHUFFLED
+from uss_jax.evaluation.averages import file_vectors
+from uss_jax.evaluation.rows import AVERAGE, HALF, IDENTITY, MIXTURE, ORACLE, SHUFFLED, Drawn
 from uss_jax.evaluation.scoring import score
 from uss_jax.evaluation.suites.pairs import find_pairs, sources_by_class
 from uss_jax.separation.banks import read_bank
@@ -133,9 +134,41 @@ def test_averages_over_the_sources_of_other_pairs(place, tmp_path):
     assert set(sources_by_class(place / "pairs")) == {"Speech", "Dog", "Piano"}
 
 
+def test_a_few_training_recordings_are_queries_of_their_own(place, tmp_path, capsys):
+    out, model = tmp_path / "r.json", Model(place / "soft")
+    words = ["--train-pairs", place / "pairs", "--recordings"]
+    assert evaluate_pairs(place, "soft", out, *words, "3,1,50") == 0
+    assert "no row of 50 recordings: no class" in capsys.readouterr().out
+    results = json.loads(out.read_text())
+    assert results["how"]["recordings"] == [3, 1, 50]
+    rows = {row["query"]: row for row in results["rows"] if row["group"] == "all"}
+    names = list(rows)
+    at = names.index(AVERAGE)
+    assert names[at : at + 3] == [AVERAGE, "3 recordings", "1 recording"]
+    # Three recordings are all that a class has.
+    assert rows["1 recording"]["pairs"] == rows["3 recordings"]["pairs"] == 9
+    for figure in ("sdri", "si_sdri"):
+        assert rows["3 recordings"][figure] == pytest.approx(rows[AVERAGE][figure], abs=1e-3)
+    assert rows["1 recording"]["sdri"] != rows[AVERAGE]["sdri"]
+    vectors = file_vectors(model, sources_by_class(place / "pairs"), without_silence=False)
+    labels = [pair.label for pair in find_pairs(place / "pairs")]
+    drawn = Drawn(vectors, (1, 2)).rows(labels, np.arange(9) != 4, 527)
+    assert [row.exists.sum() for row in drawn] == [8, 8]
+    for at, label in enumerate(labels):
+        if at != 4:
+            among = (vectors[label] == drawn[0].conditions[at]).all(axis=1)
+            assert among.sum() == 1
+            rest = 2 * drawn[1].conditions[at] - vectors[label][among][0]
+            assert np.isclose(vectors[label], rest, atol=1e-6).all(axis=1).any()
+    with pytest.raises(SystemExit):
+        evaluate_pairs(place, "soft", out, *words, "1,1")
+    assert "expected different numbers" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--recordings", "1"], "give --train-records or --train-pairs too"),
         (["--bank", "b.npz"], "give --train-records or --train-pairs too"),
         (["--train-pairs", "p", "--train-records", "r"], "give one"),
         (["--oracle-only", "--train-pairs", "p"], "leave out --train-records and --train-pairs"),

@@ -33,6 +33,14 @@ _ROWS = (
                 "separate each pair only once, with the condition of its clean source",
                 "switch",
             ),
+            Option(
+                "--recordings",
+                "also query with the mean condition of K training recordings of the class, drawn "
+                "for each pair; several K separated by commas, such as 1,4,16",
+                "positives",
+                (),
+                metavar="K",
+            ),
             Option("--bank", "write the averaged conditions", "path", metavar="FILE.npz"),
             Option(
                 "--examples",

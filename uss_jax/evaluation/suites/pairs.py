@@ -17,17 +17,18 @@ from uss_jax.bundles.model import Model
 from uss_jax.disk.folder import make_folder
 from uss_jax.errors import UserError, counted
 from uss_jax.evaluation.averages import (
-    Averages,
+    Vectors,
+    averaged,
     bank_of_averages,
     by_name,
-    class_averages,
-    file_averages,
+    class_vectors,
+    file_vectors,
 )
 from uss_jax.evaluation.clips import open_clips
 from uss_jax.evaluation.finished import unfinished_beside
 from uss_jax.evaluation.items import Item
 from uss_jax.evaluation.make_pairs import MANIFEST
-from uss_jax.evaluation.rows import ORACLE, Row
+from uss_jax.evaluation.rows import ORACLE, Drawn, Row, row_of
 from uss_jax.evaluation.scoring import Figures, score
 from uss_jax.evaluation.suite import Results
 from uss_jax.evaluation.summary import report
@@ -48,6 +49,7 @@ def run(
     split: str | None,
     train_pairs: str | None,
     oracle_only: bool,
+    recordings: tuple[int, ...],
     bank: str | None,
     examples: int,
     out_dir: str | None,
@@ -59,6 +61,10 @@ def run(
         raise UserError(
             "--oracle-only uses no class averages; leave out --train-records and --train-pairs"
         )
+    if recordings and not (train_records or train_pairs):
+        raise UserError(
+            "--recordings draws training recordings; give --train-records or --train-pairs too"
+        )
     if bank and not (train_records or train_pairs):
         raise UserError(
             "--bank stores averages over training clips; give --train-records or --train-pairs too"
@@ -68,20 +74,28 @@ def run(
     if examples and not out_dir:
         raise UserError("--examples needs --out-dir, the folder to write them to")
     pairs = find_pairs(data)
-    averages: Averages = {}
+    vectors: Vectors = {}
     how = {"train_records": train_records, "split": (split or "train") if train_records else None}
     if train_records:
         reader, _ = open_clips(train_records, how["split"], model)
         classes = sorted({pair.class_index for pair in pairs})
-        averages = by_name(class_averages(model, reader, classes))
+        vectors = by_name(class_vectors(model, reader, classes))
     if train_pairs:
         how = {"train_pairs": train_pairs}
-        averages = file_averages(model, sources_by_class(train_pairs), without_silence=False)
+        vectors = file_vectors(model, sources_by_class(train_pairs), without_silence=False)
+    averages = averaged(vectors)
     figures, rows = score(
-        model, pairs, averages, oracle_only=oracle_only, unfinished=unfinished_beside(out)
+        model,
+        pairs,
+        averages,
+        drawn=Drawn(vectors, recordings) if recordings else None,
+        oracle_only=oracle_only,
+        unfinished=unfinished_beside(out),
     )
     results, table = report(model, pairs, figures, out)
     text = [table]
+    if absent := [row_of(count) for count in recordings if row_of(count) not in rows]:
+        text.append(f"no row of {', '.join(absent)}: no class of these pairs has as many")
     if averages and bank:
         stored = bank_of_averages(model, averages, f"averaged over {train_records or train_pairs}")
         write_bank(bank, stored)
@@ -89,6 +103,8 @@ def run(
     if examples and out_dir:
         pictures = write_examples(model, pairs, figures, rows, examples, out_dir)
         text += [f"{picture}: its audio files are next to it" for picture in pictures]
+    if recordings:
+        how["recordings"] = list(recordings)
     return {**results, "how": how}, "\n\n".join(text)
 
 

@@ -55,7 +55,7 @@ def _tagger() -> ConfigDict:
 
 def _separator() -> ConfigDict:
     config = _base("resunet30.py")
-    config.total_steps = 350
+    config.total_steps = 500
     config.global_batch = 6
     config.mixing.group_size = 6
     # Speed change augments the data, 8 minutes of sound instead of 5000 hours.
@@ -72,6 +72,6 @@ def _separator() -> ConfigDict:
     config.separator.channels = (8, 16, 32, 64)
     config.separator.condition_norm = 10.0
     config.schedule = ConfigDict(
-        dict(name="cosine", learning_rate=2e-3, warm_up_steps=50, total_steps=350)
+        dict(name="cosine", learning_rate=2e-3, warm_up_steps=50, total_steps=500)
     )
     return config

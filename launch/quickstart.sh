@@ -32,11 +32,11 @@ done
 step "Evaluate YAMNet's anchors on sounds planted at known positions" evaluate planted \
     --model yamnet --data "$records" --split train --clips 50 --seed "$seed" \
     --out "$runs/planted.json"
-step "Find anchors in the training recordings with it" mine --records "$records" --split train \
-    --sed yamnet --out "$runs/anchors.npz"
+step "Find anchors in the training recordings, and their conditions, with it" mine \
+    --records "$records" --split train --sed yamnet --query yamnet --out "$runs/anchors.npz"
 step "Train a separator on these anchors" train --config configs/quickstart.py:part=separator \
     --workdir "$runs/separator" --config.data.records="$records" --config.seed="$seed" \
-    --config.anchors.table="$runs/anchors.npz"
+    --config.anchors.table="$runs/anchors.npz" --config.query.table="$runs/anchors.conditions"
 step "Build mixtures of held-out recordings" make-pairs --records "$records" --split test \
     --sed yamnet --groups "$sounds/manifest.csv" --per-class 4 --seed 0 \
     --out "$runs/pairs" --overwrite

@@ -133,7 +133,7 @@ def test_steps_in_any_sequence_get_what_stands_at_their_positions(steps, drawn_a
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "_DRAWN_AT_ONCE", drawn_at_once)
         patch.setattr(pipeline, "_BLOCKS_KEPT", kept)
-        draws = pipeline._Draws(Squares(), None, 9, rows, 41)
+        draws = pipeline._Draws(Squares(), None, None, 9, rows, 41)
         for step in steps:
             positions, drawn = draws.of_step(step)
             np.testing.assert_array_equal(positions, 9 * step + rows)

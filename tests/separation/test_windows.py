@@ -7,7 +7,10 @@ from hypothesis import strategies as st
 
 from tests import tiny
 from uss_jax.audio.resampling import mono
+from uss_jax.bundles.model import Model, Net
 from uss_jax.devices.mesh import make_mesh
+from uss_jax.models.bandsplit import BandSplit
+from uss_jax.models.resunet import ResUNet
 from uss_jax.separation import windows as windows_module
 from uss_jax.separation.windows import Layout, Target, separate_blocks, tag_segments
 
@@ -150,6 +153,32 @@ def test_a_folder_of_files_needs_few_shapes(model):
     for layout in layouts:
         assert layout.step % grid == layout.context % grid == 0
         assert layout.step > 0
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        ResUNet(n_fft=2048, hop_samples=320, channels=(32, 64, 128, 256, 384, 384)),
+        ResUNet(n_fft=2048, hop_samples=320, channels=(4,) * 11),
+        ResUNet(n_fft=64, hop_samples=64, channels=(4,)),
+        BandSplit(),
+    ],
+)
+def test_windows_of_any_net_go_on(net, identity):
+    class Netted(Model):
+        sample_rate, segment_samples, separator = 32000, 64000, Net(net, {})
+
+        def __init__(self):
+            pass
+
+    for samples in (1, 33 * net.hop_samples, 10**5, 10**6):
+        layout = Layout.windows(Netted(), samples)
+        assert layout.step >= net.grid_samples
+        assert layout.step % net.grid_samples == layout.context % net.grid_samples == 0
+        # A recording that is longer than its header says.
+        waveform = np.random.default_rng(0).standard_normal((1, samples + 9000)).astype(np.float32)
+        asked = [Target("sound", np.zeros((1, 1), np.float32), np.ones(1, bool))]
+        np.testing.assert_array_equal(run(Netted(), layout, [waveform], asked)[0], waveform)
 
 
 def test_equal_channels_are_separated_as_one_and_opposite_ones_do_not_cancel(model):

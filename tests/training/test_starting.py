@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from tests.tiny import finish_run, train_words, write_place, write_separator
+from tests.tiny import finish_run, train_words, write_place, write_separator, write_tagger
 from uss_jax.bundles.bundle import read_bundle, write_bundle
 from uss_jax.cli.main import main
 
@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_said(place, tmp_path, capsys):
     write_bundle(tmp_path / "fewer", config, {"separator": fewer})
     for location, changed, said in (
         ("nothing", {}, "nothing"),
-        (place / "tagger", {}, "config.init_from is a tagger, of which a separator cannot start"),
+        (place / "tagger", {}, "tagger has no separator, from which a separator starts"),
         (bundle, {"query__kind": "soft"}, "query.kind=one_hot, not soft"),
         (bundle, {"separator__hop_samples": 32}, "separator.hop_samples=64, not 32"),
         (tmp_path / "faster", {}, "sample_rate=16000, not 8000"),
@@ -148,3 +148,16 @@ def test_what_does_not_fit_is_said(place, tmp_path, capsys):
         assert status == 1
         assert said in capsys.readouterr().err
         assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_separator_of_other_conditions_is_said(place, tmp_path, capsys):
+    bundle = write_separator(tmp_path / "bundle", "soft")  # with the tagger of `place`
+    write_tagger(place / "other", seed=9)
+    for changed, said in (
+        ({"query__adaptor_width": 8}, "query.adaptor_width=0, not 8"),
+        ({"query__kind": "embedding"}, "condition_width=527, not 6, query.kind=soft, not emb"),
+        ({"query_bundle": place / "other"}, "this run: the arrays of its query net, so that"),
+    ):
+        status, _ = _start(place, tmp_path / "run", bundle, **changed)
+        assert status == 1
+        assert said in capsys.readouterr().err

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, SupportsIndex, TypeVar
 
 import flax.linen as nn
@@ -61,10 +61,10 @@ FIELD_RULES: dict[str, Rule] = {
     "repeat_short": flag(),
     "stochastic_depth": number(0, 0.999),
     "blocks_per_level": whole(1, 16),
-    "bands": list_of(whole(1, 16384), 1, 16384),
+    "bands": list_of(whole(1, 16384), 1, 1024),
     "width": whole(1, 16384),
-    "layers": whole(1, 96),
-    "head_width": whole(2, 1024),
+    "layers": whole(1, 48),
+    "head_width": whole(2, 256),
     "hidden_width": whole(1, 65536),
     "audio_channels": whole(1, 64),
     "condition_width": whole(1, 100_000),
@@ -203,6 +203,8 @@ def build_query(section: Mapping[str, Any], model: Mapping[str, Any] | None) -> 
         if fields.get("finetune"):  # trained with the separator, at the separator's momentum
             tagger = at_momentum(tagger, MOMENTUM)
     query = build(QueryNet, {**fields, "tagger": tagger}, "query")
+    if tagger is None and query.takes.recordings:
+        raise UserError(f"query.model is missing: query.kind={query.kind} needs a tagging net")
     if query.takes.weighs_vectors and not hasattr(tagger, "class_vectors"):
         raise UserError(f"query.kind={query.kind} needs class vectors, which this net has none of")
     if query.one_class_share and not query.takes.probabilities:
@@ -232,6 +234,31 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
         model = query.tagger and fields_of(query.tagger)
         found["query"] = {**fields_of(query), "tagger": None, "model": model}
     return found
+
+
+def differences(
+    before: Any, now: Any, where: str = "", ignored: Collection[str] = ()
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yields (dotted name, value before, value now) of the entries in which two sections differ.
+
+    Where the nets of a section are of two kinds, only that is a difference.
+
+    Args:
+      before, now: sections of two configs, perhaps nested; those of nets `completed`.
+      where: name of the section.
+      ignored: names of entries, at any depth, that may differ.
+    """
+    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
+        if before != now:
+            yield where, before, now
+        return
+    keys = [*now, *(key for key in before if key not in now)]
+    if "net" in keys and before.get("net") != now.get("net"):
+        keys = ["net"]
+    for key in keys:
+        if key not in ignored:
+            name = f"{where}.{key}" if where else key
+            yield from differences(before.get(key), now.get(key), name, ignored)
 
 
 def require_classes(net: TaggingNet | QueryNet, where: str) -> None:

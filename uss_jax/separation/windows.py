@@ -2,8 +2,9 @@
 
 A recording is cut into overlapping windows of one shape; the context at each end of a window is
 discarded, since its neighbour keeps those samples. Pooling makes a net's output depend on where a
-window starts, so windows start on multiples of the net's grid, where they agree with one pass over
-the whole recording. `Layout.blocks` gives the adjacent blocks of bytedance/uss instead.
+window starts, so windows start on multiples of the net's grid: there a convolutional net agrees
+with one pass over the whole recording, one with attention nearly so. `Layout.blocks` gives the
+adjacent blocks of bytedance/uss instead.
 
 A `Target` is defined on the tagging grid of segments (2 s as published). A window is separated with
 the mean condition of the active segments that overlap its kept part; its estimate is gated to
@@ -92,7 +93,8 @@ class Layout:
         grid = net.grid_samples
         context = -(-net.context_samples // grid) * grid
         for part in (8, 4, 2, 1):
-            window = -(-net.window_samples // part // grid) * grid
+            # At least one step of the grid is kept, in case the recording is longer after all.
+            window = max(-(-net.window_samples // part // grid), 2 * context // grid + 1) * grid
             if samples <= window - context:
                 break
         fade = round(_FADE_SECONDS * model.sample_rate)

@@ -232,19 +232,14 @@ def _drawing(kind: type[RunSettings], values: Mapping[str, Any]) -> dict[str, An
     return {key: value for key, value in found.items() if key not in _MAY_CHANGE}
 
 
-def _require_same_nets(saved: Any, wanted: Any, where: str = "") -> None:
+def _require_same_nets(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raises a UserError that names the first entry of config.json that differs.
 
     Parameter shapes do not suffice: nets with another hop or condition can have the same.
     """
-    if isinstance(saved, dict) and isinstance(wanted, dict):
-        for key in [*wanted, *(key for key in saved if key not in wanted)]:
-            if where or key != "training":
-                name = f"{where}.{key}".strip(".")
-                _require_same_nets(saved.get(key), wanted.get(key), name)
-    elif saved != wanted:
-        saved, wanted = ("{...}" if isinstance(x, dict) else x for x in (saved, wanted))
+    for name, before, now in nets.differences(saved, wanted, ignored=("training",)):
+        before, now = ("{...}" if isinstance(x, dict) else x for x in (before, now))
         raise UserError(
-            f"this run was started with {where}={saved}, not {wanted}; resume with the config it "
+            f"this run was started with {name}={before}, not {now}; resume with the config it "
             "was started with or start in a new workdir"
         )

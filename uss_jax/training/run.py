@@ -137,7 +137,9 @@ def _first_state(
 ) -> TrainState:
     state = create(trained.fresh, *trained.fresh_from, like=like)
     if settings.init_from:
-        state = start_from(state, settings.init_from, settings.init_partly, about)
+        state = start_from(
+            *(state, settings.init_from, settings.init_partly), about, trained.frozen
+        )
     return state
 
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from uss_jax.bundles import nets
-from uss_jax.bundles.bundle import Bundle, read_bundle
+from uss_jax.bundles.bundle import Bundle, net_hash, read_bundle
 from uss_jax.bundles.fingerprint import by_path, path_of
 from uss_jax.devices.hosts import say
 from uss_jax.errors import UserError, counted
@@ -20,13 +20,17 @@ _PARTS = {
     "query/tagger": "query",
     "tagger": "sed",
 }
-# Fields that say how a net computes, not what.
-_FREE = ("dtype",)
+# Fields that say how a net computes or trains, not what it computes.
+_FREE = ("dtype", "one_class_share", "dropout", "finetune")
 _NAMED = 4
 
 
 def start_from(
-    state: TrainState, location: str, partly: bool, about: Mapping[str, Any]
+    state: TrainState,
+    location: str,
+    partly: bool,
+    about: Mapping[str, Any],
+    frozen: Mapping[str, Any],
 ) -> TrainState:
     """Returns a fresh state with the parameters and statistics of a model; says what was taken.
 
@@ -38,12 +42,13 @@ def start_from(
       location: bundle or workdir.
       partly: take whatever has the same name and shape; otherwise all must, and the nets be equal.
       about: content of the run's config.json.
+      frozen: variables of the run's nets that do not train.
 
     Raises:
       UserError: the model cannot be read, or does not fit; or nothing of it does.
     """
     bundle = read_bundle(location)
-    if said := list(_differences(bundle.config, about)):
+    if said := list(_differences(bundle, about, frozen)):
         said = f"{location} differs from this run: {', '.join(said)}"
         if not partly:
             raise UserError(f"{said}; give another config.init_from or --config.init_partly=True")
@@ -80,24 +85,27 @@ def start_from(
     )
 
 
-def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
-    """Yields the fields in which two models' nets differ."""
-    stored, wanted = nets.completed(stored), nets.completed(wanted)
-    if stored["sample_rate"] != wanted["sample_rate"]:
-        yield f"sample_rate={stored['sample_rate']}, not {wanted['sample_rate']}"
+def _differences(
+    bundle: Bundle, wanted: Mapping[str, Any], frozen: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yields what differs between a model's nets and those of a run, in words."""
+    stored, wanted = nets.completed(bundle.config), nets.completed(wanted)
     part = "separator" if wanted["kind"] == "separator" else "sed"
     if part not in stored:
         raise UserError(
-            f"config.init_from is a {stored['kind']}, of which a {wanted['kind']} cannot start"
+            f"config.init_from={bundle.path} has no {part}, from which a {wanted['kind']} starts; "
+            "give another"
         )
-    models = [config[part].get("model", config[part]) for config in (stored, wanted)]
-    for key, value in models[1].items():
-        if key not in _FREE and models[0].get(key) != value:
-            yield f"{part}.{key}={models[0].get(key)}, not {value}"
-    if part == "separator" and "query" in stored:
-        before, now = stored["query"]["kind"], wanted["query"]["kind"]
-        if before != now:
-            yield f"query.kind={before}, not {now}"
+    for name in ("sample_rate", part, *(["query"] if part == "separator" else [])):
+        found = nets.differences(stored.get(name), wanted.get(name), name, _FREE)
+        for key, before, now in found:
+            before, now = ("..." if isinstance(x, Mapping) else x for x in (before, now))
+            yield f"{key}={before}, not {now}"
+    query = frozen.get("query", {}).get("params")
+    if part == "separator" and query and bundle.holds("query"):
+        tagger = {item: tree.get("tagger", {}) for item, tree in frozen["query"].items()}
+        if net_hash(tagger) != net_hash(bundle.variables("query")):
+            yield "the arrays of its query net, so that conditions mean something else"
 
 
 def _stored(bundle: Bundle, wanted: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:

@@ -43,3 +43,27 @@ def test_a_dry_run_says_what_a_run_would_need_and_writes_nothing(
 
     assert main(words) == 1
     assert "--workdir is missing" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_a_dry_run_with_mined_conditions_leaves_the_query_net_out_of_the_step(
+    place, tmp_path, capsys, quick_compilation
+):
+    def said(**changed):
+        leaves = {"data.records": "", "anchors.source": "table", "query.kind": "soft", **changed}
+        words = train_words("resunet30.py", place, tmp_path / "run", leaves)
+        assert main([*words, "--dry-run"]) == 0
+        out = capsys.readouterr().out
+        read, flops = (
+            float(re.search(pattern, out)[1])
+            for pattern in (r"input: (.*) MB per step", r"operations: (\S+) TFLOP per step")
+        )
+        return read, flops
+
+    online, mined = said(), said(**{"query.table": "anchors.conditions"})
+    assert mined[0] - online[0] == pytest.approx(8 * 527 * 4 / 1e6, rel=1e-2)
+    masked = {"query.source.own": 0.5, "query.source.masked": 0.5}
+    both = said(**{"query.table": "anchors.conditions", **masked})
+    assert both[0] - mined[0] == pytest.approx(8 / 1e6, abs=2e-6)
+    assert mined[1] < online[1]
+    assert both[1] == pytest.approx(online[1], rel=1e-3)

@@ -147,8 +147,11 @@ class QueryNet(nn.Module):
         """Width of a condition before the adaptor."""
         if self.takes.reads is None:
             return self.classes
-        if self.takes.weighs_vectors:
-            return self.tagger.embedding_width
+        return self.tagger.embedding_width if self.takes.weighs_vectors else self.output_width
+
+    @property
+    def output_width(self) -> int:
+        """Width of the output of the tagging net that conditions are made of."""
         widths = {"clipwise": self.tagger.classes, "embedding": self.tagger.embedding_width}
         return widths[self.takes.reads]
 

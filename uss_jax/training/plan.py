@@ -37,25 +37,42 @@ def dry_run(config: ConfigDict) -> list[str]:
     fresh = functools.partial(fresh_state, settings, separator)
     key = jax.random.key(settings.seed)
     state = shapes(fresh, key, around.trained, rules=settings.sharding, mesh=mesh)
-    from_table = settings.anchors.source == "table"
+    from_table, asking = settings.anchors.source == "table", settings.asking
+    batch = clip_batch(
+        settings.global_batch,
+        settings.read_samples,
+        from_table=from_table,
+        vector=around.query.output_width if asking.table else 0,
+        masked=asking.source.get("masked", 0) > 0,
+    )
     return describe(
         make_step(settings, separator, around, mesh),
         state,
         around.frozen,
-        clip_batch(settings.global_batch, settings.read_samples, from_table=from_table),
+        batch,
         counted=make_step(settings, separator, around, mesh, remat=False),
         mesh=mesh,
     )
 
 
-def clip_batch(items: int, samples: int, *, from_table: bool) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of a batch of clips, or of anchors from a table, of `samples` samples."""
+def clip_batch(
+    items: int, samples: int, *, from_table: bool, vector: int = 0, masked: bool = False
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a batch of clips, or of anchors from a table, of `samples` samples.
+
+    `vector` is the width of mined conditions, 0 without them; `masked` is whether items may be
+    asked with their class in the mixture.
+    """
     shape = lambda dtype, *more: jax.ShapeDtypeStruct((items, *more), dtype)  # noqa: E731
     batch = {name: shape(np.int32) for name in ("samples", "class_index", "record")}
     batch |= {name: shape(np.uint8) for name in ("conflict", "absent")}
     if from_table:
         batch |= {name: shape(np.int32) for name in ("begin_sample", "anchor_sample")}
         batch["score"] = shape(np.float32)
+    if vector:
+        batch["vector"] = shape(np.float32, vector)
+    if masked:
+        batch["masked"] = shape(np.uint8)
     return {"audio": shape(np.int16, samples), **batch}
 
 

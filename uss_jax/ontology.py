@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import importlib.resources
+from collections.abc import Iterable
 
 from uss_jax.errors import UserError
 
@@ -91,12 +92,9 @@ class Ontology:
           UserError: the label is not a class; suggests others.
         """
         text = label.strip()
-        if (index := whole_number(text)) is not None and index < len(self.class_mids):
-            return index
-        node = self._by_label.get(text.casefold())
+        node = self._find(text)
         if node is None:
-            text = text if len(text) <= _LABEL_SHOWN else f"{text[:_LABEL_SHOWN]}..."
-            raise UserError(f'no sound class is called "{text}"; {self._advice(text)}')
+            raise self._unknown(text, self.class_names)
         if node.class_index is None:
             below = [self.class_names[index] for index in self.class_indexes(node.mid)]
             advice = (
@@ -108,10 +106,31 @@ class Ontology:
             )
         return node.class_index
 
-    def _advice(self, text: str) -> str:
+    def node(self, label: str) -> Node:
+        """Returns the node of a label: a name or mid in any case, or a class index as text.
+
+        Raises:
+          UserError: no node is called so; suggests others.
+        """
+        text = label.strip()
+        node = self._find(text)
+        if node is None:
+            raise self._unknown(text, [node.name for node in self.nodes.values()])
+        return node
+
+    def _find(self, text: str) -> Node | None:
+        if (index := whole_number(text)) is not None and index < len(self.class_mids):
+            return self.nodes[self.class_mids[index]]
+        return self._by_label.get(text.casefold())
+
+    def _unknown(self, text: str, names: Iterable[str]) -> UserError:
+        text = text if len(text) <= _LABEL_SHOWN else f"{text[:_LABEL_SHOWN]}..."
+        return UserError(f'no sound class is called "{text}"; {self._advice(text, names)}')
+
+    def _advice(self, text: str, known: Iterable[str]) -> str:
         if text.strip("-.").isdigit():
             return f"class indexes go from 0 to {len(self.class_mids) - 1}"
-        names = {name.casefold(): name for name in self.class_names}
+        names = {name.casefold(): name for name in known}
         close = difflib.get_close_matches(text.casefold(), names, n=3, cutoff=0.6)
         close += [name for name in names if text.casefold() in name and name not in close]
         if text and close:

@@ -18,7 +18,7 @@ WORDS = {
     "evaluate pairs": {"--split"},
     "evaluate tagging": {"--split"},
     "evaluate planted": {"--split"},
-    "separate": {"--classes"},
+    "separate": {"--classes", "--without"},
     "export": {"--licence"},
     "train": {"--coordinator"},
     "train-tagger": {"--coordinator"},

@@ -12,8 +12,10 @@ import soundfile
 
 from tests import tiny
 from uss_jax.cli.main import main
+from uss_jax.ontology import load_ontology
 from uss_jax.separation import job
 from uss_jax.separation.names import file_name
+from uss_jax.separation.queries import parse_classes, without
 
 
 def separate(bundle, out, *words):
@@ -86,7 +88,7 @@ def test_dry_run_says_what_is_heard_and_writes_nothing(bundle, recordings, tmp_p
     [
         (["missing.wav", "--classes", "Dog"], "missing.wav does not exist"),
         (["*.nothing", "--classes", "Dog"], "no file matches"),
-        (["a.wav"], "--classes, --levels or --query"),
+        (["a.wav"], "--classes, --levels, --without or --query"),
         ([], "no recordings; give files"),
         (["-", "--classes", "Dog"], "standard input cannot be read"),
         (["--files-from", "missing.txt", "--classes", "Dog"], "missing.txt cannot be read"),
@@ -245,3 +247,93 @@ def test_the_same_command_on_a_folder_does_not_separate_its_results(
     assert main([*words, "--out", "."]) in (0, 3)
     assert main([words[0], str(sounds[0]), *words[2:], "--out", "again"]) in (0, 3)
     assert len(list(pathlib.Path("again").rglob("*.wav"))) == 1
+
+
+def _read(path):
+    return soundfile.read(path, dtype="float32")[0]
+
+
+def test_everything_but_a_class_and_its_estimate_add_up_to_the_recording(
+    bundle, recordings, tmp_path, capsys
+):
+    stereo = np.stack([tiny.noise(5, 1.2), tiny.tone(300, 1.2)], axis=1)
+    soundfile.write(recordings / "stereo.wav", stereo, 11025, "FLOAT")
+    audio = str(recordings / "stereo.wav")
+    assert separate(bundle, tmp_path / "dog", audio, "--classes", "Dog") == 0
+    assert separate(bundle, tmp_path / "rest", audio, "--without", "Dog") == 0
+    assert "stereo.wav: without Dog in " in capsys.readouterr().out
+    estimate = _read(tmp_path / "dog/stereo/Dog.wav")
+    rest = _read(tmp_path / "rest/stereo/without Dog.wav")
+    assert np.abs(estimate).max() > 1e-3
+    np.testing.assert_allclose(estimate + rest, stereo, atol=2e-7)
+    files = {path.name for path in (tmp_path / "rest/stereo").iterdir()}
+    assert files == {"without Dog.wav", "report.json", "report.html"}
+    (sound,) = json.loads((tmp_path / "rest/stereo/report.json").read_text())["sounds"]
+    assert [one["name"] for one in sound["without"]] == ["Dog"]
+    assert sound["without"][0]["active_share"] == 1
+    # Finished runs are recognised.
+    assert separate(bundle, tmp_path / "rest", audio, "--without", "Dog") == 0
+    assert "done earlier" in capsys.readouterr().out
+    # Several classes are one sound, as with "+".
+    words = ("--without", "Dog", "Human voice")
+    assert separate(bundle, tmp_path / "two", audio, *words) == 0
+    assert separate(bundle, tmp_path / "sum", audio, "--classes", "Dog+Human voice") == 0
+    estimate = _read(tmp_path / "sum/stereo/Dog + Human voice.wav")
+    rest = _read(tmp_path / "two/stereo/without Dog + Human voice.wav")
+    np.testing.assert_allclose(estimate + rest, stereo, atol=2e-7)
+
+
+def test_without_a_class_that_is_not_heard_leaves_the_recording_as_it_is(
+    bundle, recordings, tmp_path, capsys
+):
+    words = ["separate", "--model", bundle, "--out", str(tmp_path / "out"), "--threshold", "1.0"]
+    assert main([*words, str(recordings / "a.wav"), "--without", "Dog"]) == 3
+    assert "Dog: not heard (peak " in capsys.readouterr().out
+    rest = _read(tmp_path / "out/a/without Dog.wav")
+    np.testing.assert_array_equal(rest, _read(recordings / "a.wav"))
+
+
+def test_a_node_is_all_classes_below_it_less_those_left_out(bundle, recordings, tmp_path, capsys):
+    audio = str(recordings / "a.wav")
+
+    def sound(name, *words):
+        out = tmp_path / str(len(words))
+        assert separate(bundle, out, audio, *words) == 0
+        return _read(out / f"a/{name}.wav"), json.loads((out / "a/report.json").read_text())
+
+    ontology = load_ontology()
+    below = ontology.class_indexes(ontology.node("Human voice").mid)
+    voice, _ = sound("Human voice", "--classes", "Human voice")
+    assert parse_classes(["Human voice"]) == {"Human voice": below}
+    left, idle = without({"Human voice": below}, ["Speech", "Dog"])
+    speech = ontology.class_indexes(ontology.node("Speech").mid)
+    assert set(left["Human voice"]) == set(below) - set(speech)
+    assert idle == ["Dog"]
+    less, facts = sound("Human voice", "--classes", "Human voice", "--without", "Speech", "Dog")
+    assert "--without Dog: no query has any of it" in capsys.readouterr().err
+    assert facts["settings"]["without"] == ["Speech", "Dog"]
+    assert np.abs(less - voice).max() > 1e-5
+
+
+def test_levels_less_a_node(bundle, recordings, tmp_path):
+    words = (str(recordings / "a.wav"), "--levels", "1", "--without", "Music", "Human sounds")
+    assert separate(bundle, tmp_path / "out", *words) == 0
+    files = sorted(p.name for p in (tmp_path / "out/a/level=1").iterdir())
+    assert len(files) == 5
+    assert not {"Music.wav", "Human sounds.wav"} & set(files)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--without", "Human voise"], 'is called "Human voise"; did you mean "Human voice"'),
+        (["--classes", "Dog", "--without", "Animal"], "--without Animal leaves nothing of Dog"),
+        (["--without", "Dog", "--residual"], "--residual has no effect with --without"),
+        (["--without", "Dog", "--sum-to-mixture"], "--sum-to-mixture has no effect with --without"),
+        (["--query", "more", "--without", "Dog"], "--without has no effect with --query"),
+        (["--without", "Dog", "--dry-run"], "--without has no effect with --dry-run"),
+    ],
+)
+def test_without_what_it_cannot_leave_out_is_said(bundle, recordings, capsys, words, said):
+    assert main(["separate", str(recordings / "a.wav"), "--model", bundle, *words]) == 1
+    assert said in capsys.readouterr().err

@@ -8,10 +8,14 @@ again resumes where it was stopped and leaves finished recordings as they are; s
 no recordings to separate.
 
 Queries:
-  --classes NAME ...        classes by name, mid or index; "Speech+Singing" is one sound. Each is
-                            separated where the model's tagging net hears it.
+  --classes NAME ...        classes by name, mid or index; "Speech+Singing" is one sound, and so is
+                            a node of the ontology that is no class, such as "Human voice": all
+                            classes below. Each is separated where the model's tagging net hears it.
   --levels 1 2 ...          all classes on these levels of the AudioSet ontology that the model's
                             tagging net hears; level 1 has seven, such as Music and Human sounds
+  --without NAME ...        alone: the recording less the estimate of these classes or nodes, as
+                            "Speech+Singing" asks for them; the two add up to the recording. With
+                            --classes or --levels: these leave out the classes, and all below them
   --query FOLDER            the sound in the example recordings of the folder
   --query BANK.npz          every vector of a bank; with --classes, only those with these names
 """
@@ -55,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --levels: count a class under its first parent only, as bytedance/uss does",
     )
+    parser.add_argument("--without", nargs="+", metavar="NAME", help="see above")
     parser.add_argument("--query", type=path, metavar="PATH", help="see above")
     add_threshold(parser, "is active in a segment")
     parser.add_argument(
@@ -93,7 +98,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "example:\n"
         "  uss-jax separate street.wav --levels 1\n"
-        '  uss-jax separate street.wav --model uss --classes "Dog" "Speech+Singing" --out separated'
+        '  uss-jax separate street.wav --model uss --classes "Dog" "Speech+Singing" --out sounds\n'
+        '  uss-jax separate street.wav --model uss --classes "Human voice" --without Singing\n'
+        "  uss-jax separate street.wav --model uss --without Speech"
         "\n\nexit status: 0 done, 1 some recordings could not be separated, 3 all were, but a\n"
         "queried class is not heard in some"
     )
@@ -108,7 +115,7 @@ _FORMATS = {
 }
 
 
-_REPORTED = ("model", "classes", "levels", "first_parent", "query", "threshold")
+_REPORTED = ("model", "classes", "levels", "without", "first_parent", "query", "threshold")
 _REPORTED += ("blocks", "mono", "residual", "sum_to_mixture", "format", "precision")
 
 
@@ -148,6 +155,7 @@ def run(args: argparse.Namespace) -> None:
         reference_blocks=args.blocks == "reference",
         mono=args.mono,
         residual=args.residual,
+        only_residual=_takes_out(args),
         sum_to_mixture=args.sum_to_mixture,
         suffix=suffix,
         subtype=subtype,
@@ -188,6 +196,7 @@ def _refuse_idle_options(args: argparse.Namespace) -> None:
         asking = (
             "classes",
             "levels",
+            "without",
             "query",
             "first_parent",
             "mono",
@@ -197,28 +206,47 @@ def _refuse_idle_options(args: argparse.Namespace) -> None:
         refuse_idle(args, asking, "with --dry-run, which prints all classes heard")
     if args.query:
         refuse_idle(args, ("threshold",), "with --query, which is separated everywhere")
+        refuse_idle(args, ("without",), "with --query, whose vectors are not made of classes")
+    if _takes_out(args):
+        refuse_idle(args, ("residual",), "with --without, which gives nothing else")
+        refuse_idle(args, ("sum_to_mixture",), "with --without, whose estimate would be it all")
     if not args.levels:
         refuse_idle(args, ("first_parent",), "without --levels")
     if args.sum_to_mixture:
         refuse_idle(args, ("residual",), "with --sum-to-mixture, which leaves no residual")
 
 
+def _takes_out(args: argparse.Namespace) -> bool:
+    """Returns whether everything but some classes is asked for."""
+    return bool(args.without) and not args.classes and not args.levels
+
+
 def _query(args: argparse.Namespace, model, threshold: float):
     from uss_jax.separation.banks import read_bank
     from uss_jax.separation.example_vectors import name_of_examples, vector_of_recordings
-    from uss_jax.separation.queries import Classes, Vectors, level_sets, parse_classes
+    from uss_jax.separation.queries import Classes, Vectors, level_sets, parse_classes, without
+
+    def less(sets):
+        if not args.without:
+            return sets
+        left, idle = without(sets, args.without)
+        if idle:
+            print(f"--without {', '.join(idle)}: no query has any of it", file=sys.stderr)
+        return left
 
     if args.levels:
         if args.classes or args.query:
             raise UserError(
                 "--levels queries all classes heard; give it without --classes, --query"
             )
-        sets = level_sets(args.levels, args.first_parent)
+        sets = less(level_sets(args.levels, args.first_parent))
         return Classes(sets, threshold, only_active=True)
     if args.query is None:
+        if _takes_out(args):
+            return Classes(parse_classes(["+".join(args.without)]), threshold)
         if not args.classes:
-            raise UserError("no query; give --classes, --levels or --query")
-        return Classes(parse_classes(args.classes), threshold)
+            raise UserError("no query; give --classes, --levels, --without or --query")
+        return Classes(less(parse_classes(args.classes)), threshold)
     if not args.query.endswith(".npz"):
         if args.classes:
             raise UserError(

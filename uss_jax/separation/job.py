@@ -30,6 +30,7 @@ _HEARD_SHOWN = 20
 # Present in a recording's folder until its sounds and reports are complete.
 _UNFINISHED = ".unfinished"
 # Fields of an earlier run's report.json that are validated.
+_TAKEN_OUT = record({"name": text()}, {"active_share": number(0, 1), "peak": number(0, 1)})
 _SOUND = record(
     {
         "name": text(),
@@ -37,7 +38,7 @@ _SOUND = record(
         "clipped_share": number(0, 1),
         "active_share": either(nothing(), number(0, 1)),
     },
-    {"peak": number(0, 1)},
+    {"peak": number(0, 1), "without": list_of(_TAKEN_OUT)},
     others=True,
 )
 _FINISHED = record(
@@ -102,16 +103,13 @@ def separate_all(
         facts = finished_facts(folder, digest)
         if facts is None:
             facts = _separate_one(separator, recording.path, folder, query, settings, digest)
-            residual = separator.settings.residual
-            sounds = counted(len(facts["sounds"]) - residual, "sound")
-            beside = " and the residual" if residual else ""
-            print(f"{recording.path}: {sounds}{beside} in {folder}, see report.html")
+            print(f"{recording.path}: {_written(facts, separator)} in {folder}, see report.html")
         else:
             print(f"{recording.path}: done earlier, in {folder}")
             earlier += 1
         for remark in _remarks(facts):
             print(f"  {remark}")
-        unheard += any(not_heard(sound, facts) for sound in facts["sounds"])
+        unheard += any(not_heard(sound, facts) for sound in _asked_for(facts))
 
     failed = for_each(recordings, separate)
     return Done(failed, unheard, earlier)
@@ -172,19 +170,36 @@ def _separate_one(
 
 def _sounds(made: Separated, folder: pathlib.Path, query: Query) -> list[dict[str, Any]]:
     """Returns the report's entry for each file."""
-    active = {target.name: float(target.active.mean()) for target in made.targets}
     peaks = query.peaks(made.probabilities) if isinstance(query, Classes) else {}
-    return [
-        {
-            "name": name,
-            "file": os.path.relpath(file, folder),
-            "rms": made.rms[name],
-            "clipped_share": made.clipped[name],
-            "active_share": active.get(name) if query.needs_tags else None,
-            **({"peak": peaks[name]} if name in peaks else {}),
-        }
-        for name, file in made.files.items()
-    ]
+    heard = {target.name: {} for target in made.targets}
+    if query.needs_tags:
+        heard = {t.name: {"active_share": float(t.active.mean())} for t in made.targets}
+    for name in heard.keys() & peaks.keys():
+        heard[name]["peak"] = peaks[name]
+    sounds = []
+    for name, file in made.files.items():
+        about = {"active_share": None, **heard.pop(name, {})}
+        place = os.path.relpath(file, folder)
+        levels = {"rms": made.rms[name], "clipped_share": made.clipped[name]}
+        sounds.append({"name": name, "file": place, **levels, **about})
+    if heard:  # what has no file is what the only file lacks
+        sounds[0]["without"] = [{"name": name, **about} for name, about in heard.items()]
+    return sounds
+
+
+def _asked_for(facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields what was asked for: the sounds that were written, or that were taken out."""
+    for sound in facts["sounds"]:
+        yield from sound.get("without", [sound])
+
+
+def _written(facts: dict[str, Any], separator: Separator) -> str:
+    """Names what was written, for a line of the log."""
+    if separator.settings.only_residual:
+        return facts["sounds"][0]["name"]
+    residual = separator.settings.residual
+    sounds = counted(len(facts["sounds"]) - residual, "sound")
+    return f"{sounds} and the residual" if residual else sounds
 
 
 def _remarks(facts: dict[str, Any]) -> Iterator[str]:
@@ -193,9 +208,10 @@ def _remarks(facts: dict[str, Any]) -> Iterator[str]:
         yield "none of the requested classes is heard"
     if why := facts.get("truncated"):
         yield f"the recording is cut off ({why})"
-    for sound in facts["sounds"]:
+    for sound in _asked_for(facts):
         if words := not_heard(sound, facts):
             yield f"{sound['name']}: {words}"
+    for sound in facts["sounds"]:
         if share := sound["clipped_share"]:
             yield (
                 f"{sound['file']}: {100 * share:.2g} % of its samples are beyond full scale and "

@@ -15,7 +15,7 @@ from uss_jax.bundles.nets import unknown_among
 from uss_jax.errors import UserError
 from uss_jax.models.query import HEARD
 from uss_jax.models.tagging import unknown_classes
-from uss_jax.ontology import load_ontology, reference_tree
+from uss_jax.ontology import Node, load_ontology, reference_tree
 from uss_jax.separation.windows import Target
 
 # Conditions are probabilities, activations or an adaptor's output; a net overflows long before the
@@ -24,15 +24,61 @@ _LARGEST_VALUE = 1e6
 
 
 def parse_classes(words: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Parses classes, or sets of them joined by "+", into a dict of name -> class indexes."""
+    """Parses classes, or sets of them joined by "+", into a dict of name -> class indexes.
+
+    A node of the ontology that is no class, such as "Human voice", is the set of all classes below.
+
+    Raises:
+      UserError: no node is called so, it has no class below, or a set is given twice.
+    """
     ontology, sets = load_ontology(), {}
     for word in words:
-        indexes = tuple(ontology.resolve(part) for part in word.split("+"))
-        name = " + ".join(ontology.class_names[index] for index in indexes)
+        nodes = [ontology.node(part) for part in word.split("+")]
+        name = " + ".join(node.name for node in nodes)
         if name in sets:
             raise UserError(f'"{name}" is given twice; give it once')
-        sets[name] = indexes
+        indexes = [index for node in nodes for index in _asked_by(node)]
+        sets[name] = tuple(dict.fromkeys(indexes))
     return sets
+
+
+def _asked_by(node: Node) -> tuple[int, ...]:
+    if node.class_index is not None:
+        return (node.class_index,)
+    below = load_ontology().class_indexes(node.mid)
+    if not below:
+        raise UserError(f'"{node.name}" is in the ontology, but no class is below it; drop it')
+    return below
+
+
+def without(
+    sets: Mapping[str, Sequence[int]], words: Sequence[str]
+) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Leaves classes, and all classes below them, out of sets of classes.
+
+    Args:
+      sets: name -> class indexes.
+      words: names, mids or indexes of nodes, each or several joined by "+".
+
+    Returns:
+      The sets that are left, of the same names, and the names of the nodes that no set has.
+
+    Raises:
+      UserError: no node is called so, or nothing is left of every set.
+    """
+    ontology, idle = load_ontology(), []
+    gone: set[int] = set()
+    asked = {index for indexes in sets.values() for index in indexes}
+    for node in (ontology.node(part) for word in words for part in word.split("+")):
+        below = set(ontology.class_indexes(node.mid))
+        gone |= below
+        if not below & asked:
+            idle.append(node.name)
+    left = {name: tuple(k for k in indexes if k not in gone) for name, indexes in sets.items()}
+    left = {name: indexes for name, indexes in left.items() if indexes}
+    if not left:
+        raise UserError(f"--without {' '.join(words)} leaves nothing of {', '.join(sets)}")
+    return left, idle
 
 
 def level_sets(levels: Sequence[int], first_parent_only: bool) -> dict[str, tuple[int, ...]]:

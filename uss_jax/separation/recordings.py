@@ -41,6 +41,7 @@ class Settings:
       mono: mix a file down to one channel first, as bytedance/uss does. Otherwise all channels
         share one mask, computed from their mean power. Not applied to waveforms.
       residual: also write the mixture minus the sum of the estimates.
+      only_residual: write nothing else; its name is "without" and the names of the targets.
       sum_to_mixture: divide the residual equally among the estimates, so that they add up to the
         mixture (mixture consistency, arXiv:1811.08521).
       suffix: ".wav" or ".flac".
@@ -51,6 +52,7 @@ class Settings:
     reference_blocks: bool = False
     mono: bool = False
     residual: bool = False
+    only_residual: bool = False
     sum_to_mixture: bool = False
     suffix: str = ".wav"
     subtype: str = "FLOAT"
@@ -246,8 +248,7 @@ class Separator:
         """
         folder = pathlib.Path(folder)
         files: dict[str, pathlib.Path] = {}
-        names = [target.name for target in plan.targets]
-        for name in names + [RESIDUAL] * self.settings.residual:
+        for name in self._names(plan):
             parts = [file_name(part) for part in name.split("/")]
             file = folder.joinpath(*parts[:-1], parts[-1] + self.settings.suffix)
             if file in files.values():
@@ -262,6 +263,13 @@ class Separator:
         for file in files.values():
             make_folder(file.parent, "give another --out", name=folder)
         return files
+
+    def _names(self, plan: Plan) -> list[str]:
+        """Returns the names of what is written."""
+        names = [target.name for target in plan.targets]
+        if self.settings.only_residual:
+            return [without_name(names)]
+        return names + [RESIDUAL] * self.settings.residual
 
     def write(self, plan: Plan, files: dict[str, pathlib.Path]) -> Separated:
         """Separates the planned targets into their files; each file appears only when complete."""
@@ -304,10 +312,16 @@ class Separator:
         for mixture, estimates in _beside(plan.recorded(), pieces, len(targets)):
             if self.settings.sum_to_mixture:
                 estimates = consistent(estimates, mixture)
-            if self.settings.residual:
-                left = mixture - estimates.sum(axis=0)
-                estimates = np.concatenate([estimates, left[None]])
+            if self.settings.residual or self.settings.only_residual:
+                left = (mixture - estimates.sum(axis=0))[None]
+                kept = estimates[: 0 if self.settings.only_residual else None]
+                estimates = np.concatenate([kept, left])
             yield mixture, estimates
+
+
+def without_name(names: Sequence[str]) -> str:
+    """Returns the name of a recording without the sounds of these names."""
+    return f"without {', '.join(names)}"
 
 
 def _beside(

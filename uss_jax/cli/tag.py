@@ -19,7 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         type=path,
-        default="yamnet",
         metavar="B",
         help="bundle or workdir with a detector; default: yamnet, which is in the package",
     )
@@ -37,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from uss_jax.bundles.model import Model
+    from uss_jax.bundles.packaged import PACKAGED
     from uss_jax.disk.folder import make_folder
     from uss_jax.models.query import HEARD
     from uss_jax.separation.input_files import InputFile, Places
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
 
     threshold = HEARD if args.threshold is None else args.threshold
     recordings = input_files(args)
-    model = Model(args.model)
+    model = Model(args.model or PACKAGED["yamnet"])  # whatever the working directory holds
     _ = model.sed  # a model without a detector is told once
     places = Places(args.out or "")
     if args.out:

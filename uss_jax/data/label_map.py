@@ -20,6 +20,7 @@ def read_label_map(path: str | os.PathLike) -> dict[str, str]:
     if [field.strip().lower() for field in header] != ["name", "class"]:
         raise UserError(f'{path}, line {line}: expected a header with the columns "name,class"')
     found: dict[str, str] = {}
+    wrong: list[str] = []
     for line, row in rows:
         if len(row) != 2:
             raise UserError(
@@ -31,11 +32,15 @@ def read_label_map(path: str | os.PathLike) -> dict[str, str]:
             try:
                 load_ontology().resolve(word)
             except UserError as error:
-                raise UserError(f"{path}, line {line}: {error}") from None
+                wrong.append(f"line {line}: {error}")
         if found.setdefault(name.strip().casefold(), classes) != classes:
             raise UserError(
                 f"{path}, line {line}: {name!r} was mapped to other classes in an earlier line"
             )
+    if wrong:
+        more = len(wrong) - _UNKNOWN_SHOWN
+        rest = f"; and {more} more" if more > 0 else ""
+        raise UserError(f"{path}, {'; '.join(wrong[:_UNKNOWN_SHOWN])}{rest}")
     return found
 
 

@@ -90,7 +90,8 @@ class Attention(nn.Module):
             nn.Dense(width, name=name, **dense)(x).reshape(shape)
             for name in ("query", "key", "value")
         )
-        query, key = (rotated(v).astype(value.dtype) for v in (query, key))
+        both = rotated(jnp.concatenate((query, key), axis=2)).astype(value.dtype)
+        query, key = jnp.split(both, 2, axis=2)
         found = attended(query, key, value)
         return nn.Dense(width, name="out", **dense)(found.reshape(x.shape))
 

@@ -152,11 +152,24 @@ def test_damaged_conditions_and_those_of_other_anchors_are_refused(mined, reader
     def resaved(array):
         return lambda folder: np.save(folder / "00000.npy", array)
 
+    broken = read_table(mined, reader.index, SEGMENT)
+    folder = tmp_path / "nan.conditions"
+    shutil.copytree(folder_of(mined), folder)
+    vectors = np.load(folder / "00000.npy")
+    vectors[1, 0, 2] = np.nan
+    np.save(folder / "00000.npy", vectors)
+    nan = open_conditions(folder, broken, reader.index)
+    assert np.isfinite(nan.read(np.array([0]), np.array([0]))).all()
+    with pytest.raises(UserError, match="it holds NaN or infinite values; mine again"):
+        nan.read(np.array([0, 1]), np.array([0, 0]))
+
     refused(cut, r"00002.npy cannot be read .*mine again with `uss-jax mine --query`")
     refused(lambda folder: (folder / "00002.npy").unlink(), "00002.npy cannot be read")
     refused(lambda folder: (folder / "00000.npy").write_bytes(b""), "00000.npy cannot be read")
-    refused(resaved(np.zeros((4, 3, 6), np.float32)), "holds float32 of shape")
-    refused(resaved(np.zeros((4, 2, 6), np.float16)), r"shape \(4, 2, 6\), expected float16")
+    refused(
+        resaved(np.zeros((4, 3, 6), np.float32)), "the array 'vectors' of type float32, expected f2"
+    )
+    refused(resaved(np.zeros((4, 2, 6), np.float16)), r"of shape \(4, 2, 6\), expected \[r k w\]")
     refused(resaved(np.array([{}], object)), "00000.npy cannot be read")
     refused(lambda folder: (folder / "header.json").unlink(), "is not a folder of mined conditions")
     refused(header(output="framewise"), "output is 'framewise', expected clipwise, embedding")

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tests.data.test_encodings import SAMPLES, STORED
 from tests.data.test_foreign import NAMES, _record
 from tests.fuzz.damage import check_words, damaged, fuzz, json_values
+from uss_jax.anchors.conditions import open_conditions, write_header, write_shard
 from uss_jax.anchors.table import COLUMNS as TABLE_COLUMNS
-from uss_jax.anchors.table import read_table, write_table
+from uss_jax.anchors.table import AnchorTable, read_table, write_table
 from uss_jax.data.encodings import clipped_share, count_samples, decode
 from uss_jax.data.index import COLUMNS, load_index
 from uss_jax.data.indexing import build_index
@@ -137,6 +138,38 @@ def test_an_anchor_table_is_right_or_refused(records, data):
     latest = np.maximum(index.samples[columns["record"]].astype(int) - SEGMENT, 0)
     assert (table.begin_sample <= latest[:, None]).all()
     assert np.isfinite(table.score).all()
+
+
+@fuzz
+@given(st.data())
+def test_mined_conditions_are_right_or_refused(records, data):
+    folder, index, _, _ = records
+    rows = len(index.label_class)
+    columns = {
+        name: np.zeros((rows, 2) if "k" in column.shape else rows, column.dtype)
+        for name, column in TABLE_COLUMNS.items()
+    }
+    table = AnchorTable.of({"sed_hash": "s"}, columns)
+    good = np.arange(rows * 2 * 3).reshape(rows, 2, 3).astype(np.float16)
+    header = {"format_version": 1, "query_hash": "q", "query_model": {}, "output": "clipwise"}
+    header |= {"width": 3, "anchors_digest": table.digest}
+    if data.draw(st.booleans()):
+        header[data.draw(st.sampled_from(sorted(header)))] = data.draw(json_values())
+    path = folder / "anchors.conditions"
+    path.mkdir(exist_ok=True)
+    write_header(path, header)
+    write_shard(path, 0, good)
+    if data.draw(st.booleans()):
+        file = path / data.draw(st.sampled_from(("header.json", "00000.npy")))
+        file.write_bytes(data.draw(damaged(file.read_bytes())))
+    try:
+        conditions = open_conditions(path, table, index)
+        read = conditions.read(np.arange(rows), np.ones(rows, int))
+    except UserError as error:
+        check_words(error)
+        return
+    assert read.shape == (rows, 3)
+    assert np.isfinite(read).all()
 
 
 METADATA = json.dumps({"sample_rate": 8000, "encoding": "flac"}).encode()

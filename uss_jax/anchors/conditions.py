@@ -25,6 +25,7 @@ from uss_jax.data.index import RecordIndex
 from uss_jax.devices.batching import in_batches
 from uss_jax.disk.atomic import replacing
 from uss_jax.disk.checked_json import read_json, record, text, whole
+from uss_jax.disk.checked_npz import Column, map_npy
 from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError
 
@@ -81,12 +82,18 @@ class ConditionTable:
     def read(
         self, rows: Integer[np.ndarray, " n"], chosen: Integer[np.ndarray, " n"]
     ) -> Float[np.ndarray, "n w"]:
-        """Returns the vectors of one anchor of each row, as float32."""
+        """Returns the vectors of one anchor of each row, as float32.
+
+        Raises:
+          UserError: a vector is not finite.
+        """
         shards = np.searchsorted(self.first_row, rows, side="right") - 1
         vectors = np.empty((len(rows), self.width), np.float32)
         for shard in np.unique(shards):
             at = shards == shard
             vectors[at] = self.shard(int(shard))[rows[at] - self.first_row[shard], chosen[at]]
+        if not np.isfinite(vectors).all():
+            raise UserError(f"{self.path} is damaged: it holds NaN or infinite values; {_AGAIN}")
         return vectors
 
     def shard(self, number: int) -> Float[np.ndarray, "r k w"]:
@@ -110,20 +117,14 @@ class ConditionTable:
     def _open(self, number: int) -> np.ndarray:
         path = _shard(self.path, number)
         rows = int(self.first_row[number + 1] - self.first_row[number])
-        wanted = (rows, self.anchors, self.width)
+        lengths = {"r": rows, "k": self.anchors, "w": self.width}
         if not rows:
-            return np.zeros(wanted, np.float16)
+            return np.zeros(tuple(lengths.values()), np.float16)
         try:
-            vectors = np.lib.format.open_memmap(path, mode="r")
-        except (OSError, ValueError, EOFError, SyntaxError) as error:
-            words = " ".join(str(error).split())[:200] or type(error).__name__
+            return map_npy(path, "vectors", Column("f2", "r k w"), lengths)
+        except (OSError, ValueError) as error:
+            words = getattr(error, "strerror", None) or error
             raise UserError(f"{path} cannot be read ({words}); {_AGAIN}") from error
-        if vectors.dtype != np.float16 or vectors.shape != wanted:
-            raise UserError(
-                f"{path} holds {vectors.dtype} of shape {vectors.shape}, expected float16 of shape "
-                f"{wanted}; {_AGAIN}"
-            )
-        return vectors
 
 
 def open_conditions(

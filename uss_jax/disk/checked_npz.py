@@ -5,15 +5,20 @@ declared size, type and shape. Memory: the requested arrays take at most INFLATI
 of the file.
 """
 
+import contextlib
 import dataclasses
 import io
 import math
+import os
 import struct
+import tokenize
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
+
+from uss_jax.disk.opening import at_once
 
 INFLATION = 32
 _HEADERS = {
@@ -33,6 +38,7 @@ _DAMAGE = (
     NotImplementedError,
     RecursionError,
     MemoryError,
+    tokenize.TokenError,  # numpy tokenises headers that Python cannot parse
 )
 
 
@@ -64,8 +70,36 @@ def read_npz(file: io.IOBase, columns: Mapping[str, Column]) -> dict[str, np.nda
         declared.
       OSError: reading failed.
     """
-    try:
+    with _damage_said():
         return _read(file, columns)
+
+
+def map_npy(
+    path: str | os.PathLike, name: str, column: Column, lengths: Mapping[str, int]
+) -> np.ndarray:
+    """Maps the array of an .npy file into memory, read-only.
+
+    Args:
+      path: the file.
+      name: name of the array, for messages.
+      column: its declaration.
+      lengths: length of each axis, by its letter.
+
+    Raises:
+      ValueError: the file is not an .npy file or is damaged, or its array is not as declared.
+      OSError: reading failed.
+    """
+    with _damage_said(), open(path, "rb", opener=at_once) as file:
+        size = os.fstat(file.fileno()).st_size
+        _check_header(file, name, size, column, dict(lengths))
+        return np.lib.format.open_memmap(path, mode="r")
+
+
+@contextlib.contextmanager
+def _damage_said() -> Iterator[None]:
+    """Raises a ValueError in place of what zipfile and numpy raise for damaged files."""
+    try:
+        yield
     except OSError:
         raise
     except _DAMAGE as error:
@@ -76,11 +110,8 @@ def read_npz(file: io.IOBase, columns: Mapping[str, Column]) -> dict[str, np.nda
 
 def names_in_npz(file: io.IOBase) -> set[str]:
     """Returns the names of the arrays in an .npz file; raises a ValueError for other files."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            return {name.removesuffix(".npy") for name in archive.namelist()}
-    except _DAMAGE as error:
-        raise ValueError(" ".join(str(error).split())[:200]) from error
+    with _damage_said(), zipfile.ZipFile(file) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist()}
 
 
 def _read(file: io.IOBase, columns: Mapping[str, Column]) -> dict[str, np.ndarray]:

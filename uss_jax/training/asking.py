@@ -164,12 +164,10 @@ def class_means(
     """Averages the vectors of the best usable anchors of each class; 0 for a class without one."""
     classes = len(load_ontology().class_mids)
     total = np.zeros((classes, conditions.width), np.float64)
-    for number, (begin, end) in enumerate(
-        zip(conditions.first_row[:-1], conditions.first_row[1:], strict=True)
-    ):
-        rows = np.flatnonzero(usable[begin:end])
-        vectors = conditions.shard(number)[rows, 0].astype(np.float64)
-        np.add.at(total, index.label_class[begin + rows].astype(np.int64), vectors)
+    for begin, end in zip(conditions.first_row[:-1], conditions.first_row[1:], strict=True):
+        rows = begin + np.flatnonzero(usable[begin:end])
+        vectors = conditions.read(rows, np.zeros_like(rows))
+        np.add.at(total, index.label_class[rows].astype(np.int64), vectors)
     count = np.bincount(index.label_class[usable].astype(np.int64), minlength=classes)
     return (total / np.maximum(count, 1)[:, None]).astype(np.float32)
 

@@ -1,6 +1,8 @@
 """Conditions mined beside a table of anchors."""
 
+import contextlib
 import json
+import os
 import pickle
 import shutil
 
@@ -10,11 +12,13 @@ import pytest
 
 from tests.anchors.toy import LENGTH, SED, SETTINGS, padded
 from tests.tiny import SEGMENT, TAGGER, tagger_variables
+from uss_jax.anchors import conditions as conditions_module
 from uss_jax.anchors import mine as mine_module
 from uss_jax.anchors.conditions import folder_of, open_conditions, vectors_of_anchors
 from uss_jax.anchors.mine import Query, mine
 from uss_jax.anchors.table import read_table
 from uss_jax.bundles.model import Net
+from uss_jax.disk.lock import InUse
 from uss_jax.errors import UserError
 
 QUERY = Query(Net(TAGGER, tagger_variables(seed=7)), "embedding")
@@ -56,7 +60,6 @@ def test_every_anchor_has_the_vector_of_its_sound(mined, reader, table):
     rows = np.random.default_rng(0).permutation(row)
     anchors = rows % SETTINGS.candidates
     again = pickle.loads(pickle.dumps(conditions))
-    assert not again._opened
     np.testing.assert_array_equal(again.read(rows, anchors), conditions.read(rows, anchors))
     assert len(pickle.dumps(conditions)) < 2000
 
@@ -94,17 +97,20 @@ def test_hosts_and_kills_give_the_same_conditions(mined, reader, tmp_path, monke
     out = tmp_path / "anchors.npz"
     arguments = dict(query=QUERY, batch_size=8)
     assert not mine(reader, SED, out, SETTINGS, **arguments, host=1, hosts=2)
-    move = mine_module.move
 
-    def killed(*paths):
-        raise KeyboardInterrupt
+    def kill(name):
+        def killed(*_):
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(mine_module, "move", killed)
-    with pytest.raises(KeyboardInterrupt):
-        mine(reader, SED, out, SETTINGS, **arguments, host=0, hosts=2)
-    assert not out.exists()
-    monkeypatch.setattr(mine_module, "move", move)
+        with monkeypatch.context() as patch:
+            patch.setattr(mine_module, name, killed)
+            with pytest.raises(KeyboardInterrupt):
+                mine(reader, SED, out, SETTINGS, **arguments, host=0, hosts=2)
+        assert not out.exists()
+
+    kill("move")
     monkeypatch.setattr(mine_module, "_mine_part", None)  # nothing is mined again
+    kill("write_table")
     assert mine(reader, SED, out, SETTINGS, **arguments)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["anchors.conditions", "anchors.npz"]
@@ -113,18 +119,100 @@ def test_hosts_and_kills_give_the_same_conditions(mined, reader, tmp_path, monke
         assert (folder_of(out) / wanted.name).read_bytes() == wanted.read_bytes()
 
 
-def test_another_query_net_is_mined_again_and_replaces_the_conditions(mined, reader, tmp_path):
+@pytest.mark.parametrize("moment", ["only_one", "write_header", "_replace_folder"])
+def test_a_host_that_finishes_beside_another_leaves_everything_whole(
+    mined, reader, tmp_path, monkeypatch, moment
+):
     out = tmp_path / "anchors.npz"
-    shutil.copy(mined, out)
-    shutil.copytree(folder_of(mined), folder_of(out))
+    arguments = dict(query=QUERY, batch_size=8)
+    module = mine_module.conditions if moment == "write_header" else mine_module
+    real = getattr(module, moment)
+
+    def after_the_other(*words):
+        monkeypatch.setattr(module, moment, real)
+        # Locks do not exclude a process from itself, as on a file system without locks.
+        assert mine(reader, SED, out, SETTINGS, **arguments)
+        return real(*words)
+
+    monkeypatch.setattr(module, moment, after_the_other)
+    if moment == "only_one":
+        assert mine(reader, SED, out, SETTINGS, **arguments)
+    else:
+        with contextlib.suppress(UserError):
+            mine(reader, SED, out, SETTINGS, **arguments)
+    assert mine(reader, SED, out, SETTINGS, **arguments)
+    table, conditions = _opened(out, reader)
+    assert table.digest == read_table(mined, reader.index, SEGMENT).digest
+    conditions.require_shards(verify=True)
+
+
+def test_a_host_leaves_it_to_the_one_that_writes(reader, tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def held(*_):
+        raise InUse("another host writes")
+        yield
+
+    monkeypatch.setattr(mine_module, "only_one", held)
+    assert not mine(reader, SED, tmp_path / "a.npz", SETTINGS, query=QUERY, batch_size=8)
+    assert not (tmp_path / "a.npz").exists()
+
+
+def test_conditions_of_a_table_are_mined_without_the_detector(
+    mined, reader, table, tmp_path, monkeypatch
+):
+    out = tmp_path / "anchors.npz"
+    assert mine(reader, SED, out, SETTINGS, batch_size=8)
+    before = out.stat()
+    monkeypatch.setattr(mine_module, "mine_batch", lambda *_, **__: 1 / 0)
+
+    def same():
+        assert mine(reader, SED, out, SETTINGS, query=QUERY, batch_size=8)
+        after = out.stat()
+        assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+        for wanted in sorted(folder_of(mined).iterdir()):
+            assert (folder_of(out) / wanted.name).read_bytes() == wanted.read_bytes()
+
+    same()
+    # What is damaged is found, and made again.
+    for damage in (
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(path.read_bytes()[:-8]),
+        lambda path: np.save(path, np.load(path)[::-1]),
+    ):
+        damage(folder_of(out) / "00002.npy")
+        same()
+    (folder_of(out) / "header.json").write_text("{")
+    same()
+    # Another query net replaces the conditions; without one, they stay.
     other = Query(Net(TAGGER, tagger_variables(seed=8)), "clipwise")
     assert mine(reader, SED, out, SETTINGS, query=other, batch_size=8)
     _, conditions = _opened(out, reader)
     assert conditions.width == 527
     assert conditions.header["query_hash"] == other.header()["query_hash"]
-    # Without a query net, the conditions of a table stay.
     assert mine(reader, SED, out, SETTINGS, batch_size=8)
     assert _opened(out, reader)[1].header == conditions.header
+
+
+def test_a_place_that_cannot_hold_conditions_is_said_before_the_work(reader, tmp_path, monkeypatch):
+    monkeypatch.setattr(mine_module, "_mine_part", None)
+    for make in (lambda path: path.write_text(""), lambda path: path.symlink_to(tmp_path)):
+        place = tmp_path / "anchors.conditions"
+        make(place)
+        with pytest.raises(UserError, match="conditions must be, but is not a folder; remove it"):
+            mine(reader, SED, tmp_path / "anchors.npz", SETTINGS, query=QUERY, batch_size=8)
+        place.unlink()
+
+
+def test_few_files_are_open_at_a_time(mined, reader, monkeypatch):
+    monkeypatch.setattr(conditions_module, "_SHARDS_KEPT", 1)
+    _, conditions = _opened(mined, reader)
+    rows = np.arange(int(conditions.first_row[-1]))
+    whole = conditions.read(rows, np.zeros_like(rows))
+    opened = len(os.listdir("/proc/self/fd"))
+    for row in (*rows, *rows[::-1]):
+        vector = conditions.read(np.array([row]), np.array([0]))[0]
+        np.testing.assert_array_equal(vector, whole[row])
+    assert len(os.listdir("/proc/self/fd")) <= opened
 
 
 def test_damaged_conditions_and_those_of_other_anchors_are_refused(mined, reader, tmp_path):
@@ -164,7 +252,10 @@ def test_damaged_conditions_and_those_of_other_anchors_are_refused(mined, reader
         nan.read(np.array([0, 1]), np.array([0, 0]))
 
     refused(cut, r"00002.npy cannot be read .*mine again with `uss-jax mine --query`")
-    refused(lambda folder: (folder / "00002.npy").unlink(), "00002.npy cannot be read")
+    refused(
+        lambda folder: (folder / "00002.npy").unlink(),
+        "00002.npy is missing; copy",
+    )
     refused(lambda folder: (folder / "00000.npy").write_bytes(b""), "00000.npy cannot be read")
     refused(
         resaved(np.zeros((4, 3, 6), np.float32)), "the array 'vectors' of type float32, expected f2"
@@ -175,6 +266,7 @@ def test_damaged_conditions_and_those_of_other_anchors_are_refused(mined, reader
     refused(header(output="framewise"), "output is 'framewise', expected clipwise, embedding")
     refused(header(format_version=2), "format_version is 2")
     refused(header(width=10**9), "width is 1000000000")
+    refused(header(shard_digests=["0"]), "conditions of other anchors")
     refused(header(anchors_digest="0" * 64), "conditions of other anchors")
     with pytest.raises(UserError, match="is not a folder of mined conditions"):
         open_conditions(mined, table, reader.index)

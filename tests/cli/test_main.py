@@ -18,7 +18,7 @@ WORDS = {
     "evaluate pairs": {"--split"},
     "evaluate tagging": {"--split"},
     "evaluate planted": {"--split"},
-    "separate": {"--classes", "--without"},
+    "separate": {"--classes", "--without", "--text"},
     "export": {"--licence"},
     "train": {"--coordinator"},
     "train-tagger": {"--coordinator"},

@@ -152,7 +152,7 @@ def test_mined_conditions_are_right_or_refused(records, data):
     table = AnchorTable.of({"sed_hash": "s"}, columns)
     good = np.arange(rows * 2 * 3).reshape(rows, 2, 3).astype(np.float16)
     header = {"format_version": 1, "query_hash": "q", "query_model": {}, "output": "clipwise"}
-    header |= {"width": 3, "anchors_digest": table.digest}
+    header |= {"width": 3, "anchors_digest": table.digest, "shard_digests": ["d"]}
     if data.draw(st.booleans()):
         header[data.draw(st.sampled_from(sorted(header)))] = data.draw(json_values())
     path = folder / "anchors.conditions"

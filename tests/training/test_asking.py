@@ -347,13 +347,17 @@ def _metrics(workdir):
 def test_a_run_on_mined_conditions_is_the_run_that_computes_them(
     place, tmp_path, capsys, quick_compilation
 ):
-    assert _train(place, tmp_path / "mined") == 0
+    drawn = {"anchors__top_k": 2}
+    assert _train(place, tmp_path / "mined", **drawn) == 0
     assert "asked with: own 1" in capsys.readouterr().out
-    assert _train(place, tmp_path / "online", query__table="") == 0
-    for mined, online in zip(
-        _metrics(tmp_path / "mined"), _metrics(tmp_path / "online"), strict=True
-    ):
-        assert mined == pytest.approx(online, rel=2e-4)
+    assert _train(place, tmp_path / "online", query__table="", **drawn) == 0
+    others = {"query__source__own": 0.0, "query__source__other": 1.0}
+    assert _train(place, tmp_path / "others", **drawn, **others) == 0
+    mined, online, others = (_metrics(tmp_path / name) for name in ("mined", "online", "others"))
+    for one, other in zip(mined, online, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    # Which vectors they are matters more than that.
+    assert others[0] != pytest.approx(online[0], rel=5e-4)
     config = json.loads((tmp_path / "mined" / "config.json").read_text())
     assert config["query"].keys() == {
         *("kind", "finetune", "adaptor_width", "adaptor_hidden", "shortcut"),
@@ -413,7 +417,7 @@ def test_conditions_that_do_not_suit_the_run_are_refused_before_it(place, tmp_pa
                 "query__source__other": 1.0,
                 "query__source__own": 0.0,
             },
-            "names none of the records, such as a0",
+            "has no line for any record (the first is a0)",
         ),
     ):
         assert _train(place, tmp_path / "run", **changed) == 1

@@ -11,6 +11,7 @@ clips of a batch, `t` samples of a clip.
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -24,15 +25,17 @@ from uss_jax.anchors.table import AnchorTable
 from uss_jax.data.index import RecordIndex
 from uss_jax.devices.batching import in_batches
 from uss_jax.disk.atomic import replacing
-from uss_jax.disk.checked_json import read_json, record, text, whole
+from uss_jax.disk.checked_json import list_of, read_json, record, text, whole
 from uss_jax.disk.checked_npz import Column, map_npy
 from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError
 
 FORMAT_VERSION = 1
+HEADER = "header.json"
 # Outputs of a tagging net that are conditions, see models/query.py.
 OUTPUTS = ("clipwise", "embedding")
 _AGAIN = "mine again with `uss-jax mine --query`"
+_SHARDS_KEPT = 128  # open maps, each of which holds a file descriptor
 _HEADER = record(
     {
         "format_version": whole(FORMAT_VERSION, FORMAT_VERSION),
@@ -41,6 +44,7 @@ _HEADER = record(
         "output": text(*OUTPUTS),
         "width": whole(1, 100_000),
         "anchors_digest": text(),
+        "shard_digests": list_of(text()),
     },
     others=True,
 )
@@ -55,11 +59,12 @@ def folder_of(table: str | os.PathLike) -> pathlib.Path:
 class ConditionTable:
     """The vectors of every anchor of a table.
 
-    Shards are opened when they are first read, in each process anew.
+    Shards are opened when they are read, in each process anew.
 
     Attributes:
       path: the folder.
-      header: `query_hash`, `query_model`, `output`, `width` and `anchors_digest`.
+      header: `query_hash`, `query_model`, `output`, `width`, `anchors_digest`, and the SHA-256 of
+        each shard's file, `shard_digests`.
       first_row: [shards + 1] first row of each record shard, and the number of rows.
       anchors: anchors of a row, k.
     """
@@ -76,8 +81,8 @@ class ConditionTable:
 
     @property
     def digest(self) -> str:
-        """What a resumed run must find again: query net, output and anchors."""
-        return "/".join(self.header[key] for key in ("query_hash", "output", "anchors_digest"))
+        """Hash of the header, and so of all vectors; a resumed run must use the same."""
+        return hashlib.sha256(json.dumps(self.header, sort_keys=True).encode()).hexdigest()
 
     def read(
         self, rows: Integer[np.ndarray, " n"], chosen: Integer[np.ndarray, " n"]
@@ -91,30 +96,35 @@ class ConditionTable:
         vectors = np.empty((len(rows), self.width), np.float32)
         for shard in np.unique(shards):
             at = shards == shard
-            vectors[at] = self.shard(int(shard))[rows[at] - self.first_row[shard], chosen[at]]
+            vectors[at] = self._shards(int(shard))[rows[at] - self.first_row[shard], chosen[at]]
         if not np.isfinite(vectors).all():
             raise UserError(f"{self.path} is damaged: it holds NaN or infinite values; {_AGAIN}")
         return vectors
 
-    def shard(self, number: int) -> Float[np.ndarray, "r k w"]:
-        """Maps the vectors of a record shard into memory.
+    def require_shards(self, verify: bool = False) -> None:
+        """Opens every shard once.
+
+        Args:
+          verify: whether to read the shards too, and compare their digests.
 
         Raises:
-          UserError: the file is missing, damaged, or not of this shape.
+          UserError: a shard is missing, damaged, or not of its shape.
         """
-        opened = self._opened
-        if number not in opened:
-            opened[number] = self._open(number)
-        return opened[number]
+        for number in range(len(self.first_row) - 1):
+            self._open(number)
+            path = _shard(self.path, number)
+            if verify and path.exists() and _digest(path) != self.header["shard_digests"][number]:
+                raise UserError(f"{path} does not match its digest in {HEADER}; {_AGAIN}")
 
     @functools.cached_property
-    def _opened(self) -> dict[int, np.ndarray]:
-        return {}
+    def _shards(self) -> Callable[[int], np.ndarray]:
+        return functools.lru_cache(_SHARDS_KEPT)(self._open)
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
-    def _open(self, number: int) -> np.ndarray:
+    def _open(self, number: int) -> Float[np.ndarray, "r k w"]:
+        """Maps the vectors of a record shard into memory."""
         path = _shard(self.path, number)
         rows = int(self.first_row[number + 1] - self.first_row[number])
         lengths = {"r": rows, "k": self.anchors, "w": self.width}
@@ -122,42 +132,51 @@ class ConditionTable:
             return np.zeros(tuple(lengths.values()), np.float16)
         try:
             return map_npy(path, "vectors", Column("f2", "r k w"), lengths)
-        except (OSError, ValueError) as error:
-            words = getattr(error, "strerror", None) or error
-            raise UserError(f"{path} cannot be read ({words}); {_AGAIN}") from error
+        except FileNotFoundError as error:
+            raise UserError(f"{path} is missing; copy the folder again, or {_AGAIN}") from error
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
+        except ValueError as error:
+            raise UserError(f"{path} cannot be read ({error}); {_AGAIN}") from error
 
 
 def open_conditions(
-    path: str | os.PathLike, table: AnchorTable, index: RecordIndex
+    path: str | os.PathLike, table: AnchorTable, index: RecordIndex, *, verify: bool = False
 ) -> ConditionTable:
-    """Opens the conditions of a table's anchors, and all their files once.
+    """Opens the conditions of a table's anchors.
+
+    Args:
+      path: their folder.
+      table: the table.
+      index: index of the records.
+      verify: whether to read all vectors, and compare their digests.
 
     Raises:
       UserError: they cannot be read, are damaged, or are of other anchors.
     """
     path = pathlib.Path(path)
-    header = _read_header(path)
-    if header["anchors_digest"] != table.digest:
+    header = read_conditions_header(path)
+    shards = len(index.shards)
+    if header["anchors_digest"] != table.digest or len(header["shard_digests"]) != shards:
         raise UserError(
             f"{path} holds the conditions of other anchors than those of config.anchors.table; "
             f"give the table that it was mined with, or {_AGAIN}"
         )
-    of_shard = np.searchsorted(index.record_shard, np.arange(len(index.shards) + 1))
+    of_shard = np.searchsorted(index.record_shard, np.arange(shards + 1))
     first_row = index.label_row[of_shard].astype(np.int64)
     found = ConditionTable(path, header, first_row, table.begin_sample.shape[1])
-    for number in range(len(index.shards)):
-        found.shard(number)
+    found.require_shards(verify)
     return found
 
 
-def are_made(path: pathlib.Path, header: Mapping[str, Any]) -> bool:
-    """Returns whether these conditions exist."""
-    return (path / "header.json").exists() and _read_header(path) == header
+def read_conditions_header(path: pathlib.Path) -> dict[str, Any]:
+    """Reads the header of a folder of conditions.
 
-
-def _read_header(path: pathlib.Path) -> dict[str, Any]:
+    Raises:
+      UserError: it cannot be read.
+    """
     try:
-        with open(path / "header.json", "rb", opener=at_once) as file:
+        with open(path / HEADER, "rb", opener=at_once) as file:
             return read_json(file, _HEADER)
     except (OSError, ValueError) as error:
         words = getattr(error, "strerror", None) or error
@@ -168,14 +187,21 @@ def _read_header(path: pathlib.Path) -> dict[str, Any]:
 
 def write_header(path: pathlib.Path, header: Mapping[str, Any]) -> None:
     """Writes the header into a folder whose shards are all there."""
-    with replacing(path / "header.json") as temporary:
+    with replacing(path / HEADER) as temporary:
         temporary.write_text(json.dumps(header, indent=2) + "\n")
 
 
-def write_shard(path: pathlib.Path, number: int, vectors: Float[np.ndarray, "r k w"]) -> None:
-    """Writes the vectors of a record shard atomically."""
-    with replacing(_shard(path, number)) as temporary:
+def write_shard(path: pathlib.Path, number: int, vectors: Float[np.ndarray, "r k w"]) -> str:
+    """Writes the vectors of a record shard atomically, and returns the file's SHA-256."""
+    file = _shard(path, number)
+    with replacing(file) as temporary:
         np.save(temporary, vectors)
+    return _digest(file)
+
+
+def _digest(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _shard(path: pathlib.Path, number: int) -> pathlib.Path:
@@ -222,7 +248,7 @@ def vectors_of_anchors(
             small = np.concatenate(found).astype(np.float16)
         if not np.isfinite(small).all():
             raise UserError(
-                "the query net gives values beyond the range of float16, +-65504, or none at all; "
+                "the query net gives values that are NaN, or beyond the range of float16, +-65504; "
                 "leave out --query, so that training computes its conditions"
             )
         vectors[row, anchor] = small[which.ravel()]

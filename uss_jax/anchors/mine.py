@@ -38,9 +38,10 @@ from uss_jax.data.index import RecordIndex
 from uss_jax.data.pipeline import batches
 from uss_jax.data.reader import ClipReader
 from uss_jax.devices.mesh import make_mesh, on_all_devices, to_devices
-from uss_jax.disk.atomic import move, replacing
-from uss_jax.disk.checked_npz import read_npz
+from uss_jax.disk.atomic import flush_below, move, replacing
+from uss_jax.disk.checked_npz import Column, read_npz
 from uss_jax.disk.folder import make_folder
+from uss_jax.disk.lock import InUse, only_one
 from uss_jax.errors import UserError, counted
 from uss_jax.ontology import load_ontology
 
@@ -103,6 +104,9 @@ def mine(
 ) -> bool:
     """Mines this host's missing parts; the last host to finish writes the table.
 
+    If the table is there, and only its conditions are missing or damaged, the detector is not run
+    again and the table stays.
+
     Args:
       reader: reader of the records.
       sed: the detector.
@@ -114,17 +118,18 @@ def mine(
       threads: number of threads that read batches.
 
     Returns:
-      Whether the table is written; if not, other hosts still have parts to mine.
+      Whether everything is written; if not, another host still mines or writes.
     """
     index, out = reader.index, pathlib.Path(out)
     mesh = make_mesh(jax.local_devices())
     _require_minable(index, batch_size, mesh.size)
     image = image_of_rule(settings.rule, sed.module, settings.clip_samples, "--rule")
     header = _header(sed, index, settings)
-    asked = query and query.header()
-    if _is_made(out, header, index, asked):
+    about = query and query.header()
+    table = _table_made(out, header, index)
+    if table is not None and (about is None or _conditions_made(out, about, table, index)):
         return True
-    parts = _make_parts_folder(out, {**header, **({"query": asked} if asked else {})})
+    parts = _make_parts_folder(out, header, about, table)
     find = functools.partial(
         mine_batch,
         sed.module,
@@ -138,22 +143,31 @@ def mine(
     todo = [number for number in range(host, len(places), hosts) if not places[number].exists()]
     ends = np.searchsorted(index.record_shard, np.arange(len(places) + 1))
     total = int(sum(ends[number + 1] - ends[number] for number in todo))
-    compute = query and _vectors(query, asked["width"], mesh, settings, batch_size)
+    compute = query and _vectors(query, about["width"], mesh, settings, batch_size)
     with jax.set_mesh(mesh), _Progress(total) as progress:
         for number in todo:
             records = np.arange(ends[number], ends[number + 1])
             columns = _mine_part(
-                *(reader, records, find, compute, mesh, settings.clip_samples),
+                *(reader, records, table or find, compute, mesh, settings.clip_samples),
                 *(batch_size, threads, progress),
             )
+            more = {}
             if compute:
-                conditions.write_shard(_conditions(parts), number, columns.pop("vector"))
+                vectors = columns.pop("vector")
+                more[_DIGEST] = conditions.write_shard(_conditions(parts), number, vectors)
             with replacing(places[number]) as temporary:
-                np.savez(temporary, **typed(columns))
+                np.savez(temporary, **typed(columns), **more)
             progress.part_done(len(records))
     if not all(place.exists() for place in places):
+        return _all_made(out, header, index, about)
+    try:
+        with only_one(parts, "it writes the table"):
+            _assemble(out, parts, header, index, about, table)
+    except InUse:
         return False
-    _assemble(out, parts, header, index, asked)
+    except FileNotFoundError:  # another host has just assembled and removed the parts
+        if not _all_made(out, header, index, about):
+            raise
     return True
 
 
@@ -223,36 +237,70 @@ def _header(sed: Net, index: RecordIndex, settings: MiningSettings) -> dict[str,
     return header
 
 
-def _is_made(
-    out: pathlib.Path, header: dict[str, Any], index: RecordIndex, asked: dict[str, Any] | None
-) -> bool:
-    """Returns whether a table with these settings, and its conditions, already exist."""
+def _table_made(
+    out: pathlib.Path, header: dict[str, Any], index: RecordIndex
+) -> AnchorTable | None:
+    """Returns the table with these settings, if it exists already."""
     if not out.exists():
-        return False
+        return None
     there = read_header(out)
     if not index.has_digest(there["index_digest"]):
-        return False
+        return None
     if {**there, "index_digest": index.digest} != header:
+        return None
+    return read_table(out, index, header["segment_samples"])
+
+
+def _conditions_made(
+    out: pathlib.Path, about: dict[str, Any], table: AnchorTable, index: RecordIndex
+) -> bool:
+    """Returns whether undamaged conditions of a table by this query net exist."""
+    folder = conditions.folder_of(out)
+    try:
+        found = conditions.open_conditions(folder, table, index, verify=True).header
+    except UserError:
         return False
-    if asked is None:
-        return True
-    table = read_table(out, index, header["segment_samples"])
-    wanted = {**asked, "anchors_digest": table.digest}
-    return conditions.are_made(conditions.folder_of(out), wanted)
+    return {**found, **about} == found
 
 
-def _make_parts_folder(out: pathlib.Path, header: dict[str, Any]) -> pathlib.Path:
-    """Creates the folder of parts, whose name includes a digest of the settings."""
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:12]
+def _all_made(
+    out: pathlib.Path, header: dict[str, Any], index: RecordIndex, about: dict[str, Any] | None
+) -> bool:
+    """Returns whether the table, and its conditions if `about` is given, exist."""
+    table = _table_made(out, header, index)
+    return table is not None and (about is None or _conditions_made(out, about, table, index))
+
+
+def _make_parts_folder(
+    out: pathlib.Path,
+    header: dict[str, Any],
+    about: dict[str, Any] | None,
+    table: AnchorTable | None,
+) -> pathlib.Path:
+    """Creates the folder of parts, whose name includes a digest of what is mined."""
+    what = dict(header)
+    if about:
+        what |= {"query": about, "anchors_digest": table and table.digest}
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
     parts = out.with_name(f".{out.name}.parts-{digest}")
     make_folder(parts, "choose another --out")
-    if "query" in header:
+    if about:
         make_folder(_conditions(parts), "choose another --out")
+        there = conditions.folder_of(out)
+        if there.is_symlink() or (there.exists() and not there.is_dir()):
+            raise UserError(
+                f"{there} is where the conditions must be, but is not a folder; remove it or "
+                "choose another --out"
+            )
     return parts
 
 
 def _part(parts: pathlib.Path, number: int) -> pathlib.Path:
     return parts / f"{number:05d}.npz"
+
+
+# Array in a part: the digest of its conditions.
+_DIGEST = "conditions_digest"
 
 
 def _conditions(parts: pathlib.Path) -> pathlib.Path:
@@ -262,7 +310,7 @@ def _conditions(parts: pathlib.Path) -> pathlib.Path:
 def _mine_part(
     reader: ClipReader,
     records: Integer[np.ndarray, " r"],
-    find: Callable[..., dict[str, Any]],
+    find: Callable[..., dict[str, Any]] | AnchorTable,
     compute: Callable[..., np.ndarray] | None,
     mesh: jax.sharding.Mesh,
     clip_samples: int,
@@ -272,13 +320,15 @@ def _mine_part(
 ) -> dict[str, np.ndarray]:
     """Mines some records and returns their table rows, with `vector` if `compute` is given.
 
-    `find` is `mine_batch` of a batch, `compute` is `vectors_of_anchors` of its rows.
+    `find` is `mine_batch` of a batch, or the table that has the anchors; `compute` is
+    `vectors_of_anchors` of its rows.
     """
+    table = find if isinstance(find, AnchorTable) else None
     found: list[tuple[np.ndarray, np.ndarray, Any]] = []
     rows: list[dict[str, np.ndarray]] = []
 
     def fetch(clips: np.ndarray, audio: np.ndarray, mined: Any) -> None:
-        columns = _rows(reader.index, clips, mined)
+        columns = table.rows(reader.index, clips) if table else _rows(reader.index, clips, mined)
         if compute:
             at = np.searchsorted(clips, columns["record"])
             columns["vector"] = compute(audio, at, columns["begin_sample"], columns["score"])
@@ -289,7 +339,8 @@ def _mine_part(
     for batch in _label_batches(reader, records, clip_samples, batch_size, threads):
         clips = batch.pop("record")[:left]
         left -= len(clips)
-        found.append((clips, batch["audio"], find(to_devices(batch, mesh))))
+        mined = None if table else find(to_devices(batch, mesh))
+        found.append((clips, batch["audio"], mined))
         # Fetch the previous batch's results while this one runs.
         if len(found) > 1:
             fetch(*found.pop(0))
@@ -356,17 +407,15 @@ def _assemble(
     parts: pathlib.Path,
     header: dict[str, Any],
     index: RecordIndex,
-    asked: dict[str, Any] | None,
+    about: dict[str, Any] | None,
+    table: AnchorTable | None,
 ) -> None:
-    rows = []
+    """Writes the table, unless it is there, and its conditions, from all parts."""
+    rows, wanted = [], {**COLUMNS, **({_DIGEST: Column("U")} if about else {})}
     try:
         for part in range(len(index.shards)):
             with open(_part(parts, part), "rb") as file:
-                rows.append(read_npz(file, COLUMNS))
-    except FileNotFoundError:  # another host has just assembled and removed them
-        if _is_made(out, header, index, asked):
-            return
-        raise
+                rows.append(read_npz(file, wanted))
     except ValueError as error:
         raise UserError(
             f"{_part(parts, part)} is damaged ({error}); remove it and run the same command again"
@@ -377,19 +426,42 @@ def _assemble(
             f"{parts} holds parts that do not match the records; remove that folder and run the "
             "same command again"
         )
-    if asked:
-        digest = AnchorTable.of(header, columns).digest
-        _keep_conditions(out, parts, {**asked, "anchors_digest": digest})
-    write_table(out, header, columns)
+    if about:
+        digests = [str(some[_DIGEST]) for some in rows]
+        anchors = table or AnchorTable.of(header, columns)
+        about = {**about, "anchors_digest": anchors.digest, "shard_digests": digests}
+        # An interrupted assembly may have moved them already.
+        if not _conditions_made(out, about, anchors, index):
+            conditions.write_header(_conditions(parts), about)
+            _replace_folder(_conditions(parts), conditions.folder_of(out))
+    if table is None:
+        write_table(out, header, columns)
     shutil.rmtree(parts, ignore_errors=True)
 
 
-def _keep_conditions(out: pathlib.Path, parts: pathlib.Path, header: dict[str, Any]) -> None:
-    """Moves the mined conditions beside the table, unless an interrupted assembly has done so."""
-    folder = conditions.folder_of(out)
-    if conditions.are_made(folder, header):
-        return
-    conditions.write_header(_conditions(parts), header)
-    if folder.is_dir():
-        shutil.rmtree(folder)
-    move(_conditions(parts), folder)
+def _replace_folder(new: pathlib.Path, place: pathlib.Path) -> None:
+    """Moves a folder to a place, whose old folder is removed.
+
+    Raises:
+      FileNotFoundError: `new` is gone; the old folder stays.
+      UserError: in place of another OSError.
+    """
+    aside = place.with_name(f".{place.name}.{os.getpid()}")
+    try:
+        flush_below(new)
+        if place.is_dir():
+            os.rename(place, aside)
+        try:
+            move(new, place)
+        except FileNotFoundError:
+            if aside.exists():
+                os.rename(aside, place)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"{place} could not be written ({error.strerror or error}); mend it and run the same "
+            "command again"
+        ) from error

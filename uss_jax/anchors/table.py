@@ -82,6 +82,17 @@ class AnchorTable:
     def __len__(self) -> int:
         return len(self.score)
 
+    def rows(self, index: RecordIndex, records: Integer[np.ndarray, "_"]) -> dict[str, np.ndarray]:
+        """Returns all columns of the rows of consecutive records."""
+        first, end = (int(index.label_row[at]) for at in (records[0], records[-1] + 1))
+        counts = np.diff(index.label_row.astype(np.int64))[records]
+        names = (field.name for field in dataclasses.fields(self) if field.name != "header")
+        return {
+            "record": np.repeat(records, counts).astype(np.uint32),
+            "class": index.label_class[first:end],
+            **{name: getattr(self, name)[first:end] for name in names},
+        }
+
     @property
     def digest(self) -> str:
         """Hash of the header and all anchors; a resumed run must use the same."""

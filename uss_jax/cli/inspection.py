@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from uss_jax.anchors.conditions import HEADER, read_conditions_header
 from uss_jax.anchors.table import COLUMNS, read_header
 from uss_jax.bundles import nets
 from uss_jax.bundles.bundle import Bundle, Variables, net_hash, read_bundle
@@ -30,7 +31,10 @@ _TAIL_BYTES = 1 << 16  # read from the end of metrics.jsonl: many lines
 _PARTS = ("separator", "query", "adaptor", "sed")
 _OPENED = ("separator", "query", "sed")
 _CLASSES_SHOWN = 8
-_KINDS = "a bundle, workdir, export, checkpoint, folder of records, anchor table or query bank"
+_KINDS = (
+    "a bundle, workdir, export, checkpoint, folder of records or of mined conditions, anchor table "
+    "or query bank"
+)
 
 
 def inspect(path: str | os.PathLike) -> list[str]:
@@ -50,6 +54,8 @@ def inspect(path: str | os.PathLike) -> list[str]:
         return _of_export(path)
     if (path / "config.json").is_file():
         return _of_model(path)
+    if (path / HEADER).is_file():
+        return _of_conditions(path)
     if (path / "metadata.json").is_file():
         return list(_of_records(path))
     raise UserError(f"{path} cannot be inspected; give {_KINDS}{versions_below(path)}")
@@ -221,6 +227,16 @@ def _of_split(index: RecordIndex, rate: int) -> Iterator[str]:
     yield f"    with the fewest: {'; '.join(said[-_CLASSES_SHOWN:])}"
     without = len(names) - len(said)
     yield f"    {len(said)} classes with clips, {without} of {len(names)} without"
+
+
+def _of_conditions(path: pathlib.Path) -> list[str]:
+    header = read_conditions_header(path)
+    shards = counted(len(header["shard_digests"]), "record shard")
+    return [
+        f"{path}: mined conditions of {shards}, {header['output']} of width {header['width']}",
+        f"  query net: {header['query_model'].get('net')}, {header['query_hash']}",
+        f"  anchors: {header['anchors_digest']}",
+    ]
 
 
 def _of_npz(path: pathlib.Path) -> list[str]:

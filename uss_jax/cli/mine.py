@@ -6,7 +6,8 @@ interrupted job resumes when the same command is given again. Several machines t
 divide the work: give each its --host of --hosts.
 
 With --query, the condition of every anchor is computed in the same pass, so that training need not
-run the query net (config.query.table). TABLE without .npz and with .conditions is their folder.
+run the query net (config.query.table). Conditions are in a folder beside TABLE: anchors.conditions
+for anchors.npz. If only they are missing, the table stays and the detector is not run again.
 
 With --show, draws the anchors of one clip over its spectrogram instead.
 """

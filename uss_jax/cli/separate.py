@@ -16,6 +16,10 @@ Queries:
   --without NAME ...        alone: the recording less the estimate of these classes or nodes, as
                             "Speech+Singing" asks for them; the two add up to the recording. With
                             --classes or --levels: these leave out the classes, and all below them
+  --text TEXT ...           sounds described in English, such as "puppy whining": each asks for the
+                            nearest node of the ontology, as --classes would. With --text-encoder
+                            nearness is that of meanings, without it that of words. --dry-run shows
+                            what is near and separates nothing
   --query FOLDER            the sound in the example recordings of the folder
   --query BANK.npz          every vector of a bank; with --classes, only those with these names
 """
@@ -30,9 +34,11 @@ from uss_jax.cli.arguments import (
     add_recordings,
     add_threshold,
     input_files,
+    number,
     path,
     positive,
     refuse_idle,
+    whole,
 )
 from uss_jax.errors import NotHeard, UserError, counted
 
@@ -60,6 +66,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --levels: count a class under its first parent only, as bytedance/uss does",
     )
     parser.add_argument("--without", nargs="+", metavar="NAME", help="see above")
+    parser.add_argument("--text", nargs="+", metavar="TEXT", help="see above")
+    parser.add_argument(
+        "--text-encoder",
+        type=path,
+        metavar="DIR",
+        help="with --text: a sentence encoder, all-MiniLM-L6-v2 as `uss-jax convert` writes it",
+    )
+    parser.add_argument(
+        "--nearest",
+        type=whole(1, 100),
+        metavar="N",
+        help="with --text: ask with up to N nodes as one sound; default: 1",
+    )
+    parser.add_argument(
+        "--similarity",
+        type=number(0, 1),
+        metavar="S",
+        help="with --text: lowest similarity of a node; default: 0.3 by words, 0.4 by meanings",
+    )
     parser.add_argument("--query", type=path, metavar="PATH", help="see above")
     add_threshold(parser, "is active in a segment")
     parser.add_argument(
@@ -115,13 +140,19 @@ _FORMATS = {
 }
 
 
-_REPORTED = ("model", "classes", "levels", "without", "first_parent", "query", "threshold")
+_REPORTED = ("model", "classes", "levels", "without", "text", "first_parent", "query", "threshold")
 _REPORTED += ("blocks", "mono", "residual", "sum_to_mixture", "format", "precision")
 
 
 _DEMONSTRATION = (
     "model demo: a demonstration, trained on minutes of sound; for good results give --model a "
     "published separator (`uss-jax convert`) or your own (`uss-jax train`)"
+)
+
+
+_BY_WORDS = (
+    "--text without --text-encoder compares words with the names of sounds; to compare meanings, "
+    "get all-MiniLM-L6-v2 and convert it: pip install 'uss-jax[text]', `uss-jax convert DIR minilm`"
 )
 
 
@@ -133,6 +164,9 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.separation.recordings import Separator, Settings
 
     _refuse_idle_options(args)
+    args.text = _found(args)
+    if args.text and args.dry_run and not args.audio and not args.files_from:
+        return
     out = args.out or "separated"
     recordings = _not_separated_before(input_files(args), out)
     place = args.model
@@ -162,6 +196,7 @@ def run(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
     )
     asked = {key: value for key, value in vars(args).items() if key in _REPORTED}
+    asked["text"] = args.text and [one.facts() for one in args.text]
     asked["threshold"] = None if args.query else threshold
     query = _query(args, model, threshold)
     done = separate_all(Separator(model, settings), recordings, out, query, asked)
@@ -210,15 +245,32 @@ def _refuse_idle_options(args: argparse.Namespace) -> None:
     if _takes_out(args):
         refuse_idle(args, ("residual",), "with --without, which gives nothing else")
         refuse_idle(args, ("sum_to_mixture",), "with --without, whose estimate would be it all")
+    if not args.text:
+        refuse_idle(args, ("text_encoder", "nearest", "similarity"), "without --text")
     if not args.levels:
         refuse_idle(args, ("first_parent",), "without --levels")
     if args.sum_to_mixture:
         refuse_idle(args, ("residual",), "with --sum-to-mixture, which leaves no residual")
 
 
+def _found(args: argparse.Namespace) -> list:
+    """Returns what the texts ask for, and prints it; empty without --text."""
+    from uss_jax.separation.texts import find_texts
+
+    if not args.text:
+        return []
+    if args.classes or args.levels or args.query:
+        raise UserError("--text asks by itself; give it without --classes, --levels, --query")
+    if not args.text_encoder:
+        print(_BY_WORDS, file=sys.stderr)
+    found = find_texts(args.text, args.text_encoder, args.similarity, args.nearest or 1)
+    print("\n".join(map(str, found)))
+    return found
+
+
 def _takes_out(args: argparse.Namespace) -> bool:
     """Returns whether everything but some classes is asked for."""
-    return bool(args.without) and not args.classes and not args.levels
+    return bool(args.without) and not (args.classes or args.levels or args.text)
 
 
 def _query(args: argparse.Namespace, model, threshold: float):
@@ -241,11 +293,16 @@ def _query(args: argparse.Namespace, model, threshold: float):
             )
         sets = less(level_sets(args.levels, args.first_parent))
         return Classes(sets, threshold, only_active=True)
+    if args.text:
+        names = [one.name for one in args.text]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise UserError(f'--text "{min(twice)}" is given twice; give it once')
+        return Classes(less({one.name: one.class_indexes for one in args.text}), threshold)
     if args.query is None:
         if _takes_out(args):
             return Classes(parse_classes(["+".join(args.without)]), threshold)
         if not args.classes:
-            raise UserError("no query; give --classes, --levels, --without or --query")
+            raise UserError("no query; give --classes, --levels, --without, --text or --query")
         return Classes(less(parse_classes(args.classes)), threshold)
     if not args.query.endswith(".npz"):
         if args.classes:

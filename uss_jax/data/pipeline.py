@@ -30,10 +30,10 @@ from uss_jax.ontology import load_ontology
 _FAR = 2**44
 _DRAWN_AT_ONCE = 256  # positions; drawing them takes a few milliseconds
 _BLOCKS_KEPT = 4  # enough, as threads are at most a few steps apart
-_OF_RECORD = {
-    *("record", "class_index", "anchor_sample", "begin_sample", "score"),
-    *("vector", "masked"),
-}
+# Columns of a batch that belong to a clip, not to its place in the order.
+_OF_RECORD = frozenset(
+    "record class_index anchor_sample begin_sample score vector masked".split()  # noqa: SIM905
+)
 
 
 @runtime_checkable

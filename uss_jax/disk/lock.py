@@ -12,6 +12,12 @@ from collections.abc import Iterator
 from uss_jax.errors import UserError
 
 LOCK = ".lock"  # file name
+
+
+class InUse(UserError):
+    """Another process holds the lock."""
+
+
 # Errors of file systems without locks.
 _UNKNOWN = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
@@ -29,8 +35,8 @@ def only_one(folder: str | os.PathLike, remedy: str) -> Iterator[None]:
       remedy: advice for the error message if another process holds the lock.
 
     Raises:
-      UserError: another process holds the lock (the message names it), or the lock's path is not a
-        file.
+      InUse: another process holds the lock; the message names it.
+      UserError: the lock's path is not a file.
     """
     path = pathlib.Path(folder) / LOCK
     # Never removed: a process that already has it open would then lock a deleted file.
@@ -43,7 +49,7 @@ def only_one(folder: str | os.PathLike, remedy: str) -> Iterator[None]:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.seek(0)
                 holder = file.read(200).strip() or "another process"
-                raise UserError(f"{folder} is in use by {holder}; {remedy}") from None
+                raise InUse(f"{folder} is in use by {holder}; {remedy}") from None
             if error.errno not in _UNKNOWN:
                 raise
         else:

@@ -15,7 +15,7 @@ Letters: `n` items, `m` some of them, `d` width of the condition.
 
 import dataclasses
 import functools
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ def row_of(recordings: int) -> str:
     return counted(recordings, "recording")
 
 
-def in_order(names: Iterable[str]) -> list[str]:
+def in_order(names: Collection[str]) -> list[str]:
     """Sorts names of rows as in the table; a row of fewer recordings stands below one of more."""
     others = [name for name in names if name not in _BEFORE + _AFTER]
     others.sort(key=lambda name: -int(name.split()[0].replace(",", "")))

@@ -1,7 +1,7 @@
-"""Queries in words: ranks the nodes of the ontology by a text.
+"""Queries in words: ranks the nodes of the ontology by a text, and asks for the nearest.
 
-With a sentence encoder, by the angle between the vectors of text and name; without, by the words
-that they share.
+With a sentence encoder, nodes are ranked by the angle between the vectors of text and name; without
+one, by the words that they share.
 
 Letters: `n` nodes.
 """
@@ -10,81 +10,35 @@ import collections
 import dataclasses
 import functools
 import math
+import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from uss_jax.bundles.node_vectors import load_node_vectors, node_texts
+from uss_jax.bundles.text_encoder import TextEncoder
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
+from uss_jax.separation.queries import parse_classes
 
+_WORD = re.compile(r"[^\W\d_]+", re.UNICODE)
 # Words that say nothing of a sound.
 _EMPTY = frozenset(
-    [
-        "a",
-        "an",
-        "and",
-        "are",
-        "as",
-        "at",
-        "be",
-        "by",
-        "far",
-        "few",
-        "for",
-        "from",
-        "his",
-        "her",
-        "i",
-        "in",
-        "into",
-        "is",
-        "it",
-        "its",
-        "me",
-        "my",
-        "near",
-        "of",
-        "off",
-        "on",
-        "one",
-        "or",
-        "our",
-        "over",
-        "please",
-        "some",
-        "someone",
-        "something",
-        "sound",
-        "sounds",
-        "noise",
-        "noises",
-        "s",
-        "that",
-        "the",
-        "their",
-        "there",
-        "this",
-        "to",
-        "two",
-        "up",
-        "very",
-        "want",
-        "was",
-        "which",
-        "while",
-        "who",
-        "whose",
-        "with",
-        "you",
-        "your",
-    ]
+    _WORD.findall(
+        "a an and are as at be by far few for from her his i in into is it its me my near noise "
+        "noises of off on one or our over please s some someone something sound sounds that the "
+        "their there this to two up very want was which while who whose with you your"
+    )
 )
-_WORD = re.compile(r"[^\W\d_]+", re.UNICODE)
 _ENDINGS = ("ings", "ing", "ers", "er", "ies", "es", "ed", "s", "y")
 _SHORTEST_STEM = 3
 LONGEST_TEXT = 1000  # characters; an encoder reads about as many
+# Lowest similarities of a node that is asked for, by default.
+LEAST_OF_WORDS, LEAST_OF_VECTORS = 0.3, 0.4
+_SHOWN = 5
 _SILENCE = "/m/028v0c"
 
 
@@ -104,6 +58,82 @@ class Match:
     def name(self) -> str:
         """Name of the node."""
         return load_ontology().nodes[self.mid].name
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a text asks for.
+
+    Attributes:
+      text: the text.
+      matches: the nearest nodes, the nearest first.
+      asked: those of them that it asks for.
+    """
+
+    text: str
+    matches: list[Match]
+    asked: list[Match]
+
+    @property
+    def name(self) -> str:
+        """Name of the sound; a "/" would make a folder."""
+        return self.text.replace("/", " ")
+
+    @property
+    def class_indexes(self) -> tuple[int, ...]:
+        """What the nodes ask for, as one set of classes."""
+        (indexes,) = parse_classes(["+".join(match.mid for match in self.asked)]).values()
+        return indexes
+
+    def facts(self) -> dict[str, Any]:
+        """Returns what report.json says of it."""
+        return {"text": self.text, "nodes": {m.name: round(m.similarity, 4) for m in self.asked}}
+
+    def __str__(self) -> str:
+        others = self.matches[len(self.asked) :]
+        also = f"; next {listed(others)}" if others else ""
+        return f'"{self.text}" asks for {listed(self.asked)}{also}'
+
+
+def find_texts(
+    texts: Sequence[str], encoder: str | os.PathLike | None, least: float | None, most: int
+) -> list[Found]:
+    """Finds what texts ask for.
+
+    Args:
+      texts: descriptions of sounds, in English.
+      encoder: folder of a sentence encoder; None to compare words.
+      least: lowest similarity of a node that is asked for; None for the default.
+      most: largest number of nodes that one text asks for.
+
+    Raises:
+      UserError: a text is unusable or near to nothing, or the encoder cannot be read.
+    """
+    texts = [check_text(text) for text in texts]
+    if encoder is None:
+        rankings = [rank_by_words(text) for text in texts]
+    else:
+        rankings = _rankings_by(TextEncoder(encoder), texts)
+    if least is None:
+        least = LEAST_OF_WORDS if encoder is None else LEAST_OF_VECTORS
+    return [
+        Found(text, matches[: max(_SHOWN, most)], chosen(text, matches, least, most))
+        for text, matches in zip(texts, map(_names_first, texts, rankings), strict=True)
+    ]
+
+
+def _names_first(text: str, matches: list[Match]) -> list[Match]:
+    """Puts the node whose very name the text is before all others."""
+    named = [n.mid for n in load_ontology().nodes.values() if n.name.casefold() == text.casefold()]
+    return [*(Match(mid, 1.0) for mid in named), *(m for m in matches if m.mid not in named)]
+
+
+def _rankings_by(encoder: TextEncoder, texts: Sequence[str]) -> list[list[Match]]:
+    nodes = load_node_vectors()
+    vectors = nodes.vectors
+    if nodes.encoder != encoder.hash:  # those in the package are of another encoder
+        vectors = encoder.encode(node_texts())
+    return [rank_by_vectors(vector, nodes.mids, vectors) for vector in encoder.encode(texts)]
 
 
 def check_text(text: str) -> str:

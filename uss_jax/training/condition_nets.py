@@ -159,8 +159,11 @@ def _require_query_of(
             f"--query-output {query.takes.reads}"
         )
     found = net_hash({item: tagger[item]["tagger"] for item in tagger})
-    fields = nets.fields_of(query.tagger)
-    if found != header["query_hash"] or fields != header["query_model"]:
+    # Built again, so that fields which older versions did not write have their defaults.
+    mined_with = nets.build_tagger(
+        header["query_model"], "query", f"{conditions.path}: query_model"
+    )
+    if found != header["query_hash"] or mined_with != query.tagger:
         raise UserError(
             f"{conditions.path} was mined with another query net than config.query_bundle="
             f"{settings.query_bundle}; mine again with this one, or set config.query_bundle to "

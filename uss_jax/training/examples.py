@@ -42,7 +42,7 @@ class Examples(NamedTuple):
     """Training examples of a batch.
 
     Attributes:
-      anchor: clean segments, from which conditions are computed.
+      anchor: clean segments, from which conditions are computed unless they were mined.
       mixture: inputs of the separator.
       target: its desired outputs; zeros where `silent`.
       silent: marks items queried with a class absent from the mixture; None if there are none.
@@ -90,7 +90,7 @@ def asked_conditions(
     """Replaces the conditions of items with a silent target by those of absent sounds.
 
     Args:
-      conditions: conditions from the items' own anchors.
+      conditions: conditions of the items' own classes.
       silent: as in `Examples`.
       mixing: options the anchors were mixed with.
     """

@@ -113,16 +113,14 @@ def _figures(
         "batch_stats": state.batch_stats["separator"],
     }
     mixture, source = batch["mixture"], batch["source"]
-    condition = functools.partial(
-        query.apply, query_variables(frozen, state.averaged, state.batch_stats)
-    )
+    ask = functools.partial(query.apply, query_variables(frozen, state.averaged, state.batch_stats))
     classes = batch["class_index"]
-    conditions = {"": condition(source, classes)}
+    conditions = {"": ask(source, classes)}
     if averaged:
         conditions["average_"] = batch["average"]
     if query.takes.probabilities:
         none, every = jnp.zeros((*classes.shape, query.classes)), jnp.ones(classes.shape, bool)
-        conditions["class_"] = condition(source, classes, vector=none, masked=(every, mixture))
+        conditions["class_"] = ask(source, classes, vector=none, masked=(every, mixture))
     figures = {}
     for prefix, condition in conditions.items():
         estimate, _ = separate(separator, variables, mixture, condition)

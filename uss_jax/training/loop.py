@@ -106,7 +106,7 @@ def fit(
       checkpoints: checkpoints of the run.
       position: maps the number of steps done to the data position saved in a checkpoint.
       reports: where to report.
-      evaluate: returns metrics of a state, on all hosts; `sdri` ranks the checkpoints to keep.
+      evaluate: returns metrics of a state, on all hosts.
 
     Raises:
       UserError: too many updates in a row were skipped; the last good state is saved.

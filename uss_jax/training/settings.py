@@ -393,6 +393,11 @@ def _check_separator(settings: SeparatorSettings) -> None:
 
 def _check_asking(settings: SeparatorSettings) -> None:
     asking, kind = settings.asking, KINDS[settings.query["kind"]]
+    if asking.groups and not (asking.source.get("other") or asking.source.get("mix")):
+        raise UserError(
+            "config.query.groups has no effect without config.query.source.other or mix; leave it "
+            "empty"
+        )
     if settings.best_by.startswith("class_") and not kind.probabilities:
         raise UserError(
             f"config.best_by={settings.best_by} needs conditions of probabilities, which "

@@ -96,15 +96,20 @@ def _differences(
             f"config.init_from={bundle.path} has no {part}, from which a {wanted['kind']} starts; "
             "give another"
         )
-    for name in ("sample_rate", part, *(["query"] if part == "separator" else [])):
+    with_query = part == "separator" and "query" in stored
+    for name in ("sample_rate", part, *(["query"] if with_query else [])):
         found = nets.differences(stored.get(name), wanted.get(name), name, _FREE)
         for key, before, now in found:
             before, now = ("..." if isinstance(x, Mapping) else x for x in (before, now))
             yield f"{key}={before}, not {now}"
     query = frozen.get("query", {}).get("params")
-    if part == "separator" and query and bundle.holds("query"):
+    if with_query and query and bundle.holds("query"):
         tagger = {item: tree.get("tagger", {}) for item, tree in frozen["query"].items()}
-        if net_hash(tagger) != net_hash(bundle.variables("query")):
+        try:
+            same = net_hash(tagger) == net_hash(bundle.variables("query"))
+        except UserError:  # exported without a tagger that this version lacks
+            same = False
+        if not same:
             yield "the arrays of its query net, so that conditions mean something else"
 
 

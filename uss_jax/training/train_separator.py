@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -15,7 +16,7 @@ from uss_jax.bundles import nets
 from uss_jax.devices.hosts import say
 from uss_jax.devices.mesh import make_mesh, replicated
 from uss_jax.devices.precision import at_precision
-from uss_jax.errors import counted
+from uss_jax.errors import UserError, counted
 from uss_jax.evaluation.suites.pairs import find_pairs
 from uss_jax.models.separator import SeparatorNet
 from uss_jax.training.condition_nets import ConditionNets, load_condition_nets
@@ -54,6 +55,9 @@ def train_separator(config: ConfigDict, workdir: str | os.PathLike) -> None:
         )
 
         labels = records.index.label_class
+        masked = settings.asking.source.get("masked")
+        if masked and (said := nets.unknown_among(around.query.tagger, np.unique(labels))):
+            say(f"{said}; these are asked with the target's own condition instead")
         if around.sed and (said := nets.arbitrary_anchors(around.sed, labels)):
             say(said)
 
@@ -156,6 +160,11 @@ def _evaluation(
         if averageable and around.sed is not None:
             data = settings.data
             averages = workdir_averages(workdir, data.records, data.split, pairs)
+        if settings.best_by.startswith("average_") and not averages:
+            raise UserError(
+                f"config.best_by={settings.best_by} needs class averages, which this run has not: "
+                "they need config.sed_bundle and a query net that does not train; choose sdri"
+            )
         say(
             f"evaluating {counted(len(pairs), 'pair')} every {settings.eval.every_steps} steps, "
             f"with the conditions of their sources{' and with class averages' if averages else ''}"

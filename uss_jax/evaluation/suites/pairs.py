@@ -61,6 +61,8 @@ def run(
         raise UserError(
             "--oracle-only uses no class averages; leave out --train-records and --train-pairs"
         )
+    if oracle_only and recordings:
+        raise UserError("--oracle-only draws no recordings; leave out --recordings")
     if recordings and not (train_records or train_pairs):
         raise UserError(
             "--recordings draws training recordings; give --train-records or --train-pairs too"
@@ -95,7 +97,7 @@ def run(
     results, table = report(model, pairs, figures, out)
     text = [table]
     if absent := [row_of(count) for count in recordings if row_of(count) not in rows]:
-        text.append(f"no row of {', '.join(absent)}: no class of these pairs has as many")
+        text.append(f"no row of {', '.join(absent)}: no class of these pairs has so many vectors")
     if averages and bank:
         stored = bank_of_averages(model, averages, f"averaged over {train_records or train_pairs}")
         write_bank(bank, stored)

@@ -2,7 +2,7 @@
 
 import contextlib
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,14 +19,17 @@ PARTS_FILE = "model.safetensors"
 _SCALE = ".scale"
 
 
-def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Reads a safetensors file.
+def read_tensors(path: pathlib.Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """Reads a safetensors file; with `names`, only these tensors.
 
     Raises:
       UserError: the file is damaged; the library checks all sizes against that of the file.
     """
     with _telling(path):
-        return load_file(path)
+        if names is None:
+            return load_file(path)
+        with safe_open(path, framework="np") as file:
+            return {name: file.get_tensor(name) for name in names}
 
 
 def names_in(path: pathlib.Path) -> set[str]:
@@ -39,6 +42,17 @@ def names_in(path: pathlib.Path) -> set[str]:
         return set()
     with _telling(path), safe_open(path, framework="np") as file:
         return set(file.keys())
+
+
+def shapes_in(path: pathlib.Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Returns shape and type ("F32") of a file's tensors, which are not read.
+
+    Raises:
+      UserError: the file is missing or damaged.
+    """
+    with _telling(path), safe_open(path, framework="np") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {name: (tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Describes a bundle, workdir, export, checkpoint, query bank, records folder or anchor table."""
+"""Describes bundles, workdirs, exports, checkpoints, banks, records, anchors, sentence encoders."""
 
 import os
 import pathlib
@@ -15,6 +15,7 @@ from uss_jax.bundles.card import read_card
 from uss_jax.bundles.checkpoints import latest_step
 from uss_jax.bundles.packaged import find_bundle
 from uss_jax.bundles.tensors import read_tensors
+from uss_jax.bundles.text_encoder import TOKENIZER, read_encoder
 from uss_jax.data.index import RecordIndex, load_index
 from uss_jax.data.metadata import read_encoding, read_sample_rate
 from uss_jax.data.shards import splits
@@ -30,7 +31,10 @@ _TAIL_BYTES = 1 << 16  # read from the end of metrics.jsonl: many lines
 _PARTS = ("separator", "query", "adaptor", "sed")
 _OPENED = ("separator", "query", "sed")
 _CLASSES_SHOWN = 8
-_KINDS = "a bundle, workdir, export, checkpoint, folder of records, anchor table or query bank"
+_KINDS = (
+    "a bundle, workdir, export, sentence encoder, checkpoint, folder of records, anchor table or "
+    "query bank"
+)
 
 
 def inspect(path: str | os.PathLike) -> list[str]:
@@ -48,6 +52,8 @@ def inspect(path: str | os.PathLike) -> list[str]:
         return [f"{path}: checkpoint of step {path.name}", *_of_model(path.parent.parent)]
     if (path / "separate.stablehlo").is_file():
         return _of_export(path)
+    if (path / TOKENIZER).is_file():
+        return _of_encoder(path)
     if (path / "config.json").is_file():
         return _of_model(path)
     if (path / "metadata.json").is_file():
@@ -63,6 +69,19 @@ def _of_export(path: pathlib.Path) -> list[str]:
         f"{config['query']['kind']}",
         *(f"  {file.name}: {file.stat().st_size / 1e6:.1f} MB" for file in files),
         *(f"  {part}: sha256 {digest}" for part, digest in config["hashes"].items()),
+    ]
+
+
+def _of_encoder(path: pathlib.Path) -> list[str]:
+    files = read_encoder(path)
+    values = sum(leaf.size for leaf in flatten_dict(files.params).values())
+    return [
+        f"{path}: {'text_encoder bundle' if files.is_bundle else 'published sentence encoder'}, "
+        f"sentences to vectors of width {files.module.width}",
+        *([f"licence: {files.licence}"] if files.licence else []),
+        f"encoder: MiniLM with {counted(files.module.layers, 'layer')}, "
+        f"{counted(values, 'parameter')}, sha256 {files.hash}",
+        f"tokenizer: sha256 {files.tokenizer_hash}",
     ]
 
 

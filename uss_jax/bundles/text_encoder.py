@@ -87,12 +87,7 @@ _MODULES = ("Transformer", "Pooling", "Normalize")
 _TOKENIZER = record(
     {
         "model": record(
-            {
-                "type": text("WordPiece"),
-                "vocab": mapping_of(whole(0, 1 << 18)),
-                "unk_token": text(),
-            },
-            others=True,
+            {"type": text("WordPiece")}, {"vocab": mapping_of(whole(0, 1 << 18))}, others=True
         ),
         "normalizer": record({"type": text("BertNormalizer")}, others=True),
         "pre_tokenizer": record({"type": text("BertPreTokenizer")}, others=True),
@@ -251,6 +246,7 @@ def _tokenizer(files: EncoderFiles, path: str) -> Any:
     """Returns the tokenizer, without padding and with this encoder's truncation."""
     try:
         from tokenizers import Tokenizer
+        from tokenizers.processors import TemplateProcessing
     except ImportError as error:
         raise UserError(
             "sentences are split into tokens by the library tokenizers, which is missing; "
@@ -258,6 +254,9 @@ def _tokenizer(files: EncoderFiles, path: str) -> Any:
         ) from error
     try:
         tokenizer = Tokenizer.from_str(files.tokenizer)
+        # BERT's own, since the library panics while it encodes if that of the file is inconsistent.
+        ends = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+        tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
         tokenizer.no_padding()
         tokenizer.enable_truncation(min(MOST_TOKENS, files.module.positions))
     except Exception as error:  # the library raises no other class
@@ -324,11 +323,11 @@ def _require_mean_pooling(path: pathlib.Path) -> None:
         if (path / name).is_file():
             further[name] = _parsed(_read_text(path / name), rule, path / name)
     pooling = further.get("1_Pooling/config.json", {"pooling_mode_mean_tokens": True})
-    modes = sorted(key for key, value in pooling.items() if value is True and "_mode_" in key)
-    if modes != ["pooling_mode_mean_tokens"]:
+    modes = {key for key, value in pooling.items() if value is True and "_mode_" in key}
+    if modes != {"pooling_mode_mean_tokens"}:
         raise UserError(
-            f"{path}/1_Pooling/config.json asks for {', '.join(modes) or 'no pooling'}; only "
-            "encoders that take the mean over tokens can be used, such as all-MiniLM-L6-v2"
+            f"{path}/1_Pooling/config.json asks for another vector than the mean over tokens; only "
+            "encoders that take this mean can be used, such as all-MiniLM-L6-v2"
         )
     kinds = [module["type"].rpartition(".")[2] for module in further.get("modules.json", [])]
     if others := [kind for kind in kinds if kind not in _MODULES]:

@@ -1,4 +1,4 @@
-"""Converts PyTorch checkpoints of PANNs, HTS-AT or bytedance/uss to a bundle, or a bundle back.
+"""Converts checkpoints of PANNs, HTS-AT, bytedance/uss or MiniLM to a bundle, or a bundle back.
 
 IN is one checkpoint, or two: a tagging net and a detector to store in one bundle. A bytedance/uss
 checkpoint contains separator, query net and detector and becomes a separator bundle. PANNs' Cnn14
@@ -7,6 +7,9 @@ both. In the other direction, IN is the bundle of a bytedance/uss checkpoint and
 which the original program loads with strict=True under Lightning 1.9 and newer.
 
 Both directions need PyTorch (pip install 'uss-jax[torch]'). No code in a checkpoint is executed.
+
+IN may also be the folder of the sentence encoder all-MiniLM-L6-v2, with model.safetensors,
+tokenizer.json and config.json; this needs no PyTorch.
 """
 
 import argparse
@@ -17,7 +20,8 @@ import pathlib
 from uss_jax.cli.arguments import path, refuse_idle
 from uss_jax.errors import UserError, counted
 
-KINDS = ("cnn14", "decision-level-max", "htsat", "uss")
+_ENCODER = "minilm"
+KINDS = ("cnn14", "decision-level-max", "htsat", "uss", _ENCODER)
 # Licences of published files, by the MD5 sums that the publisher gives.
 _PANNS = "PANNs, https://zenodo.org/records/3987831: CC BY 4.0"
 _LICENCES = {
@@ -30,7 +34,11 @@ _SEGMENT_SECONDS = 2.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "inputs", type=path, nargs="+", metavar="IN", help=".pth or .ckpt file, or a bundle"
+        "inputs",
+        type=path,
+        nargs="+",
+        metavar="IN",
+        help=".pth or .ckpt file, a bundle, or a folder",
     )
     parser.add_argument(
         "out", type=path, metavar="OUT", help="folder of the bundle, or a .ckpt file"
@@ -46,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  uss-jax convert 'Cnn14_mAP=0.431.pth' 'Cnn14_DecisionLevelMax_mAP=0.385.pth' panns\n"
         "  uss-jax convert HTSAT_AudioSet_Saved_1.ckpt htsat\n"
         "  uss-jax convert net.pth tagger --kind cnn14\n"
-        "  uss-jax convert uss uss.ckpt"
+        "  uss-jax convert uss uss.ckpt\n"
+        "  uss-jax convert all-MiniLM-L6-v2 minilm"
     )
 
 
@@ -54,7 +63,11 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.bundles.bundle import write_bundle
     from uss_jax.weights.unpickle import read_checkpoint
 
-    if len(args.inputs) == 1 and pathlib.Path(args.inputs[0]).is_dir():
+    source = pathlib.Path(args.inputs[0])
+    if len(args.inputs) == 1 and not source.is_file() and _is_encoder(args.inputs[0], args.kind):
+        _convert_encoder(args.inputs[0], args.out)
+        return
+    if len(args.inputs) == 1 and source.is_dir():
         refuse_idle(args, ("kind",), "with a bundle, whose kind is stored in it")
         _write_back(args.inputs[0], args.out)
         return
@@ -63,6 +76,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"{len(kinds)} --kind for {counted(len(args.inputs), 'file')}; give one per file"
         )
+    if _ENCODER in kinds:
+        raise UserError(f"--kind {_ENCODER} takes one folder as IN, and no other kind beside it")
     if pathlib.Path(args.out).exists():
         raise UserError(f"{args.out} exists already; give a new folder")
     parts, licences = {}, {}
@@ -85,6 +100,21 @@ def run(args: argparse.Namespace) -> None:
     }
     write_bundle(args.out, config, {name: part.variables for name, part in parts.items()}, foreign)
     print(f"{args.out}: a {config['kind']} bundle with {', '.join(sorted(parts))}")
+
+
+def _is_encoder(path: str, kinds: list[str] | None) -> bool:
+    """Returns whether a folder is to be converted as that of a sentence encoder."""
+    from uss_jax.weights.minilm import is_encoder_folder
+
+    return kinds == [_ENCODER] or (kinds is None and is_encoder_folder(path))
+
+
+def _convert_encoder(path: str, out: str) -> None:
+    """Converts the folder of a sentence encoder."""
+    from uss_jax.weights.minilm import convert_encoder
+
+    net = convert_encoder(path, out).module
+    print(f"{out}: a text_encoder bundle with {net.layers} layers of width {net.width}")
 
 
 def _write_back(path: str, out: str) -> None:

@@ -1,4 +1,4 @@
-"""Describes a bundle, workdir, export, checkpoint, query bank, records folder or anchor table."""
+"""Describes bundles, workdirs, exports, checkpoints, banks, records, anchors, sentence encoders."""
 
 import os
 import pathlib
@@ -16,6 +16,7 @@ from uss_jax.bundles.card import read_card
 from uss_jax.bundles.checkpoints import latest_step
 from uss_jax.bundles.packaged import find_bundle
 from uss_jax.bundles.tensors import read_tensors
+from uss_jax.bundles.text_encoder import TOKENIZER, read_encoder
 from uss_jax.data.index import RecordIndex, load_index
 from uss_jax.data.metadata import read_encoding, read_sample_rate
 from uss_jax.data.shards import splits
@@ -32,8 +33,8 @@ _PARTS = ("separator", "query", "adaptor", "sed")
 _OPENED = ("separator", "query", "sed")
 _CLASSES_SHOWN = 8
 _KINDS = (
-    "a bundle, workdir, export, checkpoint, folder of records or of mined conditions, anchor table "
-    "or query bank"
+    "a bundle, workdir, export, sentence encoder, checkpoint, folder of records, anchor table or "
+    "query bank"
 )
 
 
@@ -52,6 +53,8 @@ def inspect(path: str | os.PathLike) -> list[str]:
         return [f"{path}: checkpoint of step {path.name}", *_of_model(path.parent.parent)]
     if (path / "separate.stablehlo").is_file():
         return _of_export(path)
+    if (path / TOKENIZER).is_file():
+        return _of_encoder(path)
     if (path / "config.json").is_file():
         return _of_model(path)
     if (path / HEADER).is_file():
@@ -69,6 +72,19 @@ def _of_export(path: pathlib.Path) -> list[str]:
         f"{config['query']['kind']}",
         *(f"  {file.name}: {file.stat().st_size / 1e6:.1f} MB" for file in files),
         *(f"  {part}: sha256 {digest}" for part, digest in config["hashes"].items()),
+    ]
+
+
+def _of_encoder(path: pathlib.Path) -> list[str]:
+    files = read_encoder(path)
+    values = sum(leaf.size for leaf in flatten_dict(files.params).values())
+    return [
+        f"{path}: {'text_encoder bundle' if files.is_bundle else 'published sentence encoder'}, "
+        f"sentences to vectors of width {files.module.width}",
+        *([f"licence: {files.licence}"] if files.licence else []),
+        f"encoder: MiniLM with {counted(files.module.layers, 'layer')}, "
+        f"{counted(values, 'parameter')}, sha256 {files.hash}",
+        f"tokenizer: sha256 {files.tokenizer_hash}",
     ]
 
 

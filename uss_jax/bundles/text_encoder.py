@@ -203,6 +203,10 @@ class TextEncoder:
             raise UserError(f"{self.path} gives NaN or infinite vectors; get the encoder again")
         return vectors
 
+    def knows(self, word: str) -> bool:
+        """Returns whether a word is a token by itself, as common English words are."""
+        return self._tokenizer.token_to_id(word.lower()) is not None
+
     def _tokens(self, sentence: str) -> list[int]:
         """Returns the token ids of a sentence, with the special tokens."""
         try:

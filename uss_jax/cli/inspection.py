@@ -33,8 +33,8 @@ _PARTS = ("separator", "query", "adaptor", "sed")
 _OPENED = ("separator", "query", "sed")
 _CLASSES_SHOWN = 8
 _KINDS = (
-    "a bundle, workdir, export, sentence encoder, checkpoint, folder of records, anchor table or "
-    "query bank"
+    "a bundle, workdir, export, sentence encoder, checkpoint, folder of records or of mined "
+    "conditions, anchor table or query bank"
 )
 
 

@@ -255,7 +255,7 @@ def _refuse_idle_options(args: argparse.Namespace) -> None:
 
 def _found(args: argparse.Namespace) -> list:
     """Returns what the texts ask for, and prints it; empty without --text."""
-    from uss_jax.separation.texts import find_texts
+    from uss_jax.separation.words import find_texts
 
     if not args.text:
         return []

@@ -30,6 +30,12 @@ ABLATIONS = {
     "query=finetuned": {"query.finetune": True},
     "query=adaptor": {"query.adaptor_width": 512},
     "query=shortcut": {"query.adaptor_width": 527, "query.shortcut": True},
+    # What items are asked with, half of them; those of mined conditions need query.table.
+    "asked=own": {},
+    "asked=other": {"query.source.own": 0.5, "query.source.other": 0.5},
+    "asked=mean": {"query.source.own": 0.5, "query.source.mean": 0.5},
+    "asked=mix": {"query.source.own": 0.5, "query.source.mix": 0.5},
+    "asked=masked": {"query.source.own": 0.5, "query.source.masked": 0.5},
     # Source and length of anchors.
     "anchors=device": {},
     "anchors=random": {"anchors.source": "random"},
@@ -48,12 +54,14 @@ ABLATIONS = {
     "energy=as_recorded": {"mixing.match_energy": False},
     "energy=random_gain": {"mixing.gain_db": 10.0},
     "order=conflict_free": {"mixing.order": "conflict_free"},
+    "silence=0.1": {"mixing.silent_share": 0.1},
     # The separator.
     "depth=30": {},
     "depth=60": {"separator.blocks_per_level": 2},
     "width=half": {"separator.channels": _NARROW},
     "width=1.5": {"separator.channels": _WIDE},
     "film=gain": {"separator.film_gain": True},
+    "average=0.999": {"ema_decay": 0.999},
     # Loss and training data.
     "loss=l1_wav": {},
     "loss=l1_wav_l1_sp": {"loss": "l1_wav_l1_sp"},

@@ -1,5 +1,6 @@
 """The ablation configs: each is built and takes a step, shrunk; and all are listed."""
 
+import functools
 import json
 import math
 import re
@@ -14,10 +15,13 @@ from uss_jax.cli.config import load_config
 from uss_jax.cli.main import main
 from uss_jax.devices.mesh import make_mesh
 from uss_jax.errors import UserError
+from uss_jax.training.asking import MINED, SOURCES, check_shares
 
 ABLATIONS = runpy.run_path(str(CONFIGS / "ablations.py"))["ABLATIONS"]
 _SHRUNK = 8  # times in time
-_SAME = {"condition": "query"}  # kinds of ablations that change the same
+_SAME = {"condition": "query", "asked": "query"}  # kinds of ablations that change the same
+# These need mined conditions; tests/training/test_asking.py takes steps with all sources.
+_MINED = [f"asked={source}" for source in MINED]
 
 
 def _groups():
@@ -25,7 +29,7 @@ def _groups():
     groups = []
     for name, changes in ABLATIONS.items():
         kind = _SAME.get(name.split("=")[0], name.split("=")[0])
-        if changes:
+        if changes and name not in _MINED:
             group = next((group for group in groups if kind not in group), None)
             if group is None:
                 groups.append(group := {})
@@ -42,7 +46,7 @@ def _shrunk(names):
     """The changes of several ablations, those of sizes in proportion to a small net and clip."""
     leaves = {"anchors.source": "random", "data.split": "train"}
     leaves |= {"segment_seconds": 2.0, "separator.channels": (32,), "separator.blocks_per_level": 1}
-    if not any(name.startswith(("condition=", "query=")) for name in names):
+    if not any(name.startswith(("condition=", "query=", "asked=")) for name in names):
         leaves["query.kind"] = "one_hot"  # without a tagging net there is less to compile
     for name in names:
         leaves |= {k: v for k, v in ABLATIONS[name].items() if k != "data.split"}
@@ -66,14 +70,17 @@ def test_ablations_take_a_step(place, tmp_path, names, capsys, monkeypatch):
     assert math.isfinite(json.loads(line)["loss"])
     training = json.loads((tmp_path / "run" / "config.json").read_text())["training"]
     for leaf in (leaf for name in names for leaf in ABLATIONS[name]):
-        section, _, key = leaf.rpartition(".")
-        found = (training[section] if section else training)[key]
+        found = functools.reduce(lambda section, key: section[key], leaf.split("."), training)
         assert found == (list(leaves[leaf]) if isinstance(found, list) else leaves[leaf])
 
 
 def test_every_ablation_takes_a_step():
     stepped = [name for names in _groups() for name in names]
-    assert sorted(stepped) == sorted(name for name, changes in ABLATIONS.items() if changes)
+    assert sorted(stepped + _MINED) == sorted(n for n, changes in ABLATIONS.items() if changes)
+    assert {f"asked={source}" for source in SOURCES} <= ABLATIONS.keys()
+    for name in ABLATIONS:
+        if name.startswith("asked="):
+            check_shares(load_config(f"ablations:{name}", []).query.source.to_dict(), mined=True)
 
 
 def test_every_ablation_is_listed():

@@ -24,11 +24,9 @@ if [ ! -e "$records/index-train.npz" ]; then
     $uss_jax prepare --audio "$sounds" --labels out/bundled.csv --out out/data --name bundled \
         --version 1.0.0 --split train --sample-rate 16000
 fi
-$uss_jax mine --records "$records" --split train --sed yamnet --query yamnet \
-    --out "$run/anchors.npz"
+$uss_jax mine --records "$records" --split train --sed yamnet --out "$run/anchors.npz"
 $uss_jax train --config configs/demo.py --workdir "$run/separator" \
-    --config.data.records="$records" --config.anchors.table="$run/anchors.npz" \
-    --config.query.table="$run/anchors.conditions" "$@"
+    --config.data.records="$records" --config.anchors.table="$run/anchors.npz" "$@"
 cp "$sounds/separator/card.md" "$run/separator/"
 rm -rf "$run/bundle"
 $uss_jax export "$run/separator" --format safetensors --without-packaged \

@@ -43,6 +43,9 @@ def get_config(argument: str = "size=base") -> ConfigDict:
     config.separator = ConfigDict(
         dict(net="bandsplit", **transform, **SIZES[sizes[0]], audio_channels=1)
     )
+    # Frames on either side that attention over time reaches in a layer; 0: all. 32 are half a
+    # second, and windows of long recordings then agree with one pass.
+    config.separator.time_span = 32
     config.separator.condition_norm = norm  # norm to which conditions are scaled; 0: as they are
     config.separator.dtype = dtype  # or "bfloat16" inside the layers
     if sizes == ["large"]:

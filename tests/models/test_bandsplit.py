@@ -85,10 +85,11 @@ def test_the_bands_of_the_configs_are_these():
     assert config["BANDS_16_KHZ"] == mel_bands(24, 512, 16000)
 
 
-def test_attention_is_that_of_pytorch_with_rotary_positions():
+@pytest.mark.parametrize("span", [0, 3])
+def test_attention_is_that_of_pytorch_with_rotary_positions(span):
     torch = pytest.importorskip("torch")
     x = np.random.default_rng(0).standard_normal((3, 11, 16)).astype(np.float32)
-    net = Attention(head_width=8, dtype="float32")
+    net = Attention(head_width=8, dtype="float32", span=span)
     params = random_variables(net, x.shape)["params"]
 
     def linear(name, value):
@@ -105,7 +106,11 @@ def test_attention_is_that_of_pytorch_with_rotary_positions():
         linear(name, torch.tensor(x)).reshape(3, 11, 2, 8).transpose(1, 2)
         for name in ("query", "key", "value")
     )
-    found = torch.nn.functional.scaled_dot_product_attention(turned(query), turned(key), value)
+    place = torch.arange(11)
+    near = (place[:, None] - place).abs() <= (span or 11)
+    found = torch.nn.functional.scaled_dot_product_attention(
+        turned(query), turned(key), value, attn_mask=near
+    )
     expected = linear("out", found.transpose(1, 2).reshape(3, 11, 16))
     actual = net.apply({"params": params}, jnp.asarray(x))
     np.testing.assert_allclose(actual, expected.numpy(), atol=1e-5)
@@ -192,6 +197,28 @@ def test_any_length_comes_back_as_long(samples):
     estimate = separate(net, variables, mixture, condition)
     assert estimate.shape == mixture.shape
     assert jnp.isfinite(estimate).all()
+
+
+def test_with_a_span_windows_with_context_agree_with_one_pass():
+    net, variables, _, condition = tiny_case(time_span=2, batch=1)
+    grid, context = net.grid_samples, -(-net.context_samples // net.grid_samples)
+    rng = np.random.default_rng(4)
+    mixture = jnp.asarray(rng.standard_normal((1, 1, 12 * context * grid)), jnp.float32)
+    whole = separate(net, variables, mixture, condition)
+    for start in (0, context + 3, 5 * context):  # any multiple of the hop
+        begin, end = start * grid, (start + 4 * context) * grid
+        window = separate(net, variables, mixture[..., begin:end], condition)
+        kept = slice(context * grid, 3 * context * grid)
+        np.testing.assert_allclose(
+            window[..., kept], whole[..., begin:end][..., kept], atol=1e-5 * jnp.abs(whole).max()
+        )
+    # Without one, or with less context, they differ.
+    less = slice(0, context * grid)
+    assert distance(window[..., less], whole[..., begin:end][..., less]) > 1e-3
+    everywhere = net.clone(time_span=0)
+    one = separate(everywhere, variables, mixture, condition)[..., begin:end][..., kept]
+    part = separate(everywhere, variables, mixture[..., begin:end], condition)[..., kept]
+    assert distance(part, one) > 1e-3
 
 
 @pytest.mark.parametrize("gain", [0.1, 10.0])

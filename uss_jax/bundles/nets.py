@@ -66,6 +66,7 @@ FIELD_RULES: dict[str, Rule] = {
     "layers": whole(1, 48),
     "head_width": whole(2, 256),
     "hidden_width": whole(1, 65536),
+    "time_span": whole(0, 4096),
     "audio_channels": whole(1, 64),
     "condition_width": whole(1, 100_000),
     "condition_norm": number(0, 1000),

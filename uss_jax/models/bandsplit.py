@@ -25,7 +25,7 @@ from uss_jax.models.compute_dtype import flax_dtype, in_compute_dtype
 from uss_jax.models.film import scaled_to
 from uss_jax.models.separator import require_fitting
 
-_WINDOW_FRAMES = 128
+# Of a net whose attention over time reaches everywhere, so that no context is enough.
 _CONTEXT_FRAMES = 32
 # Added to mean squares, of samples up to 1: about -100 dB of full scale for a band's bin.
 _FLOOR = 1e-8
@@ -76,10 +76,17 @@ def rotated(x: Float[Array, "b s h e"]) -> Float[Array, "b s h e"]:
 
 
 class Attention(nn.Module):
-    """Attention of every vector of a sequence to all others, with rotary positions."""
+    """Attention of the vectors of a sequence to each other, with rotary positions.
+
+    Attributes:
+      head_width: width of a head.
+      dtype: compute dtype.
+      span: how far a vector reaches, on either side; 0: to all others.
+    """
 
     head_width: int
     dtype: str
+    span: int = 0
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s w"]) -> Float[Array, "b s w"]:
@@ -92,16 +99,26 @@ class Attention(nn.Module):
         )
         both = rotated(jnp.concatenate((query, key), axis=2)).astype(value.dtype)
         query, key = jnp.split(both, 2, axis=2)
-        found = attended(query, key, value)
+        found = attended(query, key, value, self.span)
         return nn.Dense(width, name="out", **dense)(found.reshape(x.shape))
 
 
 def attended(
-    query: Float[Array, "b s h e"], key: Float[Array, "b s h e"], value: Float[Array, "b s h e"]
+    query: Float[Array, "b s h e"],
+    key: Float[Array, "b s h e"],
+    value: Float[Array, "b s h e"],
+    span: int,
 ) -> Float[Array, "b s h e"]:
-    """Returns attention of every query to all keys; the softmax is computed in float32."""
+    """Returns attention of every query to the keys at most `span` away, of 0 to all.
+
+    The softmax is computed in float32.
+    """
     dtype = jnp.promote_types(value.dtype, jnp.float32)
     products = jnp.einsum("bqhe,bkhe->bhqk", query, key, preferred_element_type=dtype)
+    if span:
+        place = jnp.arange(query.shape[1])
+        near = jnp.abs(place[:, None] - place) <= span
+        products = jnp.where(near, products, -jnp.inf)
     weights = nn.softmax(products / math.sqrt(value.shape[-1])).astype(value.dtype)
     return jnp.einsum("bhqk,bkhe->bqhe", weights, value)
 
@@ -126,15 +143,19 @@ class Layer(nn.Module):
     head_width: int
     hidden_width: int
     dtype: str
+    time_span: int
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b n k w"], asked: Float[Array, "#b _"]
     ) -> Float[Array, "b n k w"]:
-        for axis in ("time", "bands"):
+        for axis, span in (("time", self.time_span), ("bands", 0)):
             x = jnp.swapaxes(x, 1, 2)  # the axis of the sequence is now the last but one
             for part, net in (
-                ("attention", Attention(self.head_width, self.dtype, name=f"{axis}_attention")),
+                (
+                    "attention",
+                    Attention(self.head_width, self.dtype, span, name=f"{axis}_attention"),
+                ),
                 ("forward", FeedForward(self.hidden_width, self.dtype, name=f"{axis}_forward")),
             ):
                 name = f"{axis}_{part}_norm"
@@ -223,6 +244,8 @@ class BandSplit(nn.Module):
       layers: number of layers, each of attention over time and over bands.
       head_width: width of an attention head, even; divides `width`.
       hidden_width: width inside the feed-forward nets.
+      time_span: how many frames, on either side, attention over time reaches in a layer; 0: all.
+        With it a window that has enough context is separated as in one pass.
       audio_channels: channels of mixture and estimate.
       condition_width: d.
       condition_norm: norm to which conditions are scaled, see `scaled_to`; 0 leaves them.
@@ -237,6 +260,7 @@ class BandSplit(nn.Module):
     layers: int = 4
     head_width: int = 64
     hidden_width: int = 683
+    time_span: int = 0
     audio_channels: int = 1
     condition_width: int = 527
     condition_norm: float = 0.0
@@ -250,13 +274,15 @@ class BandSplit(nn.Module):
 
     @property
     def window_samples(self) -> int:
-        """128 frames."""
-        return _WINDOW_FRAMES * self.hop_samples
+        """Four times the context, so that half of a window is kept."""
+        return 4 * self.context_samples
 
     @property
     def context_samples(self) -> int:
-        """32 frames."""
-        return _CONTEXT_FRAMES * self.hop_samples
+        """How far a sample of the estimate depends on the mixture; 32 frames if on all of it."""
+        if not self.time_span:
+            return _CONTEXT_FRAMES * self.hop_samples
+        return self.layers * self.time_span * self.hop_samples + self.n_fft + self.hop_samples
 
     def for_training(self, norm_scope: str | int, remat: bool) -> "BandSplit":
         """Returns the net with `remat` set; it has no batch norms."""
@@ -316,7 +342,7 @@ class BandSplit(nn.Module):
         (x,) = in_compute_dtype(self.dtype, jnp.concatenate(parts, axis=2))
         layer = nn.remat(Layer) if self.remat else Layer
         for i in range(1, self.layers + 1):
-            fields = self.head_width, self.hidden_width, self.dtype
+            fields = self.head_width, self.hidden_width, self.dtype, self.time_span
             x = layer(*fields, name=f"layer{i}")(x, asked)
 
         x, _ = AdaptiveNorm(gated=False, name="norm")(x, asked)

@@ -27,8 +27,8 @@ class SeparatorNet(Protocol):
     def grid_samples(self) -> int:
         """Grid of window starts, in samples; a mixture of this length is valid input.
 
-        A window that starts on a multiple is separated as in one pass over the whole recording, by
-        a net with attention nearly so.
+        A window that starts on a multiple is separated as in one pass over the whole recording
+        (nearly so if attention reaches everywhere).
         """
         ...
 

@@ -2,8 +2,8 @@
 
 A recording is cut into overlapping windows of one shape; the context at each end of a window is
 discarded, since its neighbour keeps those samples. Pooling makes a net's output depend on where a
-window starts, so windows start on multiples of the net's grid: there a convolutional net agrees
-with one pass over the whole recording, one with attention nearly so. `Layout.blocks` gives the
+window starts, so windows start on multiples of the net's grid, where they agree with one pass over
+the whole recording (nearly so if the net's attention reaches everywhere). `Layout.blocks` gives the
 adjacent blocks of bytedance/uss instead.
 
 A `Target` is defined on the tagging grid of segments (2 s as published). A window is separated with

@@ -88,7 +88,7 @@ def test_dry_run_says_what_is_heard_and_writes_nothing(bundle, recordings, tmp_p
     [
         (["missing.wav", "--classes", "Dog"], "missing.wav does not exist"),
         (["*.nothing", "--classes", "Dog"], "no file matches"),
-        (["a.wav"], "--classes, --levels, --without or --query"),
+        (["a.wav"], "--classes, --levels, --without, --text or --query"),
         ([], "no recordings; give files"),
         (["-", "--classes", "Dog"], "standard input cannot be read"),
         (["--files-from", "missing.txt", "--classes", "Dog"], "missing.txt cannot be read"),
@@ -271,11 +271,12 @@ def test_everything_but_a_class_and_its_estimate_add_up_to_the_recording(
     (sound,) = json.loads((tmp_path / "rest/stereo/report.json").read_text())["sounds"]
     assert [one["name"] for one in sound["without"]] == ["Dog"]
     assert sound["without"][0]["active_share"] == 1
+    assert sound["without"][0]["classes"] == ["Dog"]
     # Finished runs are recognised.
     assert separate(bundle, tmp_path / "rest", audio, "--without", "Dog") == 0
     assert "done earlier" in capsys.readouterr().out
     # Several classes are one sound, as with "+".
-    words = ("--without", "Dog", "Human voice")
+    words = ("--without", "Dog", "--without", "Human voice", "dog")
     assert separate(bundle, tmp_path / "two", audio, *words) == 0
     assert separate(bundle, tmp_path / "sum", audio, "--classes", "Dog+Human voice") == 0
     estimate = _read(tmp_path / "sum/stereo/Dog + Human voice.wav")
@@ -288,7 +289,10 @@ def test_without_a_class_that_is_not_heard_leaves_the_recording_as_it_is(
 ):
     words = ["separate", "--model", bundle, "--out", str(tmp_path / "out"), "--threshold", "1.0"]
     assert main([*words, str(recordings / "a.wav"), "--without", "Dog"]) == 3
-    assert "Dog: not heard (peak " in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "Dog: not heard (peak " in said.out
+    assert "is not heard, and nothing was taken out for it" in said.err
+    assert "the recording: Dog is not heard" in (tmp_path / "out/a/report.html").read_text()
     rest = _read(tmp_path / "out/a/without Dog.wav")
     np.testing.assert_array_equal(rest, _read(recordings / "a.wav"))
 
@@ -305,10 +309,14 @@ def test_a_node_is_all_classes_below_it_less_those_left_out(bundle, recordings, 
     below = ontology.class_indexes(ontology.node("Human voice").mid)
     voice, _ = sound("Human voice", "--classes", "Human voice")
     assert parse_classes(["Human voice"]) == {"Human voice": below}
-    left, idle = without({"Human voice": below}, ["Speech", "Dog"])
+    left, remarks = without({"Human voice": below, "Speech": (0,)}, ["Speech", "Dog"])
     speech = ontology.class_indexes(ontology.node("Speech").mid)
     assert set(left["Human voice"]) == set(below) - set(speech)
-    assert idle == ["Dog"]
+    assert left.keys() == {"Human voice"}
+    assert remarks == [
+        "--without Dog: no query has any of it",
+        "--without leaves nothing of Speech, which is not separated",
+    ]
     less, facts = sound("Human voice", "--classes", "Human voice", "--without", "Speech", "Dog")
     assert "--without Dog: no query has any of it" in capsys.readouterr().err
     assert facts["settings"]["without"] == ["Speech", "Dog"]
@@ -326,6 +334,7 @@ def test_levels_less_a_node(bundle, recordings, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--classes", "Dog", "--classes", "Cat", "--without", "Pets"], 'is called "Pets"'),
         (["--without", "Human voise"], 'is called "Human voise"; did you mean "Human voice"'),
         (["--classes", "Dog", "--without", "Animal"], "--without Animal leaves nothing of Dog"),
         (["--without", "Dog", "--residual"], "--residual has no effect with --without"),

@@ -15,11 +15,11 @@ Queries:
                             tagging net hears; level 1 has seven, such as Music and Human sounds
   --without NAME ...        alone: the recording less the estimate of these classes or nodes, as
                             "Speech+Singing" asks for them; the two add up to the recording. With
-                            --classes or --levels: these leave out the classes, and all below them
-  --text TEXT ...           sounds described in English, such as "puppy whining": each asks for the
-                            nearest node of the ontology, as --classes would. With --text-encoder
-                            nearness is that of meanings, without it that of words. --dry-run shows
-                            what is near and separates nothing
+                            --classes, --levels or --text: leaves out classes, and all below them
+  --text TEXT ...           sounds described in English: each asks for the nearest node of the
+                            ontology, as --classes would. With --text-encoder nearness is that of
+                            meanings ("puppy whining" is near "Whimper (dog)"), without it that of
+                            words ("cats meowing"). --dry-run shows what is near
   --query FOLDER            the sound in the example recordings of the folder
   --query BANK.npz          every vector of a bank; with --classes, only those with these names
 """
@@ -28,6 +28,7 @@ import argparse
 import os
 import pathlib
 import sys
+from typing import Any
 
 from uss_jax.cli.arguments import (
     add_precision,
@@ -44,6 +45,7 @@ from uss_jax.errors import NotHeard, UserError, counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    several: dict[str, Any] = {"nargs": "+", "action": "extend"}
     add_recordings(parser)
     parser.add_argument(
         "--model",
@@ -58,20 +60,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="output folder; sounds go to DIR/<path of the recording>/; default: separated",
     )
-    parser.add_argument("--classes", nargs="+", metavar="NAME", help="see above")
-    parser.add_argument("--levels", nargs="+", type=positive, metavar="LEVEL", help="see above")
+    parser.add_argument("--classes", **several, metavar="NAME", help="see above")
+    parser.add_argument("--levels", **several, type=positive, metavar="LEVEL", help="see above")
     parser.add_argument(
         "--first-parent",
         action="store_true",
         help="with --levels: count a class under its first parent only, as bytedance/uss does",
     )
-    parser.add_argument("--without", nargs="+", metavar="NAME", help="see above")
-    parser.add_argument("--text", nargs="+", metavar="TEXT", help="see above")
+    parser.add_argument("--without", **several, metavar="NAME", help="see above")
+    parser.add_argument("--text", **several, metavar="TEXT", help="see above")
     parser.add_argument(
         "--text-encoder",
         type=path,
         metavar="DIR",
-        help="with --text: a sentence encoder, all-MiniLM-L6-v2 as `uss-jax convert` writes it",
+        help="with --text: the sentence encoder all-MiniLM-L6-v2, as published or converted",
     )
     parser.add_argument(
         "--nearest",
@@ -83,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--similarity",
         type=number(0, 1),
         metavar="S",
-        help="with --text: lowest similarity of a node; default: 0.3 by words, 0.4 by meanings",
+        help="with --text: lowest similarity of a node; default: 0.3 by words, 0.5 by meanings",
     )
     parser.add_argument("--query", type=path, metavar="PATH", help="see above")
     add_threshold(parser, "is active in a segment")
@@ -140,7 +142,7 @@ _FORMATS = {
 }
 
 
-_REPORTED = ("model", "classes", "levels", "without", "text", "first_parent", "query", "threshold")
+_REPORTED = ("model", "classes", "levels", "first_parent", "query", "threshold")
 _REPORTED += ("blocks", "mono", "residual", "sum_to_mixture", "format", "precision")
 
 
@@ -151,8 +153,8 @@ _DEMONSTRATION = (
 
 
 _BY_WORDS = (
-    "--text without --text-encoder compares words with the names of sounds; to compare meanings, "
-    "get all-MiniLM-L6-v2 and convert it: pip install 'uss-jax[text]', `uss-jax convert DIR minilm`"
+    "--text compares words with the names of sounds; to compare meanings, give --text-encoder DIR, "
+    "the published folder of all-MiniLM-L6-v2 (needs pip install 'uss-jax[text]')"
 )
 
 
@@ -164,9 +166,10 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.separation.recordings import Separator, Settings
 
     _refuse_idle_options(args)
-    args.text = _found(args)
-    if args.text and args.dry_run and not args.audio and not args.files_from:
-        return
+    if args.text and args.dry_run:
+        print("\n".join(map(str, _found(args))))
+        if not args.audio and not args.files_from:
+            return
     out = args.out or "separated"
     recordings = _not_separated_before(input_files(args), out)
     place = args.model
@@ -196,9 +199,10 @@ def run(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
     )
     asked = {key: value for key, value in vars(args).items() if key in _REPORTED}
-    asked["text"] = args.text and [one.facts() for one in args.text]
     asked["threshold"] = None if args.query else threshold
-    query = _query(args, model, threshold)
+    query = _query(args, model, threshold, asked)
+    if args.without:
+        asked["without"] = args.without
     done = separate_all(Separator(model, settings), recordings, out, query, asked)
     if done.failed:
         raise UserError(
@@ -206,9 +210,10 @@ def run(args: argparse.Namespace) -> None:
             "see above"
         )
     if done.not_heard:
+        result = "nothing was taken out for it" if _takes_out(args) else "its file is silent"
         raise NotHeard(
             f"in {done.not_heard} of {counted(len(recordings), 'recording')} a queried class is "
-            "not heard, and its file is silent; see above"
+            f"not heard, and {result}; see above"
         )
 
 
@@ -245,6 +250,8 @@ def _refuse_idle_options(args: argparse.Namespace) -> None:
     if _takes_out(args):
         refuse_idle(args, ("residual",), "with --without, which gives nothing else")
         refuse_idle(args, ("sum_to_mixture",), "with --without, whose estimate would be it all")
+    if args.text and (args.classes or args.levels or args.query):
+        raise UserError("--text asks by itself; give it without --classes, --levels, --query")
     if not args.text:
         refuse_idle(args, ("text_encoder", "nearest", "similarity"), "without --text")
     if not args.levels:
@@ -253,19 +260,20 @@ def _refuse_idle_options(args: argparse.Namespace) -> None:
         refuse_idle(args, ("residual",), "with --sum-to-mixture, which leaves no residual")
 
 
-def _found(args: argparse.Namespace) -> list:
-    """Returns what the texts ask for, and prints it; empty without --text."""
-    from uss_jax.separation.words import find_texts
+def _found(args: argparse.Namespace, model=None) -> list:
+    """Returns what the texts ask for, of the classes that the model has outputs for."""
+    from uss_jax.bundles.text_encoder import TextEncoder
+    from uss_jax.models.tagging import unknown_classes
+    from uss_jax.separation.words import excludes, find_texts
 
-    if not args.text:
-        return []
-    if args.classes or args.levels or args.query:
-        raise UserError("--text asks by itself; give it without --classes, --levels, --query")
     if not args.text_encoder:
         print(_BY_WORDS, file=sys.stderr)
-    found = find_texts(args.text, args.text_encoder, args.similarity, args.nearest or 1)
-    print("\n".join(map(str, found)))
-    return found
+    if any(map(excludes, args.text)):
+        print("a text cannot leave sounds out; --without NAME does", file=sys.stderr)
+    encoder = TextEncoder(args.text_encoder) if args.text_encoder else None
+    takes = model and model.query.module.takes
+    unknown = unknown_classes(model.tagger.module) if takes and takes.probabilities else ()
+    return find_texts(args.text, encoder, args.similarity, args.nearest or 1, unknown)
 
 
 def _takes_out(args: argparse.Namespace) -> bool:
@@ -273,7 +281,8 @@ def _takes_out(args: argparse.Namespace) -> bool:
     return bool(args.without) and not (args.classes or args.levels or args.text)
 
 
-def _query(args: argparse.Namespace, model, threshold: float):
+def _query(args: argparse.Namespace, model, threshold: float, asked: dict[str, Any]):
+    """Returns the query; adds to `asked`, for the reports, what texts ask for."""
     from uss_jax.separation.banks import read_bank
     from uss_jax.separation.example_vectors import name_of_examples, vector_of_recordings
     from uss_jax.separation.queries import Classes, Vectors, level_sets, parse_classes, without
@@ -281,9 +290,9 @@ def _query(args: argparse.Namespace, model, threshold: float):
     def less(sets):
         if not args.without:
             return sets
-        left, idle = without(sets, args.without)
-        if idle:
-            print(f"--without {', '.join(idle)}: no query has any of it", file=sys.stderr)
+        left, remarks = without(sets, args.without)
+        for remark in remarks:
+            print(remark, file=sys.stderr)
         return left
 
     if args.levels:
@@ -294,10 +303,11 @@ def _query(args: argparse.Namespace, model, threshold: float):
         sets = less(level_sets(args.levels, args.first_parent))
         return Classes(sets, threshold, only_active=True)
     if args.text:
-        names = [one.name for one in args.text]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise UserError(f'--text "{min(twice)}" is given twice; give it once')
-        return Classes(less({one.name: one.class_indexes for one in args.text}), threshold)
+        found = _found(args, model)
+        print("\n".join(map(str, found)))
+        asked["text"] = [one.facts() for one in found]
+        asked |= {"text_encoder": args.text_encoder, "nearest": args.nearest or 1}
+        return Classes(less({one.name: one.class_indexes for one in found}), threshold)
     if args.query is None:
         if _takes_out(args):
             return Classes(parse_classes(["+".join(args.without)]), threshold)

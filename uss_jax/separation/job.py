@@ -30,7 +30,9 @@ _HEARD_SHOWN = 20
 # Present in a recording's folder until its sounds and reports are complete.
 _UNFINISHED = ".unfinished"
 # Fields of an earlier run's report.json that are validated.
-_TAKEN_OUT = record({"name": text()}, {"active_share": number(0, 1), "peak": number(0, 1)})
+_TAKEN_OUT = record(
+    {"name": text(), "active_share": number(0, 1), "peak": number(0, 1)}, others=True
+)
 _SOUND = record(
     {
         "name": text(),
@@ -176,6 +178,7 @@ def _sounds(made: Separated, folder: pathlib.Path, query: Query) -> list[dict[st
         heard = {t.name: {"active_share": float(t.active.mean())} for t in made.targets}
     for name in heard.keys() & peaks.keys():
         heard[name]["peak"] = peaks[name]
+        heard[name]["classes"] = [load_ontology().class_names[k] for k in query.sets[name]]
     sounds = []
     for name, file in made.files.items():
         about = {"active_share": None, **heard.pop(name, {})}
@@ -210,7 +213,7 @@ def _remarks(facts: dict[str, Any]) -> Iterator[str]:
         yield f"the recording is cut off ({why})"
     for sound in _asked_for(facts):
         if words := not_heard(sound, facts):
-            yield f"{sound['name']}: {words}"
+            yield one_line(f"{sound['name']}: {words}")
     for sound in facts["sounds"]:
         if share := sound["clipped_share"]:
             yield (
@@ -224,6 +227,7 @@ def _digest_of_run(separator: Separator, query: Query, settings: dict[str, Any])
     digest = hashlib.sha256()
     model = separator.model
     asked = query.sets if isinstance(query, Classes) else sorted(query.vectors)
+    settings = {key: value for key, value in settings.items() if key != "text"}  # in the sets
     words = [net_hash(model.separator.variables), model.query_hash, asked, settings]
     digest.update(json.dumps(words, default=str, sort_keys=True).encode())
     if not isinstance(query, Classes):

@@ -34,15 +34,20 @@ def parse_classes(words: Sequence[str]) -> dict[str, tuple[int, ...]]:
     ontology, sets = load_ontology(), {}
     for word in words:
         nodes = [ontology.node(part) for part in word.split("+")]
-        name = " + ".join(node.name for node in nodes)
+        name = " + ".join(dict.fromkeys(node.name for node in nodes))
         if name in sets:
             raise UserError(f'"{name}" is given twice; give it once')
-        indexes = [index for node in nodes for index in _asked_by(node)]
+        indexes = [index for node in nodes for index in asked_by(node)]
         sets[name] = tuple(dict.fromkeys(indexes))
     return sets
 
 
-def _asked_by(node: Node) -> tuple[int, ...]:
+def asked_by(node: Node) -> tuple[int, ...]:
+    """Returns the classes that a node asks for: itself, or all below it if it is no class.
+
+    Raises:
+      UserError: no class is below it.
+    """
     if node.class_index is not None:
         return (node.class_index,)
     below = load_ontology().class_indexes(node.mid)
@@ -61,24 +66,28 @@ def without(
       words: names, mids or indexes of nodes, each or several joined by "+".
 
     Returns:
-      The sets that are left, of the same names, and the names of the nodes that no set has.
+      The sets that are left, of the same names; and remarks on the nodes that no set has, and the
+      sets of which nothing is left.
 
     Raises:
       UserError: no node is called so, or nothing is left of every set.
     """
-    ontology, idle = load_ontology(), []
+    ontology, remarks = load_ontology(), []
     gone: set[int] = set()
     asked = {index for indexes in sets.values() for index in indexes}
     for node in (ontology.node(part) for word in words for part in word.split("+")):
         below = set(ontology.class_indexes(node.mid))
         gone |= below
         if not below & asked:
-            idle.append(node.name)
+            remarks.append(f"--without {node.name}: no query has any of it")
     left = {name: tuple(k for k in indexes if k not in gone) for name, indexes in sets.items()}
-    left = {name: indexes for name, indexes in left.items() if indexes}
-    if not left:
-        raise UserError(f"--without {' '.join(words)} leaves nothing of {', '.join(sets)}")
-    return left, idle
+    empty = [name for name, indexes in left.items() if not indexes]
+    if len(empty) == len(left):
+        raise UserError(
+            f"--without {' '.join(words)} leaves nothing of {', '.join(sets)}; leave out less"
+        )
+    remarks += [f"--without leaves nothing of {name}, which is not separated" for name in empty]
+    return {name: indexes for name, indexes in left.items() if indexes}, remarks
 
 
 def level_sets(levels: Sequence[int], first_parent_only: bool) -> dict[str, tuple[int, ...]]:

@@ -160,6 +160,10 @@ def not_heard(sound: dict[str, Any], facts: dict[str, Any]) -> str:
 def _note(sound: dict[str, Any], facts: dict[str, Any]) -> str:
     if words := not_heard(sound, facts):
         return words
+    if "without" in sound:
+        absent = [one["name"] for one in sound["without"] if not_heard(one, facts)]
+        if absent:
+            return f"the recording: {', '.join(absent)} is not heard"
     level = f"{20 * np.log10(max(sound['rms'], 1e-10)):.1f} dBFS" if sound["rms"] else "silent"
     if sound["clipped_share"]:
         level += f", {100 * sound['clipped_share']:.2g} % of the samples clipped"

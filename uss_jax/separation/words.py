@@ -12,7 +12,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,9 @@ from jaxtyping import Float, Int
 
 from uss_jax.bundles.node_vectors import load_node_vectors, node_texts
 from uss_jax.bundles.text_encoder import TextEncoder
-from uss_jax.errors import UserError
+from uss_jax.errors import UserError, one_line
 from uss_jax.ontology import load_ontology
-from uss_jax.separation.queries import parse_classes
+from uss_jax.separation.queries import asked_by
 
 _WORD = re.compile(r"[^\W\d_]+", re.UNICODE)
 # Words that say nothing of a sound.
@@ -37,7 +37,10 @@ _ENDINGS = ("ings", "ing", "ers", "er", "ies", "es", "ed", "s", "y")
 _SHORTEST_STEM = 3
 LONGEST_TEXT = 1000  # characters; an encoder reads about as many
 # Lowest similarities of a node that is asked for, by default.
-LEAST_OF_WORDS, LEAST_OF_VECTORS = 0.3, 0.4
+LEAST_OF_WORDS, LEAST_OF_VECTORS = 0.3, 0.5
+# What a name has in another form counts so much of what it has in the very form.
+_OTHER_FORM = 0.8
+_NEGATIONS = frozenset(("no", "without", "but", "except"))
 # Above this, the vectors are near each other whatever the words.
 _CERTAIN = 0.6
 _SHOWN = 5
@@ -85,8 +88,9 @@ class Found:
     @property
     def class_indexes(self) -> tuple[int, ...]:
         """What the nodes ask for, as one set of classes."""
-        (indexes,) = parse_classes(["+".join(match.mid for match in self.asked)]).values()
-        return indexes
+        nodes = load_ontology().nodes
+        indexes = [k for match in self.asked for k in asked_by(nodes[match.mid])]
+        return tuple(dict.fromkeys(indexes))
 
     def facts(self) -> dict[str, Any]:
         """Returns what report.json says of it."""
@@ -94,44 +98,56 @@ class Found:
 
     def __str__(self) -> str:
         others = [match for match in self.matches if match not in self.asked]
-        also = f"; next {listed(others)}" if others else ""
-        return f'"{self.text}" asks for {listed(self.asked)}{also}'
+        also = f"; near too: {listed(others)}" if others else ""
+        return one_line(f'"{_short(self.text)}" asks for {listed(self.asked)}{also}')
 
 
 def find_texts(
-    texts: Sequence[str], encoder: str | os.PathLike | None, least: float | None, most: int
+    texts: Sequence[str],
+    encoder: TextEncoder | None,
+    least: float | None = None,
+    most: int = 1,
+    unknown: Collection[int] = (),
 ) -> list[Found]:
     """Finds what texts ask for.
 
     Args:
       texts: descriptions of sounds, in English.
-      encoder: folder of a sentence encoder; None to compare words.
+      encoder: a sentence encoder; None to compare words.
       least: lowest similarity of a node that is asked for; None for the default.
       most: largest number of nodes that one text asks for.
+      unknown: classes that the model has no output for; nodes of these alone are passed over.
 
     Raises:
-      UserError: a text is unusable or near to nothing, or the encoder cannot be read.
+      UserError: a text is unusable, given twice, or near to nothing.
     """
     texts = [check_text(text) for text in texts]
+    names = [text.replace("/", " ") for text in texts]
+    if twice := [name for at, name in enumerate(names) if name in names[:at]]:
+        raise UserError(f'--text "{_short(twice[0])}" is given twice; give it once')
     if encoder is None:
         rankings = [rank_by_words(text) for text in texts]
     else:
-        opened = TextEncoder(encoder)
-        rankings = _rankings_by(opened, texts)
-        for text, matches in zip(texts, rankings, strict=True):
-            if matches[0].similarity < _CERTAIN and not _is_english(text, opened):
-                raise _far(text, matches)
+        rankings = _rankings_by(encoder, texts)
     if least is None:
         least = LEAST_OF_WORDS if encoder is None else LEAST_OF_VECTORS
-    return [
-        Found(text, matches[: max(_SHOWN, most)], chosen(text, matches, least, most))
-        for text, matches in zip(texts, map(_names_first, texts, rankings), strict=True)
-    ]
+    found = []
+    for text, matches in zip(texts, map(_names_first, texts, rankings), strict=True):
+        if encoder is not None and matches[0].similarity < _CERTAIN:
+            _require_known(text, encoder)
+        asked = chosen(text, matches, least, most, unknown)
+        found.append(Found(text, matches[: max(_SHOWN, most)], asked))
+    return found
+
+
+def excludes(text: str) -> bool:
+    """Returns whether a text may mean what is not to be heard, which no vector tells."""
+    return not _NEGATIONS.isdisjoint(_WORD.findall(text.casefold()))
 
 
 def _names_first(text: str, matches: list[Match]) -> list[Match]:
     """Puts the node whose very name the text is before all others."""
-    named = [n.mid for n in load_ontology().nodes.values() if n.name.casefold() == text.casefold()]
+    named = _named(text)
     return [*(Match(mid, 1.0) for mid in named), *(m for m in matches if m.mid not in named)]
 
 
@@ -147,31 +163,51 @@ def check_text(text: str) -> str:
     """Returns the text without spaces around it.
 
     Raises:
-      UserError: it is empty or too long.
+      UserError: it has no words, is too long, or is a file.
     """
     found = " ".join(text.split())
-    if not _WORD.search(found):
-        raise UserError(f'--text "{found[:60]}" has no words; describe a sound')
+    if not _telling(found):
+        raise UserError(f'--text "{_short(found)}" has no words that tell of a sound; describe one')
     if len(found) > LONGEST_TEXT:
         raise UserError(
             f"--text has {len(found):,} characters, more than {LONGEST_TEXT:,}; describe one sound"
         )
+    if os.path.exists(text):
+        raise UserError(f'--text "{text}" is a file; give recordings before --text')
     return found
+
+
+def _telling(text: str) -> list[str]:
+    """Returns the words that tell of a sound, in lower case; all, if the text is a node's name."""
+    words = _WORD.findall(text.casefold())
+    return [word for word in words if word not in _EMPTY] or (words if _named(text) else [])
+
+
+def _named(text: str) -> list[str]:
+    """Returns the mids of the nodes whose very name the text is."""
+    nodes = load_ontology().nodes.values()
+    return [node.mid for node in nodes if node.name.casefold() == text.casefold()]
 
 
 def rank_by_words(text: str) -> list[Match]:
     """Ranks the nodes by the words that name and text share, the nearest first.
 
     The similarity is the cosine of their vectors of words, reduced to stems and weighted by how few
-    names have them. Nodes without a word in common are left out.
+    names have them; a word in another form counts less. Nodes without a word in common are left
+    out.
     """
     mids, names, weight = _vocabulary()
-    asked = collections.Counter(_stems(text))
+    words = _telling(text)
+    asked = {_stem(word): word for word in words}
     longest = max(weight.values())
-    length = math.sqrt(sum(weight.get(stem, longest) ** 2 for stem in asked)) or 1.0
+    length = math.sqrt(sum(weight.get(stem, longest) ** 2 for stem in asked))
     matches = []
     for mid, stems in zip(mids, names, strict=True):
-        common = sum(weight[stem] ** 2 for stem in stems if stem in asked)
+        common = sum(
+            weight[stem] ** 2 * (1 if word in words else _OTHER_FORM)
+            for stem, word in stems.items()
+            if stem in asked
+        )
         if common:
             norm = math.sqrt(sum(weight[stem] ** 2 for stem in stems))
             matches.append(Match(mid, common / (norm * length)))
@@ -213,44 +249,56 @@ def rank(
     return order, similarity[order].astype(np.float32)
 
 
-def chosen(text: str, matches: Sequence[Match], least: float, most: int) -> list[Match]:
+def chosen(
+    text: str, matches: Sequence[Match], least: float, most: int, unknown: Collection[int] = ()
+) -> list[Match]:
     """Returns the nodes that a text asks for: the best, and others as near as `least`.
-
-    Nodes below which there is no class, such as "Gull, seagull", cannot be asked for.
 
     Args:
       text: the text.
       matches: all nodes, the nearest first.
       least: lowest similarity.
       most: largest number of nodes.
+      unknown: classes that the model has no output for; nodes of these alone are passed over.
 
     Raises:
-      UserError: no node is near enough, or the nearest is silence.
+      UserError: no node is near enough, or there is no class below the nearest, or it is silence.
     """
     ontology = load_ontology()
-    with_classes = [match for match in matches if ontology.class_indexes(match.mid)]
-    near = [match for match in with_classes[:most] if match.similarity >= least]
+
+    def classes(match: Match) -> tuple[int, ...]:
+        return ontology.class_indexes(match.mid)
+
+    askable = [match for match in matches if not set(classes(match)) <= set(unknown)]
+    near = [match for match in askable[:most] if match.similarity >= least]
+    nearest = listed([match for match in askable if match.mid != _SILENCE][:3])
+    if matches and matches[0].similarity >= least and not classes(matches[0]):
+        raise UserError(
+            f'"{_short(text)}" is nearest to "{matches[0].name}", which is no class and has none '
+            f"below it; the nearest that can be asked for: {nearest}; give one with --classes"
+        )
     if not near:
-        raise _far(text, matches)
+        raise UserError(
+            f'nothing in the ontology is near "{_short(text)}"; the nearest: {nearest}; say it in '
+            "other words, in English, or give --classes"
+        )
     if near[0].mid == _SILENCE:
         raise UserError(f'"{_short(text)}" is silence, which cannot be separated; describe a sound')
     return near
 
 
-def _is_english(text: str, encoder: TextEncoder) -> bool:
-    """Returns whether the encoder knows at least half of the words that tell of a sound.
+def _require_known(text: str, encoder: TextEncoder) -> None:
+    """Raises a UserError unless the encoder knows at least half of the words that tell of a sound.
 
     Vectors of other languages and of nonsense are as near to some node as those of English.
     """
-    words = [word for word in _WORD.findall(text.casefold()) if word not in _EMPTY]
-    return 2 * sum(map(encoder.knows, words)) >= len(words)
-
-
-def _far(text: str, matches: Sequence[Match]) -> UserError:
-    return UserError(
-        f'nothing in the ontology is near "{_short(text)}"; the nearest: {listed(matches[:3])}; '
-        "say it in other words, in English, or give --classes"
-    )
+    words, (_, _, weight) = _telling(text), _vocabulary()
+    strange = [word for word in words if not encoder.knows(word) and _stem(word) not in weight]
+    if 2 * len(strange) > len(words):
+        raise UserError(
+            f"the sentence encoder does not know {', '.join(map(repr, strange[:5]))} of "
+            f'"{_short(text)}"; say it in other words, in English, or give --classes'
+        )
 
 
 def _short(text: str) -> str:
@@ -263,26 +311,25 @@ def listed(matches: Sequence[Match]) -> str:
 
 
 @functools.cache
-def _vocabulary() -> tuple[list[str], list[tuple[str, ...]], dict[str, float]]:
-    """Returns the nodes, the stems of each one's name, and the weight of every stem."""
+def _vocabulary() -> tuple[list[str], list[dict[str, str]], dict[str, float]]:
+    """Returns the nodes, stem -> word of each one's name, and the weight of every stem."""
     nodes = load_ontology().nodes
-    names = [tuple(dict.fromkeys(_stems(node.name))) for node in nodes.values()]
+    names = [{_stem(word): word for word in _telling(node.name)} for node in nodes.values()]
     count = collections.Counter(stem for stems in names for stem in stems)
     weight = {stem: math.log(1 + len(names) / number) for stem, number in count.items()}
     return list(nodes), names, weight
 
 
-def _stems(text: str) -> list[str]:
-    """Returns the words of a text, in lower case and without their endings."""
-    words = (word for word in _WORD.findall(text.casefold()) if word not in _EMPTY)
-    return [_stem(word) for word in words]
-
-
 def _stem(word: str) -> str:
+    """Returns a word without its ending, if a stem of three letters is left."""
     for ending in _ENDINGS:
         stem = word.removesuffix(ending)
         if stem != word and len(stem) >= _SHORTEST_STEM:
-            # "running" and "run", "barking" and "bark"
+            # "running" and "run"
             double = ending in ("ing", "ings", "ed", "er", "ers") and stem[-1:] == stem[-2:-1]
-            return stem[:-1] if double and stem[-1] not in "sl" else stem.removesuffix("e")
-    return word.removesuffix("e") if len(word) > _SHORTEST_STEM else word
+            return _without_e(stem[:-1] if double and stem[-1] not in "sl" else stem)
+    return _without_e(word)
+
+
+def _without_e(stem: str) -> str:
+    return stem.removesuffix("e") if len(stem) > _SHORTEST_STEM else stem

@@ -378,14 +378,11 @@ def test_a_run_of_every_source_resumes_and_is_refused_with_others(
     again = {**asked, "total_steps": 4, "query__table": moved}
     assert _train(place, tmp_path / "parts", **again) == 0
     assert _metrics(tmp_path / "parts") == _metrics(tmp_path / "whole")
+    fewer = {f"query__source__{name}": 0.0 for name in ("other", "mean", "mix")}
     for other in (
-        {"query__source__own": 0.4, "query__source__other": 0.0},
+        {"query__source__own": 0.4, "query__source__mean": 0.0},
         {"query__groups": ""},
-        {
-            "query__table": "",
-            **{f"query__source__{k}": 0.0 for k in ("other", "mean", "mix")},
-            "query__source__own": 0.8,
-        },
+        {"query__table": "", "query__groups": "", "query__source__own": 0.8, **fewer},
     ):
         assert _train(place, tmp_path / "parts", **{**again, **other, "total_steps": 6}) == 1
         assert "this run was started with other conditions" in capsys.readouterr().err

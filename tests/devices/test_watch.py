@@ -12,6 +12,7 @@ import time
 import pytest
 
 from tests.tiny import CONFIGS
+from uss_jax.devices.watch import Watch
 
 LOST = r"uss-jax: host {host} \(.+\) was lost: .+; the last checkpoint is step 40: the same command"
 LOST += r" resumes from there\n"
@@ -150,3 +151,19 @@ def test_a_host_whose_other_never_starts_says_so(start_one, process):
     assert err.startswith("uss-jax: the 2 hosts did not all connect within 2 seconds: ")
     assert err.count("\n") == 1
     assert status == 1
+
+
+def test_a_host_that_never_sends_a_heartbeat_is_lost_too():
+    written = {}
+
+    class Store:
+        def key_value_set(self, key, value, allow_overwrite):
+            written[key] = value
+
+    watch = Watch(Store(), 0, 3, "localhost:1")
+    for now in (0.0, 30.0, 61.0, 90.0):
+        watch._read_beats = {0: f"{now} a", 2: f"{now} c"}
+        watch._note_lost(now)
+        assert ("uss_jax/end/1" in written) == (now > 60)
+    assert list(written) == ["uss_jax/end/1"]
+    assert written["uss_jax/end/1"].startswith("host 1 (unknown) was lost: nothing was heard from")

@@ -227,12 +227,13 @@ class Watch:
     def _note_lost(self, now: float) -> None:
         """Records in the store the hosts that have sent no heartbeat for too long."""
         limit = _SUSPECT_SECONDS if self._broken else LOST_SECONDS
-        for process, beat in self._read_beats.items():
-            before, since = self._beats.get(process, ("", now))
+        for process in range(self._processes):  # one may be lost before its first heartbeat
+            beat = self._read_beats.get(process, "")
+            before, since = self._beats.setdefault(process, ("", now))
             if beat != before:
                 self._beats[process] = beat, now
             elif now - since > limit and self._ends.get(process, _DONE) == _DONE:
-                host = _host(process, beat.partition(" ")[2])
+                host = _host(process, beat.partition(" ")[2] or "unknown")
                 why = f"nothing was heard from it for {limit:.0f} seconds"
                 self._write(_END, f"{host} was lost: {why}", process)
 

@@ -103,15 +103,20 @@ def test_a_damaged_shard_is_right_or_refused(records, data):
     path.write_bytes(shard)
 
 
+def _columns(index):
+    """Columns of zeros, of a table of two anchors a label."""
+    rows = len(index.label_class)
+    return {
+        name: np.zeros((rows, 2) if "k" in column.shape else rows, column.dtype)
+        for name, column in TABLE_COLUMNS.items()
+    }
+
+
 @fuzz
 @given(st.data())
 def test_an_anchor_table_is_right_or_refused(records, data):
     folder, index, _, _ = records
-    rows = len(index.label_class)
-    columns = {
-        name: np.zeros((rows, 2) if "k" in column.shape else rows, column.dtype)
-        for name, column in TABLE_COLUMNS.items()
-    }
+    columns = _columns(index)
     columns["record"] = np.repeat(np.arange(len(index)), np.diff(index.label_row.astype(int)))
     columns["class"] = index.label_class.copy()
     header = {"sed_hash": "s", "index_digest": index.digest, "sample_rate": 8000}
@@ -144,12 +149,7 @@ def test_an_anchor_table_is_right_or_refused(records, data):
 @given(st.data())
 def test_mined_conditions_are_right_or_refused(records, data):
     folder, index, _, _ = records
-    rows = len(index.label_class)
-    columns = {
-        name: np.zeros((rows, 2) if "k" in column.shape else rows, column.dtype)
-        for name, column in TABLE_COLUMNS.items()
-    }
-    table = AnchorTable.of({"sed_hash": "s"}, columns)
+    rows, table = len(index.label_class), AnchorTable.of({"sed_hash": "s"}, _columns(index))
     good = np.arange(rows * 2 * 3).reshape(rows, 2, 3).astype(np.float16)
     header = {"format_version": 1, "query_hash": "q", "query_model": {}, "output": "clipwise"}
     header |= {"width": 3, "anchors_digest": table.digest, "shard_digests": ["d"]}

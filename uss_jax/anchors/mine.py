@@ -69,7 +69,7 @@ class MiningSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Query:
-    """What conditions are mined with.
+    """The query net that computes conditions, and the output that they are.
 
     Attributes:
       tagger: the tagging net of the query net.
@@ -127,18 +127,10 @@ def mine(
     header = _header(sed, index, settings)
     about = query and query.header()
     table = _table_made(out, header, index)
-    if table is not None and (about is None or _conditions_made(out, about, table, index)):
+    if _complete(out, about, table, index):
         return True
     parts = _make_parts_folder(out, header, about, table)
-    find = functools.partial(
-        mine_batch,
-        sed.module,
-        on_all_devices(sed.variables, mesh),
-        image=image,
-        segment_samples=settings.segment_samples,
-        candidates=settings.candidates,
-        min_dbfs=settings.min_dbfs,
-    )
+    find = table or _detection(sed, mesh, image, settings)
     places = [_part(parts, number) for number in range(len(index.shards))]
     todo = [number for number in range(host, len(places), hosts) if not places[number].exists()]
     ends = np.searchsorted(index.record_shard, np.arange(len(places) + 1))
@@ -148,7 +140,7 @@ def mine(
         for number in todo:
             records = np.arange(ends[number], ends[number + 1])
             columns = _mine_part(
-                *(reader, records, table or find, compute, mesh, settings.clip_samples),
+                *(reader, records, find, compute, mesh, settings.clip_samples),
                 *(batch_size, threads, progress),
             )
             more = {}
@@ -169,6 +161,21 @@ def mine(
         if not _all_made(out, header, index, about):
             raise
     return True
+
+
+def _detection(
+    sed: Net, mesh: jax.sharding.Mesh, image: np.ndarray | None, settings: MiningSettings
+) -> Callable[..., dict[str, Any]]:
+    """Returns `mine_batch` with the detector on the devices."""
+    return functools.partial(
+        mine_batch,
+        sed.module,
+        on_all_devices(sed.variables, mesh),
+        image=image,
+        segment_samples=settings.segment_samples,
+        candidates=settings.candidates,
+        min_dbfs=settings.min_dbfs,
+    )
 
 
 def _vectors(
@@ -267,7 +274,13 @@ def _all_made(
     out: pathlib.Path, header: dict[str, Any], index: RecordIndex, about: dict[str, Any] | None
 ) -> bool:
     """Returns whether the table, and its conditions if `about` is given, exist."""
-    table = _table_made(out, header, index)
+    return _complete(out, about, _table_made(out, header, index), index)
+
+
+def _complete(
+    out: pathlib.Path, about: dict[str, Any] | None, table: AnchorTable | None, index: RecordIndex
+) -> bool:
+    """Returns whether nothing beside a table is left to mine."""
     return table is not None and (about is None or _conditions_made(out, about, table, index))
 
 

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from uss_jax.bundles.bundle import FORMAT_VERSION, net_hash
 from uss_jax.bundles.model import Net
 from uss_jax.bundles.tensors import read_tensors, shapes_in
+from uss_jax.devices.batching import in_batches
 from uss_jax.disk.checked_json import (
     MAX_BYTES,
     Rule,
@@ -241,9 +242,8 @@ def _batches(lengths: Sequence[int], most: int) -> Iterator[tuple[list[int], int
         of_length.setdefault(min(padded, most), []).append(row)
     for length, rows in of_length.items():
         size = _BATCHES[len(rows) > 1]
-        for begin in range(0, len(rows), size):
-            batch = rows[begin : begin + size]
-            yield batch + batch[-1:] * (size - len(batch)), length
+        for batch, _ in in_batches(rows, size):
+            yield batch, length
 
 
 def _tokenizer(files: EncoderFiles, path: str) -> Any:

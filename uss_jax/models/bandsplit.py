@@ -279,7 +279,7 @@ class BandSplit(nn.Module):
 
     @property
     def context_samples(self) -> int:
-        """How far a sample of the estimate depends on the mixture; 32 frames if on all of it."""
+        """Reach of a sample of the estimate into the mixture; 32 frames if it is unbounded."""
         if not self.time_span:
             return _CONTEXT_FRAMES * self.hop_samples
         return self.layers * self.time_span * self.hop_samples + self.n_fft + self.hop_samples

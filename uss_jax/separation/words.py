@@ -68,7 +68,7 @@ class Match:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a text asks for.
+    """The nodes that a text asks for.
 
     Attributes:
       text: the text.
@@ -82,12 +82,12 @@ class Found:
 
     @property
     def name(self) -> str:
-        """Name of the sound; a "/" would make a folder."""
-        return self.text.replace("/", " ")
+        """Name of the sound."""
+        return _name(self.text)
 
     @property
     def class_indexes(self) -> tuple[int, ...]:
-        """What the nodes ask for, as one set of classes."""
+        """The classes of these nodes, as one set."""
         nodes = load_ontology().nodes
         indexes = [k for match in self.asked for k in asked_by(nodes[match.mid])]
         return tuple(dict.fromkeys(indexes))
@@ -122,7 +122,7 @@ def find_texts(
       UserError: a text is unusable, given twice, or near to nothing.
     """
     texts = [check_text(text) for text in texts]
-    names = [text.replace("/", " ") for text in texts]
+    names = list(map(_name, texts))
     if twice := [name for at, name in enumerate(names) if name in names[:at]]:
         raise UserError(f'--text "{_short(twice[0])}" is given twice; give it once')
     if encoder is None:
@@ -138,6 +138,10 @@ def find_texts(
         asked = chosen(text, matches, least, most, unknown)
         found.append(Found(text, matches[: max(_SHOWN, most)], asked))
     return found
+
+
+def _name(text: str) -> str:
+    return text.replace("/", " ")  # which would make a folder
 
 
 def excludes(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""What each item of a batch is asked with: drawn by position, from mined conditions.
+"""Draws what each item of a batch is asked with, by position, from mined conditions.
 
 A separator is trained with the condition of the very target it must give back, and asked with
 another: an average, an example, a class. `query.source` trains it on such questions.

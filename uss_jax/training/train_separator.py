@@ -49,10 +49,9 @@ def train_separator(config: ConfigDict, workdir: str | os.PathLike) -> None:
         # What it learns from, and the nets around it.
         schedule = make_schedule(**settings.schedule)
         records = open_records(settings, settings.anchors, settings.mixing, settings.asking)
-        around = load_condition_nets(
-            *(settings, held, records.places and records.places.table),
-            records.asks and records.asks.conditions,
-        )
+        table = records.places and records.places.table
+        conditions = records.asks and records.asks.conditions
+        around = load_condition_nets(settings, held, table, conditions)
 
         labels = records.index.label_class
         masked = settings.asking.source.get("masked")

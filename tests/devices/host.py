@@ -12,18 +12,19 @@ import jax
 
 import uss_jax.training.train_separator
 from tests.tiny import CONFIGS
-from uss_jax.cli.main import main
+from uss_jax.cli.main import command
 from uss_jax.devices import hosts, watch
 from uss_jax.errors import UserError
 
 watch.LOST_SECONDS, watch._SUSPECT_SECONDS = 6.0, 3.0
 watch._BEAT_SECONDS, watch._GRACE_SECONDS = 0.3, 1.0
-if "alone" in sys.argv:
+WORKDIR, *WHATS = sys.argv[1:]
+if "alone" in WHATS:
     hosts._JOIN_SECONDS = 2.0
 
 
 def _train(config, workdir):
-    what = sys.argv[2 + int(os.environ["JAX_PROCESS_ID"])]
+    what = WHATS[int(os.environ["JAX_PROCESS_ID"])]
     print("joined", flush=True)
     if what == "hang":  # as in a collective of an accelerator whose partner is gone
         threading.Event().wait()
@@ -36,7 +37,7 @@ def _train(config, workdir):
     if what == "bug":
         raise TypeError("of our own making")
     if what == "breaks":  # after its partner is lost
-        while not os.path.exists(os.path.join(sys.argv[1], "lost")):
+        while not os.path.exists(os.path.join(WORKDIR, "lost")):
             time.sleep(0.1)
     if what in ("broken", "breaks"):
         raise jax.errors.JaxRuntimeError("INTERNAL: no partner")
@@ -45,5 +46,8 @@ def _train(config, workdir):
 uss_jax.training.train_separator.train_separator = _train
 
 if __name__ == "__main__":
+    # As users start it: without `end_on_interrupt`, a SIGINT just before the main thread waits for
+    # a lock would be handled only when the wait is over.
     config = str(CONFIGS / "resunet30.py")
-    sys.exit(main(["train", "--config", config, "--workdir", sys.argv[1]]))
+    sys.argv[1:] = ["train", "--config", config, "--workdir", WORKDIR]
+    command()

@@ -6,8 +6,9 @@ the others read them; they detect the loss of process 0 by their connection to i
 heartbeats too, but on a loss it aborts the process with a stack trace, and jaxlib 0.10 cannot call
 a Python callback instead: it aborts while converting the argument. So JAX's timeout is set longer.
 
-A collective whose partner is gone raises an error on CPUs and may hang forever on accelerators.
-Therefore a separate thread ends the process, whatever the main thread does.
+A collective whose partner is gone may raise an error on CPUs, or hang forever. Therefore a separate
+thread ends the process, whatever the main thread does. It cannot prevent an abort by gloo, which
+happens on CPUs if a process has several devices and these get out of step after the loss.
 """
 
 import atexit

@@ -15,6 +15,10 @@ from ml_collections import ConfigDict
 
 _NARROW, _WIDE = (16, 32, 64, 128, 192, 192), (48, 96, 192, 384, 576, 576)
 
+# Widths of the bands in bins, about equal in mel; bandsplit.py has 63.
+_BANDS_33 = (4,) * 3 + (8,) * 7 + (16,) * 7 + (32,) * 7 + (64,) * 7 + (128,) + (44,)
+_BANDS_124 = (1,) * 9 + (2,) * 27 + (4,) * 27 + (8,) * 27 + (16,) * 27 + (32,) * 6 + (13,)
+
 # name -> {config key: value}
 ABLATIONS = {
     # The condition.
@@ -56,6 +60,7 @@ ABLATIONS = {
     "order=conflict_free": {"mixing.order": "conflict_free"},
     "silence=0.1": {"mixing.silent_share": 0.1},
     # The separator.
+    "net=resunet": {},
     "depth=30": {},
     "depth=60": {"separator.blocks_per_level": 2},
     "width=half": {"separator.channels": _NARROW},
@@ -71,12 +76,31 @@ ABLATIONS = {
     "data=full": {"data.split": "full_train"},
 }
 
+# The same for the band-split separator, whose base is bandsplit.py:condition=soft,data=balanced.
+BAND_SPLIT = {
+    "net=bandsplit": {},
+    "bandsplit_layers=2": {"separator.layers": 2},
+    "bandsplit_layers=8": {"separator.layers": 8},
+    "bandsplit_width=128": {
+        "separator.width": 128,
+        "separator.head_width": 32,
+        "separator.hidden_width": 341,
+    },
+    "bandsplit_width=384": {"separator.width": 384, "separator.hidden_width": 1024},
+    "bandsplit_bands=33": {"separator.bands": _BANDS_33},
+    "bandsplit_bands=124": {"separator.bands": _BANDS_124},
+    "bandsplit_span=all": {"separator.time_span": 0},
+    "bandsplit_condition=added": {"separator.condition_added": True},
+    "bandsplit_channels=2": {"separator.audio_channels": 2, "mixing.pan": 1.0},
+}
+
 
 def get_config(argument: str = "condition=soft") -> ConfigDict:
     """Returns the base config with the changes of one ablation."""
-    if argument not in ABLATIONS:
-        raise ValueError(f"{argument!r}: expected one of {', '.join(ABLATIONS)}")
-    base = runpy.run_path(str(pathlib.Path(__file__).with_name("resunet30.py")))
-    config = base["get_config"]("condition=soft,data=balanced")
-    config.update_from_flattened_dict(ABLATIONS[argument])
+    if argument not in ABLATIONS | BAND_SPLIT:
+        raise ValueError(f"{argument!r}: expected one of {', '.join(ABLATIONS | BAND_SPLIT)}")
+    base = "resunet30.py" if argument in ABLATIONS else "bandsplit.py"
+    module = runpy.run_path(str(pathlib.Path(__file__).with_name(base)))
+    config = module["get_config"]("condition=soft,data=balanced")
+    config.update_from_flattened_dict((ABLATIONS | BAND_SPLIT)[argument])
     return config

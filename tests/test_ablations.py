@@ -11,13 +11,16 @@ import pytest
 
 import uss_jax.training.train_separator
 from tests.tiny import CONFIGS, train_words, write_place
+from uss_jax.bundles.nets import build_separator
 from uss_jax.cli.config import load_config
 from uss_jax.cli.main import main
 from uss_jax.devices.mesh import make_mesh
 from uss_jax.errors import UserError
+from uss_jax.models.bandsplit import mel_bands
 from uss_jax.training.asking import MINED, SOURCES, check_shares
 
-ABLATIONS = runpy.run_path(str(CONFIGS / "ablations.py"))["ABLATIONS"]
+_MODULE = runpy.run_path(str(CONFIGS / "ablations.py"))
+ABLATIONS, BAND_SPLIT = _MODULE["ABLATIONS"], _MODULE["BAND_SPLIT"]
 _SHRUNK = 8  # times in time
 _SAME = {"condition": "query", "asked": "query"}  # kinds of ablations that change the same
 # These need mined conditions; tests/training/test_asking.py takes steps with all sources.
@@ -83,11 +86,43 @@ def test_every_ablation_takes_a_step():
             check_shares(load_config(f"ablations:{name}", []).query.source.to_dict(), mined=True)
 
 
+# The stereo net takes a step in tests/models/test_separator.py, other sizes do there and here.
+@pytest.mark.usefixtures("quick_compilation")
+def test_ablations_of_the_band_split_net_take_a_step(place, tmp_path, capsys):
+    leaves = {"data.split": "train", "query.kind": "one_hot", "anchors.source": "random"}
+    leaves |= {"total_steps": 1, "separator.layers": 1, "separator.bands": (16,) * 4}
+    leaves |= {f"separator.{name}": 8 for name in ("width", "head_width", "hidden_width")}
+    for name in ("bandsplit_condition=added", "bandsplit_span=all"):
+        leaves |= BAND_SPLIT[name]
+    words = train_words("ablations.py:net=bandsplit", place, tmp_path / "run", leaves)
+    words = [word for word in words if not word.startswith("--config.separator.channels")]
+    assert main(words) == 0, capsys.readouterr().err
+    separator = json.loads((tmp_path / "run" / "config.json").read_text())["separator"]
+    assert separator["condition_added"]
+    assert separator["time_span"] == 0
+
+
+@pytest.mark.parametrize("name", BAND_SPLIT)
+def test_ablations_of_the_band_split_net_are_other_nets(name):
+    config = load_config(f"ablations:{name}", [])
+    base = load_config("ablations:net=bandsplit", [])
+    net, plain = (
+        build_separator({**c.separator.to_dict(), "condition_width": 527}) for c in (config, base)
+    )
+    assert (net == plain) == (name == "net=bandsplit")
+    assert sum(net.bands) == net.n_fft // 2
+    if name.startswith("bandsplit_bands="):
+        assert len(net.bands) == int(name.partition("=")[2])
+        assert net.bands in [mel_bands(count, 2048, 32000) for count in (30, 120)]
+    assert (config.mixing.pan > 0) == (net.audio_channels == 2)
+
+
 def test_every_ablation_is_listed():
     text = (CONFIGS / "README.md").read_text().partition("\n## Ablations")[2]
     table = "\n".join(line for line in text.splitlines() if line.startswith("|"))
-    listed = [name for name in re.findall(r"`([^`]*)`", table) if name in ABLATIONS]
-    assert sorted(listed) == sorted(ABLATIONS)
+    every = ABLATIONS | BAND_SPLIT
+    listed = [name for name in re.findall(r"`([^`]*)`", table) if name in every]
+    assert sorted(listed) == sorted(every)
 
 
 def test_an_ablation_that_is_not_there_is_refused():

@@ -21,7 +21,8 @@ from uss_jax.models.resunet import ResUNet
 from uss_jax.training.optim import make_schedule
 from uss_jax.training.state import parameter_count
 
-ABLATIONS = runpy.run_path(str(CONFIGS / "ablations.py"))["ABLATIONS"]
+_ABLATIONS = runpy.run_path(str(CONFIGS / "ablations.py"))
+ABLATIONS = _ABLATIONS["ABLATIONS"] | _ABLATIONS["BAND_SPLIT"]
 EXPANDED = pathlib.Path(__file__).parent / "golden_configs"
 SHIPPED = [
     "resunet30.py",

@@ -1,9 +1,10 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.golden.compare import relative_error
-from uss_jax.anchors.mix import GAIN_RANGE, energy, mix, mix_sets
+from uss_jax.anchors.mix import GAIN_RANGE, energy, mix, mix_sets, panned
 
 CASES = [
     "plain", "one_silent", "one_very_weak", "two_silent", "batch1", "batch2", "all_silent"
@@ -96,3 +97,29 @@ def test_targets_of_a_set_add_up_to_the_mixture_that_its_first_item_has_in_a_gro
         np.testing.assert_allclose(mixture[i::sources], sets.sum(axis=1), atol=1e-5)
     grouped = mixtures(segment, sources, match_energy=match)
     np.testing.assert_allclose(mixture[::sources], grouped[::sources], atol=1e-5)
+
+
+@pytest.mark.parametrize("pan", [0.0, 0.3, 1.0])
+def test_a_panned_sound_is_one_source_whose_channels_have_its_mean_power(pan):
+    segment = noises(200, 40)
+    left, right = np.moveaxis(panned(jnp.asarray(segment), pan, jax.random.key(0)), 1, 0)
+    np.testing.assert_allclose((left**2 + right**2) / 2, segment**2, rtol=1e-4, atol=1e-7)
+    place = np.arctan2((right / segment)[:, 0], (left / segment)[:, 0]) * 4 / np.pi - 1
+    np.testing.assert_allclose(np.tan(np.pi / 4 * (1 + place))[:, None] * left, right, atol=1e-3)
+    assert np.abs(place).max() == pytest.approx(pan, rel=0.03, abs=1e-5)
+    assert np.mean(place) == pytest.approx(0, abs=0.15 * pan + 1e-6)
+
+
+@pytest.mark.parametrize("sets", [False, True])
+def test_each_channel_is_mixed_as_one_alone_with_the_gains_of_the_sounds(sets):
+    segment = noises(8, 50) * np.array([1, 0.1, 3, 1e-4, 0, 1, 2, 1], np.float32)[:, None]
+    levels = energy(jnp.asarray(segment))
+    stereo = panned(jnp.asarray(segment), 0.8, jax.random.key(1))
+
+    def mixed(sounds):
+        how = dict(sources=2, match_energy=True)
+        return mix_sets(sounds, levels, **how) if sets else mix(sounds, levels, group_size=4, **how)
+
+    channels = [mixed(stereo[:, a]) for a in range(2)]
+    alone = jax.tree.map(lambda *x: jnp.stack(x, axis=1), *channels)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), mixed(stereo), alone)

@@ -10,6 +10,7 @@ import pytest
 
 from tests.golden.compare import distance
 from tests.tiny import CONFIGS, quick_jit, random_variables
+from uss_jax.bundles.fingerprint import by_path
 from uss_jax.devices.mesh import batch_sharded, make_mesh
 from uss_jax.models.bandsplit import (
     Attention,
@@ -320,6 +321,30 @@ def test_channels_share_a_mask_that_is_that_of_equal_ones():
     assert distance(three[:, :1], alone) > 1e-3  # the mask of a negative is another
     silent = shared(jnp.concatenate([mixture, 0 * mixture], axis=1), condition[:1])
     np.testing.assert_allclose(silent[0, :1], alone[0], atol=1e-5)
+
+
+def test_a_net_of_two_channels_hears_both_in_each():
+    net, variables, mixture, condition = tiny_case(audio_channels=2)
+    before = separate(net, variables, mixture, condition)
+    after = separate(net, variables, mixture.at[:, 1].multiply(-0.5), condition)
+    assert distance(after[:, 0], before[:, 0]) > 1e-3
+
+
+def test_a_condition_that_is_added_enters_nowhere_else():
+    net, variables, mixture, condition = tiny_case(condition_added=True)
+
+    def loss(params):
+        estimate = net.apply({"params": params}, mixture, condition)
+        return jnp.sum(jnp.square(estimate))
+
+    gradients = by_path(quick_jit(jax.grad(loss))(variables["params"]))
+    kernels = {path: x for path, x in gradients.items() if path.endswith("modulation/kernel")}
+    assert kernels
+    assert not any(np.any(x) for x in kernels.values())
+    assert np.any(gradients["added/kernel"])
+    assert np.any(gradients["layer1/time_attention_norm/modulation/bias"])
+    other = separate(net, variables, mixture, condition[::-1])
+    assert distance(other, separate(net, variables, mixture, condition)) > 1e-3
 
 
 def test_sharded_training_equals_that_on_one_device():

@@ -24,7 +24,7 @@ def get_config():
     config.separator = ConfigDict(SEPARATOR)
     return config
 """
-COMMON = dict(n_fft=128, hop_samples=64, audio_channels=1, dtype="float32")
+COMMON = dict(n_fft=128, hop_samples=64, dtype="float32")
 BANDS = dict(bands=(2,) * 16 + (8,) * 4, width=8, layers=1, head_width=4, hidden_width=12)
 
 
@@ -64,14 +64,21 @@ class Gains(nn.Module):
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "separator", [dict(net="gains", **COMMON), dict(net="bandsplit", **COMMON, **BANDS)]
+    "separator",
+    [
+        dict(net="gains", audio_channels=1, **COMMON),
+        dict(net="bandsplit", audio_channels=1, **COMMON, **BANDS),
+        dict(net="bandsplit", audio_channels=2, **COMMON, **BANDS),
+    ],
 )
-def test_it_trains_is_measured_separates_and_is_exported(tmp_path, monkeypatch, separator):
+def test_it_trains_is_measured_separates_and_is_exported(tmp_path, monkeypatch, capsys, separator):
     monkeypatch.setitem(nets.SEPARATORS, "gains", Gains)
     place, run, out = write_place(tmp_path), tmp_path / "run", str(tmp_path / "pairs.json")
     write_pairs(tmp_path / "pairs", [1, 300])
     (tmp_path / "other.py").write_text(CONFIG.replace("SEPARATOR", repr(separator)))
     changed = {"eval.pairs": tmp_path / "pairs", "eval.every_steps": 2, "total_steps": 4}
+    stereo = separator["audio_channels"] == 2
+    changed |= {"mixing.pan": 1.0} if stereo else {}
     words = train_words(str(tmp_path / "other.py"), place, run, changed)
     words = [word for word in words if not word.startswith("--config.separator.")]
     assert main(words) == 0
@@ -87,10 +94,34 @@ def test_it_trains_is_measured_separates_and_is_exported(tmp_path, monkeypatch, 
     assert main([*separate, "--threshold", "0", "--out", str(tmp_path / "separated")]) == 0
     (file,) = (tmp_path / "separated").rglob("*.wav")
     estimate, _ = read_audio(file)
-    np.testing.assert_allclose(estimate[0], 2 * estimate[1], atol=1e-6)
     assert np.abs(estimate).max() > 0
+    if stereo:
+        _takes_one_or_two_channels(estimate, tmp_path, model, capsys)
+    else:  # one mask for both
+        np.testing.assert_allclose(estimate[0], 2 * estimate[1], atol=1e-6)
     for form in ("orbax", "safetensors"):
         exported = str(tmp_path / form)
         assert main(["export", str(run), "--format", form, "--out", exported]) == 0
         assert any(separator["net"] in line for line in inspect(exported))
     assert f"separator: {separator['net']}" in "\n".join(inspect(run))
+
+
+def _takes_one_or_two_channels(estimate, folder, model, capsys):
+    """A mono recording is heard in both channels, another number is refused."""
+    assert np.abs(estimate[0] - 2 * estimate[1]).max() > 1e-4  # each has a mask of its own
+    one, three = tone(400, 1.5)[None], np.stack([tone(400, 1.5)] * 3)
+    for name, channels in (("one", one), ("both", one.repeat(2, axis=0)), ("three", three)):
+        write_wav(folder / f"{name}.wav", channels, RATE)
+    words = [*model, "--classes", "Speech", "--threshold", "0", "--out"]
+    found = {}
+    for name in ("one", "both"):
+        assert main(["separate", str(folder / f"{name}.wav"), *words, str(folder / name)]) == 0
+        (file,) = (folder / name).rglob("*.wav")
+        found[name], _ = read_audio(file)
+    np.testing.assert_allclose(found["one"][0], found["both"].mean(axis=0), atol=1e-6)
+    capsys.readouterr()
+    three = ["separate", str(folder / "three.wav"), *words, str(folder / "three")]
+    assert main(three) == 1
+    assert "three.wav has 3 channels" in (said := capsys.readouterr().err)
+    assert "separates 2 at once; give --mono, or a model with audio_channels=1" in said
+    assert main([*three, "--mono"]) == 0

@@ -174,6 +174,33 @@ def test_random_gains_are_as_large_as_asked_for():
     assert decibel[6.0].min() < 0 < decibel[6.0].max()
 
 
+def test_panned_sounds_are_the_targets_of_stereo_mixtures():
+    heard = {}
+
+    def loss(estimate, target):
+        jax.debug.callback(lambda *x: heard.update(pair=x), estimate, target)
+        return l1_waveform(estimate, target)
+
+    options = dict(all_targets=True, pan=0.7, silent_share=0.5)
+    _, (metrics,) = _run(_made(Mirror(audio_channels=2), loss, **options), _batch())
+    jax.effects_barrier()
+    mixture, target = map(np.asarray, heard["pair"])
+    assert mixture.shape == target.shape == (BATCH, 2, SEGMENT)
+    silent = (target == 0).all(axis=(1, 2))
+    assert silent.mean() == pytest.approx(metrics["silent_share"])
+    assert 0 < silent.mean() < 1
+    _, wanted = mix_sets(
+        *(jnp.asarray(x) for x in (_batch()["audio"], np.mean(_batch()["audio"] ** 2, axis=1))),
+        sources=2,
+        match_energy=True,
+    )
+    power = np.mean(np.square(target), axis=1)
+    np.testing.assert_allclose(power[~silent], np.square(wanted)[~silent], rtol=1e-3, atol=1e-9)
+    gains = target[~silent] / np.asarray(wanted)[~silent][:, None]
+    np.testing.assert_allclose(gains, gains[:, :, :1].repeat(SEGMENT, axis=2), rtol=1e-3)
+    assert np.abs(gains[:, 0] - gains[:, 1]).max(axis=1).min() > 0.01  # none is in the middle
+
+
 def test_a_batch_in_parts_gives_the_gradient_of_the_whole():
     (before, whole), (values,) = _run(_made(), _batch())
     (_, parts), (in_parts,) = _run(_made(accumulate=2), _batch())

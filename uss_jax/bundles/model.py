@@ -18,7 +18,6 @@ from jaxtyping import Array, Float, Int
 from uss_jax.bundles.bundle import net_hash, read_bundle
 from uss_jax.devices.mesh import on_all_devices
 from uss_jax.devices.precision import HIGHEST, at_precision, check_precision
-from uss_jax.errors import UserError
 from uss_jax.models.separator import separate
 from uss_jax.models.tagging import as_detector
 
@@ -58,10 +57,8 @@ def separate_with(
     net: Net, mixture: Float[Array, "b t"], condition: Float[Array, "b d"]
 ) -> Float[Array, "b t"]:
     """Separates a batch of mono mixtures."""
-    estimate, _ = at_precision(net.precision, functools.partial(separate, net.module))(
-        net.variables, mixture, condition
-    )
-    return estimate
+    run = at_precision(net.precision, functools.partial(separate, net.module))
+    return run(net.variables, mixture, condition)
 
 
 class Model:
@@ -108,13 +105,8 @@ class Model:
 
     @functools.cached_property
     def separator(self) -> Net:
-        """Separator: maps mixture [b, 1, t] and condition [b, d] to the estimate [b, 1, t]."""
+        """Separator: maps mixture [b, a, t] and condition [b, d] to the estimate [b, a, t]."""
         module, variables = self._bundle.separator()
-        if module.audio_channels != 1:
-            raise UserError(
-                f"{self.path} separates {module.audio_channels} channels at once; "
-                "give a model with audio_channels=1"
-            )
         return Net(module, jax.device_put(variables), self.precision)
 
     def separator_on(self, mesh: Mesh) -> Net:

@@ -71,6 +71,7 @@ FIELD_RULES: dict[str, Rule] = {
     "condition_width": whole(1, 100_000),
     "condition_norm": number(0, 1000),
     "film_gain": flag(),
+    "condition_added": flag(),
     "kind": text(*KINDS),
     "adaptor_width": whole(0, 100_000),
     "adaptor_hidden": whole(1, 100_000),

@@ -249,6 +249,8 @@ class BandSplit(nn.Module):
       audio_channels: channels of mixture and estimate.
       condition_width: d.
       condition_norm: norm to which conditions are scaled, see `scaled_to`; 0 leaves them.
+      condition_added: add the condition to the bands' vectors once, instead of letting it modulate
+        every norm.
       dtype: compute dtype, "float32" or "bfloat16"; parameters are float32.
       remat: recompute the layers in the backward pass instead of storing what they compute.
     """
@@ -264,6 +266,7 @@ class BandSplit(nn.Module):
     audio_channels: int = 1
     condition_width: int = 527
     condition_norm: float = 0.0
+    condition_added: bool = False
     dtype: str = "float32"
     remat: bool = False
 
@@ -339,7 +342,11 @@ class BandSplit(nn.Module):
         asked = nn.silu(nn.Dense(self.width, name="condition")(condition))
 
         parts = PerBand(self.bands, self.width, name="split")(self._features(spectrum))
-        (x,) = in_compute_dtype(self.dtype, jnp.concatenate(parts, axis=2))
+        bands = jnp.concatenate(parts, axis=2)
+        if self.condition_added:
+            bands = bands + nn.Dense(self.width, name="added")(asked)[:, None, None]
+            asked = jnp.zeros_like(asked)  # the norms learn a scale, shift and gate for all
+        (x,) = in_compute_dtype(self.dtype, bands)
         layer = nn.remat(Layer) if self.remat else Layer
         for i in range(1, self.layers + 1):
             fields = self.head_width, self.hidden_width, self.dtype, self.time_span

@@ -6,6 +6,7 @@ condition.
 
 from typing import Any, Protocol, runtime_checkable
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
@@ -80,22 +81,28 @@ def require_fitting(net: SeparatorNet, channels: int, width: int) -> None:
         )
 
 
+def train_separate(
+    net: SeparatorNet,
+    variables: Any,
+    mixture: Float[Array, "b a t"],
+    condition: Float[Array, "#b d"],
+) -> tuple[Float[Array, "b a t"], Any]:
+    """Separates in training mode; returns the estimates and the updated batch statistics."""
+    estimate, updated = net.apply(
+        variables, mixture, condition, train=True, mutable=["batch_stats"]
+    )
+    return estimate, updated.get("batch_stats", {})
+
+
 def separate(
     net: SeparatorNet,
     variables: Any,
     mixture: Float[Array, "b t"],
     condition: Float[Array, "#b d"],
-    train: bool = False,
-) -> tuple[Float[Array, "b t"], Any]:
+) -> Float[Array, "b t"]:
     """Separates one-channel mixtures.
 
-    Returns:
-      The estimates, and the net's batch statistics: updated in training, otherwise as given.
+    A net of several channels gets the mixture in each of them; its estimates are averaged.
     """
-    mixture = mixture[:, None]
-    if train:
-        found = net.apply(variables, mixture, condition, train=True, mutable=["batch_stats"])
-    else:
-        found = net.apply(variables, mixture, condition), variables
-    estimate, updated = found
-    return estimate[:, 0], updated.get("batch_stats", {})
+    alike = jnp.repeat(mixture[:, None], net.audio_channels, axis=1)
+    return jnp.mean(net.apply(variables, alike, condition), axis=1)

@@ -39,7 +39,7 @@ class Settings:
     Attributes:
       reference_blocks: cut into adjacent blocks as bytedance/uss does, for comparison with it.
       mono: mix a file down to one channel first, as bytedance/uss does. Otherwise all channels
-        share one mask, computed from their mean power. Not applied to waveforms.
+        share one mask, unless the net takes several at once. Not applied to waveforms.
       residual: also write the mixture minus the sum of the estimates.
       only_residual: write nothing else; its name is "without" and the names of the targets.
       sum_to_mixture: divide the residual equally among the estimates, so that they add up to the
@@ -152,6 +152,7 @@ class Separator:
         rows = np.atleast_2d(given)
         sample_rate = require_rate(sample_rate)
         query.require_fit(self.model)
+        self._require_channels(len(rows), "the waveform", "give its channels one by one")
         at_rate = resample(rows, sample_rate, self.model.sample_rate)
         targets, _ = self.find_targets(lambda: iter([at_rate]), query)
         pieces = list(self.estimates(iter([at_rate]), at_rate.shape[1], targets))
@@ -216,6 +217,7 @@ class Separator:
         form = audio_format(path)
         if self.settings.mono:
             form = dataclasses.replace(form, channels=1)
+        self._require_channels(form.channels, str(path), "give --mono")
         if self.settings.suffix == ".flac" and form.channels > _FLAC_CHANNELS:
             raise UserError(
                 f"{path} has {form.channels} channels, a FLAC file holds {_FLAC_CHANNELS}; give "
@@ -231,6 +233,15 @@ class Separator:
 
         targets, probabilities = self.find_targets(blocks, query)
         return Plan(pathlib.Path(path), form, recorded, blocks, targets, probabilities)
+
+    def _require_channels(self, channels: int, name: str, remedy: str) -> None:
+        """Raises a UserError unless the net takes so many channels; any number with one mask."""
+        takes = self.model.separator.module.audio_channels
+        if takes > 1 and channels not in (1, takes):
+            raise UserError(
+                f"{name} has {channels} channels, {self.model.path} separates {takes} at once; "
+                f"{remedy}, or a model with audio_channels=1"
+            )
 
     def make_room(
         self, plan: Plan, folder: str | os.PathLike, *, replace: bool

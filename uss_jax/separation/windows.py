@@ -20,6 +20,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32
@@ -227,7 +228,13 @@ def _separate(
     windows: Float[Array | np.ndarray, "b c t"],
     conditions: Float[Array | np.ndarray, "b d"],
 ) -> Float[Array, "b c t"]:
-    return net(windows, conditions, method="separate_with_shared_mask")
+    """Separates any channels with one mask; a net of several channels takes as many, or one."""
+    taken = net.module.audio_channels
+    if taken == 1:
+        return net(windows, conditions, method="separate_with_shared_mask")
+    if windows.shape[1] == 1:
+        return net(jnp.repeat(windows, taken, axis=1), conditions).mean(axis=1, keepdims=True)
+    return net(windows, conditions)
 
 
 def _windows(blocks: Blocks, layout: Layout) -> Iterator[tuple[int, Float32[np.ndarray, "c t"]]]:

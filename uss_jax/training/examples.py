@@ -1,6 +1,6 @@
 """Training examples of a batch: mixture, target and condition of each item.
 
-Letters: `b` batch, `s` samples of an anchor, `d` width of the condition.
+Letters: `b` batch, `a` audio channels, `s` samples of an anchor, `d` width of the condition.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from uss_jax.anchors.detect import Anchors
-from uss_jax.anchors.mix import energy, mix, mix_sets
+from uss_jax.anchors.mix import energy, mix, mix_sets, panned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Mixing:
         target is then silence. The condition is that of the item `sources` places on in the group,
         the nearest outside the mixture. Only items with `batch["absent"]` set are eligible: those
         for which that class is unrelated to every label of the mixture.
+      pan: greatest distance of a sound from the middle of two channels, see `panned`; 0 mixes in
+        one channel.
     """
 
     sources: int
@@ -36,6 +38,7 @@ class Mixing:
     gain_db: float = 0.0
     all_targets: bool = False
     silent_share: float = 0.0
+    pan: float = 0.0
 
 
 class Examples(NamedTuple):
@@ -49,38 +52,39 @@ class Examples(NamedTuple):
     """
 
     anchor: Float[Array, "b s"]
-    mixture: Float[Array, "b s"]
-    target: Float[Array, "b s"]
+    mixture: Float[Array, "b a s"]
+    target: Float[Array, "b a s"]
     silent: Bool[Array, "b"] | None
 
 
 def make_examples(
-    anchors: Anchors, batch: dict[str, Array], mixing: Mixing, gain_key: Array, silent_key: Array
+    anchors: Anchors, batch: dict[str, Array], mixing: Mixing, keys: dict[str, Array]
 ) -> Examples:
-    """Mixes anchors into training examples.
+    """Mixes anchors into training examples: of two channels if `mixing.pan` is above 0, or of one.
 
     Args:
       anchors: anchors of the batch.
       batch: batch, with `absent` [b] if `mixing.silent_share` is above 0.
       mixing: mixing options.
-      gain_key, silent_key: random keys of the level offsets and of the silent targets.
+      keys: random keys of the level offsets (`gain`), silent targets (`silent`) and places (`pan`).
     """
     anchor = anchors.segment
     level = energy(anchor, anchors.samples)
     if mixing.gain_db:
         # +-gain_db / 2 on each item gives up to +-gain_db between two. `level` is a power.
-        offset = jax.random.uniform(gain_key, level.shape) - 0.5
+        offset = jax.random.uniform(keys["gain"], level.shape) - 0.5
         level = level * 10 ** (mixing.gain_db * offset / 10)
+    sound = panned(anchor, mixing.pan, keys["pan"]) if mixing.pan else anchor[:, None]
     how = dict(sources=mixing.sources, match_energy=mixing.match_energy)
     if mixing.all_targets:
-        mixture, target = mix_sets(anchor, level, **how)
+        mixture, target = mix_sets(sound, level, **how)
     else:
-        mixture, target = mix(anchor, level, group_size=mixing.group_size, **how), anchor
+        mixture, target = mix(sound, level, group_size=mixing.group_size, **how), sound
     silent = None
     if mixing.silent_share:
-        silent = jax.random.uniform(silent_key, level.shape) < mixing.silent_share
+        silent = jax.random.uniform(keys["silent"], level.shape) < mixing.silent_share
         silent &= batch["absent"] != 0
-        target = jnp.where(silent[:, None], 0, target)
+        target = jnp.where(silent[:, None, None], 0, target)
     return Examples(anchor, mixture, target, silent)
 
 

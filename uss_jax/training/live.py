@@ -123,7 +123,7 @@ def _figures(
         conditions["class_"] = ask(source, classes, vector=none, masked=(every, mixture))
     figures = {}
     for prefix, condition in conditions.items():
-        estimate, _ = separate(separator, variables, mixture, condition)
+        estimate = separate(separator, variables, mixture, condition)
         found = separation_figures(source, estimate, mixture)
         figures |= {prefix + name: found[name] for name in _SHOWN}
         figures[f"{prefix}l1"] = jnp.mean(jnp.abs(estimate - source), axis=-1)

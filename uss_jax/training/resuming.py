@@ -31,7 +31,7 @@ _MAY_CHANGE = frozenset(
     f"{section}.{key}"
     for section, keys in {
         "data": ("records", "split", "threads", "workers", "max_corrupt", "verify"),
-        "mixing": ("gain_db", "silent_share"),
+        "mixing": ("gain_db", "silent_share", "pan"),
         "anchors": ("source", "table"),
     }.items()
     for key in keys

@@ -1,6 +1,6 @@
 """One training step of a separator as a pure function of state and batch.
 
-Letters: `b` batch, `s` (or `t`) samples of an anchor, `i` frames of a detector's image.
+Letters: `b` batch, `a` audio channels, `s` samples of an anchor, `i` frames of a detector's image.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from uss_jax.anchors.find import find_anchors
 from uss_jax.models.query import QueryNet
-from uss_jax.models.separator import SeparatorNet, separate
+from uss_jax.models.separator import SeparatorNet, train_separate
 from uss_jax.models.tagging import TaggingNet
 from uss_jax.training.augment import at_other_speed
 from uss_jax.training.examples import Examples, Mixing, asked_conditions, make_examples
@@ -23,7 +23,7 @@ from uss_jax.training.state import TrainState
 from uss_jax.training.step import Batch, Metrics, Step, streams, update
 
 # Random streams of a step, and of each part of it when gradients are accumulated.
-_STREAMS = ("anchor", "query", "silent", "gain", "speed", "parts")
+_STREAMS = ("anchor", "query", "silent", "gain", "speed", "parts", "pan")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ def make_separation_step(
             min_dbfs=anchoring.min_dbfs,
             image=anchoring.image,
         )
-        examples = make_examples(anchors, batch, mixing, keys["gain"], keys["silent"])
+        examples = make_examples(anchors, batch, mixing, keys)
 
         def objective(params):
             params = updating.gather(params)
@@ -127,20 +127,20 @@ def make_separation_step(
                 batch["class_index"],
                 train=True,
                 vector=batch.get("vector"),
-                masked=(batch["masked"] != 0, examples.mixture) if "masked" in batch else None,
+                masked=_masked(batch, examples),
                 rngs={"augment": keys["query"]},
                 mutable=["batch_stats"],
             )
             condition = asked_conditions(condition, examples.silent, mixing)
             variables = {"params": params["separator"], "batch_stats": batch_stats["separator"]}
-            estimate, updates = separate(
-                nets.separator, variables, examples.mixture, condition, train=True
+            estimate, updates = train_separate(
+                nets.separator, variables, examples.mixture, condition
             )
             statistics = {
                 "separator": updates,
                 "query": {k: query_updates["batch_stats"][k] for k in batch_stats["query"]},
             }
-            per_item = loss(estimate[:, None], examples.target[:, None])
+            per_item = loss(estimate, examples.target)
             return jnp.mean(per_item), (per_item, estimate, statistics)
 
         (_, (per_item, estimate, statistics)), grads = jax.value_and_grad(objective, has_aux=True)(
@@ -163,9 +163,16 @@ def make_separation_step(
     return step
 
 
+def _masked(batch: Batch, examples: Examples) -> tuple[Array, Array] | None:
+    """Returns which items are asked with the tags of their mixture, and the mono mixtures."""
+    if "masked" not in batch:
+        return None
+    return batch["masked"] != 0, jnp.mean(examples.mixture, axis=1)
+
+
 def _metrics(
     examples: Examples,
-    estimate: Float[Array, "b s"],
+    estimate: Float[Array, "b a s"],
     per_item: Float[Array, "b"],
     score: Float[Array, "b"],
 ) -> Metrics:
@@ -186,10 +193,10 @@ def _metrics(
 
 
 def _sdr_improvement(
-    estimate: Float[Array, "b t"], target: Float[Array, "b t"], mixture: Float[Array, "b t"]
+    estimate: Float[Array, "b a s"], target: Float[Array, "b a s"], mixture: Float[Array, "b a s"]
 ) -> Float[Array, "b"]:
     """Returns the SDRi in dB: error of the mixture over that of the estimate (target cancels)."""
-    before, now = (jnp.mean(jnp.square(x - target), axis=1) for x in (mixture, estimate))
+    before, now = (jnp.mean(jnp.square(x - target), axis=(1, 2)) for x in (mixture, estimate))
     return 10 * jnp.log10(jnp.maximum(before, 1e-10) / jnp.maximum(now, 1e-10))
 
 

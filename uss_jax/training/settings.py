@@ -261,6 +261,7 @@ _RULES: dict[str, Rule] = {
     "anchors.min_dbfs": number(-1000, 0),
     "anchors.jitter_samples": whole(0, MOST),
     "mixing.gain_db": number(0, 200),
+    "mixing.pan": number(0, 1),
     "mixing.order": one_of("reference", "conflict_free"),
     "eval.every_steps": whole(0, MOST),
 }
@@ -361,9 +362,12 @@ def _check_batch(settings: RunSettings, parts: int, group_size: int) -> None:
 
 
 def _check_separator(settings: SeparatorSettings) -> None:
-    channels = settings.separator.get("audio_channels", 1)
-    if channels != 1:  # records are mono
-        raise UserError(f"config.separator.audio_channels is {channels}, expected 1")
+    channels, pan = settings.separator.get("audio_channels", 1), settings.mixing.pan
+    if channels != (2 if pan else 1):  # records are mono
+        raise UserError(
+            f"config.separator.audio_channels is {channels}, expected 1 with config.mixing.pan=0 "
+            "and 2 with a higher one, which makes stereo mixtures"
+        )
     if settings.eval.pairs and settings.eval.every_steps < 1:
         raise UserError(
             f"config.eval.every_steps is {settings.eval.every_steps}, expected at least 1"

@@ -193,7 +193,7 @@ def _inputs(separator: SeparatorNet, window: int) -> dict[str, np.ndarray]:
 def _separate(separator: SeparatorNet, variables: Variables, mixture: Any, condition: Any) -> Any:
     """Separates mixtures [b, t], or [b, channels, t] if the net has several channels."""
     if separator.audio_channels == 1:
-        return separate(separator, variables, mixture, condition)[0]
+        return separate(separator, variables, mixture, condition)
     return separator.apply(variables, mixture, condition)
 
 

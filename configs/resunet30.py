@@ -151,8 +151,8 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
     config.checkpoint_every_steps = 10_000
     config.keep_checkpoints = 3  # number of newest checkpoints
     config.keep_best = 1  # number of the best in evaluation, in addition
-    # By SDRi with the condition of the clean source ("sdri"), with that of the class's average
-    # ("average_sdri"), with the class alone ("class_sdri"), or the same with SI-SDRi ("si_sdri").
+    # By SDRi with the condition of the clean source ("sdri"), or with that of a query in
+    # eval.queries ("average_sdri"), or the same with SI-SDRi ("si_sdri").
     config.best_by = "sdri"
     # If the newest checkpoint is damaged: "set_aside" to resume from the one before, or "stop".
     config.damaged_checkpoint = "set_aside"
@@ -163,6 +163,10 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.pairs = ""  # folder written by `uss-jax make-pairs`; no evaluation if empty
     config.eval.every_steps = 10_000
+    # What pairs are asked with besides their sources; each costs a separation. "average" of the
+    # class's training clips, "class" alone, another pair's source ("shuffled"), a few training
+    # clips ("recordings_1", "recordings_4", ...).
+    config.eval.queries = ("average", "class")
 
     config.profile = ConfigDict()
     config.profile.steps = ()  # (first, last) steps to profile; the trace goes to the workdir

@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,20 +13,37 @@ from uss_jax.bundles.model import Model
 from uss_jax.cli.main import main
 from uss_jax.devices.mesh import make_mesh
 from uss_jax.errors import UserError
-from uss_jax.evaluation.averages import by_name, class_averages
+from uss_jax.evaluation.averages import averaged, by_name, class_vectors
 from uss_jax.evaluation.clips import open_clips
 from uss_jax.evaluation.metrics import class_medians
+from uss_jax.evaluation.rows import Drawn
 from uss_jax.evaluation.scoring import score
 from uss_jax.evaluation.suites.pairs import find_pairs
 from uss_jax.evaluation.summary import summarise
 from uss_jax.models.query import QueryNet
 from uss_jax.models.resunet import ResUNet
-from uss_jax.training.live import AVERAGES, make_evaluation
-from uss_jax.training.settings import BEST_BY
+from uss_jax.training.live import make_evaluation
+from uss_jax.training.live_conditions import (
+    AVERAGES,
+    RECORDINGS,
+    Asked,
+    other_pairs,
+    training_conditions,
+)
 from uss_jax.training.state import TrainState
 
 # Of the last two classes there are no training clips, and so no averages.
 CLASSES = (0, 0, 0, 1, 1, 300, 300, 301, 301, 72, 400, 401)
+QUERIES = ("average", "class", "shuffled", "recordings_2", "recordings_1", "recordings_100")
+# Prefix of the metrics -> row of `evaluate pairs`; no class has a hundred clips.
+ROWS = {
+    "": "oracle",
+    "average_": "class average",
+    "class_": "class alone",
+    "shuffled_": "shuffled oracle",
+    "recordings_2_": "2 recordings",
+    "recordings_1_": "1 recording",
+}
 
 
 @pytest.mark.long
@@ -35,21 +53,23 @@ def test_a_run_evaluates_itself_as_evaluate_does(tmp_path, quick_compilation):
     pairs = find_pairs(tmp_path / "pairs")
     changed = {"eval.pairs": tmp_path / "pairs", "eval.every_steps": 2, "total_steps": 4}
     changed |= {"checkpoint_every_steps": 3, "schedule.learning_rate": 1.0}
+    changed |= {"eval.queries": QUERIES, "best_by": "recordings_1_si_sdri"}
     assert main(train_words("resunet30.py", place, tmp_path / "run", changed)) == 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     said = {line["step"]: line for line in map(json.loads, lines) if "eval/sdri" in line}
     assert sorted(said) == [2, 4]
     assert said[2]["eval/sdri"] != said[4]["eval/sdri"]
-    assert {f"eval/{name}" for name in BEST_BY} <= said[4].keys()
     assert (tmp_path / "run" / AVERAGES).exists()
 
     model = Model(tmp_path / "run")
     reader, _ = open_clips(place / "records", "train", model)
-    averages = class_averages(model, reader, sorted(set(CLASSES)))
-    assert sorted(averages) == [0, 1, 72, 300, 301]
-    figures, _ = score(model, pairs, by_name(averages))
+    vectors = class_vectors(model, reader, sorted(set(CLASSES)))
+    assert sorted(vectors) == [0, 1, 72, 300, 301]
+    assert max(map(len, vectors.values())) < 100
+    averages, drawn = by_name(averaged(vectors)), Drawn(by_name(vectors), (1, 2))
+    figures, _ = score(model, pairs, averages, drawn=drawn)
     rows = {row["query"]: row for row in summarise(pairs, figures)}
-    for name, row in (("", "oracle"), ("average_", "class average"), ("class_", "class alone")):
+    for name, row in ROWS.items():
         for figure in ("sdri", "si_sdri"):
             # One program or another, in float32.
             wanted = pytest.approx(rows[row][figure], abs=1e-3)
@@ -60,9 +80,62 @@ def test_a_run_evaluates_itself_as_evaluate_does(tmp_path, quick_compilation):
     medians = class_medians(np.abs(estimate - source).mean(axis=1), classes)
     assert said[4]["eval/l1"] == pytest.approx(np.mean(list(medians.values())), rel=1e-4)
     assert said[4]["eval/half_sdri"] == pytest.approx(rows["half the mixture"]["sdri"], abs=1e-4)
+    assert not any("recordings_100" in name for name in said[4])
+
+    # The conditions are computed once, and anew for other pairs.
+    arguments = tmp_path / "run", str(place / "records"), "train"
+    whole = training_conditions(*arguments, pairs, QUERIES)
+    with open(tmp_path / "run" / RECORDINGS, "rb") as file:
+        np.testing.assert_array_equal(np.load(file)["vectors"][0], whole["recordings_2"])
+    fewer = training_conditions(*arguments, pairs[:4], ["recordings_1", "recordings_2"])
+    assert list(fewer) == ["recordings_1"]  # these classes have one clip each
+    np.testing.assert_array_equal(fewer["recordings_1"], whole["recordings_1"][:4])
     with Checkpoints(tmp_path / "run" / "checkpoints", keep=None) as checkpoints:
         assert checkpoints.figures(4)["sdri"] == said[4]["eval/sdri"]
         assert np.isfinite(list(checkpoints.figures(2).values())).all()
+
+
+class Echo(ResUNet):
+    """Gives back the number of the class that it is asked for."""
+
+    mask = None
+
+    def __call__(self, mixture, condition, train=False):
+        asked = jnp.argmax(condition, axis=1) + jnp.sum(condition, axis=1) - 1  # NaN if it is
+        return jnp.broadcast_to(asked[:, None, None] / 1000, mixture.shape)
+
+
+def test_each_query_asks_with_its_own_conditions(tmp_path):
+    write_pairs(tmp_path, CLASSES)
+    pairs = find_pairs(tmp_path)
+    others = other_pairs(pairs, RATE, 2)
+    vectors = np.eye(527, dtype=np.float32)[np.arange(len(pairs))]
+    vectors[3] = np.nan
+    evaluate = make_evaluation(
+        Echo(),
+        QueryNet(None, "one_hot"),
+        {},
+        pairs,
+        Asked({"recordings_1": vectors}, np.where(np.arange(len(pairs)) == 1, -1, others)),
+        mesh=make_mesh(),
+        sample_rate=RATE,
+        batch_size=8,
+        threads=2,
+    )
+    nothing = {"separator": {}, "query": {}}
+    figures = evaluate(TrainState(0, nothing, nothing, ()))
+    classes = np.array([pair.class_index for pair in pairs])
+    source = np.stack([pair.read("source", RATE) for pair in pairs])
+
+    def l1(asked, left_out):
+        rows = np.delete(np.arange(len(pairs)), left_out)
+        errors = np.abs(asked[rows, None] / 1000 - source[rows]).mean(axis=1)
+        return np.mean(list(class_medians(errors, classes[rows]).values()))
+
+    assert figures["l1"] == pytest.approx(l1(classes, []), rel=1e-5)
+    assert figures["shuffled_l1"] == pytest.approx(l1(classes[others], [1]), rel=1e-5)
+    assert figures["recordings_1_l1"] == pytest.approx(l1(np.arange(len(pairs)), [3]), rel=1e-5)
+    assert (classes[others] != classes).all()
 
 
 def test_pairs_of_another_length_are_said(tmp_path):
@@ -75,6 +148,7 @@ def test_pairs_of_another_length_are_said(tmp_path):
         QueryNet(None, "one_hot"),
         {},
         find_pairs(tmp_path),
+        Asked(),
         mesh=make_mesh(),
         sample_rate=RATE,
         batch_size=8,

@@ -101,6 +101,16 @@ def test_a_config_file_of_other_keys_or_types_is_said(change, said):
             {"mixing.pan": 0.5},
             "config.separator.audio_channels is 1, expected 1 with config.mixing",
         ),
+        (
+            {"best_by": "loss"},
+            "config.best_by is 'loss', expected sdri or si_sdri, or one of these",
+        ),
+        (
+            {"best_by": "shuffled_sdri"},
+            "needs shuffled in config.eval.queries, which is average, cl",
+        ),
+        ({"eval.queries": ("class", "class")}, "expected names of queries, none of them twice"),
+        ({"eval.queries": ("recordings_0",)}, "has 'recordings_0', expected average, class, shuf"),
         ({"mixing.pan": 1.5}, "config.mixing.pan is 1.5, expected"),
     ],
 )

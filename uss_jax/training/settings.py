@@ -6,6 +6,7 @@ field with a default is optional; the default is what runs did before the key ex
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -133,6 +134,7 @@ class Evaluation:
 
     pairs: str
     every_steps: int
+    queries: Sequence[str] = ("average", "class")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,6 +155,11 @@ class SeparatorSettings(RunSettings):
     sed_net: str = "cnn14"
     query_bundle: str = ""
     query_net: str = "cnn14"
+
+    @property
+    def best_query(self) -> str | None:
+        """The query of `best_by`; None for the sources."""
+        return _BEST_BY.fullmatch(self.best_by)[1]
 
     @property
     def read_samples(self) -> int:
@@ -219,10 +226,30 @@ def _steps(value: Any, key: str) -> None:
         )
 
 
-# Metrics of an evaluation in training by which the best checkpoint can be chosen, see live.py.
-BEST_BY = tuple(
-    f"{row}{figure}" for figure in ("sdri", "si_sdri") for row in ("", "average_", "class_")
-)
+# What an evaluation in training can ask with besides the sources, and the metrics by which the best
+# checkpoint can be chosen, see live.py.
+_QUERY = r"average|class|shuffled|recordings_(?:100|[1-9][0-9]?)"
+_BEST_BY = re.compile(rf"(?:({_QUERY})_)?(?:si_)?sdri")
+
+
+def _queries(value: Any, key: str) -> None:
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(set(value)) < len(value):
+        raise ValueError(f"{key} is {value!r}, expected names of queries, none of them twice")
+    for query in value:
+        if not isinstance(query, str) or not re.fullmatch(_QUERY, query):
+            raise ValueError(
+                f"{key} has {query!r}, expected average, class, shuffled, or recordings_N with N "
+                "from 1 to 100"
+            )
+
+
+def _best_by(value: Any, key: str) -> None:
+    if not isinstance(value, str) or not _BEST_BY.fullmatch(value):
+        raise ValueError(
+            f"{key} is {value!r}, expected sdri or si_sdri, or one of these after a query of "
+            "config.eval.queries, such as average_sdri"
+        )
+
 
 # Rules of keys by dotted name; other keys follow that of their type.
 _RULES: dict[str, Rule] = {
@@ -233,7 +260,7 @@ _RULES: dict[str, Rule] = {
     "weight_decay": number(0, 1e3),
     "clip_norm": number(0, 1e30),
     "keep_best": whole(0, MOST),
-    "best_by": one_of(*BEST_BY),
+    "best_by": _best_by,
     "damaged_checkpoint": one_of("set_aside", "stop"),
     "precision": text(*PRECISIONS),
     "loss": one_of(*LOSSES),
@@ -264,6 +291,7 @@ _RULES: dict[str, Rule] = {
     "mixing.pan": number(0, 1),
     "mixing.order": one_of("reference", "conflict_free"),
     "eval.every_steps": whole(0, MOST),
+    "eval.queries": _queries,
 }
 
 
@@ -402,7 +430,13 @@ def _check_asking(settings: SeparatorSettings) -> None:
             "config.query.groups has no effect without config.query.source.other or mix; leave it "
             "empty"
         )
-    if settings.best_by.startswith("class_") and not kind.probabilities:
+    best = settings.best_query
+    if best and best not in settings.eval.queries:
+        raise UserError(
+            f"config.best_by={settings.best_by} needs {best} in config.eval.queries, which is "
+            f"{', '.join(settings.eval.queries) or 'empty'}"
+        )
+    if best == "class" and not kind.probabilities:
         raise UserError(
             f"config.best_by={settings.best_by} needs conditions of probabilities, which "
             f"config.query.kind={settings.query['kind']} are not; choose sdri"

@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,10 +18,17 @@ from uss_jax.devices.hosts import say
 from uss_jax.devices.mesh import make_mesh, replicated
 from uss_jax.devices.precision import at_precision
 from uss_jax.errors import UserError, counted
-from uss_jax.evaluation.suites.pairs import find_pairs
+from uss_jax.evaluation.suites.pairs import Pair, find_pairs
 from uss_jax.models.separator import SeparatorNet
 from uss_jax.training.condition_nets import ConditionNets, load_condition_nets
-from uss_jax.training.live import make_evaluation, workdir_averages
+from uss_jax.training.live import make_evaluation
+from uss_jax.training.live_conditions import (
+    CLASS,
+    SHUFFLED,
+    Asked,
+    other_pairs,
+    training_conditions,
+)
 from uss_jax.training.loop import Evaluate
 from uss_jax.training.losses import LOSSES
 from uss_jax.training.optim import adamw_amsgrad, clipped, make_schedule
@@ -154,26 +162,18 @@ def _evaluation(
     pairs = find_pairs(settings.eval.pairs)
 
     def evaluation(frozen: Any) -> Evaluate:
-        averages = None
-        averageable = around.query.takes.recordings and not around.trained["params"]
-        if averageable and around.sed is not None:
-            data = settings.data
-            averages = workdir_averages(workdir, data.records, data.split, pairs)
-        if settings.best_by.startswith("average_") and not averages:
-            raise UserError(
-                f"config.best_by={settings.best_by} needs class averages, which this run has not: "
-                "they need config.sed_bundle and a query net that does not train; choose sdri"
-            )
+        asked = _asked(settings, around, pairs, workdir)
+        names = ", ".join(["sources", *asked.names])
         say(
             f"evaluating {counted(len(pairs), 'pair')} every {settings.eval.every_steps} steps, "
-            f"with the conditions of their sources{' and with class averages' if averages else ''}"
+            f"asked with: {names}"
         )
         return make_evaluation(
             separator,
             around.query,
             frozen,
             pairs,
-            averages,
+            asked,
             mesh=mesh,
             sample_rate=settings.sample_rate,
             batch_size=settings.global_batch,
@@ -181,3 +181,27 @@ def _evaluation(
         )
 
     return {"evaluation": evaluation, "evaluate_every_steps": settings.eval.every_steps}
+
+
+def _asked(
+    settings: SeparatorSettings,
+    around: ConditionNets,
+    pairs: Sequence[Pair],
+    workdir: pathlib.Path,
+) -> Asked:
+    """Returns what pairs are asked with, of `config.eval.queries` what this run has."""
+    queries, data, vectors = settings.eval.queries, settings.data, {}
+    frozen = around.query.takes.recordings and not around.trained["params"]
+    if frozen and around.sed is not None:
+        vectors = training_conditions(workdir, data.records, data.split, pairs, queries)
+    others = None
+    if SHUFFLED in queries:
+        others = other_pairs(pairs, settings.sample_rate, data.threads)
+    asked = Asked(vectors, others, CLASS in queries and around.query.takes.probabilities)
+    if settings.best_query and settings.best_query not in asked.names:
+        raise UserError(
+            f"config.best_by={settings.best_by} needs conditions of training clips, which this run "
+            "has not: they need config.sed_bundle, a query net that does not train, and clips of "
+            "the pairs' classes; choose sdri"
+        )
+    return asked

@@ -22,7 +22,7 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 import matplotlib
@@ -39,14 +39,15 @@ TRAIN = (sys.executable, "-m", "uss_jax.cli.main")
 LEAST_POINTS = 4
 
 
-def read_study(path: pathlib.Path) -> dict[str, Any]:
-    """The study of a file, checked."""
+def read_study(path: pathlib.Path, also: Set[str] = frozenset()) -> dict[str, Any]:
+    """The study of a file, checked; it may have the keys of `also` too."""
     try:
         study = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error})") from error
-    if not isinstance(study, dict) or not {"config", "grid"} <= set(study) <= KEYS:
-        raise UserError(f"{path} must be an object with config and grid, optionally set and launch")
+    if not isinstance(study, dict) or not {"config", "grid"} <= set(study) <= KEYS | also:
+        more = ", ".join(sorted((KEYS | also) - {"config", "grid"}))
+        raise UserError(f"{path} must be an object with config and grid, optionally {more}")
     for axis, values in study["grid"].items():
         if not values or not all(isinstance(leaves, dict) for leaves in values.values()):
             raise UserError(
@@ -65,20 +66,29 @@ def runs_of(study: dict[str, Any]) -> Iterator[tuple[dict[str, str], dict[str, A
         yield point, leaves
 
 
-def train(study: dict[str, Any], leaves: dict[str, Any], workdir: pathlib.Path) -> None:
-    """Trains one run to its end, from wherever it stands."""
+def train(
+    study: dict[str, Any],
+    leaves: dict[str, Any],
+    workdir: pathlib.Path,
+    cores: set[int] | None = None,
+) -> None:
+    """Trains one run to its end, from wherever it stands, on these CPU cores or any."""
+    leaves = dict(leaves)
+    config = leaves.pop("config", study["config"])
     environment = {key: str(value) for key, value in leaves.items() if key.isupper()}
     words = [
         f"--config.{key}={tuple(value) if isinstance(value, list) else value}"
         for key, value in leaves.items()
         if not key.isupper()
     ]
-    command = [*study.get("launch", TRAIN), "train", "--config", study["config"]]
-    ended = subprocess.run(
+    command = [*study.get("launch", TRAIN), "train", "--config", config]
+    process = subprocess.Popen(
         [*command, "--workdir", str(workdir), *words], env={**os.environ, **environment}
     )
-    if ended.returncode:
-        raise UserError(f"{workdir}: training ended with status {ended.returncode}; see above")
+    if cores:
+        os.sched_setaffinity(process.pid, cores)
+    if status := process.wait():
+        raise UserError(f"{workdir}: training ended with status {status}; see above")
 
 
 def result_of(workdir: pathlib.Path) -> dict[str, float]:

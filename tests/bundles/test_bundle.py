@@ -127,6 +127,19 @@ def test_a_bundle_without_a_part_says_so(tmp_path):
         read_bundle(write_tagger(tmp_path / "tagger")).separator()
 
 
+@pytest.mark.parametrize("part", ["separator", "query", "sed"])
+def test_an_array_that_is_not_finite_is_refused_where_a_net_is_opened(tmp_path, part):
+    source = read_bundle(write_separator(tmp_path / "good", "soft"))
+    parts = {name: source.variables(name) for name in ("separator", "query", "sed")}
+    leaves, tree = jax.tree.flatten(parts[part])
+    leaves[0] = leaves[0].copy()
+    leaves[0].flat[0] = np.inf if part == "sed" else np.nan
+    config = {k: v for k, v in source.config.items() if k != "hashes"}
+    write_bundle(tmp_path / "bad", config, {**parts, part: jax.tree.unflatten(tree, leaves)})
+    with pytest.raises(UserError, match=rf"bad: {part}/\S+ has values that are NaN or infinite"):
+        getattr(read_bundle(tmp_path / "bad"), part)()
+
+
 def test_arrays_that_are_not_those_of_the_hash_are_refused(tmp_path):
     bundle = read_bundle(write_tagger(tmp_path / "tagger"))
     changed = tagger_variables()

@@ -89,6 +89,24 @@ def test_a_workdir_tells_its_history(tmp_path):
     assert "metrics of step 20: loss 0.5" in text
 
 
+def test_only_the_newest_checkpoint_is_described(tmp_path):
+    path = write_separator(tmp_path / "run", "one_hot")
+    for step in (300, 500):
+        (path / "checkpoints" / str(step)).mkdir(parents=True)
+    with pytest.raises(
+        UserError, match=r"300 is not the newest .* step 500; only that can be insp"
+    ):
+        inspect(path / "checkpoints" / "300")
+
+
+def test_a_metric_that_no_float_can_hold_is_left_out(tmp_path):
+    path = write_separator(tmp_path / "run", "one_hot")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "training": {}}))
+    (path / "metrics.jsonl").write_text(f'{{"step": 20, "loss": 1{"0" * 400}, "sdri": 2.5}}\n')
+    assert "metrics of step 20: sdri 2.5" in inspect(path)
+
+
 def test_the_classes_and_lengths_of_records_are_shown(tmp_path):
     clips = [("a", noise(1, 0.5), [0, 72]), ("b", noise(2, 1.5), [0]), ("c", noise(3, 0.75), [0])]
     write_records(tmp_path, "test", clips)

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -32,7 +33,7 @@ def runs(tmp_path):
 
 
 def test_a_column_for_each_workdir_beside_the_published_figures(runs):
-    header, rows, _, _ = compare([runs / "a", runs / "b"])
+    header, rows, _ = compare([runs / "a", runs / "b"])
     assert header[3:] == [str(runs / "a"), str(runs / "b"), "paper", "AudioSep"]
     assert rows[0][2:] == ["class average", 5.0, None, 5.57, 7.74]
     assert rows[1][2:] == ["oracle", 7.0, 6.5, None, None]
@@ -65,8 +66,9 @@ def test_figures_of_other_classes_are_not_passed_off_as_comparable(runs, capsys)
     few = {"group": "all", "sdri": 7.0, "classes": {"number": 32}}
     _write(runs / "a" / "pairs.json", "pairs", oracle=few)
     _write(runs / "b" / "pairs.json", "pairs", oracle={**few, "classes": {"number": 527}})
-    _, _, unlike, _ = compare([runs / "a", runs / "b"])
-    assert unlike == [f"{runs / 'a'}: pairs averaged over 32 classes, published over 527"]
+    _, _, remarks = compare([runs / "a", runs / "b"])
+    unlike = remarks["not comparable"]
+    assert unlike == [f"{runs / 'a'}: pairs (oracle) averaged over 32 classes, published over 527"]
     out = runs / "table.md"
     assert main(["compare", str(runs / "a"), "--out", str(out)]) == 0
     assert f"not comparable:\n  {unlike[0]}\n" in capsys.readouterr().out
@@ -77,7 +79,7 @@ def test_results_of_other_classes_have_rows_of_their_own(runs):
     few = {"group": "all", "sdri": 7.0, "classes": {"number": 32}}
     average = {"group": "all", "sdri": 5.0, "classes": {"number": 32}}
     _write(runs / "a" / "pairs.json", "pairs", oracle=few, class_average=average)
-    _, rows, _, _ = compare([runs / "a", runs / "b"])
+    _, rows, _ = compare([runs / "a", runs / "b"])
     assert rows[0] == ["AudioSet, 527 classes", "SDRi, dB", "class average", None, None, 5.57, 7.74]
     assert rows[1] == ["", "SDRi, dB", "oracle", None, 6.5, None, None]
     own = "pairs, 32 classes of your own"
@@ -85,9 +87,45 @@ def test_results_of_other_classes_have_rows_of_their_own(runs):
     assert rows[3] == ["", "SDRi, dB", "oracle", 7.0, None, None, None]
 
 
+def test_each_row_counts_its_own_classes(runs):
+    """An average over the few classes that training recordings have is not over all."""
+    oracle = {"group": "all", "sdri": 7.0, "classes": {"number": 527}}
+    average = {"group": "all", "sdri": 12.0, "classes": {"number": 3}}
+    _write(runs / "a" / "pairs.json", "pairs", oracle=oracle, class_average=average)
+    _, rows, remarks = compare([runs / "a"])
+    assert rows[0] == ["AudioSet, 527 classes", "SDRi, dB", "class average", None, 5.57, 7.74]
+    assert rows[1] == ["", "SDRi, dB", "oracle", 7.0, None, None]
+    own = "pairs, 3 classes of your own"
+    assert rows[2] == [own, "SDRi, dB", "class average", 12.0, None, None]
+    (unlike,) = remarks["not comparable"]
+    assert "pairs (class average) averaged over 3 classes" in unlike
+
+
+def test_a_damaged_newer_file_is_told_beside_the_older_results(runs, capsys):
+    (runs / "a" / "new.json").write_text('{"suite": "pairs", "rows": [{"query"')
+    with open(runs / "a" / "huge.json", "wb") as file:
+        file.truncate(1 << 34)
+    assert main(["compare", str(runs / "a")]) == 0
+    unread = capsys.readouterr().out.partition("not read:\n")[2]
+    assert f"{runs / 'a' / 'new.json'}: is not JSON" in unread
+    assert f"{runs / 'a' / 'huge.json'}: holds more than" in unread
+
+
+def test_a_table_has_a_name_of_its_own(runs, capsys):
+    results = (runs / "a" / "pairs.json").read_bytes()
+    assert main(["compare", str(runs / "a"), "--out", str(runs / "a" / "pairs.json")]) == 1
+    assert "give a name that ends in .md" in capsys.readouterr().err
+    assert (runs / "a" / "pairs.json").read_bytes() == results
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
+        ({"suite": "pairs", "rows": [{"sdri": 10**400}]}, "rows[0].sdri is a whole number of more"),
+        (
+            {"suite": "pairs", "rows": [{"sdri": 1e308}]},
+            "rows[0].sdri is 1e+308, expected a number",
+        ),
         ({"suite": 3, "rows": []}, "suite is 3, expected a string"),
         ({"suite": "pairs", "rows": {}}, "rows is an object of 0, expected a list"),
         ({"suite": "pairs", "rows": [7]}, "rows[0] is 7"),
@@ -114,13 +152,19 @@ def test_files_of_others_do_not_matter(runs, capsys):
     strange = runs / "two\nlines | c"
     shutil.copytree(runs / "b", strange)
     assert main(["compare", str(runs / "a"), str(strange), "--out", str(runs / "t.md")]) == 0
-    assert "two\\nlines | c" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "two\\nlines | c" in printed
+    for name, why in (("deep", "nested deeper than 32"), ("bytes", "not text in UTF-8")):
+        assert re.search(
+            rf"^  \S+/{name}\.json: \S+ {why}", printed.partition("not read:")[2], re.M
+        )
+    assert "list.json" not in printed
     first = next(line for line in (runs / "t.md").read_text().splitlines() if "| metric" in line)
     assert first.count("|") - first.count("\\|") == 8
 
 
 def test_the_newest_results_of_a_suite_count(runs):
     _write(runs / "a" / "again" / "p.json", "pairs", oracle={"group": "all", "sdri": 9.0})
-    assert find_results(runs / "a")["pairs"]["rows"][0]["sdri"] == 9.0
+    assert find_results(runs / "a")[0]["pairs"]["rows"][0]["sdri"] == 9.0
     with pytest.raises(UserError, match="is not a folder"):
         find_results(runs / "c")

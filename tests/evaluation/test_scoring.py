@@ -1,3 +1,7 @@
+import dataclasses
+import os
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -76,6 +80,21 @@ def test_a_stopped_run_goes_on_and_gives_the_same(place, tmp_path, monkeypatch):
     for row in whole:
         for figure in whole[row]:
             np.testing.assert_array_equal(again[row][figure], whole[row][figure])
+
+    # A mixture has changed since: nothing is taken over.
+    shutil.copytree(place / "pairs", tmp_path / "pairs")
+    copied = [
+        dataclasses.replace(
+            pair,
+            mixture=tmp_path / "pairs" / pair.mixture.relative_to(place / "pairs"),
+            source=tmp_path / "pairs" / pair.source.relative_to(place / "pairs"),
+        )
+        for pair in pairs
+    ]
+    before = b"".join(scoring._identity(model, copied, [], 8, False))
+    assert b"".join(scoring._identity(model, copied, [], 8, False)) == before
+    os.utime(copied[3].mixture, ns=(1, 1))
+    assert b"".join(scoring._identity(model, copied, [], 8, False)) != before
 
 
 def test_pairs_at_another_rate_are_resampled(place, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -8,10 +9,12 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax.traverse_util import flatten_dict
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from tests.tiny import RATE, SEGMENT, write_separator
-from uss_jax.bundles.bundle import read_bundle
+from uss_jax.bundles import tensors
+from uss_jax.bundles.bundle import read_bundle, write_bundle
 from uss_jax.bundles.checkpoints import Checkpoints, save_tree
 from uss_jax.bundles.model import Model
 from uss_jax.cli.inspection import inspect
@@ -68,6 +71,67 @@ def test_orbax_in_bfloat16_is_a_bundle(bundle, tmp_path):
     exact = np.asarray(Model(bundle).separate(mixture, condition))
     close = np.asarray(Model(tmp_path / "out").separate(mixture, condition))
     assert 0 < np.abs(exact - close).max() < 0.05 * np.abs(exact).max()  # 8 bits of mantissa
+
+
+@pytest.mark.parametrize("form", ["orbax", "safetensors"])
+def test_what_is_said_of_bfloat16_is_its_distance_from_the_model(bundle, tmp_path, capsys, form):
+    assert _export(bundle, form, tmp_path / "out", "--dtype", "bfloat16") == 0
+    said = re.search(r"differs from the model's by (\S+) of", capsys.readouterr().out)
+    rng = np.random.default_rng(0)
+    mixture = 0.1 * rng.standard_normal((2, SEGMENT)).astype(np.float32)
+    condition = rng.uniform(size=(2, 527)).astype(np.float32)
+    exact, rounded = (
+        np.asarray(Model(path).separate(mixture, condition)) for path in (bundle, tmp_path / "out")
+    )
+    measured = np.abs(exact - rounded).max() / np.abs(exact).max()
+    assert float(said[1]) == pytest.approx(measured, rel=0.5)  # on other noise
+    assert float(said[1]) > 1e-4
+
+
+@pytest.mark.parametrize("form", ["orbax", "safetensors"])
+def test_every_net_of_an_export_opens(tmp_path, form):
+    """YAMNet has no batch statistics."""
+    assert _export("demo", form, tmp_path / "out") == 0
+    for part in ("separator", "query", "sed"):
+        net, variables = getattr(read_bundle(tmp_path / "out"), part)()
+        wanted_net, wanted = getattr(read_bundle("demo"), part)()
+        assert net == wanted_net
+        jax.tree.map(np.testing.assert_array_equal, variables, wanted)
+    assert not any("cannot be used" in line for line in inspect(tmp_path / "out"))
+
+
+def test_an_export_that_does_not_open_is_not_kept(bundle, tmp_path, monkeypatch, capsys):
+    real = export.write_bundle
+
+    def spoiled(path, config, parts, foreign):
+        query = jax.tree.map(lambda x: np.full_like(x, np.nan), parts["query"])
+        real(path, config, {**parts, "query": query}, foreign)
+
+    monkeypatch.setattr(export, "write_bundle", spoiled)
+    assert _export(bundle, "orbax", tmp_path / "out") == 1
+    assert "values that are NaN or infinite" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ["orbax", "safetensors", "stablehlo"])
+def test_a_separator_alone_is_exported(bundle, tmp_path, form):
+    source = read_bundle(bundle)
+    config = {k: v for k, v in source.config.items() if k not in ("query", "sed", "hashes")}
+    write_bundle(tmp_path / "alone", config, {"separator": source.variables("separator")})
+    assert _export(tmp_path / "alone", form, tmp_path / "out") == 0
+    said = (tmp_path / "out" / "README.md").read_text()
+    assert ("its query net is gone" in said) == (form == "stablehlo")
+    assert inspect(tmp_path / "out")
+
+
+def test_a_full_disk_is_one_sentence(bundle, tmp_path, monkeypatch, capsys):
+    def full(*arguments):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(tensors, "save_file", full)
+    assert _export(bundle, "safetensors", tmp_path / "out") == 1
+    assert "no space is left to write" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_sharded_orbax_holds_the_same_in_pieces(bundle, tmp_path):

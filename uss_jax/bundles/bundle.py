@@ -21,6 +21,7 @@ import numpy as np
 
 from uss_jax.bundles import nets
 from uss_jax.bundles.checkpoints import Checkpoints, latest_step, load_tree, save_tree
+from uss_jax.bundles.fingerprint import by_path
 from uss_jax.bundles.layout import require_same_layout
 from uss_jax.bundles.packaged import PACKAGED, find_bundle
 from uss_jax.bundles.tensors import PARTS_FILE, names_in, read_parts, write_tensors
@@ -137,7 +138,9 @@ class Bundle:
             _, tagger = self._built("query", lambda net: net, query.tagger, read)
             variables = {item: {"tagger": tagger[item]} for item in variables}
         if query.adaptor_width:
-            variables["params"]["adaptor"] = (read or self.variables)("adaptor")["params"]
+            adaptor = (read or self.variables)("adaptor")
+            self._require_finite("adaptor", adaptor)
+            variables["params"]["adaptor"] = adaptor["params"]
         return query, variables
 
     def at_sample_rate(self, sample_rate: int) -> "Bundle":
@@ -176,7 +179,7 @@ class Bundle:
     def read_unverified(self, part: str) -> Variables:
         """Reads a part's variables without checking their hash; otherwise as `variables`."""
         if folder := self._folder(part):
-            return load_tree(folder)
+            return {"batch_stats": {}, **load_tree(folder)}
         if packaged := self.packaged(part):
             return packaged.read_unverified(part)
         in_file = read_parts(self.path / PARTS_FILE)
@@ -243,7 +246,17 @@ class Bundle:
     ) -> tuple[Any, Variables]:
         net, variables = build(fields), (read or self.variables)(part)
         require_same_layout(nets.layout(net), variables, part, str(self.path))
+        self._require_finite(part, variables)
         return net, variables
+
+    def _require_finite(self, part: str, variables: Variables) -> None:
+        """Raises a UserError if an array has NaN or infinite values; a net may hide them."""
+        for name, leaf in by_path(variables).items():
+            if not np.isfinite(leaf).all():
+                raise UserError(
+                    f"{self.path}: {part}/{name} has values that are NaN or infinite; its training "
+                    "has diverged, or the file is damaged"
+                )
 
 
 def read_bundle(path: str | os.PathLike, averaged: bool = True) -> Bundle:

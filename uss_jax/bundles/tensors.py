@@ -11,6 +11,7 @@ from flax.traverse_util import unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
+from uss_jax.bundles.failures import room_for
 from uss_jax.errors import UserError
 
 # File of a bundle, with the parts that have no folder: tensors are `part/collection/.../leaf`.
@@ -67,10 +68,15 @@ def _telling(path: pathlib.Path) -> Iterator[None]:
 
 
 def write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes a safetensors file with the permissions of any other new file."""
+    """Writes a safetensors file with the permissions of any other new file.
+
+    Raises:
+      UserError: the disk is full.
+    """
     path.touch()
     mode = path.stat().st_mode
-    save_file({name: np.asarray(array, order="C") for name, array in tensors.items()}, path)
+    with room_for(path.parent):
+        save_file({name: np.asarray(array, order="C") for name, array in tensors.items()}, path)
     path.chmod(mode)
 
 

@@ -2,7 +2,8 @@
 
 The results are those that `uss-jax evaluate SUITE --out WORKDIR/SUITE.json` wrote, in the workdir
 or in a folder directly below it. Lists missing results with the command that computes them, and
-results that average over another number of classes than the published one.
+results that average over another number of classes than the published one, and JSON files that
+cannot be read.
 """
 
 import argparse
@@ -22,12 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from uss_jax.disk.atomic import replacing
+    from uss_jax.errors import UserError
     from uss_jax.evaluation.comparison import compare
     from uss_jax.evaluation.text_table import format_table, markdown_table
 
-    header, rows, unlike, missing = compare(args.workdirs)
-    remarks = {"not comparable": unlike, "missing": missing}
-    remarks = {what: lines for what, lines in remarks.items() if lines}
+    if args.out and not args.out.endswith(".md"):
+        raise UserError(f"--out {args.out}: the table is Markdown; give a name that ends in .md")
+    header, rows, remarks = compare(args.workdirs)
     print(format_table(header, rows))
     for what, of in remarks.items():
         print(f"\n{what}:\n  " + "\n  ".join(of))

@@ -21,7 +21,7 @@ from uss_jax.data.index import RecordIndex, load_index
 from uss_jax.data.metadata import read_encoding, read_sample_rate
 from uss_jax.data.shards import splits
 from uss_jax.data.storage import versions_below
-from uss_jax.disk.checked_json import parse_json, record, whole
+from uss_jax.disk.checked_json import number, parse_json, record, whole
 from uss_jax.disk.checked_npz import names_in_npz, read_npz
 from uss_jax.disk.opening import absence, at_once
 from uss_jax.errors import UserError, counted
@@ -50,7 +50,7 @@ def inspect(path: str | os.PathLike) -> list[str]:
     if path.suffix == ".npz" and path.is_file():
         return _of_npz(path)
     if path.parent.name == "checkpoints" and path.name.isdigit():
-        return [f"{path}: checkpoint of step {path.name}", *_of_model(path.parent.parent)]
+        return _of_checkpoint(path)
     if (path / "separate.stablehlo").is_file():
         return _of_export(path)
     if (path / TOKENIZER).is_file():
@@ -64,14 +64,25 @@ def inspect(path: str | os.PathLike) -> list[str]:
     raise UserError(f"{path} cannot be inspected; give {_KINDS}{versions_below(path)}")
 
 
+def _of_checkpoint(path: pathlib.Path) -> list[str]:
+    workdir = path.parent.parent
+    newest = latest_step(path.parent)
+    if newest != int(path.name):
+        raise UserError(
+            f"{path} is not the newest checkpoint of its run, which is step {newest}; only that "
+            f"can be inspected, as {workdir}"
+        )
+    return [f"{path}: checkpoint of step {path.name}", *_of_model(workdir)]
+
+
 def _of_export(path: pathlib.Path) -> list[str]:
     config = read_bundle(path).config
-    files = sorted(path.glob("*.stablehlo"))
+    files = sorted(file for file in path.glob("*.stablehlo") if file.is_file())
     return [
         f"{path}: exported separator, {config['sample_rate']} Hz, condition "
-        f"{config['query']['kind']}",
+        f"{config.get('query', {}).get('kind', 'soft')}",
         *(f"  {file.name}: {file.stat().st_size / 1e6:.1f} MB" for file in files),
-        *(f"  {part}: sha256 {digest}" for part, digest in config["hashes"].items()),
+        *(f"  {part}: sha256 {digest}" for part, digest in config.get("hashes", {}).items()),
     ]
 
 
@@ -200,8 +211,16 @@ def _last_metrics(path: pathlib.Path) -> dict[str, int | float] | None:
             found = parse_json(line, _METRICS)
         except ValueError:
             continue
-        return {k: v for k, v in found.items() if isinstance(v, int | float)}
+        return {k: v for k, v in found.items() if _is_number(v)}
     return None
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        number()(value, "")
+    except ValueError:
+        return False
+    return True
 
 
 def _of_records(path: pathlib.Path) -> Iterator[str]:

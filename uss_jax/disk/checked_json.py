@@ -11,6 +11,7 @@ import io
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -103,12 +104,15 @@ def whole(least: int, most: int) -> Rule:
     return check
 
 
+_LARGEST_FLOAT = int(sys.float_info.max)  # an integer, with which integers compare exactly
+
+
 def number(least: float | int = -math.inf, most: float | int = math.inf) -> Rule:
-    """Accepts a finite integer or float from `least` to `most`, both included."""
+    """Accepts a finite float, or an integer that a float can hold, from `least` to `most`."""
 
     def check(value: Any, key: str) -> None:
         right = type(value) in (int, float) and least <= value <= most
-        if not right or not -math.inf < value < math.inf:
+        if not right or not -_LARGEST_FLOAT <= value <= _LARGEST_FLOAT:
             bounded = (least, most) != (-math.inf, math.inf)
             raise _wrong(value, key, "a number" + f" from {least:g} to {most:g}" * bounded)
 

@@ -11,17 +11,21 @@ from uss_jax.disk.checked_json import (
     list_of,
     nothing,
     number,
-    parse_json,
+    read_json,
     record,
     text,
     whole,
 )
+from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError, counted, one_line
+from uss_jax.evaluation.items import ALL
 from uss_jax.evaluation.rows import AVERAGE, CLASS, HALF, ORACLE
 from uss_jax.evaluation.suite import Suite
 from uss_jax.evaluation.suites import SUITES
 
-_ASKED = (AVERAGE, CLASS, ORACLE)
+_SHOWN = (AVERAGE, CLASS, ORACLE, HALF)
+# Figures are in dB, or shares.
+_LARGEST = 1e4
 
 
 def _results() -> Rule:
@@ -36,7 +40,7 @@ def _results() -> Rule:
             "query": text(),
             "group": text(),
             "classes": record({"number": whole(0, 10**6)}, others=True),
-            **dict.fromkeys(figures, either(nothing(), number())),
+            **dict.fromkeys(figures, either(nothing(), number(-_LARGEST, _LARGEST))),
         },
         others=True,
     )
@@ -47,8 +51,11 @@ def _published() -> list[Suite]:
     return [suite for suite in SUITES.values() if suite.published]
 
 
-def find_results(workdir: str | os.PathLike) -> dict[str, dict[str, Any]]:
-    """Returns suite -> its newest results in a folder or its immediate subfolders.
+def find_results(workdir: str | os.PathLike) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Finds the results in a folder or its immediate subfolders.
+
+    Returns:
+      Suite -> its newest results; and why other JSON files could not be read.
 
     Raises:
       UserError: there is no such folder, or its results are not as `uss-jax evaluate` writes them.
@@ -57,14 +64,17 @@ def find_results(workdir: str | os.PathLike) -> dict[str, dict[str, Any]]:
     if not workdir.is_dir():
         raise UserError(f"{workdir} is not a folder; give workdirs that hold results")
     found: dict[str, dict[str, Any]] = {}
+    unread = []
     check = _results()
     files = [*workdir.glob("*.json"), *workdir.glob("*/*.json")]
     files = [path for path in files if path.is_file()]
     for path in sorted(files, key=lambda path: path.stat().st_mtime):
         try:
-            content = parse_json(path.read_bytes())
-        except (OSError, ValueError):
-            continue  # not ours
+            with open(path, "rb", opener=at_once) as file:
+                content = read_json(file)
+        except (OSError, ValueError) as error:
+            unread.append(f"{path}: {getattr(error, 'strerror', None) or error}")
+            continue
         if not isinstance(content, dict) or not {"suite", "rows"} <= content.keys():
             continue
         try:
@@ -74,43 +84,38 @@ def find_results(workdir: str | os.PathLike) -> dict[str, dict[str, Any]]:
                 f"{path}: {error}; run the evaluation again or remove the file"
             ) from error
         found[content["suite"]] = content
-    return found
+    return found, unread
 
 
 def compare(
     workdirs: Sequence[str | os.PathLike],
-) -> tuple[list[str], list[list[Any]], list[str], list[str]]:
+) -> tuple[list[str], list[list[Any]], dict[str, list[str]]]:
     """Builds the paper's table with a column for each workdir.
 
     Results over another number of classes than published are listed in separate rows.
 
     Returns:
-      Header; rows, one per data set and query; notes on results over another number of classes;
-      commands that compute the missing results.
+      Header; rows, one per data set and query; and remarks: results over another number of
+      classes, commands that compute what is missing, and files that could not be read.
     """
-    results = [find_results(workdir) for workdir in workdirs]
+    found = [find_results(workdir) for workdir in workdirs]
+    results = [of for of, _ in found]
     names = [one_line(os.path.normpath(os.fspath(workdir))) for workdir in workdirs]
     header = ["", "metric", "query", *names, "paper", "AudioSep"]
     rows, unlike, missing = [], [], []
     for suite in _published():
         published = suite.published
-        of_suite = [found.get(suite.name) for found in results]
-        counts = [published.classes and (_classes(of) or published.classes) for of in of_suite]
-        for count in (published.classes, *sorted({*counts} - {published.classes})):
-            of_count = [
-                of if of_classes == count else None
-                for of, of_classes in zip(of_suite, counts, strict=True)
-            ]
-            rows += _rows(suite, count, of_count)
-        for workdir, of, count in zip(names, of_suite, counts, strict=True):
-            if _figure(of, AVERAGE, published.figure) is None:
+        of_suite = [of.get(suite.name) for of in results]
+        others = {_classes(suite, of, asked) for of in of_suite for asked in _SHOWN}
+        for count in (published.classes, *sorted(others - {published.classes})):
+            rows += _rows(suite, count, of_suite)
+        for workdir, of in zip(names, of_suite, strict=True):
+            if _row(of, AVERAGE).get(published.figure) is None:
                 missing.append(_how(suite, workdir, of is not None))
-            if count != published.classes:
-                unlike.append(
-                    f"{workdir}: {suite.name} averaged over "
-                    f"{counted(count, 'class', 'classes')}, published over {published.classes}"
-                )
-    return header, rows, unlike, missing
+            unlike += _unlike(suite, workdir, of)
+    unread = [line for _, lines in found for line in lines]
+    remarks = {"not comparable": unlike, "missing": missing, "not read": unread}
+    return header, rows, {what: lines for what, lines in remarks.items() if lines}
 
 
 def _rows(
@@ -123,8 +128,8 @@ def _rows(
     if not is_like:
         name = f"{suite.name}, {counted(count, 'class', 'classes')} of your own"
     rows = []
-    for asked in (*_ASKED, HALF):
-        ours = [_figure(of, asked, published.figure) for of in results]
+    for asked in _SHOWN:
+        ours = [_figure(suite, of, asked, count) for of in results]
         if ours == [None] * len(ours) and not (is_like and asked == AVERAGE):
             continue
         beside = (published.paper, published.audiosep)
@@ -133,20 +138,38 @@ def _rows(
     return rows
 
 
-def _classes(results: dict[str, Any] | None) -> int | None:
-    """Returns the number of classes averaged over, if stated in the results."""
-    return _row(results, ORACLE).get("classes", {}).get("number")
+def _classes(suite: Suite, results: dict[str, Any] | None, asked: str) -> int | None:
+    """Returns the number of classes that a row averages over; as published if it is not stated."""
+    published = suite.published.classes
+    return published and _row(results, asked).get("classes", {}).get("number", published)
 
 
-def _figure(results: dict[str, Any] | None, asked: str, figure: str) -> float | None:
-    value = _row(results, asked).get(figure)
-    return None if value is None else float(value)
+def _unlike(suite: Suite, workdir: str, results: dict[str, Any] | None) -> list[str]:
+    """Returns a line for each number of classes that is not the published one, with its rows."""
+    published, rows = suite.published, {}
+    for asked in _SHOWN:
+        if _row(results, asked).get(published.figure) is not None:
+            rows.setdefault(_classes(suite, results, asked), []).append(asked)
+    return [
+        f"{workdir}: {suite.name} ({', '.join(asked)}) averaged over "
+        f"{counted(count, 'class', 'classes')}, published over {published.classes}"
+        for count, asked in rows.items()
+        if count != published.classes
+    ]
+
+
+def _figure(
+    suite: Suite, results: dict[str, Any] | None, asked: str, count: int | None
+) -> float | None:
+    """Returns the figure of a row; None if it averages over another number of classes."""
+    value = _row(results, asked).get(suite.published.figure)
+    return None if value is None or _classes(suite, results, asked) != count else float(value)
 
 
 def _row(results: dict[str, Any] | None, asked: str) -> dict[str, Any]:
     """Returns the metrics of a query over all items; empty where there are none."""
     for row in (results or {}).get("rows", ()):
-        if row.get("query") == asked and row.get("group", "all") == "all":
+        if row.get("query") == asked and row.get("group", ALL) == ALL:
             return row
     return {}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+import uss_jax
 from uss_jax.errors import UserError
 
 
@@ -16,6 +17,12 @@ def unfinished_beside(out: str) -> pathlib.Path:
     """Returns the hidden file that holds partial results until `out` is written."""
     path = pathlib.Path(out)
     return path.with_name(f".{path.name}.unfinished")
+
+
+def stamps(files: Iterable[str | os.PathLike]) -> bytes:
+    """Returns sizes and times of files, which change when the files do."""
+    found = [os.stat(file) for file in files]
+    return json.dumps([(about.st_size, about.st_mtime_ns) for about in found]).encode()
 
 
 class Finished:
@@ -40,7 +47,7 @@ class Finished:
         self._path = None if path is None else pathlib.Path(path)
         if self._path is None:
             return
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(uss_jax.__version__.encode())
         for part in identity:
             digest.update(part)
         lines = self._path.read_text().split("\n") if self._path.is_file() else []

@@ -7,6 +7,7 @@ import collections
 import concurrent.futures
 import hashlib
 import os
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,12 +19,18 @@ from tqdm import tqdm
 
 from uss_jax.devices.batching import filled, in_batches
 from uss_jax.devices.mesh import batch_sharded, make_mesh, replicated
+from uss_jax.errors import UserError
+from uss_jax.evaluation.metrics import is_silent
 
 # Batch rows per accelerator: 16 items of 2 s keep it busy.
 _ROWS_OF_ACCELERATOR = 16
 _READERS = 8
 
 Waveforms = Float[np.ndarray, "b t"]
+
+
+# Stands for all items where groups are named.
+ALL = "all"
 
 
 @runtime_checkable
@@ -36,6 +43,7 @@ class Item(Protocol):
       class_index: AudioSet class; None if AudioSet has no such class.
       other_class_index: class of the mixture's other source; None if unknown.
       group: group that is also summarised separately; empty for none.
+      files: the audio files that it is read from.
     """
 
     name: str
@@ -43,6 +51,9 @@ class Item(Protocol):
     class_index: int | None
     other_class_index: int | None
     group: str
+
+    @property
+    def files(self) -> tuple[pathlib.Path, ...]: ...
 
     def samples(self, sample_rate: int) -> int:
         """Returns the length at a sampling rate, without reading the whole file."""
@@ -135,6 +146,14 @@ def on_host(rows: Array, mesh: Mesh) -> np.ndarray:
     if rows.is_fully_addressable:
         return np.asarray(rows)
     return np.asarray(jax.jit(lambda x: x, out_shardings=replicated(mesh))(rows))
+
+
+def require_sound(
+    name: str, mixture: Float[np.ndarray, " t"], source: Float[np.ndarray, " t"]
+) -> None:
+    """Raises a UserError if a mixture is silent though its source is not."""
+    if is_silent(mixture) and not is_silent(source):
+        raise UserError(f"{name} is silent, but its source is not; make the pair again")
 
 
 def samples_digest(waveform: Float[np.ndarray, " s"]) -> str:

@@ -7,9 +7,14 @@ from typing import Any
 import uss_jax
 from uss_jax.bundles.model import Model
 from uss_jax.devices.precision import HIGHEST
+from uss_jax.disk.checked_json import read_json, record, text
+from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError
 from uss_jax.evaluation.suites import SUITES
-from uss_jax.evaluation.text_table import write_results
+from uss_jax.evaluation.text_table import sibling, write_results
+
+# Endings of what a suite writes beside its JSON file.
+_BESIDE = (".csv", ".md", ".png")
 
 
 def evaluate(
@@ -32,7 +37,8 @@ def evaluate(
       options: options of the suite.
 
     Raises:
-      UserError: `out` is not a JSON file in an existing folder.
+      UserError: `out` is not a JSON file in an existing folder, or would replace other files than
+        results.
     """
     if not out.endswith(".json") or pathlib.Path(out).name == ".json":
         raise UserError(
@@ -40,9 +46,25 @@ def evaluate(
         )
     if not pathlib.Path(out).absolute().parent.is_dir():
         raise UserError(f"--out {out}: its folder does not exist; create it first")
+    _require_replaceable(out)
     model = Model(model_path, precision)
     results, text = SUITES[suite].run(model, data, out, **options)
     how = {"data": os.fspath(data), "uss_jax": uss_jax.__version__, "precision": precision}
     how |= results.pop("how")
     write_results(out, {"suite": suite, "model": os.fspath(model_path), **results, "how": how})
     return text
+
+
+def _require_replaceable(out: str) -> None:
+    """Raises a UserError if a file that is not of an earlier evaluation would be replaced."""
+    wanted = "give --out another name"
+    if os.path.lexists(out):
+        try:
+            with open(out, "rb", opener=at_once) as file:
+                read_json(file, record({"suite": text()}, others=True))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{out} exists and holds no results; {wanted}") from error
+        return
+    for ending in _BESIDE:
+        if (beside := sibling(out, ending)).exists():
+            raise UserError(f"{beside} exists, but no results {out} beside it; {wanted}")

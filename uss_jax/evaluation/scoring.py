@@ -21,8 +21,8 @@ from uss_jax.bundles.bundle import net_hash
 from uss_jax.bundles.model import Model, Net, separate_with
 from uss_jax.devices.mesh import replicated
 from uss_jax.errors import UserError
-from uss_jax.evaluation.finished import Finished
-from uss_jax.evaluation.items import Batches, Item, Waveforms
+from uss_jax.evaluation.finished import Finished, stamps
+from uss_jax.evaluation.items import Batches, Item, Waveforms, require_sound
 from uss_jax.evaluation.metrics import FLOOR, is_silent, separation_figures
 from uss_jax.evaluation.rows import HALF, IDENTITY, MIXTURE, ORACLE, Drawn, Row, find_rows, in_order
 
@@ -70,6 +70,8 @@ def score(
         finished = Finished(unfinished, _identity(model, items, rows, batches.size, oracle_only))
         which = [number for number in range(len(batches.places)) if number not in finished.done]
         for number, sides in batches.read(("mixture", "source"), which, "evaluate"):
+            for at, *waveforms in zip(batches.places[number], *sides, strict=False):
+                require_sound(items[at].name, *waveforms)
             found = _score_batch(separator, batches, rows, number, not oracle_only, *sides)
             finished.add(number, found)
     figures = _together(finished, batches.places, len(items))
@@ -147,6 +149,7 @@ def _identity(
     yield net_hash(model.separator.variables).encode()
     how = [model.precision, batch_size, oracle_only]
     yield json.dumps([*how, [item.name for item in items]]).encode()
+    yield stamps(file for item in items for file in item.files)
     for row in rows:
         yield row.name.encode() + row.conditions.tobytes() + row.exists.tobytes()
 

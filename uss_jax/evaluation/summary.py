@@ -15,12 +15,18 @@ from matplotlib.figure import Figure
 
 from uss_jax.bundles.model import Model
 from uss_jax.disk.atomic import replacing
-from uss_jax.evaluation.items import Item
+from uss_jax.evaluation.items import ALL, Item
 from uss_jax.evaluation.metrics import SEPARATION_FIGURES, class_medians
 from uss_jax.evaluation.rows import CLASS, HALF, IDENTITY, MIXTURE, ORACLE, SHUFFLED
 from uss_jax.evaluation.scoring import Figures
 from uss_jax.evaluation.suite import Results
-from uss_jax.evaluation.text_table import format_table, markdown_table, sibling, silent_note
+from uss_jax.evaluation.text_table import (
+    format_table,
+    markdown_table,
+    sibling,
+    silent_note,
+    write_text,
+)
 from uss_jax.ontology import load_ontology
 
 _FIGURES = (*SEPARATION_FIGURES, "level")
@@ -105,7 +111,7 @@ def summarise(
         summaries.append(
             {
                 "query": name,
-                "group": group or "all",
+                "group": group or ALL,
                 "pairs": int(use.sum()),
                 **{figure: float(np.mean(list(of.values()))) for figure, of in medians.items()},
                 "intervals": {
@@ -173,7 +179,7 @@ def _cells(summary: Summary) -> tuple[str | int | float | None, ...]:
 
 def headline(summaries: list[Summary]) -> dict[str, Any]:
     """Returns the main results of a run: those of the oracle, and the baseline's SDRi."""
-    rows = {summary["query"]: summary for summary in summaries if summary["group"] == "all"}
+    rows = {summary["query"]: summary for summary in summaries if summary["group"] == ALL}
     first = rows[ORACLE]
     leaked, identity = rows.get(SHUFFLED), rows.get(IDENTITY)
     return {
@@ -192,8 +198,11 @@ def write_class_table(
     path: str | os.PathLike, items: Sequence[Item], summaries: list[Summary]
 ) -> None:
     """Writes a CSV file with a line per class: its medians for every query."""
-    rows = [summary for summary in summaries if summary["group"] == "all"]
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+    rows = [summary for summary in summaries if summary["group"] == ALL]
+    with (
+        replacing(path) as temporary,
+        open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
         writer = csv.writer(file)
         columns = [(row["query"], figure) for row in rows for figure in _FIGURES if figure in row]
         named = [f"{query}: {figure}" for query, figure in columns]
@@ -216,14 +225,14 @@ def write_markdown(
         rows = [_cells(summary) for summary in summaries if summary["group"] == group]
         lines += [*markdown_table((group, *_HEADER, "pairs", "classes"), rows), ""]
     with replacing(path) as temporary:
-        temporary.write_text("\n".join([*lines, explanation]) + "\n", encoding="utf-8")
+        write_text(temporary, "\n".join([*lines, explanation]) + "\n")
 
 
 def write_class_plot(
     path: str | os.PathLike, items: Sequence[Item], summaries: list[Summary]
 ) -> None:
     """Writes a PNG of the SDRi of every class, sorted within each branch of the ontology."""
-    rows = {summary["query"]: summary for summary in summaries if summary["group"] == "all"}
+    rows = {summary["query"]: summary for summary in summaries if summary["group"] == ALL}
     medians = rows[ORACLE]["classes"]["medians"]
     by_branch: dict[str, list[str]] = {}
     for label, (_, index) in _classes(items).items():

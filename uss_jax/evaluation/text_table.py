@@ -55,8 +55,13 @@ def sibling(out: str, suffix: str) -> pathlib.Path:
     return pathlib.Path(out.removesuffix(".json") + suffix)
 
 
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes UTF-8; what is left of a file name in another encoding is escaped."""
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
 def write_results(path: str | os.PathLike, results: dict[str, Any]) -> None:
     """Writes results atomically as strict JSON; NaN and infinities become null."""
     text = json.dumps(_finite(results), indent=2, allow_nan=False, ensure_ascii=False)
     with replacing(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        write_text(temporary, text + "\n")

@@ -19,6 +19,7 @@ from uss_jax.devices.batching import in_batches
 from uss_jax.devices.mesh import replicated, to_devices
 from uss_jax.devices.precision import HIGHEST, at_precision
 from uss_jax.errors import UserError
+from uss_jax.evaluation.items import require_sound
 from uss_jax.evaluation.metrics import class_medians, separation_figures
 from uss_jax.evaluation.suites.pairs import Pair
 from uss_jax.models.query import QueryNet
@@ -141,6 +142,7 @@ def _read(
             f"{samples / sample_rate:.4g} s; all config.eval.pairs must be equally long"
         )
     read = {side: pair.read(side, sample_rate)[:samples] for side in ("mixture", "source")}
+    require_sound(pair.name, **read)
     read["class_index"] = np.int32(pair.class_index)
     read |= {f"asked_{name}": vectors[row] for name, vectors in asked.vectors.items()}
     if asked.others is not None:

@@ -12,7 +12,7 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -105,7 +105,7 @@ def export(
     out = pathlib.Path(out)
     if out.exists():
         raise UserError(f"{out} already exists; choose another name or remove it first")
-    _require_applicable(form, dtype, precision)
+    _require_applicable(form, dtype, precision, shards)
     separator, variables = bundle.separator()
     parts = {"separator": variables}
     parts |= {p: bundle.variables(p) for p in _PARTS[1:] if bundle.holds(p)}
@@ -115,7 +115,8 @@ def export(
     parts = {p: _cast(v, dtype) for p, v in parts.items() if p not in left_out}
     window = round((window_seconds or bundle.config["segment_seconds"]) * _rate(bundle))
     inputs = _inputs(separator, window)
-    live = _live(separator, parts["separator"], inputs)
+    original = _live(separator, variables, inputs)
+    live = original if dtype == DTYPES[0] else _live(separator, parts["separator"], inputs)
 
     with replacing_folder(out) as unfinished:
         writers: dict[str, Callable[[], Float[np.ndarray, "b t"]]] = {
@@ -127,13 +128,16 @@ def export(
         }
         if form != "orbax":
             unfinished.mkdir()
-        difference = _require_same(live, writers[form](), f"the {form} export of {bundle.path}")
+        found = writers[form]()
+        _require_same(live, found, f"the {form} export of {bundle.path}")
         if form != "orbax":
             hashes = {p: net_hash(v) for p, v in parts.items()}
             config = {**_config(bundle), "hashes": {**hashes, **left_out}}
             if form == "stablehlo":
                 config["precision"] = precision
             (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if form != "stablehlo":
+            _require_readable(unfinished, [*parts, *left_out])
         card = read_card(bundle.path)
         if card:
             (unfinished / CARD).write_text(card, encoding="utf-8")
@@ -141,11 +145,12 @@ def export(
             _read_me(bundle, form, window, precision, bool(card), left_out)
         )
     return (
-        f"on noise, its output differs from the model's by {difference:.1e} of the largest sample"
+        f"on noise, its output differs from the model's by {_difference(original, found):.1e} of "
+        "the largest sample"
     )
 
 
-def _require_applicable(form: str, dtype: str, precision: str) -> None:
+def _require_applicable(form: str, dtype: str, precision: str, shards: int) -> None:
     """Raises a UserError if an argument of `export` does not apply to the form."""
     if form == "stablehlo":
         _require_flatbuffers()
@@ -156,6 +161,11 @@ def _require_applicable(form: str, dtype: str, precision: str) -> None:
     elif precision != HIGHEST:
         raise UserError(f"{form} holds parameters, not computations; leave out --precision")
     check_precision(precision, "precision")
+    if shards > jax.device_count():
+        raise UserError(
+            f"--shards {shards} needs that many devices, there are {jax.device_count()}; without "
+            f"accelerators set JAX_NUM_CPU_DEVICES={shards}"
+        )
 
 
 def _packaged(parts: Mapping[str, Variables]) -> dict[str, str]:
@@ -208,13 +218,24 @@ def _live(
     return np.asarray(run(variables, inputs["0"], inputs["1"]))
 
 
-def _require_same(live: np.ndarray, exported: np.ndarray, what: str) -> float:
-    """Returns the largest difference relative to the largest sample; raises above _TOLERANCE."""
-    peak = float(np.abs(live).max())
-    difference = float(np.abs(live - exported).max()) / max(peak, 1e-10)
+def _difference(live: np.ndarray, exported: np.ndarray) -> float:
+    """Returns the largest difference relative to the largest sample."""
+    return float(np.abs(live - exported).max()) / max(float(np.abs(live).max()), 1e-10)
+
+
+def _require_same(live: np.ndarray, exported: np.ndarray, what: str) -> None:
+    """Raises a UserError if the outputs differ by more than _TOLERANCE."""
+    difference = _difference(live, exported)
     if not difference <= _TOLERANCE:
         raise UserError(f"{what} differs from the model by {difference:.1e}, so it was not kept")
-    return difference
+
+
+def _require_readable(folder: pathlib.Path, parts: Sequence[str]) -> None:
+    """Opens each net of an export, which checks its layout, values and hash."""
+    written = read_bundle(folder)
+    for part in ("separator", "query", "sed"):
+        if part in parts or (part == "query" and "adaptor" in parts):
+            getattr(written, part)()
 
 
 def _orbax(
@@ -225,11 +246,6 @@ def _orbax(
     inputs: Mapping[str, np.ndarray],
 ) -> np.ndarray:
     """Writes a bundle; returns estimates from what is read back."""
-    if shards > jax.device_count():
-        raise UserError(
-            f"--shards {shards} needs that many devices, there are {jax.device_count()}; without "
-            f"accelerators set JAX_NUM_CPU_DEVICES={shards}"
-        )
     foreign = bundle.path / "foreign.safetensors"
     kept = read_tensors(foreign) if foreign.is_file() else None
     write_bundle(folder, _config(bundle), parts, kept)
@@ -337,7 +353,10 @@ def _read_me(
 ) -> str:
     config = bundle.config
     segment = round(config["segment_seconds"] * _rate(bundle))
-    words = KINDS[config["query"]["kind"]].words.format(samples=segment)
+    if "query" in config:
+        words = KINDS[config["query"].get("kind", "soft")].words.format(samples=segment)
+    else:
+        words = "The condition is that which the separator was trained with; its query net is gone."
     if bundle.holds("adaptor") and not bundle.holds("query"):
         words = "The condition is what the adaptor makes of the requested class, in uss_jax only."
     about = {

@@ -68,6 +68,11 @@ class Mixed:
     other: pathlib.Path
     group: str = ""
 
+    @property
+    def files(self) -> tuple[pathlib.Path, ...]:
+        """The source and the other recording."""
+        return self.source, self.other
+
     def samples(self, sample_rate: int) -> int:
         """Two seconds."""
         return round(SECONDS * sample_rate)
@@ -101,6 +106,11 @@ class Window:
     begin_seconds: float
     other_class_index: int | None = None
     group: str = ""
+
+    @property
+    def files(self) -> tuple[pathlib.Path, ...]:
+        """Source and mixture."""
+        return self.source, self.mixture
 
     def samples(self, sample_rate: int) -> int:
         """Two seconds."""

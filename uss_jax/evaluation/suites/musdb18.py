@@ -94,8 +94,9 @@ def score_songs(
       legacy: whether to add the published metrics.
     """
     test = songs(folder, "test")
-    names = [str(song) for song in test] + [f"legacy: {legacy}"]
-    finished = Finished(unfinished, identity(model, averages, names))
+    files = [song / f"{stem}.wav" for song in test for stem in ("mixture", *STEMS)]
+    about = identity(model, averages, f"legacy: {legacy}", [str(song) for song in test], files)
+    finished = Finished(unfinished, about)
     for song in tqdm(test, "songs", disable=None):
         if song.name not in finished.done:
             finished.add(song.name, _score_song(model, song, averages, legacy))

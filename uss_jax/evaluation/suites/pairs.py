@@ -26,7 +26,7 @@ from uss_jax.evaluation.averages import (
 )
 from uss_jax.evaluation.clips import open_clips
 from uss_jax.evaluation.finished import unfinished_beside
-from uss_jax.evaluation.items import Item
+from uss_jax.evaluation.items import ALL, Item
 from uss_jax.evaluation.make_pairs import MANIFEST
 from uss_jax.evaluation.rows import ORACLE, Drawn, Row, row_of
 from uss_jax.evaluation.scoring import Figures, score
@@ -133,6 +133,11 @@ class Pair:
         return str(self.mixture)
 
     @property
+    def files(self) -> tuple[pathlib.Path, ...]:
+        """Mixture and source."""
+        return self.mixture, self.source
+
+    @property
     def label(self) -> str:
         """Name of the class."""
         return load_ontology().class_names[self.class_index]
@@ -184,15 +189,13 @@ def find_pairs(directory: str | os.PathLike) -> list[Pair]:
                     f"{directory / MANIFEST}: the partner_class_index of {said['file']} is not a "
                     "class index from 0 to 526; make the pairs again"
                 )
-            pairs.append(
-                Pair(
-                    mixture,
-                    source,
-                    class_index,
-                    said.get("group") or "",
-                    other,
+            group = said.get("group") or ""
+            if group == ALL:
+                raise UserError(
+                    f'{directory / MANIFEST}: the group of {said["file"]} is "{ALL}", which stands '
+                    "for all pairs in tables; name it otherwise"
                 )
-            )
+            pairs.append(Pair(mixture, source, class_index, group, other))
     if not pairs:
         raise UserError(
             f"{directory} holds no pairs; expected class_id=K/*mixture.wav and *source.wav, as "

@@ -101,8 +101,9 @@ def score_sentences(
     """
     require_package("pesq", _NAME)
     test = sentences(folder)
-    names = [str(clean) for clean, _ in test] + [str(reference_blocks)]
-    finished = Finished(unfinished, identity(model, averages, names))
+    names, files = [str(clean) for clean, _ in test], [file for pair in test for file in pair]
+    about = identity(model, averages, f"blocks: {reference_blocks}", names, files)
+    finished = Finished(unfinished, about)
     for clean, noisy in tqdm(test, "sentences", disable=None):
         if clean.name not in finished.done:
             figures = _score_sentence(model, clean, noisy, averages, reference_blocks)

@@ -5,8 +5,9 @@ Letters: `c` channels, `t` samples, `d` width of the condition.
 
 import importlib
 import json
+import os
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,16 @@ from uss_jax.devices.mesh import make_mesh
 from uss_jax.disk.atomic import replacing
 from uss_jax.errors import UserError
 from uss_jax.evaluation.averages import Averages
+from uss_jax.evaluation.finished import stamps
 from uss_jax.evaluation.rows import AVERAGE, HALF, MIXTURE, ORACLE
 from uss_jax.evaluation.suite import Results
-from uss_jax.evaluation.text_table import format_table, markdown_table, sibling, silent_note
+from uss_jax.evaluation.text_table import (
+    format_table,
+    markdown_table,
+    sibling,
+    silent_note,
+    write_text,
+)
 from uss_jax.separation.example_vectors import recording_vector
 from uss_jax.separation.queries import Vectors
 from uss_jax.separation.recordings import Separator, Settings
@@ -94,7 +102,7 @@ def report(
     explanation = "\n\n".join([explanation, *([silent_note(silent)] if silent else [])])
     lines = [f"# {model.path}", "", *markdown_table(header, cells), "", explanation]
     with replacing(sibling(out, ".md")) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(temporary, "\n".join(lines) + "\n")
     headline = {key: value for key, value in rows[0].items() if isinstance(value, float)}
     results = {
         "condition": model.query.module.kind,
@@ -106,10 +114,17 @@ def report(
     return results, f"{format_table(header, cells)}\n\n{explanation}"
 
 
-def identity(model: Model, averages: Averages, names: Sequence[str]) -> Iterator[bytes]:
+def identity(
+    model: Model,
+    averages: Averages,
+    how: str,
+    names: Sequence[str],
+    files: Iterable[str | os.PathLike],
+) -> Iterator[bytes]:
     """Yields everything that the metrics of recordings depend on, for `Finished`."""
     yield net_hash(model.separator.variables).encode()
-    yield json.dumps([model.precision, list(names), sorted(averages)]).encode()
+    yield json.dumps([model.precision, how, list(names), sorted(averages)]).encode()
+    yield stamps(files)
     for _, vector in sorted(averages.items()):
         yield np.asarray(vector, np.float32).tobytes()
 

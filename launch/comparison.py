@@ -25,7 +25,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from scaling_study import TRAIN, read_study, runs_of, train
+from scaling_study import TRAIN, name_of, read_study, runs_of, train
 
 from uss_jax.disk.atomic import replacing
 from uss_jax.errors import UserError
@@ -37,22 +37,23 @@ LEFT_OUT = ("target alone", "half the mixture", "the mixture")
 CURVES = {"eval/sdri": "oracle", "eval/average_sdri": "class average"}
 
 
-def name_of(point: dict[str, str]) -> str:
-    """The folder of a run, or of a row if the seed is left out."""
-    return "_".join(f"{axis}-{name}" for axis, name in point.items()).replace("/", "-")
-
-
 def row_of(point: dict[str, str]) -> dict[str, str]:
     """The point without its seed."""
     return {axis: name for axis, name in point.items() if axis != SEED}
 
 
+def results_of(workdir: pathlib.Path, pairs: str) -> pathlib.Path:
+    """The file of a run's results on some pairs."""
+    return workdir / "results" / f"{name_of({'pairs': pairs})}.json"
+
+
 def evaluate(study: dict[str, Any], workdir: pathlib.Path, cores: set[int] | None) -> None:
     """Evaluates a run on all pairs, unless that is done."""
     for pairs, folder in study["pairs"].items():
-        out = workdir / f"{pairs}.json"
+        out = results_of(workdir, pairs)
         if out.exists():
             continue
+        out.parent.mkdir(exist_ok=True)
         words = ["--model", str(workdir), "--data", folder, "--out", str(out)]
         command = [*study.get("launch", TRAIN), "evaluate", "pairs", *words]
         process = subprocess.Popen([*command, *study.get("evaluate", [])])
@@ -72,7 +73,7 @@ def run_all(study: dict[str, Any], out: pathlib.Path, parallel: int) -> list[dic
     def one(point: dict[str, str], leaves: dict[str, Any]) -> None:
         workdir, share = out / name_of(point), slots.get()
         try:
-            if not all((workdir / f"{pairs}.json").exists() for pairs in study["pairs"]):
+            if not all(results_of(workdir, pairs).exists() for pairs in study["pairs"]):
                 train(study, leaves, workdir, share)
                 evaluate(study, workdir, share)
         finally:
@@ -82,7 +83,7 @@ def run_all(study: dict[str, Any], out: pathlib.Path, parallel: int) -> list[dic
     with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
         waiting = [pool.submit(one, point, leaves) for point, leaves in runs]
         try:
-            for done, future in enumerate(waiting, 1):
+            for done, future in enumerate(concurrent.futures.as_completed(waiting), 1):
                 future.result()
                 print(f"comparison: {done} of {len(runs)} runs are done", flush=True)
         except BaseException:
@@ -97,7 +98,7 @@ def figures_of(path: pathlib.Path) -> dict[str, float]:
     return {
         row["query"]: row["sdri"]
         for row in rows
-        if row["group"] == "all" and row["query"] not in LEFT_OUT
+        if row["group"] == "all" and row["query"] not in LEFT_OUT and row["sdri"] is not None
     }
 
 
@@ -112,7 +113,7 @@ def table(out: pathlib.Path, points: Sequence[dict[str, str]], pairs: str) -> st
     rows: dict[str, tuple[dict[str, str], dict[str, list[float]]]] = {}
     for point in points:
         row, of = rows.setdefault(name_of(row_of(point)), (row_of(point), {}))
-        for query, figure in figures_of(out / name_of(point) / f"{pairs}.json").items():
+        for query, figure in figures_of(results_of(out / name_of(point), pairs)).items():
             of.setdefault(query, []).append(figure)
     queries = list(dict.fromkeys(query for _, of in rows.values() for query in of))
     axes = list(dict.fromkeys(axis for row, _ in rows.values() for axis in row))
@@ -163,8 +164,15 @@ def draw(rows: dict[str, dict[str, np.ndarray]], path: pathlib.Path) -> None:
 def run(path: pathlib.Path, out: pathlib.Path, parallel: int) -> str:
     """Runs a comparison; returns what there is to read."""
     study = read_study(path, also={"pairs", "evaluate"})
-    if not isinstance(study.get("pairs"), dict) or not study["pairs"]:
+    pairs, words = study.get("pairs"), study.get("evaluate", [])
+    if (
+        not isinstance(pairs, dict)
+        or not pairs
+        or not all(isinstance(x, str) for x in pairs.values())
+    ):
         raise UserError(f"{path}: pairs must be an object from a name to a folder of pairs")
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise UserError(f"{path}: evaluate must be a list of words")
     points = run_all(study, out, parallel)
     tables = [f"SDRi in dB, {pairs}\n\n{table(out, points, pairs)}" for pairs in study["pairs"]]
     with replacing(out / "table.md") as temporary:

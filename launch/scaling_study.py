@@ -48,8 +48,13 @@ def read_study(path: pathlib.Path, also: Set[str] = frozenset()) -> dict[str, An
     if not isinstance(study, dict) or not {"config", "grid"} <= set(study) <= KEYS | also:
         more = ", ".join(sorted((KEYS | also) - {"config", "grid"}))
         raise UserError(f"{path} must be an object with config and grid, optionally {more}")
+    if not isinstance(study["config"], str) or not isinstance(study["grid"], dict):
+        raise UserError(f"{path}: config must be the name of a file, grid an object")
+    if not isinstance(study.get("set", {}), dict) or not isinstance(study.get("launch", []), list):
+        raise UserError(f"{path}: set must be an object, launch a list of words")
     for axis, values in study["grid"].items():
-        if not values or not all(isinstance(leaves, dict) for leaves in values.values()):
+        named = isinstance(values, dict) and values
+        if not named or not all(isinstance(leaves, dict) for leaves in values.values()):
             raise UserError(
                 f"{path}: grid.{axis} must be an object of objects: name to config keys"
             )
@@ -64,6 +69,11 @@ def runs_of(study: dict[str, Any]) -> Iterator[tuple[dict[str, str], dict[str, A
         for axis, name in point.items():
             leaves |= study["grid"][axis][name]
         yield point, leaves
+
+
+def name_of(point: dict[str, str]) -> str:
+    """The folder of a run."""
+    return "_".join(f"{axis}-{name}" for axis, name in point.items()).replace("/", "-")
 
 
 def train(
@@ -170,7 +180,7 @@ def run(path: pathlib.Path, out: pathlib.Path) -> str:
     study = read_study(path)
     rows = []
     for point, leaves in runs_of(study):
-        workdir = out / "_".join(f"{axis}-{name}" for axis, name in point.items())
+        workdir = out / name_of(point)
         train(study, leaves, workdir)
         rows.append({**point, **result_of(workdir)})
     fit = power_law(*(np.array([row[key] for row in rows]) for key in ("flops", "loss")))

@@ -2,15 +2,18 @@
 
 import importlib.util
 import json
+import os
 import re
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from tests.tiny import CONFIGS
 from uss_jax.cli.config import load_config
 from uss_jax.errors import UserError
+from uss_jax.training.settings import separator_settings
 
 LAUNCH = CONFIGS.parent / "launch"
 
@@ -95,6 +98,9 @@ def test_seeds_become_one_row_and_a_stopped_comparison_goes_on(
         "asked-other_seed-0": 1,
         "asked-other_seed-1": 2,
     }
+    whole = len(os.sched_getaffinity(0))
+    assert starts["asked-own_seed-0"] == [str(whole)]  # of the first, which ran one at a time
+    assert starts["asked-other_seed-1"][1] in {str(whole // 2), str(whole - whole // 2)}
     config, _ = json.loads((out / "asked-other_seed-0" / "made").read_text())
     assert config == "configs/bandsplit.py"
     assert (out / "curves.png").stat().st_size > 5000
@@ -108,7 +114,7 @@ def test_runs_at_a_time_share_the_cores(comparison, study, tmp_path, monkeypatch
     points = comparison.run_all(comparison.read_study(study, {"pairs", "evaluate"}), tmp_path, 2)
     assert len(points) == 4
     assert len(given) == 8
-    assert all(len(cores) == 1 for cores in given)
+    assert set(map(frozenset, given)) == {frozenset({0}), frozenset({1})}
     given.clear()
     comparison.run_all(comparison.read_study(study, {"pairs", "evaluate"}), tmp_path, 1)
     assert given == [None] * 8
@@ -122,15 +128,37 @@ def test_curves_are_the_mean_of_the_seeds_and_their_range(comparison, study, tmp
     np.testing.assert_allclose(of_row["eval/sdri"], wanted)
 
 
-@pytest.mark.parametrize("pairs", [None, {}, ["a"]])
-def test_a_study_without_pairs_is_refused(comparison, study, tmp_path, pairs):
-    study.write_text(json.dumps({**json.loads(study.read_text()), "pairs": pairs}))
-    with pytest.raises(UserError, match="pairs must be an object from a name to a folder"):
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"pairs": None}, "pairs must be an object from a name to a folder"),
+        ({"pairs": {}}, "pairs must be an object from a name to a folder"),
+        ({"pairs": ["a"]}, "pairs must be an object from a name to a folder"),
+        ({"pairs": {"a": 3}}, "pairs must be an object from a name to a folder"),
+        ({"evaluate": "--recordings 1"}, "evaluate must be a list of words"),
+        ({"config": 3}, "config must be the name of a file"),
+        ({"grid": []}, "grid an object"),
+        ({"grid": {"a": [1]}}, "grid.a must be an object of objects"),
+        ({"set": 3}, "set must be an object, launch a list"),
+        ({"launch": "true"}, "set must be an object, launch a list"),
+    ],
+)
+def test_what_is_no_comparison_is_said(comparison, study, tmp_path, changed, said):
+    study.write_text(json.dumps({**json.loads(study.read_text()), **changed}))
+    with pytest.raises(UserError, match=said):
         comparison.run(study, tmp_path / "out", 1)
 
 
+def test_pairs_may_have_any_name(comparison, study, tmp_path):
+    pairs = {"metrics": "easy", "a/b": "hard"}
+    study.write_text(json.dumps({**json.loads(study.read_text()), "pairs": pairs}))
+    said = comparison.run(study, tmp_path / "out", 1)
+    assert "SDRi in dB, a/b" in said
+    assert "3.05" in said
+
+
 @pytest.mark.parametrize("name", ["asked.json", "separators.json"])
-def test_the_studies_that_come_along_are_valid(comparison, name):
+def test_the_studies_that_come_along_are_valid(comparison, name, monkeypatch):
     study = comparison.read_study(LAUNCH / name, {"pairs", "evaluate"})
     for _, leaves in comparison.runs_of(study):
         words = [
@@ -140,3 +168,5 @@ def test_the_studies_that_come_along_are_valid(comparison, name):
         ]
         config = load_config(str(CONFIGS.parent / leaves.get("config", study["config"])), words)
         assert config.seed == leaves["seed"]
+        monkeypatch.setattr(jax, "device_count", lambda: 1)
+        separator_settings(config)

@@ -8,6 +8,7 @@ import soundfile
 
 from tests.evaluation.tones import evaluate_pairs
 from uss_jax.cli.main import main
+from uss_jax.evaluation import run
 
 
 @pytest.mark.parametrize("out", ["results", "results.csv", "run.v1", ".json"])
@@ -29,6 +30,19 @@ def test_inputs_and_files_of_others_are_not_replaced(place, tmp_path, capsys):
     assert (tmp_path / "manifest.csv").read_text() == "file,group\n"
     for _ in range(2):  # results are replaced
         assert evaluate_pairs(place, "soft", tmp_path / "results.json") == 0
+        assert not list(tmp_path.glob(".*unfinished"))
+
+
+def test_a_run_that_was_stopped_while_it_wrote_goes_on(place, tmp_path, monkeypatch):
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_results", stopped)
+        assert evaluate_pairs(place, "soft", tmp_path / "results.json") == 130
+    assert (tmp_path / "results.csv").exists()
+    assert evaluate_pairs(place, "soft", tmp_path / "results.json") == 0
+    assert not list(tmp_path.glob(".*unfinished"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are any bytes on Linux only")

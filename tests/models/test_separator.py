@@ -1,6 +1,7 @@
 """Another separator is a module that fulfils the protocol, a row in SEPARATORS, and a config."""
 
 import json
+import re
 
 import flax.linen as nn
 import numpy as np
@@ -69,6 +70,7 @@ class Gains(nn.Module):
         dict(net="gains", audio_channels=1, **COMMON),
         dict(net="bandsplit", audio_channels=1, **COMMON, **BANDS),
         dict(net="bandsplit", audio_channels=2, **COMMON, **BANDS),
+        dict(net="resunet", audio_channels=2, channels=(4, 4), **COMMON),
     ],
 )
 def test_it_trains_is_measured_separates_and_is_exported(tmp_path, monkeypatch, capsys, separator):
@@ -99,6 +101,10 @@ def test_it_trains_is_measured_separates_and_is_exported(tmp_path, monkeypatch, 
         _takes_one_or_two_channels(estimate, tmp_path, model, capsys)
     else:  # one mask for both
         np.testing.assert_allclose(estimate[0], 2 * estimate[1], atol=1e-6)
+    if stereo:
+        exported = ["export", str(run), "--format", "stablehlo", "--out", str(tmp_path / "hlo")]
+        assert main(exported) == 0
+        assert re.search(r"mixture \[b, 2, \d+\]", (tmp_path / "hlo" / "README.md").read_text())
     for form in ("orbax", "safetensors"):
         exported = str(tmp_path / form)
         assert main(["export", str(run), "--format", form, "--out", exported]) == 0

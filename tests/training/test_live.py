@@ -82,16 +82,29 @@ def test_a_run_evaluates_itself_as_evaluate_does(tmp_path, quick_compilation):
     assert said[4]["eval/half_sdri"] == pytest.approx(rows["half the mixture"]["sdri"], abs=1e-4)
     assert not any("recordings_100" in name for name in said[4])
 
-    # The conditions are computed once, and anew for other pairs.
+    # The conditions are computed once, and anew for other pairs, records or nets.
     arguments = tmp_path / "run", str(place / "records"), "train"
+    written = [(tmp_path / "run" / name).stat().st_mtime_ns for name in (AVERAGES, RECORDINGS)]
     whole = training_conditions(*arguments, pairs, QUERIES)
+    again = [(tmp_path / "run" / name).stat().st_mtime_ns for name in (AVERAGES, RECORDINGS)]
+    assert again == written
     with open(tmp_path / "run" / RECORDINGS, "rb") as file:
         np.testing.assert_array_equal(np.load(file)["vectors"][0], whole["recordings_2"])
-    fewer = training_conditions(*arguments, pairs[:4], ["recordings_1", "recordings_2"])
-    assert list(fewer) == ["recordings_1"]  # these classes have one clip each
-    np.testing.assert_array_equal(fewer["recordings_1"], whole["recordings_1"][:4])
+    fewer = training_conditions(*arguments, pairs[:4], ["average", "recordings_1", "recordings_2"])
+    assert list(fewer) == ["average", "recordings_1"]  # these classes have one clip each
+    for name, vectors in fewer.items():
+        np.testing.assert_array_equal(vectors, whole[name][:4])
+    more = training_conditions(*arguments, pairs, QUERIES)
+    for name, vectors in whole.items():
+        np.testing.assert_array_equal(more[name], vectors)
+    old = dict(np.load(tmp_path / "run" / AVERAGES)) | {"digest": "of another net"}
+    np.savez(tmp_path / "run" / AVERAGES, **{**old, "vectors": old["vectors"] + 1})
+    (same,) = training_conditions(*arguments, pairs, ["average"]).values()
+    np.testing.assert_array_equal(same, whole["average"])
     with Checkpoints(tmp_path / "run" / "checkpoints", keep=None) as checkpoints:
         assert checkpoints.figures(4)["sdri"] == said[4]["eval/sdri"]
+        best = max((2, 4), key=lambda step: said[step]["eval/recordings_1_si_sdri"])
+        assert checkpoints.figures(best)["recordings_1_si_sdri"] > -np.inf
         assert np.isfinite(list(checkpoints.figures(2).values())).all()
 
 
@@ -138,23 +151,51 @@ def test_each_query_asks_with_its_own_conditions(tmp_path):
     assert (classes[others] != classes).all()
 
 
+def test_a_silent_source_is_not_asked_with(tmp_path):
+    write_pairs(tmp_path, CLASSES)
+    pairs = find_pairs(tmp_path)
+    before = other_pairs(pairs, RATE, 1)
+    silent = int(before[0])
+    write_wav(pairs[silent].source, 0 * tone(300, 0.5)[None], RATE)
+    after = other_pairs(pairs, RATE, 1)
+    assert (after[before == silent] != silent).all()
+    assert silent not in after
+
+
 def test_pairs_of_another_length_are_said(tmp_path):
     write_pairs(tmp_path, [3, 5])
     write_wav(tmp_path / "class_id=5" / "1_mixture.wav", tone(300, 0.4)[None], RATE)
     write_wav(tmp_path / "class_id=5" / "1_source.wav", tone(300, 0.4)[None], RATE)
     separator = ResUNet(n_fft=128, hop_samples=64, channels=(4, 4), condition_width=527)
-    evaluate = make_evaluation(
-        separator,
-        QueryNet(None, "one_hot"),
-        {},
-        find_pairs(tmp_path),
-        Asked(),
-        mesh=make_mesh(),
-        sample_rate=RATE,
-        batch_size=8,
-        threads=1,
-    )
     with pytest.raises(
         UserError, match=r"5/1_mixture.wav lasts 0.4 s, other pairs 0.5 s; all config"
     ):
-        evaluate(TrainState(0, {}, {}, ()))
+        make_evaluation(
+            separator,
+            QueryNet(None, "one_hot"),
+            {},
+            find_pairs(tmp_path),
+            Asked(),
+            mesh=make_mesh(),
+            sample_rate=RATE,
+            batch_size=8,
+            threads=1,
+        )
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"query.kind": "embedding", "best_by": "class_sdri"}, "needs conditions of probabilities"),
+        (
+            {"query.kind": "one_hot", "best_by": "average_sdri", "anchors.source": "random"},
+            "needs conditions of training clips, which this run has not",
+        ),
+    ],
+)
+def test_a_best_that_a_run_cannot_tell_is_refused(tmp_path, capsys, changed, said):
+    place = write_place(tmp_path / "place")
+    write_pairs(tmp_path / "pairs", [3, 5])
+    changed = {**changed, "eval.pairs": tmp_path / "pairs"}
+    assert main(train_words("resunet30.py", place, tmp_path / "run", changed)) == 1
+    assert said in capsys.readouterr().err

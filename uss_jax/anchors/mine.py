@@ -38,7 +38,7 @@ from uss_jax.data.index import RecordIndex
 from uss_jax.data.pipeline import batches
 from uss_jax.data.reader import ClipReader
 from uss_jax.devices.mesh import make_mesh, on_all_devices, to_devices
-from uss_jax.disk.atomic import flush_below, move, replacing
+from uss_jax.disk.atomic import flush_below, move, owner, replacing
 from uss_jax.disk.checked_npz import Column, read_npz
 from uss_jax.disk.folder import make_folder
 from uss_jax.disk.lock import InUse, only_one
@@ -459,7 +459,7 @@ def _replace_folder(new: pathlib.Path, place: pathlib.Path) -> None:
       FileNotFoundError: `new` is gone; the old folder stays.
       UserError: in place of another OSError.
     """
-    aside = place.with_name(f".{place.name}.{os.getpid()}")
+    aside = place.with_name(f".{place.name}.{owner()}")
     try:
         flush_below(new)
         if place.is_dir():

@@ -108,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mono",
         action="store_true",
         help="mix down to one channel first, as bytedance/uss does; otherwise all channels share "
-        "a mask, which keeps sounds at their stereo positions",
+        "a mask, which keeps sounds at their stereo positions, unless the model takes two at once",
     )
     parser.add_argument(
         "--format",

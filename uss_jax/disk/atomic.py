@@ -4,14 +4,22 @@ import contextlib
 import errno
 import os
 import pathlib
+import secrets
 import shutil
 from collections.abc import Iterator
 
 from uss_jax.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+# Hosts that share a disk may have equal process ids: that of a container is 1.
+_HOST = secrets.token_hex(4)
 # Temporary files and folders of `with` blocks still running.
 _unfinished: set[pathlib.Path] = set()
+
+
+def owner() -> str:
+    """Returns a name of this process, unlike that of any other on any host."""
+    return f"{os.getpid()}-{_HOST}"
 
 
 @contextlib.contextmanager
@@ -29,7 +37,7 @@ def replacing(path: str | os.PathLike, flush: bool = True) -> Iterator[pathlib.P
     """
     path = pathlib.Path(path)
     # Keeps the suffix, from which some writers choose their format.
-    with _temporary(path, f".{path.stem}.{os.getpid()}{path.suffix}") as temporary:
+    with _temporary(path, f".{path.stem}.{owner()}{path.suffix}") as temporary:
         yield temporary
         if flush:
             move(temporary, path)
@@ -44,7 +52,7 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     Like `replacing`, but an old folder at `path` is removed just before the replacement.
     """
     path = pathlib.Path(path)
-    with _temporary(path, f".{path.name}.{os.getpid()}") as temporary:
+    with _temporary(path, f".{path.name}.{owner()}") as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         if path.is_dir():
@@ -56,7 +64,7 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 def _temporary(path: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
     """Yields the path `name` beside `path` and removes it on exit.
 
-    `name` must hold the process id, so that concurrent runs do not collide.
+    `name` must hold `owner`, so that concurrent runs do not collide.
     """
     temporary = path.with_name(name)
     _unfinished.add(temporary)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 import uss_jax
-from uss_jax.errors import UserError
+from uss_jax.disk.atomic import replacing
 
 
 def unfinished_beside(out: str) -> pathlib.Path:
@@ -56,10 +56,9 @@ class Finished:
         if lines[:1] != [header]:
             lines = [header]
         self.done = dict(json.loads(line) for line in lines[1:])
-        try:
-            self._path.write_text("\n".join(lines) + "\n")
-        except OSError as error:
-            raise UserError(f"{self._path} could not be written ({error.strerror})") from error
+        if jax.process_index() == 0:  # other hosts read the old file or the new one, both whole
+            with replacing(self._path, flush=False) as temporary:
+                temporary.write_text("\n".join(lines) + "\n")
 
     def add(self, key: Hashable, found: Any) -> None:
         """Stores the metrics of one key: nested dictionaries of numbers and arrays."""
@@ -67,8 +66,3 @@ class Finished:
         if self._path is not None and jax.process_index() == 0:
             with self._path.open("a") as file:
                 file.write(json.dumps([key, found], default=lambda array: array.tolist()) + "\n")
-
-    def remove(self) -> None:
-        """Removes the file, at the end of a run."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)

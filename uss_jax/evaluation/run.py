@@ -10,6 +10,7 @@ from uss_jax.devices.precision import HIGHEST
 from uss_jax.disk.checked_json import read_json, record, text
 from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError
+from uss_jax.evaluation.finished import unfinished_beside
 from uss_jax.evaluation.suites import SUITES
 from uss_jax.evaluation.text_table import sibling, write_results
 
@@ -52,6 +53,7 @@ def evaluate(
     how = {"data": os.fspath(data), "uss_jax": uss_jax.__version__, "precision": precision}
     how |= results.pop("how")
     write_results(out, {"suite": suite, "model": os.fspath(model_path), **results, "how": how})
+    unfinished_beside(out).unlink(missing_ok=True)
     return text
 
 
@@ -64,6 +66,8 @@ def _require_replaceable(out: str) -> None:
                 read_json(file, record({"suite": text()}, others=True))
         except (OSError, ValueError) as error:
             raise UserError(f"{out} exists and holds no results; {wanted}") from error
+        return
+    if unfinished_beside(out).exists():  # a run was stopped while it wrote
         return
     for ending in _BESIDE:
         if (beside := sibling(out, ending)).exists():

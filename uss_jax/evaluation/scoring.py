@@ -51,7 +51,7 @@ def score(
       drawn: training recordings to query with; None for none.
       oracle_only: separate each item only once, with the condition of its clean source.
       unfinished: file that stores the metrics of finished batches, to resume an interrupted run;
-        removed at the end.
+        the caller removes it.
 
     Returns:
       Row name -> metric name -> [n], NaN where an item has no condition or its source is silent:
@@ -76,7 +76,6 @@ def score(
             finished.add(number, found)
     figures = _together(finished, batches.places, len(items))
     _require_numbers(model, items, rows, figures)
-    finished.remove()
     return figures, {row.name: row for row in rows}
 
 

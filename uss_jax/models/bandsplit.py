@@ -147,7 +147,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n k w"], asked: Float[Array, "#b _"]
+        self, x: Float[Array, "b n k w"], asked: Float[Array, "#b _"] | None
     ) -> Float[Array, "b n k w"]:
         for axis, span in (("time", self.time_span), ("bands", 0)):
             x = jnp.swapaxes(x, 1, 2)  # the axis of the sequence is now the last but one
@@ -169,18 +169,22 @@ class Layer(nn.Module):
 class AdaptiveNorm(nn.Module):
     """Normalises vectors, then scales and shifts them as the condition says.
 
-    Everything that the condition does is 0 at first, so a gated branch is closed.
+    Everything that the condition does is 0 at first, so a gated branch is closed. Without a
+    condition, scale, shift and gate are parameters.
     """
 
     gated: bool
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b _ _ w"], asked: Float[Array, "#b _"]
+        self, x: Float[Array, "b _ _ w"], asked: Float[Array, "#b _"] | None
     ) -> tuple[Float[Array, "b _ _ w"], Float[Array, "#b 1 1 w"] | None]:
         """Returns the vectors, in float32, and the gate of the branch that they enter, if any."""
-        zeros = nn.initializers.zeros_init()
-        made = nn.Dense((2 + self.gated) * x.shape[-1], kernel_init=zeros, name="modulation")(asked)
+        zeros, width = nn.initializers.zeros_init(), (2 + self.gated) * x.shape[-1]
+        if asked is None:
+            made = self.param("modulation", zeros, (1, width))
+        else:
+            made = nn.Dense(width, kernel_init=zeros, name="modulation")(asked)
         scale, shift, *gate = jnp.split(made[:, None, None], 2 + self.gated, axis=-1)
         return normalised(x) * (1 + scale) + shift, gate[0] if gate else None
 
@@ -345,7 +349,7 @@ class BandSplit(nn.Module):
         bands = jnp.concatenate(parts, axis=2)
         if self.condition_added:
             bands = bands + nn.Dense(self.width, name="added")(asked)[:, None, None]
-            asked = jnp.zeros_like(asked)  # the norms learn a scale, shift and gate for all
+            asked = None
         (x,) = in_compute_dtype(self.dtype, bands)
         layer = nn.remat(Layer) if self.remat else Layer
         for i in range(1, self.layers + 1):

@@ -60,15 +60,17 @@ def make_evaluation(
       sample_rate: sampling rate of the nets, in Hz.
       batch_size: pairs per batch over all devices; a multiple of the number of devices.
       threads: number of threads that read files.
+
+    Raises:
+      UserError: pairs are not equally long.
     """
     # Every host gets the metrics of the whole batch. Computed at highest precision, whatever the
     # precision of training, so that a checkpoint scores the same under `uss-jax evaluate`.
     figures = functools.partial(_figures, separator, query, asked.names)
     jitted = jax.jit(at_precision(HIGHEST, figures), out_shardings=replicated(mesh))
     classes = np.array([pair.class_index for pair in pairs])
-    read = functools.partial(
-        _read, pairs, asked, sample_rate=sample_rate, samples=pairs[0].samples(sample_rate)
-    )
+    samples = _common_length(pairs, sample_rate)
+    read = functools.partial(_read, pairs, asked, sample_rate=sample_rate, samples=samples)
     mine = jax.process_index(), jax.process_count()
 
     def evaluate(state: TrainState) -> dict[str, float]:
@@ -88,6 +90,18 @@ def make_evaluation(
         return {**means, "seconds": time.monotonic() - began}
 
     return evaluate
+
+
+def _common_length(pairs: Sequence[Pair], sample_rate: int) -> int:
+    """Returns the length of all pairs in samples; raises a UserError if they are not equal."""
+    samples = pairs[0].samples(sample_rate)
+    for pair in pairs:
+        if (found := pair.samples(sample_rate)) != samples:
+            raise UserError(
+                f"{pair.mixture} lasts {found / sample_rate:.4g} s, other pairs "
+                f"{samples / sample_rate:.4g} s; all config.eval.pairs must be equally long"
+            )
+    return samples
 
 
 def _figures(
@@ -135,12 +149,6 @@ def _read(
 ) -> dict[str, np.ndarray]:
     """Reads a pair and what it is asked with."""
     pair = pairs[row]
-    found = pair.samples(sample_rate)
-    if found != samples:
-        raise UserError(
-            f"{pair.mixture} lasts {found / sample_rate:.4g} s, other pairs "
-            f"{samples / sample_rate:.4g} s; all config.eval.pairs must be equally long"
-        )
     read = {side: pair.read(side, sample_rate)[:samples] for side in ("mixture", "source")}
     require_sound(pair.name, **read)
     read["class_index"] = np.int32(pair.class_index)

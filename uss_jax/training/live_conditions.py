@@ -5,13 +5,18 @@ Letters: `n` pairs, `c` numbers of recordings, `d` width of the condition.
 
 import concurrent.futures
 import dataclasses
-import functools
+import hashlib
+import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Float, Int
 
+from uss_jax.bundles.bundle import net_hash
 from uss_jax.bundles.model import Model
 from uss_jax.disk.atomic import replacing
 from uss_jax.disk.checked_npz import Column, read_npz
@@ -29,7 +34,12 @@ AVERAGES, RECORDINGS = "class_averages.npz", "recordings_asked.npz"
 # Names of queries, see `config.eval.queries`; "recordings_4" are four training recordings.
 AVERAGE, CLASS, SHUFFLED, SOME = "average", "class", "shuffled", "recordings_"
 
-_Vectors = Callable[[], dict[int, Float[np.ndarray, "_ d"]]]
+# Files of older versions have no digest, and are computed again.
+_DIGEST = {"digest": Column("U", optional=True)}
+_COLUMNS = {
+    AVERAGES: {**_DIGEST, "classes": Column("i8", "m"), "vectors": Column("f4", "m d")},
+    RECORDINGS: {**_DIGEST, "vectors": Column("f4", "c n d")},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,18 +66,20 @@ class Asked:
 def other_pairs(pairs: Sequence[Pair], sample_rate: int, threads: int) -> Int[np.ndarray, " n"]:
     """Returns for each pair another whose class is absent from its mixture; -1 if there is none.
 
-    The choice is that of `uss-jax evaluate pairs`.
+    The choice is that of `uss-jax evaluate pairs`, which leaves out silent sources too.
     """
 
-    def digest(numbered: tuple[int, Pair]) -> str:
-        number, pair = numbered
+    def digest(pair: Pair) -> str | None:
         source = pair.read("source", sample_rate)[: pair.samples(sample_rate)]
-        return f"silent {number}" if is_silent(source) else samples_digest(source)
+        return None if is_silent(source) else samples_digest(source)
 
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        digests = list(pool.map(digest, enumerate(pairs)))
+        found = list(pool.map(digest, pairs))
+    digests = [digest or f"silent {number}" for number, digest in enumerate(found)]
     classes = [pair.class_index for pair in pairs]
-    return unrelated_items(classes, digests, [pair.other_class_index for pair in pairs])
+    others = unrelated_items(classes, digests, [pair.other_class_index for pair in pairs])
+    heard = np.array([digest is not None for digest in found])
+    return np.where(heard[others], others, -1)
 
 
 def training_conditions(
@@ -76,7 +88,8 @@ def training_conditions(
     """Returns the conditions of training clips that pairs are asked with, by name of the query.
 
     Rows of pairs whose class has too few clips are NaN; a query that no pair has is left out.
-    Computed once and cached in the workdir: the nets that compute conditions must be frozen.
+    The first host computes what the workdir does not hold yet, of these nets, records and pairs;
+    all read it there. The nets that compute conditions must be frozen.
 
     Args:
       workdir: workdir with config and frozen nets.
@@ -88,68 +101,78 @@ def training_conditions(
     Raises:
       UserError: a cached file cannot be read.
     """
-
-    @functools.cache
-    def vectors() -> dict[int, np.ndarray]:
-        model = Model(workdir)
-        classes = sorted({pair.class_index for pair in pairs})
-        return class_vectors(model, open_clips(records, split, model)[0], classes)
-
-    found = {}
-    if AVERAGE in queries:
-        found[AVERAGE] = _averages(workdir / AVERAGES, pairs, vectors)
     counts = [int(name.removeprefix(SOME)) for name in queries if name.startswith(SOME)]
-    if counts:
-        drawn = _recordings(workdir / RECORDINGS, pairs, counts, vectors)
+    wanted = [
+        name for name, there in ((AVERAGES, AVERAGE in queries), (RECORDINGS, counts)) if there
+    ]
+    if jax.process_index() == 0 and wanted:
+        _cache(workdir, wanted, records, split, pairs, counts)
+    multihost_utils.sync_global_devices("conditions of training clips are written")
+    found = {}
+    if AVERAGES in wanted:
+        stored = _read(workdir / AVERAGES)
+        averages = dict(zip(stored["classes"].tolist(), stored["vectors"], strict=True))
+        none = np.full(stored["vectors"].shape[1], np.nan, np.float32)
+        found[AVERAGE] = np.stack([averages.get(pair.class_index, none) for pair in pairs])
+    if RECORDINGS in wanted:
+        drawn = _read(workdir / RECORDINGS)["vectors"]
         found |= {f"{SOME}{count}": rows for count, rows in zip(counts, drawn, strict=True)}
     return {name: rows for name, rows in found.items() if np.isfinite(rows).any()}
 
 
-def _averages(
-    path: pathlib.Path, pairs: Sequence[Pair], vectors: _Vectors
-) -> Float[np.ndarray, "n d"]:
-    if not path.exists():
-        found = averaged(vectors())
-        rows = list(found.values()) or np.zeros((0, 0), np.float32)
-        with replacing(path) as temporary:
-            np.savez(temporary, classes=np.array(list(found), np.int64), vectors=rows)
-    stored = _read(path, {"classes": Column("i8", "m"), "vectors": Column("f4", "m d")})
-    averages = dict(zip(stored["classes"].tolist(), stored["vectors"], strict=True))
-    none = np.full(stored["vectors"].shape[1], np.nan, np.float32)
-    return np.stack([averages.get(pair.class_index, none) for pair in pairs])
-
-
-def _recordings(
-    path: pathlib.Path, pairs: Sequence[Pair], counts: Sequence[int], vectors: _Vectors
-) -> Float[np.ndarray, "c n d"]:
-    """Returns the conditions of recordings drawn for each pair, as `uss-jax evaluate` draws them.
-
-    The file is written again if pairs or counts have changed.
-    """
-    classes = np.array([pair.class_index for pair in pairs], np.int64)
-    columns = {
-        "counts": Column("i8", "c"),
-        "classes": Column("i8", "n"),
-        "vectors": Column("f4", "c n d"),
-    }
-    stored = _read(path, columns) if path.exists() else {}
-    wanted = {"counts": np.array(counts, np.int64), "classes": classes}
-    if not all(np.array_equal(stored.get(name), of) for name, of in wanted.items()):
-        of_classes = by_name(vectors())
-        width = next((of.shape[1] for of in of_classes.values()), 0)
+def _cache(
+    workdir: pathlib.Path,
+    wanted: Sequence[str],
+    records: str,
+    split: str,
+    pairs: Sequence[Pair],
+    counts: Sequence[int],
+) -> None:
+    """Writes the wanted files, unless they are there and of the same nets, records and pairs."""
+    model = Model(workdir)
+    reader, _ = open_clips(records, split, model)
+    classes = [pair.class_index for pair in pairs]
+    about = [model.query_hash, net_hash(model.sed.variables), model.segment_samples]
+    about += [reader.index.digest, split, classes]
+    digests = {AVERAGES: _digest(about), RECORDINGS: _digest([*about, list(counts)])}
+    stale = [name for name in wanted if _digest_of(workdir / name) != digests[name]]
+    if not stale:
+        return
+    vectors = class_vectors(model, reader, sorted(set(classes)))
+    width = next((of.shape[1] for of in vectors.values()), 0)
+    if AVERAGES in stale:
+        averages = averaged(vectors)
+        rows = np.array(list(averages.values()), np.float32).reshape(-1, width)
+        written = {"classes": np.array(list(averages), np.int64), "vectors": rows}
+        _write(workdir / AVERAGES, digests[AVERAGES], written)
+    if RECORDINGS in stale:
         labels, heard = [pair.label for pair in pairs], np.ones(len(pairs), bool)
-        rows = Drawn(of_classes, counts).rows(labels, heard, width)
-        drawn = [np.where(row.exists[:, None], row.conditions, np.float32(np.nan)) for row in rows]
-        stored = {**wanted, "vectors": np.stack(drawn)}
-        with replacing(path) as temporary:
-            np.savez(temporary, **stored)
-    return stored["vectors"]
+        drawn = [
+            np.where(row.exists[:, None], row.conditions, np.float32(np.nan))
+            for row in Drawn(by_name(vectors), counts).rows(labels, heard, width)
+        ]
+        _write(workdir / RECORDINGS, digests[RECORDINGS], {"vectors": np.stack(drawn)})
 
 
-def _read(path: pathlib.Path, columns: Mapping[str, Column]) -> dict[str, np.ndarray]:
+def _digest(about: Any) -> str:
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def _digest_of(path: pathlib.Path) -> str | None:
+    """Returns the digest of what a file was computed from; None without a file or digest."""
+    found = _read(path).get("digest") if path.exists() else None
+    return None if found is None else str(found)
+
+
+def _write(path: pathlib.Path, digest: str, columns: Mapping[str, np.ndarray]) -> None:
+    with replacing(path) as temporary:
+        np.savez(temporary, digest=digest, **columns)
+
+
+def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         with open(path, "rb") as file:
-            return read_npz(file, columns)
+            return read_npz(file, _COLUMNS[path.name])
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read ({error}); remove it to have it computed again"

@@ -100,7 +100,7 @@ def make_separation_step(
     Args:
       nets: separator, query net and detector.
       optimizer: optimiser of all trained parameters.
-      loss: maps estimate and target [b, 1, s] to one value per item.
+      loss: maps estimate and target [b, a, s] to one value per item.
       anchoring, mixing, updating: options of the parts of the step.
     """
 

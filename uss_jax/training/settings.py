@@ -393,8 +393,8 @@ def _check_separator(settings: SeparatorSettings) -> None:
     channels, pan = settings.separator.get("audio_channels", 1), settings.mixing.pan
     if channels != (2 if pan else 1):  # records are mono
         raise UserError(
-            f"config.separator.audio_channels is {channels}, expected 1 with config.mixing.pan=0 "
-            "and 2 with a higher one, which makes stereo mixtures"
+            f"config.mixing.pan={pan:g} makes mixtures of {2 if pan else 1} channels, "
+            f"config.separator.audio_channels is {channels}; change one of them"
         )
     if settings.eval.pairs and settings.eval.every_steps < 1:
         raise UserError(

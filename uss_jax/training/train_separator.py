@@ -164,9 +164,10 @@ def _evaluation(
     def evaluation(frozen: Any) -> Evaluate:
         asked = _asked(settings, around, pairs, workdir)
         names = ", ".join(["sources", *asked.names])
+        absent = ", ".join(name for name in settings.eval.queries if name not in asked.names)
         say(
             f"evaluating {counted(len(pairs), 'pair')} every {settings.eval.every_steps} steps, "
-            f"asked with: {names}"
+            f"asked with: {names}{absent and f'; this run has no {absent} (configs/README.md)'}"
         )
         return make_evaluation(
             separator,

@@ -57,7 +57,7 @@ part/collection/layer/.../leaf, convolutions are HWIO, dense layers (in, out).
     read = lambda name: jax.export.deserialize(bytearray(open(name, "rb").read()))
     separated = read("separate.stablehlo").call(mixture, condition)
 
-mixture [b, {samples}] float32 at {rate} Hz, condition [b, {width}] float32, any b; needs only jax.
+mixture {shape} float32 at {rate} Hz, condition [b, {width}] float32, any b; needs only jax.
 Matrix products and convolutions of float32 arrays use the precision `{precision}`.
 {condition}""",
 }
@@ -352,6 +352,8 @@ def _read_me(
     bundle: Bundle, form: str, window: int, precision: str, has_card: bool, left_out: Iterable[str]
 ) -> str:
     config = bundle.config
+    separator, _ = bundle.separator()
+    channels = separator.audio_channels
     segment = round(config["segment_seconds"] * _rate(bundle))
     if "query" in config:
         words = KINDS[config["query"].get("kind", "soft")].words.format(samples=segment)
@@ -360,9 +362,9 @@ def _read_me(
     if bundle.holds("adaptor") and not bundle.holds("query"):
         words = "The condition is what the adaptor makes of the requested class, in uss_jax only."
     about = {
-        "samples": window,
+        "shape": f"[b, {window}]" if channels == 1 else f"[b, {channels}, {window}]",
         "rate": _rate(bundle),
-        "width": bundle.separator()[0].condition_width,
+        "width": separator.condition_width,
         "precision": precision,
         "condition": f"{words}\n",
     }

@@ -109,7 +109,6 @@ def score_sentences(
             figures = _score_sentence(model, clean, noisy, averages, reference_blocks)
             finished.add(clean.name, figures)
     per_sentence = [finished.done[clean.name] for clean, _ in test]
-    finished.remove()
     return _summary(per_sentence)
 
 

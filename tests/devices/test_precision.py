@@ -294,7 +294,8 @@ def test_a_stopped_evaluation_does_not_go_on_at_another_precision(place):
 
     coarse, exact = (Model(place / "separator", word) for word in ("default", "highest"))
     assert list(_identity(coarse, [], [], 8, True)) != list(_identity(exact, [], [], 8, True))
-    assert list(identity(coarse, {}, [])) != list(identity(exact, {}, []))
+    about = {}, "legacy: False", [], []
+    assert list(identity(coarse, *about)) != list(identity(exact, *about))
 
 
 @pytest.mark.parametrize(

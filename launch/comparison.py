@@ -12,20 +12,18 @@ each row is drawn if the runs evaluate themselves (`eval.pairs`). The same comma
 comparison that was stopped; a run whose results are there is not looked at again.
 """
 
-import argparse
 import concurrent.futures
 import json
 import os
 import pathlib
 import queue
-import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
-from scaling_study import TRAIN, name_of, read_study, runs_of, train
+from scaling_study import TRAIN, call, name_of, printed, read_study, runs_of, study_parser, train
 
 from uss_jax.disk.atomic import replacing
 from uss_jax.errors import UserError
@@ -56,11 +54,7 @@ def evaluate(study: dict[str, Any], workdir: pathlib.Path, cores: set[int] | Non
         out.parent.mkdir(exist_ok=True)
         words = ["--model", str(workdir), "--data", folder, "--out", str(out)]
         command = [*study.get("launch", TRAIN), "evaluate", "pairs", *words]
-        process = subprocess.Popen([*command, *study.get("evaluate", [])])
-        if cores:
-            os.sched_setaffinity(process.pid, cores)
-        if status := process.wait():
-            raise UserError(f"{workdir}: evaluation ended with status {status}; see above")
+        call([*command, *study.get("evaluate", [])], f"{workdir}: evaluation", cores)
 
 
 def run_all(study: dict[str, Any], out: pathlib.Path, parallel: int) -> list[dict[str, str]]:
@@ -186,13 +180,7 @@ def run(path: pathlib.Path, out: pathlib.Path, parallel: int) -> str:
 
 def main() -> int:
     """The command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("study", type=pathlib.Path, help="JSON file of the study")
-    parser.add_argument(
-        "--out", type=pathlib.Path, required=True, help="folder for runs and results"
-    )
+    parser = study_parser(__doc__)
     parser.add_argument(
         "--parallel",
         type=int,
@@ -202,12 +190,7 @@ def main() -> int:
         help="runs at a time, each on its share of the CPU cores (Linux)",
     )
     args = parser.parse_args()
-    try:
-        print(run(args.study, args.out, args.parallel))
-    except UserError as error:
-        print(f"comparison: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return printed("comparison", lambda: run(args.study, args.out, args.parallel))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Set
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib
@@ -92,13 +93,21 @@ def train(
         if not key.isupper()
     ]
     command = [*study.get("launch", TRAIN), "train", "--config", config]
-    process = subprocess.Popen(
-        [*command, "--workdir", str(workdir), *words], env={**os.environ, **environment}
-    )
+    call([*command, "--workdir", str(workdir), *words], f"{workdir}: training", cores, environment)
+
+
+def call(
+    command: list[str],
+    what: str,
+    cores: set[int] | None,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Runs a command to its end, on these CPU cores or any; a UserError says that `what` failed."""
+    process = subprocess.Popen(command, env={**os.environ, **environment})
     if cores:
         os.sched_setaffinity(process.pid, cores)
     if status := process.wait():
-        raise UserError(f"{workdir}: training ended with status {status}; see above")
+        raise UserError(f"{what} ended with status {status}; see above")
 
 
 def result_of(workdir: pathlib.Path) -> dict[str, float]:
@@ -199,22 +208,32 @@ def run(path: pathlib.Path, out: pathlib.Path) -> str:
     return f"{text}\n{said}\n{out}: results.json, table.md, scaling.png"
 
 
-def main() -> int:
-    """The command."""
+def study_parser(description: str) -> argparse.ArgumentParser:
+    """The arguments of every study."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("study", type=pathlib.Path, help="JSON file of the study")
     parser.add_argument(
         "--out", type=pathlib.Path, required=True, help="folder for runs and results"
     )
-    args = parser.parse_args()
+    return parser
+
+
+def printed(program: str, run: Callable[[], str]) -> int:
+    """Prints what there is to read, or an error in one sentence; returns the exit status."""
     try:
-        print(run(args.study, args.out))
+        print(run())
     except UserError as error:
-        print(f"scaling_study: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def main() -> int:
+    """The command."""
+    args = study_parser(__doc__).parse_args()
+    return printed("scaling_study", lambda: run(args.study, args.out))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ _COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What each pair is asked with, besides the condition of its source.
+    """The conditions of each pair, besides that of its source.
 
     Attributes:
       vectors: name of a query -> conditions [n, d], NaN for pairs that have none.

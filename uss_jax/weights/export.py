@@ -142,7 +142,7 @@ def export(
         if card:
             (unfinished / CARD).write_text(card, encoding="utf-8")
         (unfinished / "README.md").write_text(
-            _read_me(bundle, form, window, precision, bool(card), left_out)
+            _read_me(bundle, separator, form, window, precision, bool(card), left_out)
         )
     return (
         f"on noise, its output differs from the model's by {_difference(original, found):.1e} of "
@@ -349,11 +349,15 @@ def _require_flatbuffers() -> None:
 
 
 def _read_me(
-    bundle: Bundle, form: str, window: int, precision: str, has_card: bool, left_out: Iterable[str]
+    bundle: Bundle,
+    separator: SeparatorNet,
+    form: str,
+    window: int,
+    precision: str,
+    has_card: bool,
+    left_out: Iterable[str],
 ) -> str:
-    config = bundle.config
-    separator, _ = bundle.separator()
-    channels = separator.audio_channels
+    config, channels = bundle.config, separator.audio_channels
     segment = round(config["segment_seconds"] * _rate(bundle))
     if "query" in config:
         words = KINDS[config["query"].get("kind", "soft")].words.format(samples=segment)

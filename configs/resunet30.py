@@ -106,6 +106,12 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
     # in the mixture ("masked"). "other", "mean" and "mix" need `table`.
     config.query.source = ConfigDict(dict(own=1.0, other=0.0, mean=0.0, mix=0.0, masked=0.0))
     config.query.groups = ""  # label file with a column `group`: "other" is of another group
+    # For conditions of texts: the folder of all-MiniLM-L6-v2, by which items are asked with their
+    # class's name in several phrases; "": with the bare name, whose vector is in the package.
+    config.query.text_encoder = ""
+    # The folder that `uss-jax captions` wrote: clips that have one are asked with their caption.
+    config.query.captions = ""
+    config.query.text_share = 0.5  # share of items asked with a text, where sounds can ask too
 
     config.separator = ConfigDict()
     config.separator.n_fft = 2048

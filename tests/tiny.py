@@ -12,9 +12,11 @@ import pathlib
 import jax
 import numpy as np
 
-from uss_jax.bundles.nets import fields_of
+from uss_jax.bundles.nets import build_query, fields_of, init_adaptors
+from uss_jax.bundles.node_vectors import load_node_vectors
 from uss_jax.models.cnn14 import Cnn14
 from uss_jax.models.htsat import HTSAT
+from uss_jax.models.query import KINDS
 from uss_jax.models.resunet import ResUNet
 from uss_jax.models.yamnet import YAMNet
 
@@ -40,7 +42,8 @@ ONE_BLOCK = TINY_HTSAT.clone(depths=(1,), heads=(2,))  # for what compiles long
 # Tiny nets take longer to compile than to run.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
-_WIDTHS = {"one_hot": 527, "soft": 527, "class_vectors": 6, "embedding": 6}
+WIDTHS = {"one_hot": 527, "soft": 527, "class_vectors": 6, "embedding": 6}
+WIDTHS |= {"text": 384, "text_or_audio": 7}
 
 
 def random_variables(net, *shapes, seed=0):
@@ -79,13 +82,13 @@ def write_tagger(path, seed=0, net=TAGGER) -> pathlib.Path:
 
 def write_separator(path, kind="soft", seed=0) -> pathlib.Path:
     """A separator bundle with query net and detector."""
-    separator = ResUNet(n_fft=128, hop_samples=64, channels=(4, 4), condition_width=_WIDTHS[kind])
+    separator = ResUNet(n_fft=128, hop_samples=64, channels=(4, 4), condition_width=WIDTHS[kind])
     model = fields_of(TAGGER)
-    sections = {
-        "separator": fields_of(separator),
-        "query": {"kind": kind, "model": None if kind == "one_hot" else model},
-        "sed": {"model": model},
-    }
+    asked = KINDS[kind]
+    query = {"kind": kind, "model": model if asked.recordings else None}
+    if kind == "text_or_audio":
+        query |= {"adaptor_width": WIDTHS[kind], "adaptor_hidden": 8}
+    sections = {"separator": fields_of(separator), "query": query, "sed": {"model": model}}
     variables = tagger_variables(seed)
     parts = {
         "separator": random_variables(
@@ -93,10 +96,20 @@ def write_separator(path, kind="soft", seed=0) -> pathlib.Path:
         ),
         "sed": variables,
     }
-    if kind != "one_hot":
+    if asked.recordings:
         parts["query"] = variables
+    parts |= {name: {"params": tree} for name, tree in parts_of_query(query, seed).items()}
     _write(path, "separator", sections, parts)
     return pathlib.Path(path)
+
+
+def parts_of_query(section, seed=0):
+    """Random adaptors, and the names in the package, of a query net's section."""
+    net = build_query({k: v for k, v in section.items() if k != "model"}, section["model"])
+    parts = jax.tree.map(np.asarray, init_adaptors(net, jax.random.key(seed)))
+    if net.takes.texts:
+        parts["names"] = {"names": load_node_vectors().of_classes()}
+    return parts
 
 
 def _write(path, kind, sections, parts) -> None:

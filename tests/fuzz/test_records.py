@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.data.test_encodings import SAMPLES, STORED
 from tests.data.test_foreign import NAMES, _record
 from tests.fuzz.damage import check_words, damaged, fuzz, json_values
+from uss_jax.anchors.captions import open_captions, write_captions
 from uss_jax.anchors.conditions import open_conditions, write_header, write_shard
 from uss_jax.anchors.table import COLUMNS as TABLE_COLUMNS
 from uss_jax.anchors.table import AnchorTable, read_table, write_table
@@ -225,3 +226,31 @@ def test_a_record_is_right_or_refused(data):
         assert len(set(clip.labels)) == len(clip.labels) or schema.label_form in ("mid", "name")
     except ValueError as error:
         check_words(error)
+
+
+@pytest.fixture(scope="module")
+def captions(records, tmp_path_factory):
+    """A folder of captions, and what it holds."""
+    folder = tmp_path_factory.mktemp("captions") / "captions"
+    vectors = np.arange(8, dtype=np.float32).reshape(2, 4)
+    write_captions(folder, ["a", "", "b"], lambda some: vectors, "minilm", records[1], int)
+    return folder, vectors
+
+
+@fuzz
+@given(st.data())
+def test_captions_are_right_or_refused(records, captions, tmp_path_factory, data):
+    good, vectors = captions
+    folder = tmp_path_factory.mktemp("damaged")
+    which = data.draw(st.sampled_from(["header.json", "row.npy", "vectors.npy"]))
+    for file in good.iterdir():
+        content = file.read_bytes()
+        content = data.draw(damaged(content)) if file.name == which else content
+        (folder / file.name).write_bytes(content)
+    try:
+        there, found = open_captions(folder, records[1], "minilm").read(np.arange(3))
+    except UserError as error:
+        check_words(error)
+        return
+    assert there.tolist() == [True, False, True]
+    np.testing.assert_array_equal(found, vectors)

@@ -1,7 +1,8 @@
 """Bundles: a model on disk with everything needed to use it. A workdir can be used as one.
 
 A bundle is a folder with `config.json` and a folder for each part: `separator`, `query` (the
-tagging net that computes conditions), `adaptor` (if the query has one), `sed`; or all parts are in
+tagging net that computes conditions), `adaptor` and `text_adaptor` (if the query has them), `names`
+(sentence vectors of the classes' names, if it takes texts), `sed`; or all parts are in
 one safetensors file, where a `tagger` is both `query` and `sed`. Tagging nets that a separator's
 bundle does not hold are those in the package with the same hash. In a workdir the frozen parts are
 under `frozen/`, and the trained ones in the newest checkpoint, as a moving average if there is one.
@@ -46,6 +47,8 @@ from uss_jax.models.tagging import TaggingNet
 FORMAT_VERSION = 1
 # Names of these parts in a checkpoint or safetensors file that holds one net for both.
 _TRAINED_AS = {"query": "tagger", "sed": "tagger"}
+# Parts of the query net besides its tagging net.
+OF_QUERY = ("adaptor", "text_adaptor", "names")
 # Schema of config.json; unknown keys are ignored.
 _NET = lambda value, key: text(*nets.TAGGERS)(value, key)  # noqa: E731, with rows added later
 _TAGGER = record({}, {**nets.FIELD_RULES, "net": _NET}, others=True)
@@ -99,8 +102,8 @@ class Bundle:
     def holds(self, part: str) -> bool:
         """Returns whether the model has variables of a part."""
         query = self.config.get("query", {})
-        if part == "adaptor":
-            return bool(query.get("adaptor_width"))
+        if part in OF_QUERY:
+            return bool(query) and part in nets.parts_of_query(self._query_net())
         if part == "query":
             return query.get("model") is not None
         return part in self.config
@@ -126,7 +129,7 @@ class Bundle:
         return sed, variables
 
     def query(self, read: Read | None = None) -> tuple[QueryNet, Variables]:
-        """Returns the query net and its variables, including those of an adaptor.
+        """Returns the query net and its variables, including those of adaptors and names.
 
         The query net of a tagger has the kind `soft`.
         """
@@ -137,10 +140,11 @@ class Bundle:
             self._require_audioset(query.tagger, "query")
             _, tagger = self._built("query", lambda net: net, query.tagger, read)
             variables = {item: {"tagger": tagger[item]} for item in variables}
-        if query.adaptor_width:
-            adaptor = (read or self.variables)("adaptor")
-            self._require_finite("adaptor", adaptor)
-            variables["params"]["adaptor"] = adaptor["params"]
+        for part, layout in nets.parts_of_query(query).items():
+            found = (read or self.variables)(part)
+            require_same_layout(layout, found["params"], part, str(self.path))
+            self._require_finite(part, found)
+            variables["params"] |= found["params"] if part == "names" else {part: found["params"]}
         return query, variables
 
     def at_sample_rate(self, sample_rate: int) -> "Bundle":

@@ -1,6 +1,7 @@
 """The nets of a bundle, callable on arrays.
 
-Letters: `b` batch, `t` samples, `s` samples of a segment, `d` width of the condition.
+Letters: `b` batch, `t` samples, `s` samples of a segment, `k` classes,
+`t` width of a sentence vector, `d` width of the condition.
 """
 
 import functools
@@ -155,6 +156,18 @@ class Model:
         net = self.query
         adapt = at_precision(net.precision, net.module.apply)
         return np.asarray(adapt(net.variables, jnp.asarray(vectors), method="adapt"))
+
+    def of_classes(self, sets: Float[np.ndarray, "b k"]) -> Float[np.ndarray, "b d"]:
+        """Returns the conditions of sets of classes, for kinds that classes are conditions of."""
+        net = self.query
+        asked = at_precision(net.precision, net.module.apply)
+        return np.asarray(asked(net.variables, jnp.asarray(sets), method="of_classes"))
+
+    def of_texts(self, vectors: Float[np.ndarray, "b t"]) -> Float[np.ndarray, "b d"]:
+        """Returns the conditions of sentence vectors, for kinds that take texts."""
+        net = self.query
+        adapt = at_precision(net.precision, net.module.apply)
+        return np.asarray(adapt(net.variables, jnp.asarray(vectors), text=True, method="adapt"))
 
     def separate(
         self, mixture: Float[np.ndarray, "b t"], condition: Float[Array | np.ndarray, "b d"]

@@ -21,7 +21,7 @@ from uss_jax.models.bandsplit import BandSplit
 from uss_jax.models.cnn14 import Cnn14, Cnn14DecisionLevelMax
 from uss_jax.models.htsat import HTSAT
 from uss_jax.models.norm import MOMENTUM
-from uss_jax.models.query import KINDS, Adaptor, QueryNet
+from uss_jax.models.query import KINDS, TEXT_WIDTH, Adaptor, QueryNet
 from uss_jax.models.resunet import ResUNet
 from uss_jax.models.separator import SeparatorNet
 from uss_jax.models.tagging import TaggingNet, at_momentum, unknown_classes
@@ -214,6 +214,11 @@ def build_query(section: Mapping[str, Any], model: Mapping[str, Any] | None) -> 
         raise UserError(
             f"query.one_class_share needs probabilities: query.kind={kinds}, not {query.kind}"
         )
+    if query.takes.texts and query.takes.reads and (query.shortcut or not query.adaptor_width):
+        raise UserError(
+            f"query.kind={query.kind} needs query.adaptor_width above 0, the width of conditions "
+            "of either, and no query.shortcut"
+        )
     if query.shortcut and query.adaptor_width not in (0, width := query.source_width):
         raise UserError(
             f"query.shortcut needs query.adaptor_width={width}, the width of the adaptor's input"
@@ -337,8 +342,22 @@ def _inputs(net: TaggingNet | SeparatorNet) -> tuple[jax.Array, ...]:
     return waveform, jnp.zeros((1, net.condition_width), jnp.float32)
 
 
-def init_adaptor(net: QueryNet, key: jax.Array) -> Any:
-    """Initialises the parameters of a query net's adaptor."""
+def init_adaptors(net: QueryNet, key: jax.Array) -> dict[str, Any]:
+    """Initialises the parameters of a query net's adaptors, by name."""
+    if not net.adaptor_width:
+        return {}
     adaptor = Adaptor(net.adaptor_width, net.adaptor_hidden)
-    unadapted = jnp.zeros((1, net.source_width))
-    return adaptor.init(key, unadapted, train=False)["params"]
+    found = {"adaptor": adaptor.init(key, jnp.zeros((1, net.source_width)), train=False)}
+    if net.takes.texts and net.takes.reads:
+        key = jax.random.fold_in(key, 1)
+        found["text_adaptor"] = adaptor.init(key, jnp.zeros((1, TEXT_WIDTH)), train=False)
+    return {name: variables["params"] for name, variables in found.items()}
+
+
+def parts_of_query(net: QueryNet) -> dict[str, Any]:
+    """Returns the shapes of a query net's parameters by part, besides its tagging net."""
+    parts = jax.eval_shape(functools.partial(init_adaptors, net), jax.random.key(0))
+    if net.takes.texts:
+        names = jax.ShapeDtypeStruct((net.classes, TEXT_WIDTH), jnp.float32)
+        parts["names"] = {"names": names}
+    return parts

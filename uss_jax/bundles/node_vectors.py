@@ -1,6 +1,6 @@
 """The sentence vectors of all ontology nodes that travel in the package.
 
-Letters: `n` nodes, in the order of the ontology, `d` width.
+Letters: `n` nodes, in the order of the ontology, `k` classes, `d` width.
 """
 
 import dataclasses
@@ -40,6 +40,11 @@ class NodeVectors:
     template: str
     encoder: str
 
+    def of_classes(self) -> Float[np.ndarray, "k d"]:
+        """Returns the vectors of the nodes that are classes, by class index."""
+        row = {mid: at for at, mid in enumerate(self.mids)}
+        return self.vectors[[row[mid] for mid in load_ontology().class_mids]]
+
 
 def spoken(name: str) -> str:
     """Returns a node's name in lower case, except acronyms: "UK garage", "telephone dialing, DTMF".
@@ -56,6 +61,11 @@ def _is_acronym(word: str) -> bool:
 def node_texts(template: str = TEMPLATE) -> list[str]:
     """Returns the text of every node, in the order of the ontology."""
     return [template.format(name=spoken(node.name)) for node in load_ontology().nodes.values()]
+
+
+def class_texts(template: str = TEMPLATE) -> list[str]:
+    """Returns the text of every class."""
+    return [template.format(name=spoken(name)) for name in load_ontology().class_names]
 
 
 def load_node_vectors() -> NodeVectors:

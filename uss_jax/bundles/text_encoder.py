@@ -39,12 +39,10 @@ from uss_jax.disk.checked_json import (
 )
 from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError, counted
-from uss_jax.models.minilm import MiniLM
+from uss_jax.models.minilm import WIDTH, MiniLM
 
 CONFIG, TENSORS, TOKENIZER = FILES = ("config.json", "model.safetensors", "tokenizer.json")
 KIND = "text_encoder"
-# Width of the vectors; those of the nodes in the package have it too.
-WIDTH = 384
 # As sentence-transformers truncates for this encoder; counts the two special tokens.
 MOST_TOKENS = 256
 # Sentences are padded to one of these numbers of tokens, and batches to one of these of sentences.

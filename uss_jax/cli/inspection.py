@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from uss_jax.anchors.captions import VECTORS as CAPTIONS
+from uss_jax.anchors.captions import read_captions_header
 from uss_jax.anchors.conditions import HEADER, read_conditions_header
 from uss_jax.anchors.table import COLUMNS, read_header
 from uss_jax.bundles import nets
-from uss_jax.bundles.bundle import Bundle, Variables, net_hash, read_bundle
+from uss_jax.bundles.bundle import OF_QUERY, Bundle, Variables, net_hash, read_bundle
 from uss_jax.bundles.card import read_card
 from uss_jax.bundles.checkpoints import latest_step
 from uss_jax.bundles.packaged import find_bundle
@@ -29,12 +31,12 @@ from uss_jax.ontology import load_ontology
 from uss_jax.separation.banks import load_bank
 
 _TAIL_BYTES = 1 << 16  # read from the end of metrics.jsonl: many lines
-_PARTS = ("separator", "query", "adaptor", "sed")
+_PARTS = ("separator", "query", *OF_QUERY, "sed")
 _OPENED = ("separator", "query", "sed")
 _CLASSES_SHOWN = 8
 _KINDS = (
     "a bundle, workdir, export, sentence encoder, checkpoint, folder of records or of mined "
-    "conditions, anchor table or query bank"
+    "conditions, captions, anchor table or query bank"
 )
 
 
@@ -57,6 +59,8 @@ def inspect(path: str | os.PathLike) -> list[str]:
         return _of_encoder(path)
     if (path / "config.json").is_file():
         return _of_model(path)
+    if (path / CAPTIONS).is_file():
+        return _of_captions(path)
     if (path / HEADER).is_file():
         return _of_conditions(path)
     if (path / "metadata.json").is_file():
@@ -152,7 +156,8 @@ def _opened(bundle: Bundle, stored: Mapping[str, tuple[Variables, str]]) -> Iter
             continue
         if part == "query" and bundle.config["kind"] == "separator":
             taken = f"those made with query net {net_hash(variables)}"  # as `query list` prints
-            yield f"query banks: {'none, it is queried by class' if net.tagger is None else taken}"
+            banks = net.tagger is not None or net.takes.texts
+            yield f"query banks: {taken if banks else 'none, it is queried by class'}"
 
 
 def _adaptor(config: dict[str, Any]) -> str:
@@ -162,14 +167,14 @@ def _adaptor(config: dict[str, Any]) -> str:
 
 def _of_part(bundle: Bundle, part: str, variables: Variables, found: str) -> Iterator[str]:
     """Yields a part's parameter counts by module, and its hash, compared with the config's."""
-    section = bundle.config["query" if part == "adaptor" else part]
+    section = bundle.config["query" if part in OF_QUERY else part]
     sizes: dict[str, int] = {}
     dtypes = set()
     for name, leaf in flatten_dict(variables["params"]).items():
         dtypes.add(str(leaf.dtype))
         sizes[name[0]] = sizes.get(name[0], 0) + int(np.size(leaf))
     said = bundle.config.get("hashes", {}).get(part, found)
-    fields = section.get("model", section) if part != "adaptor" else {}
+    fields = section.get("model", section) if part not in OF_QUERY else {}
     tables = {"separator": nets.SEPARATORS, "query": nets.TAGGERS, "sed": nets.TAGGERS}
     net = nets.name_of(tables[part], fields) if part in tables else part
     stored = f" in {'/'.join(sorted(dtypes))}" if dtypes != {"float32"} else ""
@@ -271,6 +276,16 @@ def _of_conditions(path: pathlib.Path) -> list[str]:
         f"{path}: mined conditions of {shards}, {header['output']} of width {header['width']}",
         f"  query net: {header['query_model'].get('net')}, {header['query_hash']}",
         f"  anchors: {header['anchors_digest']}",
+    ]
+
+
+def _of_captions(path: pathlib.Path) -> list[str]:
+    header = read_captions_header(path)
+    return [
+        f"{path}: {counted(header['captions'], 'caption')} of clips, vectors of width "
+        f"{header['width']}",
+        f"  sentence encoder: {header['encoder']}",
+        f"  records: {header['index_digest']}",
     ]
 
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "index": "index and verify a directory of TFRecords",
     "train-tagger": "train a tagging and sound event detection net on weak labels",
     "mine": "find the anchors of every clip once, for training",
+    "captions": "encode the captions of clips, for training with texts",
     "train": "train a separator; the same command resumes",
     "make-pairs": "build evaluation pairs (mixture, source) from records",
     "evaluate": "compute the metrics of a model on a data set",
@@ -35,7 +36,7 @@ COMMANDS = {
     "inspect": "describe a bundle, checkpoint, records directory or anchor table",
 }
 _COMPILING = {"train-tagger", "mine", "train", "make-pairs", "evaluate", "separate", "query"}
-_COMPILING |= {"export", "tag"}
+_COMPILING |= {"export", "tag", "captions"}
 
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
 """Makes and lists stored queries: vectors of example recordings, for `uss-jax separate --query`.
 
 make   one vector per folder (or single recording), named after it: silence removed, averaged over
-       the segments of each recording, then over recordings
+       the segments of each recording, then over recordings; and one per text
 list   lists the vectors of a bank
 """
 
@@ -18,9 +18,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     make.add_argument(
         "examples",
         type=path,
-        nargs="+",
+        nargs="*",
         metavar="FOLDER",
         help="folder with recordings of one sound, or one recording",
+    )
+    make.add_argument(
+        "--text",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="TEXT",
+        help="sounds described in English, for models of classes or texts",
+    )
+    make.add_argument(
+        "--text-encoder",
+        type=path,
+        metavar="DIR",
+        help="with --text: as in `uss-jax separate`",
     )
     make.add_argument("--model", type=path, required=True, metavar="B", help="bundle or workdir")
     make.add_argument("--overwrite", action="store_true", help="replace BANK.npz if it exists")
@@ -29,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "example:\n"
         "  uss-jax query make sounds.npz doorbells/ my_dog.wav --model uss\n"
+        '  uss-jax query make words.npz --text "a puppy whines" --text-encoder minilm --model uss\n'
         "  uss-jax query list sounds.npz\n"
         "  uss-jax separate street.wav --model uss --query sounds.npz --out separated"
     )
@@ -58,23 +73,39 @@ def _make(args: argparse.Namespace) -> None:
     import numpy as np
 
     from uss_jax.bundles.model import Model
+    from uss_jax.bundles.text_encoder import TextEncoder
     from uss_jax.separation.banks import Bank, require_npz, write_bank
-    from uss_jax.separation.example_vectors import name_of_examples, vector_of_recordings
+    from uss_jax.separation.example_vectors import (
+        AVERAGED,
+        name_of_examples,
+        vector_of_recordings,
+    )
+    from uss_jax.separation.words import conditions_of_texts
 
+    if not (args.examples or args.text):
+        raise UserError("nothing to store; give folders of recordings, or --text")
+    if args.text_encoder and not args.text:
+        raise UserError("--text-encoder has no effect without --text; leave it out")
     require_npz(args.bank)
     if pathlib.Path(args.bank).exists() and not args.overwrite:
         raise UserError(f"{args.bank} exists; give --overwrite to replace it")
     names = [name_of_examples(example) for example in args.examples]
+    model = Model(args.model)
+    vectors, how = {}, [AVERAGED] if names else []
+    if args.text:
+        encoder = TextEncoder(args.text_encoder) if args.text_encoder else None
+        vectors, said = conditions_of_texts(model, encoder, args.text)
+        how.append(said)
+        names += vectors
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f'two examples are called "{min(twice)}"; rename one of them')
-    model = Model(args.model)
-    vectors = [vector_of_recordings(model, example) for example in args.examples]
+    of_examples = [vector_of_recordings(model, example) for example in args.examples]
     bank = Bank(
         tuple(names),
-        np.stack(vectors),
+        np.stack([*of_examples, *vectors.values()]),
         model.query.module.kind,
         model.query_hash,
-        f"averaged over example recordings without their silence, for {args.model}",
+        f"{'; '.join(how)}; for {args.model}",
     )
     write_bank(args.bank, bank)
     print(f"{args.bank}: {counted(len(names), 'vector')}")

@@ -19,7 +19,9 @@ Queries:
   --text TEXT ...           sounds described in English: each asks for the nearest node of the
                             ontology, as --classes would. With --text-encoder nearness is that of
                             meanings ("puppy whining" is near "Whimper (dog)"), without it that of
-                            words ("cats meowing"). --dry-run shows what is near
+                            words ("cats meowing"). --dry-run shows what is near. A model that
+                            was trained with texts (query.kind text, text_or_audio) is asked with
+                            the text itself
   --query FOLDER            the sound in the example recordings of the folder
   --query BANK.npz          every vector of a bank; with --classes, only those with these names
 """
@@ -161,13 +163,15 @@ _BY_WORDS = (
 def run(args: argparse.Namespace) -> None:
     from uss_jax.bundles.model import Model
     from uss_jax.bundles.packaged import PACKAGED
+    from uss_jax.bundles.text_encoder import TextEncoder
     from uss_jax.models.query import HEARD
     from uss_jax.separation.job import for_each, heard, separate_all
     from uss_jax.separation.recordings import Separator, Settings
 
     _refuse_idle_options(args)
     if args.text and args.dry_run:
-        print("\n".join(map(str, _found(args))))
+        encoder = TextEncoder(args.text_encoder) if args.text_encoder else None
+        print("\n".join(map(str, _found(args, encoder))))
         if not args.audio and not args.files_from:
             return
     out = args.out or "separated"
@@ -260,9 +264,8 @@ def _refuse_idle_options(args: argparse.Namespace) -> None:
         refuse_idle(args, ("residual",), "with --sum-to-mixture, which leaves no residual")
 
 
-def _found(args: argparse.Namespace, model=None) -> list:
+def _found(args: argparse.Namespace, encoder, model=None) -> list:
     """Returns what the texts ask for, of the classes that the model has outputs for."""
-    from uss_jax.bundles.text_encoder import TextEncoder
     from uss_jax.models.tagging import unknown_classes
     from uss_jax.separation.words import excludes, find_texts
 
@@ -270,7 +273,6 @@ def _found(args: argparse.Namespace, model=None) -> list:
         print(_BY_WORDS, file=sys.stderr)
     if any(map(excludes, args.text)):
         print("a text cannot leave sounds out; --without NAME does", file=sys.stderr)
-    encoder = TextEncoder(args.text_encoder) if args.text_encoder else None
     takes = model and model.query.module.takes
     unknown = unknown_classes(model.tagger.module) if takes and takes.probabilities else ()
     return find_texts(args.text, encoder, args.similarity, args.nearest or 1, unknown)
@@ -283,9 +285,15 @@ def _takes_out(args: argparse.Namespace) -> bool:
 
 def _query(args: argparse.Namespace, model, threshold: float, asked: dict[str, Any]):
     """Returns the query; adds to `asked`, for the reports, what texts ask for."""
+    from uss_jax.bundles.text_encoder import TextEncoder
     from uss_jax.separation.banks import read_bank
-    from uss_jax.separation.example_vectors import name_of_examples, vector_of_recordings
+    from uss_jax.separation.example_vectors import (
+        AVERAGED,
+        name_of_examples,
+        vector_of_recordings,
+    )
     from uss_jax.separation.queries import Classes, Vectors, level_sets, parse_classes, without
+    from uss_jax.separation.words import vectors_of_texts
 
     def less(sets):
         if not args.without:
@@ -303,10 +311,17 @@ def _query(args: argparse.Namespace, model, threshold: float, asked: dict[str, A
         sets = less(level_sets(args.levels, args.first_parent))
         return Classes(sets, threshold, only_active=True)
     if args.text:
-        found = _found(args, model)
+        encoder = TextEncoder(args.text_encoder) if args.text_encoder else None
+        found = _found(args, encoder, model)
         print("\n".join(map(str, found)))
-        asked["text"] = [one.facts() for one in found]
+        by_vector = bool(encoder) and model.query.module.takes.texts and not args.without
+        how = "its sentence vector" if by_vector else "the classes of these nodes"
+        print(f"{args.model} is asked with {how}")
+        asked["text"] = [{**one.facts(), "asked_with": how} for one in found]
         asked |= {"text_encoder": args.text_encoder, "nearest": args.nearest or 1}
+        if by_vector:
+            vectors = vectors_of_texts(model, encoder, [one.text for one in found])
+            return Vectors({one.name: vector for one, vector in zip(found, vectors, strict=True)})
         return Classes(less({one.name: one.class_indexes for one in found}), threshold)
     if args.query is None:
         if _takes_out(args):
@@ -320,7 +335,9 @@ def _query(args: argparse.Namespace, model, threshold: float, asked: dict[str, A
                 "--classes selects from a bank, but --query is not a bank (.npz); use only one"
             )
         vector = vector_of_recordings(model, args.query)
+        asked["query_how"] = AVERAGED
         return Vectors({name_of_examples(args.query): vector})
     bank = read_bank(args.query, model)
+    asked["query_how"] = bank.how
     rows = bank.select(args.classes or bank.name, args.query)
     return Vectors({bank.name[row]: bank.vectors[row] for row in rows})

@@ -85,8 +85,8 @@ class Block:
 
         def make(item: LabelledFile) -> Record | Skipped:
             path = os.path.join(self.audio, item.file)
-            where = item.segment, item.shared
-            return prepare_clip(path, item.id, item.labels, self.settings, *where)
+            about = item.segment, item.shared, item.caption
+            return prepare_clip(path, item.id, item.labels, self.settings, *about)
 
         outcome = Outcome({}, {})
         with replacing(self.path) as temporary, WRITTEN.writer(temporary) as writer:

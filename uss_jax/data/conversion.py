@@ -67,6 +67,7 @@ def prepare_clip(
     settings: ClipSettings,
     segment: tuple[float, float] | None = None,
     shared: bool = False,
+    caption: str = "",
 ) -> Record | Skipped:
     """Converts a recording to a record, or returns why it is skipped. Pure but for reading `path`.
 
@@ -75,7 +76,7 @@ def prepare_clip(
       id: clip name in the records.
       labels: class indexes.
       settings: conversion settings.
-      segment, shared: see LabelledFile.
+      segment, shared, caption: see LabelledFile.
     """
     try:
         if not labels:
@@ -96,7 +97,7 @@ def prepare_clip(
         return Skipped("cut off" if isinstance(error, CutOff) else "unreadable", str(error))
     samples = to_int16(waveform)
     audio = flac_bytes(samples, settings.sample_rate) if settings.encoding == "flac" else samples
-    data = serialise(id.encode(errors="surrogateescape"), audio, labels)
+    data = serialise(id.encode(errors="surrogateescape"), audio, labels, caption)
     return Record(data, float(np.mean(np.abs(waveform) > 1)))
 
 

@@ -1,7 +1,8 @@
 """Label files: the classes of each clip. Two forms are read, recognised by their first line.
 
-file,labels                       a header line; more columns may follow, `split` selects rows
-dogs/a.wav,Bark;Dog               labels separated by ";": names, mids or class indexes
+file,labels                       a header line; more columns may follow: `split` selects rows,
+dogs/a.wav,Bark;Dog               `caption` is a sentence on what is heard; labels are separated by
+                                  ";": names, mids or class indexes
 
 # YTID, start_seconds, ...        AudioSet's own segments, as published
 --PJHxphWEs, 30.000, 40.000, "/m/09x0r,/t/dd00088"
@@ -35,6 +36,7 @@ class LabelledFile(NamedTuple):
       segment: begin and end of the labelled part, in seconds, if the file may be the whole video;
         None: the whole file is labelled.
       shared: other lines label other segments of the file, so it must be the whole video.
+      caption: a sentence on what is heard; empty if there is none.
     """
 
     file: str
@@ -42,6 +44,7 @@ class LabelledFile(NamedTuple):
     line: int
     segment: tuple[float, float] | None = None
     shared: bool = False
+    caption: str = ""
 
     @property
     def id(self) -> str:
@@ -225,7 +228,8 @@ def _table(
         if not fields["file"]:
             raise UserError(f'{path}, line {line}: the column "file" is empty; name a recording')
         labels = resolve(line, fields["labels"].split(";"))
-        labelled.append(LabelledFile(os.path.normpath(fields["file"]), labels, line))
+        file, caption = os.path.normpath(fields["file"]), fields.get("caption", "")
+        labelled.append(LabelledFile(file, labels, line, caption=caption))
     if not labelled and other_splits:
         found = ", ".join(f'"{other}"' for other in sorted(other_splits))
         raise UserError(f'{path} has no line with "{split}" in the column "split"; it has {found}')

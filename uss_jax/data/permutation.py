@@ -13,6 +13,7 @@ _ROUND_KEYS = np.arange(1, 41, dtype=np.uint64) * np.uint64(_GOLDEN)
 PLACES, CLIPS, LABELS = 1, 2, 3
 ANCHORS, JITTER, ARRANGEMENTS = 4, 5, 6
 ASKED, OTHERS, WEIGHTS = 7, 8, 9
+TEMPLATES, BY_TEXT = 10, 11
 
 
 def scramble(x: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:

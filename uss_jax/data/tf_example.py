@@ -3,6 +3,7 @@
     id      bytes   clip name, UTF-8
     audio   bytes   little-endian int16 PCM, mono; or a FLAC file
     labels  int64   class indexes, ascending
+    caption bytes   a sentence on what is heard, UTF-8; only if there is one
 
 Sampling rate and encoding are the same for all records of a directory, see data/metadata.py.
 data/schema.py describes records that differ from this layout.
@@ -20,6 +21,7 @@ from uss_jax.data.schema import Schema
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 
+CAPTION = "caption"
 # Feature names common in other data sets, in the order they are tried.
 _GUESSES = {
     "id": ("id", "clip_id", "video_id", "ytid", "YTID", "audio_id", "fname", "filename", "key"),
@@ -85,7 +87,12 @@ class Clip(NamedTuple):
     labels: tuple[int, ...]
 
 
-def serialise(id: bytes, samples: Int16[np.ndarray, " t"] | bytes, labels: Sequence[int]) -> bytes:
+def serialise(
+    id: bytes,
+    samples: Int16[np.ndarray, " t"] | bytes,
+    labels: Sequence[int],
+    caption: str = "",
+) -> bytes:
     """Serialises a clip deterministically; `samples` given as bytes are a FLAC file."""
     example = tf_example_pb2.Example()
     feature = example.features.feature
@@ -93,6 +100,8 @@ def serialise(id: bytes, samples: Int16[np.ndarray, " t"] | bytes, labels: Seque
     audio = samples if isinstance(samples, bytes) else samples.astype("<i2", copy=False).tobytes()
     feature["audio"].bytes_list.value.append(audio)
     feature["labels"].int64_list.value.extend(sorted(set(labels)))
+    if caption:
+        feature[CAPTION].bytes_list.value.append(caption.encode(errors="surrogateescape"))
     return example.SerializeToString(deterministic=True)
 
 
@@ -118,6 +127,21 @@ def parse(payload: bytes, schema: Schema | None = None) -> Clip:
     else:
         audio = _one_bytes(feature, schema.audio)
     return Clip(id=id, audio=audio, labels=_labels(feature[schema.labels], schema))
+
+
+def caption_of(payload: bytes, feature: str = CAPTION) -> str:
+    """Returns the caption in a record; "" if it has none.
+
+    Raises:
+      ValueError: it is not one text.
+    """
+    found = _features(payload)
+    if feature not in found:
+        return ""
+    try:
+        return _one_bytes(found, feature).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"has a {feature} that is not UTF-8") from error
 
 
 def _features(payload: bytes) -> Mapping[str, Any]:

@@ -4,6 +4,7 @@ Each mixture is separated with
 - the condition of the clean source ("oracle"),
 - the condition averaged over training recordings of its class ("class average"),
 - the mean condition of a few such recordings, drawn for the mixture ("1 recording", ...),
+- a text on it ("text"): its sentence vector, or the classes that it asks for,
 - the tagging probability of its class in the mixture, others zero ("class alone"),
 - the oracle of an unrelated item ("shuffled oracle"): shows whether the query matters, and its
   level shows the leakage when the queried sound is absent.
@@ -25,12 +26,16 @@ from uss_jax.bundles.model import Model
 from uss_jax.errors import UserError, counted
 from uss_jax.evaluation.items import Batches, on_host, samples_digest
 from uss_jax.evaluation.metrics import is_silent
+from uss_jax.evaluation.wording import Wording, require_labels
+from uss_jax.models.tagging import unknown_classes
 from uss_jax.ontology import load_ontology
+from uss_jax.separation.words import require_same_encoder
 
 ORACLE, AVERAGE, CLASS = "oracle", "class average", "class alone"
 SHUFFLED, IDENTITY = "shuffled oracle", "target alone"
 MIXTURE, HALF = "the mixture", "half the mixture"
-_BEFORE, _AFTER = (ORACLE, AVERAGE), (CLASS, SHUFFLED, IDENTITY, HALF, MIXTURE)
+TEXT = "text"
+_BEFORE, _AFTER = (ORACLE, AVERAGE), (TEXT, CLASS, SHUFFLED, IDENTITY, HALF, MIXTURE)
 
 
 def row_of(recordings: int) -> str:
@@ -95,15 +100,17 @@ def find_rows(
     batches: Batches,
     averages: dict[str, Float[np.ndarray, " d"]] | None,
     drawn: Drawn | None,
+    wording: Wording | None,
     oracle_only: bool,
 ) -> list[Row]:
     """Computes the conditions of every query that at least one item has."""
-    items = batches.items
+    items, takes = batches.items, model.query.module.takes
+    require_labels(wording, items)
     conditions, digests, heard = oracle_conditions(model, batches)
     if not heard.any():
         raise UserError("every source is silent, so no metric is defined; check the recordings")
     asked = heard
-    if not model.query.module.takes.recordings:  # without a class there is no query
+    if not takes.recordings:  # without a class there is no query
         asked = heard & [item.class_index is not None for item in items]
         if not asked.any():
             raise UserError(
@@ -120,8 +127,11 @@ def find_rows(
         )
     if drawn:
         rows += drawn.rows([item.label for item in items], heard, conditions.shape[1])
-    if model.query.module.takes.probabilities:
-        rows.append(_one_class_conditions(model, batches, heard, conditions.shape[1]))
+    if wording is not None or takes.texts:
+        rows += _text_rows(model, batches, heard, conditions.shape[1], wording)
+    if takes.probabilities:
+        sets = [() if item.class_index is None else (item.class_index,) for item in items]
+        rows.append(_heard_classes(CLASS, model, batches, heard, sets, conditions.shape[1]))
     classes = [item.label if item.class_index is None else item.class_index for item in items]
     others = unrelated_items(classes, digests, [item.other_class_index for item in items])
     exists = heard & (others >= 0) & asked[others]
@@ -154,25 +164,64 @@ def oracle_conditions(
     return np.stack(conditions), digests, heard
 
 
-def _one_class_conditions(
-    model: Model, batches: Batches, heard: Bool[np.ndarray, " n"], width: int
-) -> Row:
-    """Conditions on the class's tagging probability in the mixture, all others zero.
+def _text_rows(
+    model: Model,
+    batches: Batches,
+    heard: Bool[np.ndarray, " n"],
+    width: int,
+    wording: Wording | None,
+) -> list[Row]:
+    """Conditions on a text on each item; none for conditions that texts cannot ask for.
 
-    This is the reference's query. Items without an AudioSet class have none; the reference would
-    not separate them.
+    A model that takes texts gets the sentence vector, or that of the class's name without an
+    encoder; another the classes that the text asks for, as `separate --text` does.
+    """
+    items, takes = batches.items, model.query.module.takes
+    names = len(load_ontology().class_mids)
+    if wording is None:
+        sets = [() if item.class_index is None else (item.class_index,) for item in items]
+    elif takes.texts:
+        vectors = wording.vectors(wording.of(items))
+        require_same_encoder(model, wording.encoder)
+        return [Row(TEXT, model.of_texts(vectors), heard)]
+    else:
+        sets = wording.classes(wording.of(items), unknown_classes(model.tagger.module))
+    if takes.classes:
+        indicators = np.zeros((len(items), names), np.float32)
+        for at, indexes in enumerate(sets):
+            indicators[at, list(indexes)] = 1
+        exists = heard & [len(indexes) > 0 for indexes in sets]
+        return [Row(TEXT, model.of_classes(indicators), exists)]
+    if takes.probabilities:
+        return [_heard_classes(TEXT, model, batches, heard, sets, width)]
+    return []
+
+
+def _heard_classes(
+    name: str,
+    model: Model,
+    batches: Batches,
+    heard: Bool[np.ndarray, " n"],
+    sets: Sequence[Sequence[int]],
+    width: int,
+) -> Row:
+    """Conditions on the tagging probabilities of classes in the mixture, all others zero.
+
+    This is the reference's query. Items without a class have none; the reference would not separate
+    them.
     """
     items, tagger = batches.items, model.tagger.on(batches.mesh)
     conditions = np.zeros((len(items), width), np.float32)
-    exists = heard & [item.class_index is not None for item in items]
+    exists = heard & [len(indexes) > 0 for indexes in sets]
     which = [number for number, at in enumerate(batches.places) if exists[at].any()]
     for number, (mixture,) in batches.read(("mixture",), which, "classes asked for"):
         at = batches.places[number]
         found = on_host(tagger(batches.put(mixture))["clipwise"], batches.mesh)[: len(at)]
-        classes = np.array([items[place].class_index or 0 for place in at])
-        one = np.arange(found.shape[1]) == classes[:, None]
-        conditions[at] = model.adapt(np.where(one, found, 0).astype(np.float32))
-    return Row(CLASS, conditions, exists)
+        asked = np.zeros(found.shape, bool)
+        for row, place in enumerate(at.tolist()):
+            asked[row, list(sets[place])] = True
+        conditions[at] = model.adapt(np.where(asked, found, 0).astype(np.float32))
+    return Row(name, conditions, exists)
 
 
 def unrelated_items(

@@ -25,6 +25,7 @@ from uss_jax.evaluation.finished import Finished, stamps
 from uss_jax.evaluation.items import Batches, Item, Waveforms, require_sound
 from uss_jax.evaluation.metrics import FLOOR, is_silent, separation_figures
 from uss_jax.evaluation.rows import HALF, IDENTITY, MIXTURE, ORACLE, Drawn, Row, find_rows, in_order
+from uss_jax.evaluation.wording import Wording
 
 # A CPU core separates one item at a time, to stay in cache, and tags several, to amortise reading
 # 80 M parameters.
@@ -39,6 +40,7 @@ def score(
     averages: dict[str, Float[np.ndarray, " d"]] | None = None,
     *,
     drawn: Drawn | None = None,
+    wording: Wording | None = None,
     oracle_only: bool = False,
     unfinished: str | os.PathLike | None = None,
 ) -> tuple[dict[str, Figures], dict[str, Row]]:
@@ -49,6 +51,7 @@ def score(
       items: items to separate.
       averages: label -> averaged condition, if available.
       drawn: training recordings to query with; None for none.
+      wording: texts to query with; None for those of a model that takes texts, by itself.
       oracle_only: separate each item only once, with the condition of its clean source.
       unfinished: file that stores the metrics of finished batches, to resume an interrupted run;
         the caller removes it.
@@ -66,7 +69,7 @@ def score(
     tagged = Batches(items, lengths, model.sample_rate, _ROWS_TAGGED_BY_CORE)
     separator = model.separator_on(batches.mesh)
     with jax.set_mesh(batches.mesh):
-        rows = find_rows(model, tagged, averages, drawn, oracle_only)
+        rows = find_rows(model, tagged, averages, drawn, wording, oracle_only)
         finished = Finished(unfinished, _identity(model, items, rows, batches.size, oracle_only))
         which = [number for number in range(len(batches.places)) if number not in finished.done]
         for number, sides in batches.read(("mixture", "source"), which, "evaluate"):

@@ -9,6 +9,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+# Width of the vectors of all-MiniLM-L6-v2.
+WIDTH = 384
+
 
 class MiniLM(nn.Module):
     """Maps tokens [b, l] to sentence vectors [b, d] of unit norm.
@@ -27,7 +30,7 @@ class MiniLM(nn.Module):
     vocabulary: int = 30522
     positions: int = 512
     token_types: int = 2
-    width: int = 384
+    width: int = WIDTH
     layers: int = 6
     heads: int = 12
     hidden_width: int = 1536

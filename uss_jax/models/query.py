@@ -2,9 +2,11 @@
 
 Kinds of condition: `one_hot` (the class); of the clean target, `soft` (tagging probabilities),
 `class_vectors` (vectors of the tagging net's last layer, weighted by the probabilities) and
-`embedding` (its hidden layer).
+`embedding` (its hidden layer); `text` (the vector of a sentence on the target); `text_or_audio`
+(either of the last two, each through an adaptor).
 
-Letters: `b` batch, `s` samples, `k` classes, `e` embedding, `d` width of the condition.
+Letters: `b` batch, `s` samples, `k` classes, `e` embedding, `t` width of a sentence vector, `d`
+width of the condition.
 """
 
 import dataclasses
@@ -16,11 +18,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from uss_jax.models.film import scaled_to
+from uss_jax.models.minilm import WIDTH as TEXT_WIDTH
 from uss_jax.models.tagging import TaggingNet, unknown_classes
 
 _OF_RECORDINGS = (
     '`read("condition.stablehlo").call(recording)` computes conditions from recordings of the '
     "requested sound, [b, {samples}]."
+)
+_OF_TEXTS = (
+    '`read("text_condition.stablehlo").call(vector)` computes conditions from sentence vectors of '
+    "all-MiniLM-L6-v2, [b, 384]; names.npy has those of the classes' names."
 )
 
 
@@ -34,6 +41,7 @@ class Kind:
       words: how the user of an exported model makes one; `samples` is the length of a segment.
       classes: a class, or set of classes, is a condition by itself.
       probabilities: tagging probabilities, those of some classes alone too, are a condition.
+      texts: a sentence vector is a condition; a class is asked for by its name.
     """
 
     reads: str | None
@@ -41,6 +49,7 @@ class Kind:
     words: str = _OF_RECORDINGS
     classes: bool = False
     probabilities: bool = False
+    texts: bool = False
 
     @property
     def recordings(self) -> bool:
@@ -57,6 +66,10 @@ KINDS = {
     "soft": Kind(reads="clipwise", probabilities=True),
     "class_vectors": Kind(reads="clipwise", weighs_vectors=True, probabilities=True),
     "embedding": Kind(reads="embedding"),
+    "text": Kind(reads=None, words=_OF_TEXTS, classes=True, texts=True),
+    "text_or_audio": Kind(
+        reads="embedding", words=f"{_OF_RECORDINGS}\n{_OF_TEXTS}", classes=True, texts=True
+    ),
 }
 
 # A queried class is separated where its probability is at least this (as in bytedance/uss).
@@ -110,12 +123,15 @@ class Adaptor(nn.Module):
 
 
 class QueryNet(nn.Module):
-    """Computes the condition of a target waveform (of a class index, for `one_hot`).
+    """Computes the condition of a target: of its waveform, its class index or a text on it.
+
+    With kinds that take texts, the parameters have the sentence vectors of the classes' names,
+    [k, t], under `names`. `text_or_audio` has a second adaptor, `text_adaptor`.
 
     Attributes:
-      tagger: the tagging net; its parameters are under `tagger`. None for `one_hot`.
+      tagger: the tagging net; its parameters are under `tagger`. None for kinds that read none.
       kind: one of KINDS.
-      classes: width of `one_hot`.
+      classes: number of classes.
       adaptor_width: width of the adaptor's output, the condition; 0 for no adaptor.
       adaptor_hidden: width of the adaptor's hidden layer.
       shortcut: add the adaptor's input to its output (needs equal widths).
@@ -144,9 +160,9 @@ class QueryNet(nn.Module):
 
     @property
     def source_width(self) -> int:
-        """Width of a condition before the adaptor."""
+        """Width of a condition before the adaptor; of audio, if texts can be given too."""
         if self.takes.reads is None:
-            return self.classes
+            return TEXT_WIDTH if self.takes.texts else self.classes
         return self.tagger.embedding_width if self.takes.weighs_vectors else self.output_width
 
     @property
@@ -167,6 +183,7 @@ class QueryNet(nn.Module):
         train: bool = False,
         vector: Float[Array, "b _"] | None = None,
         masked: tuple[Bool[Array, "b"], Float[Array, "b s"]] | None = None,
+        text: tuple[Bool[Array, "b"], Float[Array, "b t"]] | None = None,
     ) -> Float[Array, "b d"]:
         """Computes the condition of each item.
 
@@ -177,6 +194,8 @@ class QueryNet(nn.Module):
           vector: outputs of the tagging net, computed before; None: those of `waveform`.
           masked: marks the items that are asked with the probability of their class in the mixture,
             all others zero, and the mixtures; None if there are none.
+          text: marks the items that are asked with a text, and the sentence vectors; None if there
+            are none.
         """
         if self.kind not in KINDS:
             raise ValueError(
@@ -185,7 +204,7 @@ class QueryNet(nn.Module):
         if vector is not None:
             x = vector
         elif self.takes.reads is None:
-            x = jax.nn.one_hot(class_index, self.classes, dtype=waveform.dtype)
+            x = self._asked_by(jax.nn.one_hot(class_index, self.classes, dtype=waveform.dtype))
         else:
             x = self.tagger(waveform, train=train and self.finetune)[self.takes.reads]
             x = x if self.finetune else jax.lax.stop_gradient(x)
@@ -200,7 +219,27 @@ class QueryNet(nn.Module):
             alone = jax.random.bernoulli(key, self.one_class_share, class_index.shape)
             alone &= self._can_be_asked(class_index)
             x = jnp.where(alone[:, None], _one_class(x, class_index), x)
-        return self.adapt(x, train)
+        if text is None:
+            return self.adapt(x, train)
+        where, vectors = text
+        if self.takes.reads is None:
+            return self.adapt(jnp.where(where[:, None], vectors, x), train)
+        by_text = self.adapt(vectors, train, text=True)
+        return jnp.where(where[:, None], by_text, self.adapt(x, train))
+
+    def of_classes(self, sets: Float[Array, "b k"]) -> Float[Array, "b d"]:
+        """Computes the conditions of sets of classes, 1 for a class in the set and 0 elsewhere.
+
+        For kinds that take texts, it is that of the mean of the names' vectors, at norm 1.
+        """
+        return self.adapt(self._asked_by(sets), text=self.takes.texts)
+
+    def _asked_by(self, sets: Float[Array, "b k"]) -> Float[Array, "b _"]:
+        """Returns what the adaptor takes for sets of classes."""
+        if not self.takes.texts:
+            return sets
+        names = jax.lax.stop_gradient(self.get_variable("params", "names"))
+        return scaled_to(jnp.matmul(sets, names, precision=jax.lax.Precision.HIGHEST), 1.0)
 
     def _can_be_asked(self, class_index: Int[Array, "b"]) -> Bool[Array, "b"]:
         """Returns whether the tagging net has an output for each class."""
@@ -209,8 +248,13 @@ class QueryNet(nn.Module):
         )
 
     @nn.compact
-    def adapt(self, x: Float[Array, "b _"], train: bool = False) -> Float[Array, "b d"]:
-        """Maps an output of the tagging net, or a vector made by hand, to the condition."""
+    def adapt(
+        self, x: Float[Array, "b _"], train: bool = False, text: bool = False
+    ) -> Float[Array, "b d"]:
+        """Maps an output of the tagging net, or a vector made by hand, to the condition.
+
+        `text` says that it is a sentence vector, for kinds that take waveforms too.
+        """
         if self.dropout:
             x = nn.Dropout(self.dropout, rng_collection="augment")(x, deterministic=not train)
         if self.takes.weighs_vectors:
@@ -218,7 +262,8 @@ class QueryNet(nn.Module):
             x = weighted_vectors(x, vectors if self.finetune else jax.lax.stop_gradient(vectors))
         if not self.adaptor_width:
             return x
-        adapted = Adaptor(self.adaptor_width, self.adaptor_hidden, name="adaptor")(x, train)
+        name = "text_adaptor" if text and self.takes.reads else "adaptor"
+        adapted = Adaptor(self.adaptor_width, self.adaptor_hidden, name=name)(x, train)
         if not self.shortcut:
             return adapted
         if x.shape[-1] != self.adaptor_width:

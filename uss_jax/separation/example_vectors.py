@@ -20,6 +20,8 @@ _SILENT_PEAK = 0.02
 _NOTHING = 1e-4
 _FRAMES_A_SECOND = 10
 _BATCH_SIZE = 8
+# How the vector of a sound is made, for banks and reports.
+AVERAGED = "averaged over example recordings without their silence"
 
 
 def remove_silence(
@@ -84,9 +86,11 @@ def vector_of_recordings(model: Model, path: str | os.PathLike) -> Float32[np.nd
     Raises:
       UserError: the model's condition is one-hot, or nothing sounds in the recordings.
     """
-    if not model.query.module.takes.recordings:
+    takes = model.query.module.takes
+    if not takes.recordings:
         raise UserError(
-            f"{model.path} takes classes, not recordings; give --classes instead of --query"
+            f"{model.path} takes classes{' and texts' if takes.texts else ''}, not recordings; "
+            f"give --classes{' or --text' if takes.texts else ''} instead of --query"
         )
     vectors = []
     for file in _recordings(pathlib.Path(path)):

@@ -124,7 +124,7 @@ class Classes:
     """Queries sets of classes in the segments where they are heard, as bytedance/uss does.
 
     The condition of a segment is made of its tagging probabilities, with those outside the set
-    zeroed, or of the set's indicator vector if the model's condition is one-hot. A segment is
+    zeroed, or of the set itself if classes are conditions of the model. A segment is
     active if any probability of the set reaches the threshold.
 
     Attributes:
@@ -177,10 +177,12 @@ class Classes:
             if model.query.module.takes.classes:
                 vectors = np.zeros((1, probabilities.shape[1]), np.float32)
                 vectors[0, indexes] = 1
+                conditions = model.of_classes(vectors)
             else:
                 vectors = np.zeros_like(probabilities)
                 vectors[:, indexes] = probabilities[:, indexes]
-            targets.append(Target(name, model.adapt(vectors), active))
+                conditions = model.adapt(vectors)
+            targets.append(Target(name, conditions, active))
         return targets
 
 

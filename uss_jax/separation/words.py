@@ -3,7 +3,7 @@
 With a sentence encoder, nodes are ranked by the angle between the vectors of text and name; without
 one, by the words that they share.
 
-Letters: `n` nodes, `d` width of a sentence vector.
+Letters: `n` nodes or texts, `d` width of a sentence vector or a condition.
 """
 
 import collections
@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from uss_jax.bundles.node_vectors import load_node_vectors, node_texts
+from uss_jax.bundles.model import Model
+from uss_jax.bundles.node_vectors import class_texts, load_node_vectors, node_texts
 from uss_jax.bundles.text_encoder import TextEncoder
 from uss_jax.errors import UserError, one_line
 from uss_jax.ontology import load_ontology
@@ -46,6 +47,8 @@ _CERTAIN = 0.6
 _SHOWN = 5
 _TEXT_SHOWN = 60  # characters
 _SILENCE = "/m/028v0c"
+# Vectors of so many names are compared; those of one encoder, as float16, differ by less.
+_COMPARED, _SAME = 8, 5e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +103,55 @@ class Found:
         others = [match for match in self.matches if match not in self.asked]
         also = f"; near too: {listed(others)}" if others else ""
         return one_line(f'"{_short(self.text)}" asks for {listed(self.asked)}{also}')
+
+
+def require_same_encoder(model: Model, encoder: TextEncoder) -> None:
+    """Raises a UserError unless the encoder's vectors are those that a model was trained with."""
+    stored = np.asarray(model.query.variables["params"]["names"])[:_COMPARED]
+    found = encoder.encode(class_texts()[:_COMPARED])
+    if np.abs(stored - found).max() > _SAME:
+        raise UserError(
+            f"{encoder.path} is another sentence encoder than that which {model.path} was trained "
+            "with; give that one"
+        )
+
+
+def vectors_of_texts(
+    model: Model, encoder: TextEncoder, texts: Sequence[str]
+) -> Float[np.ndarray, "n d"]:
+    """Returns the conditions of texts, for a model that takes them.
+
+    Raises:
+      UserError: the encoder is not that of the model.
+    """
+    require_same_encoder(model, encoder)
+    return model.of_texts(encoder.encode(texts))
+
+
+def conditions_of_texts(
+    model: Model, encoder: TextEncoder | None, texts: Sequence[str]
+) -> tuple[dict[str, Float[np.ndarray, "d"]], str]:
+    """Returns a condition for each text, by the name of its sound, and how they are made.
+
+    Raises:
+      UserError: a text is near to nothing, or conditions of the model need each recording's tags.
+    """
+    takes = model.query.module.takes
+    if not (takes.texts or takes.classes):
+        raise UserError(
+            f"a text asks {model.path} for classes, whose conditions are made of the tags of each "
+            "recording and cannot be stored; give `uss-jax separate --text`"
+        )
+    found = find_texts(texts, encoder)
+    if encoder is not None and takes.texts:
+        vectors = vectors_of_texts(model, encoder, [one.text for one in found])
+        how = "sentence vectors of texts"
+    else:
+        sets = np.zeros((len(found), len(load_ontology().class_mids)), np.float32)
+        for row, one in enumerate(found):
+            sets[row, list(one.class_indexes)] = 1
+        vectors, how = model.of_classes(sets), "the classes of the nodes nearest to texts"
+    return {one.name: vector for one, vector in zip(found, vectors, strict=True)}, how
 
 
 def find_texts(

@@ -1,4 +1,4 @@
-"""Draws what each item of a batch is asked with, by position, from mined conditions.
+"""Draws what each item of a batch is asked with, by position: mined conditions, or texts.
 
 A separator is trained with the condition of the very target it must give back, and asked with
 another: an average, an example, a class. `query.source` trains it on such questions.
@@ -22,6 +22,7 @@ from uss_jax.data.labels import read_groups
 from uss_jax.data.permutation import ASKED, OTHERS, WEIGHTS, uniform
 from uss_jax.errors import UserError, counted
 from uss_jax.ontology import load_ontology
+from uss_jax.training.texts import Texts
 
 # Where a condition can come from, in the order in which shares are drawn.
 SOURCES = ("own", "other", "mean", "mix", "masked")
@@ -86,7 +87,7 @@ class Recordings:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Asking:
-    """Draws the vector that each item is asked with, as a function of seed and position.
+    """Draws what each item is asked with, as a function of seed and position.
 
     Attributes:
       shares: probability of each of SOURCES.
@@ -95,6 +96,7 @@ class Asking:
       placement: draws the items' anchors.
       recordings: anchors of other recordings, for `other` and `mix`.
       mean: [k, w] mean of each class, for `mean`.
+      texts: sentence vectors of texts on the items; None if none is asked with a text.
     """
 
     shares: Mapping[str, float]
@@ -103,6 +105,7 @@ class Asking:
     placement: Placement | None = None
     recordings: Recordings | None = None
     mean: Float[np.ndarray, "k w"] | None = None
+    texts: Texts | None = None
 
     @property
     def digest(self) -> str:
@@ -112,6 +115,8 @@ class Asking:
             digest.update(self.conditions.digest.encode())
         if self.recordings is not None:
             digest.update(self.recordings.key.tobytes())
+        if self.texts is not None:
+            digest.update(self.texts.digest.encode())
         return digest.hexdigest()
 
     def ask(
@@ -125,7 +130,7 @@ class Asking:
         Returns:
           `vector` [n, w] float32, with mined conditions: what the item is asked with, unless it is
           masked. `masked` [n] uint8, if any item can be: whether it is asked with the mixture's
-          probability of its class.
+          probability of its class. `text` and `by_text`, with texts, see training/texts.py.
         """
         ends = np.cumsum([self.shares.get(name, 0.0) for name in SOURCES])
         drawn = uniform(self.seed, ASKED, positions) * ends[-1]
@@ -135,6 +140,8 @@ class Asking:
             columns["vector"] = self._vectors(source, positions, records, classes)
         if self.shares.get("masked", 0):
             columns["masked"] = (source == _MASKED).astype(np.uint8)
+        if self.texts is not None:
+            columns |= self.texts.draw(self.seed, positions, records, classes)
         return columns
 
     def _vectors(

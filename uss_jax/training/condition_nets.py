@@ -1,7 +1,6 @@
 """The nets around a separator in training: detector and query net."""
 
 import dataclasses
-import functools
 import pathlib
 from typing import Any
 
@@ -17,6 +16,7 @@ from uss_jax.errors import UserError
 from uss_jax.models.query import KINDS, QueryNet
 from uss_jax.models.tagging import TaggingNet
 from uss_jax.training.settings import SeparatorSettings
+from uss_jax.training.texts import Texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,7 @@ def load_condition_nets(
     workdir: pathlib.Path,
     table: AnchorTable | None = None,
     conditions: ConditionTable | None = None,
+    texts: Texts | None = None,
 ) -> ConditionNets:
     """Loads the nets from their bundles.
 
@@ -68,6 +69,7 @@ def load_condition_nets(
       workdir: folder of the run.
       table: table of the anchors; None without one.
       conditions: conditions of its anchors; None without them.
+      texts: sentence vectors of the classes' names; None without texts.
 
     Raises:
       UserError: a bundle is missing or unsuitable, or table or conditions are of another net.
@@ -103,8 +105,13 @@ def load_condition_nets(
         tagger, trained = trained, tagger
     elif model is not None:
         _keep(workdir, "query", {item: tagger[item]["tagger"] for item in tagger})
-    if query.adaptor_width:
-        trained["params"]["adaptor"] = nets.init_adaptor(query, jax.random.key(settings.seed))
+    if texts is not None:
+        names = {"params": {"names": texts.names[:, 0]}}
+        _keep(workdir, "names", names)
+        if latest_step(workdir / "checkpoints") is not None:
+            names = read_bundle(workdir).variables("names")
+        tagger["params"] = {**tagger["params"], **names["params"]}
+    trained["params"] |= nets.init_adaptors(query, jax.random.key(settings.seed))
     return ConditionNets(sed, detects, query, {**frozen, "query": tagger}, trained)
 
 
@@ -132,9 +139,9 @@ def shapes_of_condition_nets(settings: SeparatorSettings) -> ConditionNets:
         tagger = {name: {"tagger": tree} for name, tree in nets.layout(query.tagger).items()}
     if query.finetune:
         tagger, trained = trained, tagger
-    if query.adaptor_width:
-        adaptor = functools.partial(nets.init_adaptor, query)
-        trained["params"]["adaptor"] = jax.eval_shape(adaptor, jax.random.key(0))
+    parts = nets.parts_of_query(query)
+    tagger["params"] = {**tagger["params"], **parts.pop("names", {})}
+    trained["params"] = {**trained["params"], **parts}
     return ConditionNets(sed, detects, query, {**frozen, "query": tagger}, trained)
 
 

@@ -24,7 +24,7 @@ from uss_jax.evaluation.metrics import class_medians, separation_figures
 from uss_jax.evaluation.suites.pairs import Pair
 from uss_jax.models.query import QueryNet
 from uss_jax.models.separator import SeparatorNet, separate
-from uss_jax.training.live_conditions import CLASS, SHUFFLED, Asked
+from uss_jax.training.live_conditions import CLASS, SHUFFLED, TEXT, Asked
 from uss_jax.training.separation_step import query_variables
 from uss_jax.training.state import TrainState
 
@@ -128,6 +128,8 @@ def _figures(
         if name == CLASS:
             none, every = jnp.zeros((*classes.shape, query.classes)), jnp.ones(classes.shape, bool)
             return ask(source, classes, vector=none, masked=(every, mixture))
+        if name == TEXT:
+            return ask(jax.nn.one_hot(classes, query.classes), method="of_classes")
         if name == SHUFFLED:
             other = ask(batch["other_source"], batch["other_class"])
             return jnp.where(batch["other_exists"][:, None], other, jnp.nan)

@@ -33,6 +33,7 @@ from uss_jax.evaluation.suites.pairs import Pair
 AVERAGES, RECORDINGS = "class_averages.npz", "recordings_asked.npz"
 # Names of queries, see `config.eval.queries`; "recordings_4" are four training recordings.
 AVERAGE, CLASS, SHUFFLED, SOME = "average", "class", "shuffled", "recordings_"
+TEXT = "text"
 
 # Files of older versions have no digest, and are computed again.
 _DIGEST = {"digest": Column("U", optional=True)}
@@ -50,16 +51,18 @@ class Asked:
       vectors: name of a query -> conditions [n, d], NaN for pairs that have none.
       others: with whose source a pair is asked as "shuffled", -1 for none; None to leave it out.
       class_alone: whether to ask with the class in the mixture, all others zero, as "class".
+      named: whether to ask with the name of the class, as "text".
     """
 
     vectors: Mapping[str, Float[np.ndarray, "n d"]] = dataclasses.field(default_factory=dict)
     others: Int[np.ndarray, " n"] | None = None
     class_alone: bool = False
+    named: bool = False
 
     @property
     def names(self) -> list[str]:
         """Names of the queries."""
-        rest = {CLASS: self.class_alone, SHUFFLED: self.others is not None}
+        rest = {CLASS: self.class_alone, TEXT: self.named, SHUFFLED: self.others is not None}
         return [*self.vectors, *(name for name, there in rest.items() if there)]
 
 

@@ -13,6 +13,7 @@ from uss_jax import errors
 from uss_jax.devices.cost import BFLOAT16, device_bytes, flops_by_way, least_seconds
 from uss_jax.devices.mesh import batch_sharded, laid_out, make_mesh, replicated, shapes
 from uss_jax.devices.precision import PRECISIONS
+from uss_jax.models.query import TEXT_WIDTH
 from uss_jax.training.condition_nets import shapes_of_condition_nets
 from uss_jax.training.settings import separator_settings
 from uss_jax.training.state import TrainState, parameter_count
@@ -44,6 +45,7 @@ def dry_run(config: ConfigDict) -> list[str]:
         from_table=from_table,
         vector=around.query.output_width if asking.table else 0,
         masked=asking.source.get("masked", 0) > 0,
+        text=TEXT_WIDTH if around.query.takes.texts else 0,
     )
     return describe(
         make_step(settings, separator, around, mesh),
@@ -56,12 +58,18 @@ def dry_run(config: ConfigDict) -> list[str]:
 
 
 def clip_batch(
-    items: int, samples: int, *, from_table: bool, vector: int = 0, masked: bool = False
+    items: int,
+    samples: int,
+    *,
+    from_table: bool,
+    vector: int = 0,
+    masked: bool = False,
+    text: int = 0,
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes of a batch of clips, or of anchors from a table, of `samples` samples.
 
-    `vector` is the width of mined conditions, 0 without them; `masked` is whether items may be
-    asked with their class in the mixture.
+    `vector` is the width of mined conditions and `text` that of sentence vectors, 0 without them;
+    `masked` is whether items may be asked with their class in the mixture.
     """
     shape = lambda dtype, *more: jax.ShapeDtypeStruct((items, *more), dtype)  # noqa: E731
     batch = {name: shape(np.int32) for name in ("samples", "class_index", "record")}
@@ -73,6 +81,8 @@ def clip_batch(
         batch["vector"] = shape(np.float32, vector)
     if masked:
         batch["masked"] = shape(np.uint8)
+    if text:
+        batch |= {"text": shape(np.float32, text), "by_text": shape(np.uint8)}
     return {"audio": shape(np.int16, samples), **batch}
 
 

@@ -25,6 +25,7 @@ from uss_jax.training.settings import (
     MixingSettings,
     RunSettings,
 )
+from uss_jax.training.texts import Texts, with_captions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,7 @@ def open_records(
     anchors: AnchorSettings | None = None,
     mixing: MixingSettings | None = None,
     asking: AskingSettings | None = None,
+    texts: Texts | None = None,
 ) -> Records:
     """Opens the records of a run and builds their training order.
 
@@ -59,6 +61,7 @@ def open_records(
       anchors: with source `table`, only labels with a usable anchor are drawn.
       mixing: how the order is arranged in mixing groups; None without mixing.
       asking: what items are asked with; None without a query.
+      texts: sentence vectors of texts on items; None if none is asked with a text.
 
     Raises:
       UserError: records or anchor table are missing, or do not match the settings.
@@ -90,7 +93,11 @@ def open_records(
             sets=mixing.all_targets,
         )
     reader = ClipReader(data.records, index, data.verify == "always")
-    asks = asking and _open_asking(asking, index, drawn, places, seed)
+    if texts is not None and asking.captions:
+        texts = with_captions(texts, asking.captions, index)
+        captioned = texts.captions.read(np.arange(len(index)))[0].mean()
+        say(f"captions of {asking.captions}: {captioned:.1%} of the clips have one")
+    asks = asking and _open_asking(asking, index, drawn, places, texts, seed)
     return Records(index, reader, order, places, asks)
 
 
@@ -188,6 +195,7 @@ def _open_asking(
     index: RecordIndex,
     drawn: np.ndarray,
     places: Placement | None,
+    texts: Texts | None,
     seed: int,
 ) -> Asking | None:
     """Returns what items are asked with; `drawn` masks the labels that are drawn."""
@@ -205,9 +213,9 @@ def _open_asking(
             f"conditions of {section.table}, of the anchors as they are in the recordings; asked "
             f"with: " + ", ".join(f"{name} {share:g}" for name, share in shares.items())
         )
-    elif shares.keys() <= {"own"}:
+    elif shares.keys() <= {"own"} and texts is None:
         return None
-    return Asking(shares, seed, conditions, places, recordings, mean)
+    return Asking(shares, seed, conditions, places, recordings, mean, texts)
 
 
 def _of_share(index: RecordIndex, share: float, seed: int) -> np.ndarray:

@@ -193,8 +193,8 @@ def _require_same_data(
         )
     if saved.get("asked_digest") != position.get("asked_digest"):
         raise UserError(
-            "this run was started with other conditions; resume with config.query.source, "
-            "config.query.table and config.query.groups as they were or start in a new workdir"
+            "this run was started with other conditions; resume with the keys of config.query as "
+            "they were or start in a new workdir"
         )
 
 

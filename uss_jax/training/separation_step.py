@@ -128,6 +128,7 @@ def make_separation_step(
                 train=True,
                 vector=batch.get("vector"),
                 masked=_masked(batch, examples),
+                text=(batch["by_text"] != 0, batch["text"]) if "text" in batch else None,
                 rngs={"augment": keys["query"]},
                 mutable=["batch_stats"],
             )

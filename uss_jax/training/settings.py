@@ -119,6 +119,9 @@ class AskingSettings:
     source: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"own": 1.0})
     table: str = ""
     groups: str = ""
+    text_encoder: str = ""
+    captions: str = ""
+    text_share: float = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +231,7 @@ def _steps(value: Any, key: str) -> None:
 
 # What an evaluation in training can ask with besides the sources, and the metrics by which the best
 # checkpoint can be chosen, see live.py.
-_QUERY = r"average|class|shuffled|recordings_(?:100|[1-9][0-9]?)"
+_QUERY = r"average|class|text|shuffled|recordings_(?:100|[1-9][0-9]?)"
 _BEST_BY = re.compile(rf"(?:({_QUERY})_)?(?:si_)?sdri")
 
 
@@ -238,8 +241,8 @@ def _queries(value: Any, key: str) -> None:
     for query in value:
         if not isinstance(query, str) or not re.fullmatch(_QUERY, query):
             raise ValueError(
-                f"{key} has {query!r}, expected average, class, shuffled, or recordings_N with N "
-                "from 1 to 100"
+                f"{key} has {query!r}, expected average, class, text, shuffled, or recordings_N "
+                "with N from 1 to 100"
             )
 
 
@@ -272,7 +275,12 @@ _RULES: dict[str, Rule] = {
     ),
     "query": record(
         {"kind": one_of(*KINDS)},
-        {"dropout": number(), "source": _shares, "table": text(), "groups": text()},
+        {
+            "dropout": number(),
+            "source": _shares,
+            "text_share": number(0, 1),
+            **dict.fromkeys(("table", "groups", "text_encoder", "captions"), text()),
+        },
         others=True,
     ),
     "profile.steps": _steps,
@@ -441,6 +449,17 @@ def _check_asking(settings: SeparatorSettings) -> None:
             f"config.best_by={settings.best_by} needs conditions of probabilities, which "
             f"config.query.kind={settings.query['kind']} are not; choose sdri"
         )
+    if best == "text" and not kind.texts:
+        raise UserError(
+            f"config.best_by={settings.best_by} needs conditions of texts, which "
+            f"config.query.kind={settings.query['kind']} are not; choose sdri"
+        )
+    for key in ("text_encoder", "captions"):
+        if getattr(asking, key) and not kind.texts:
+            raise UserError(
+                f"config.query.{key} has no effect with config.query.kind="
+                f"{settings.query['kind']}, whose conditions are not made of texts; leave it empty"
+            )
     check_shares(asking.source, bool(asking.table))
     if asking.table and not kind.recordings:
         raise UserError(

@@ -17,12 +17,15 @@ from uss_jax.training.state import TrainState
 _PARTS = {
     "separator": "separator",
     "query/adaptor": "adaptor",
+    "query/text_adaptor": "text_adaptor",
     "query/tagger": "query",
     "tagger": "sed",
 }
 # Fields that say how a net computes or trains, not what it computes.
 _FREE = ("dtype", "one_class_share", "dropout", "finetune")
 _NAMED = 4
+# Vectors of names by one encoder differ by less: the package has them as float16.
+_NEAR = 1e-2
 
 
 def start_from(
@@ -111,6 +114,10 @@ def _differences(
             same = False
         if not same:
             yield "the arrays of its query net, so that conditions mean something else"
+    if with_query and query and "names" in query and bundle.holds("names"):
+        stored = bundle.variables("names")["params"]["names"]
+        if not np.allclose(stored, query["names"], atol=_NEAR):
+            yield "the vectors of the classes' names, so that texts mean something else"
 
 
 def _stored(bundle: Bundle, wanted: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:

@@ -19,12 +19,14 @@ from uss_jax.devices.mesh import make_mesh, replicated
 from uss_jax.devices.precision import at_precision
 from uss_jax.errors import UserError, counted
 from uss_jax.evaluation.suites.pairs import Pair, find_pairs
+from uss_jax.models.query import KINDS
 from uss_jax.models.separator import SeparatorNet
 from uss_jax.training.condition_nets import ConditionNets, load_condition_nets
 from uss_jax.training.live import make_evaluation
 from uss_jax.training.live_conditions import (
     CLASS,
     SHUFFLED,
+    TEXT,
     Asked,
     other_pairs,
     training_conditions,
@@ -38,6 +40,7 @@ from uss_jax.training.separation_step import Anchoring, Nets, Updating, make_sep
 from uss_jax.training.settings import SeparatorSettings, separator_settings
 from uss_jax.training.state import TrainState, create_state
 from uss_jax.training.step import Step
+from uss_jax.training.texts import Texts, load_texts
 from uss_jax.training.workdir import open_workdir
 
 
@@ -56,10 +59,11 @@ def train_separator(config: ConfigDict, workdir: str | os.PathLike) -> None:
     with open_workdir(workdir) as held:
         # What it learns from, and the nets around it.
         schedule = make_schedule(**settings.schedule)
-        records = open_records(settings, settings.anchors, settings.mixing, settings.asking)
+        texts = _texts(settings)
+        records = open_records(settings, settings.anchors, settings.mixing, settings.asking, texts)
         table = records.places and records.places.table
         conditions = records.asks and records.asks.conditions
-        around = load_condition_nets(settings, held, table, conditions)
+        around = load_condition_nets(settings, held, table, conditions, texts)
 
         labels = records.index.label_class
         masked = settings.asking.source.get("masked")
@@ -93,6 +97,15 @@ def train_separator(config: ConfigDict, workdir: str | os.PathLike) -> None:
             **_evaluation(settings, separator, around, mesh, held),
         )
         run(trained, records, settings, config, held, mesh)
+
+
+def _texts(settings: SeparatorSettings) -> Texts | None:
+    """Returns the sentence vectors of what items are asked with, if with texts."""
+    takes = KINDS[settings.query["kind"]]
+    if not takes.texts:
+        return None
+    asking = settings.asking
+    return load_texts(asking.text_encoder, asking.text_share if takes.recordings else 1.0)
 
 
 def build_separator(settings: SeparatorSettings, around: ConditionNets) -> SeparatorNet:
@@ -198,7 +211,13 @@ def _asked(
     others = None
     if SHUFFLED in queries:
         others = other_pairs(pairs, settings.sample_rate, data.threads)
-    asked = Asked(vectors, others, CLASS in queries and around.query.takes.probabilities)
+    takes = around.query.takes
+    asked = Asked(
+        vectors,
+        others,
+        class_alone=CLASS in queries and takes.probabilities,
+        named=TEXT in queries and takes.texts,
+    )
     if settings.best_query and settings.best_query not in asked.names:
         raise UserError(
             f"config.best_by={settings.best_by} needs conditions of training clips, which this run "

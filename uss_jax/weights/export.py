@@ -22,6 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float
 
 from uss_jax.bundles.bundle import (
+    OF_QUERY,
     Bundle,
     Variables,
     net_hash,
@@ -36,14 +37,14 @@ from uss_jax.devices.mesh import lay_out, make_mesh
 from uss_jax.devices.precision import HIGHEST, at_precision, check_precision
 from uss_jax.disk.atomic import replacing_folder
 from uss_jax.errors import UserError
-from uss_jax.models.query import KINDS, QueryNet
+from uss_jax.models.query import KINDS, TEXT_WIDTH, QueryNet
 from uss_jax.models.separator import SeparatorNet, separate
 
 FORMATS = ("orbax", "safetensors", "stablehlo")
 DTYPES = ("float32", "bfloat16")
 # Relative to the largest sample: what another order of float32 summation may change.
 _TOLERANCE = 1e-4
-_PARTS = ("separator", "query", "adaptor", "sed")
+_PARTS = ("separator", "query", *OF_QUERY, "sed")
 _ROWS = 2
 
 _LOAD = {
@@ -291,27 +292,35 @@ def _stablehlo(
         at_precision(precision, functools.partial(_separate, separator, constants)),
         shapes,
     )
+    asking: dict[str, tuple[Callable[..., Any], int]] = {}  # with the length of what they take
     if "query" in parts:
+        segment = round(bundle.config["segment_seconds"] * _rate(bundle))
+        asking["condition"] = _of_recording, segment
+    if "names" in parts:
+        asking["text_condition"] = _of_text, TEXT_WIDTH
+        np.save(folder / "names.npy", np.asarray(parts["names"]["params"]["names"]))
+    for name, (function, length) in asking.items():
         query, variables = bundle.query()
         variables = jax.tree.map(jnp.asarray, variables)
-        segment = round(bundle.config["segment_seconds"] * _rate(bundle))
-        recording = 0.1 * np.random.default_rng(1).standard_normal((_ROWS, segment))
-        path = folder / "condition.stablehlo"
+        given = 0.1 * np.random.default_rng(1).standard_normal((_ROWS, length)).astype(np.float32)
+        path = folder / f"{name}.stablehlo"
         _write_function(
             path,
-            at_precision(precision, functools.partial(_condition, query, variables)),
-            [jax.ShapeDtypeStruct((b, segment), np.float32)],
+            at_precision(precision, functools.partial(function, query, variables)),
+            [jax.ShapeDtypeStruct((b, length), np.float32)],
         )
-        recording = recording.astype(np.float32)
-        live = jax.jit(at_precision(HIGHEST, functools.partial(_condition, query)))
-        live = live(variables, recording)
-        _require_same(np.asarray(live), _run_alone(path, {"0": recording}), str(path))
+        live = jax.jit(at_precision(HIGHEST, functools.partial(function, query)))
+        _require_same(np.asarray(live(variables, given)), _run_alone(path, {"0": given}), str(path))
     return _run_alone(folder / "separate.stablehlo", inputs)
 
 
-def _condition(query: QueryNet, variables: Variables, recording: Any) -> Any:
+def _of_recording(query: QueryNet, variables: Variables, recording: Any) -> Any:
     classes = jnp.zeros(recording.shape[0], jnp.int32)  # unused: a recording is its own query
     return query.apply(variables, recording, classes)
+
+
+def _of_text(query: QueryNet, variables: Variables, vector: Any) -> Any:
+    return query.apply(variables, vector, text=True, method="adapt")
 
 
 def _write_function(
@@ -363,7 +372,7 @@ def _read_me(
         words = KINDS[config["query"].get("kind", "soft")].words.format(samples=segment)
     else:
         words = "The condition is that which the separator was trained with; its query net is gone."
-    if bundle.holds("adaptor") and not bundle.holds("query"):
+    if bundle.holds("adaptor") and not bundle.holds("query") and not bundle.holds("names"):
         words = "The condition is what the adaptor makes of the requested class, in uss_jax only."
     about = {
         "shape": f"[b, {window}]" if channels == 1 else f"[b, {channels}, {window}]",

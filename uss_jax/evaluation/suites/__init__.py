@@ -5,6 +5,22 @@
 
 from uss_jax.evaluation.suite import Option, Published, Suite
 
+_TEXTS = (
+    Option(
+        "--text-encoder",
+        "also query in words, the names of the classes, by this sentence encoder",
+        "path",
+        metavar="DIR",
+    ),
+    Option(
+        "--texts",
+        'JSON file of other words, as in {"Dog": ["a dog barks", "barking"]}',
+        "path",
+        metavar="FILE",
+        only_with="--text-encoder",
+    ),
+)
+
 _ROWS = (
     Suite(
         "pairs",
@@ -41,6 +57,7 @@ _ROWS = (
                 (),
                 metavar="K",
             ),
+            *_TEXTS,
             Option("--bank", "write the averaged conditions", "path", metavar="FILE.npz"),
             Option(
                 "--examples",
@@ -90,6 +107,7 @@ _ROWS = (
     Suite(
         "fsdkaggle2018",
         "mixtures of FSDKaggle2018, 41 classes; SDR and SI-SDR",
+        options=_TEXTS,
         published=Published("FSDKaggle2018, 41 classes", "sdri", "SDRi, dB", 10.57, classes=41),
     ),
     Suite(
@@ -103,6 +121,7 @@ _ROWS = (
                 default="first",
                 choices=("first", "all"),
             ),
+            *_TEXTS,
         ),
         published=Published("FSD50K, 200 classes", "sdri", "SDRi, dB", None, classes=200),
     ),
@@ -131,6 +150,7 @@ _ROWS = (
                 default="plugin",
                 choices=("plugin", "instrument"),
             ),
+            *_TEXTS,
         ),
         published=Published("Slakh2100", "sdri", "SDRi, dB", 7.28),
     ),

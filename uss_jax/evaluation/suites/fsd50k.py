@@ -29,10 +29,12 @@ from uss_jax.ontology import load_ontology
 _PARTS = {"train": "dev", "test": "eval"}
 
 
-def run(model: Model, data: str, out: str, *, labels: str) -> tuple[Results, str]:
-    """Evaluates separation on the mixtures of the test split."""
+def run(
+    model: Model, data: str, out: str, *, labels: str, **words: str | None
+) -> tuple[Results, str]:
+    """Evaluates separation on the mixtures of the test split; `words` as in `score_splits`."""
     of_split = functools.partial(items, pathlib.Path(data), all_labels=labels == "all")
-    return score_splits(model, out, of_split, {"labels": labels})
+    return score_splits(model, out, of_split, {"labels": labels}, **words)
 
 
 def items(folder: pathlib.Path, split: str, *, all_labels: bool = False) -> list[Mixed]:

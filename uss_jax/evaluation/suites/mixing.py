@@ -26,6 +26,7 @@ from uss_jax.evaluation.items import Item
 from uss_jax.evaluation.scoring import score
 from uss_jax.evaluation.suite import Results
 from uss_jax.evaluation.summary import report
+from uss_jax.evaluation.wording import how_asked, read_wording
 from uss_jax.ontology import load_ontology
 
 # As published: items of 2 s, 100 per class, drawn with this seed.
@@ -206,7 +207,13 @@ def _relatives(recording: Recording) -> set[str | int | None]:
 
 
 def score_splits(
-    model: Model, out: str, items: Callable[[str], Sequence[Item]], how: Results
+    model: Model,
+    out: str,
+    items: Callable[[str], Sequence[Item]],
+    how: Results,
+    *,
+    text_encoder: str | None,
+    texts: str | None,
 ) -> tuple[Results, str]:
     """Scores the test split, with conditions averaged over the sources of the training split.
 
@@ -215,12 +222,14 @@ def score_splits(
       out: JSON file of the results.
       items: maps a split, `train` or `test`, to its items.
       how: options of the suite, for the results.
+      text_encoder, texts: see `read_wording`.
     """
     test = items("test")
     averages = source_averages(model, items("train"))
-    figures, _ = score(model, test, averages, unfinished=unfinished_beside(out))
+    wording = read_wording(text_encoder, texts)
+    figures, _ = score(model, test, averages, wording=wording, unfinished=unfinished_beside(out))
     results, text = report(model, test, figures, out)
-    return {**results, "how": how}, text
+    return {**results, "how": {**how, **how_asked(text_encoder, texts)}}, text
 
 
 def read_table(path: pathlib.Path, columns: Iterable[str]) -> list[dict[str, str]]:

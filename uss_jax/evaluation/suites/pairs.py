@@ -32,6 +32,7 @@ from uss_jax.evaluation.rows import ORACLE, Drawn, Row, row_of
 from uss_jax.evaluation.scoring import Figures, score
 from uss_jax.evaluation.suite import Results
 from uss_jax.evaluation.summary import report
+from uss_jax.evaluation.wording import how_asked, read_wording
 from uss_jax.ontology import load_ontology, whole_number
 from uss_jax.separation.banks import require_npz, write_bank
 from uss_jax.separation.names import file_name
@@ -50,6 +51,8 @@ def run(
     train_pairs: str | None,
     oracle_only: bool,
     recordings: tuple[int, ...],
+    text_encoder: str | None,
+    texts: str | None,
     bank: str | None,
     examples: int,
     out_dir: str | None,
@@ -61,6 +64,8 @@ def run(
         raise UserError(
             "--oracle-only uses no class averages; leave out --train-records and --train-pairs"
         )
+    if oracle_only and text_encoder:
+        raise UserError("--oracle-only asks with no texts; leave out --text-encoder")
     if oracle_only and recordings:
         raise UserError("--oracle-only draws no recordings; leave out --recordings")
     if recordings and not (train_records or train_pairs):
@@ -91,6 +96,7 @@ def run(
         pairs,
         averages,
         drawn=Drawn(vectors, recordings) if recordings else None,
+        wording=read_wording(text_encoder, texts),
         oracle_only=oracle_only,
         unfinished=unfinished_beside(out),
     )
@@ -107,6 +113,7 @@ def run(
         text += [f"{picture}: its audio files are next to it" for picture in pictures]
     if recordings:
         how["recordings"] = list(recordings)
+    how |= how_asked(text_encoder, texts)
     return {**results, "how": how}, "\n\n".join(text)
 
 

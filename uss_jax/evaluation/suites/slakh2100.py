@@ -40,10 +40,10 @@ _LEAST_PEAK = 0.1
 _LEAST_WINDOWS = 10
 
 
-def run(model: Model, data: str, out: str, *, by: str) -> tuple[Results, str]:
-    """Evaluates separation on the windows of the test split."""
+def run(model: Model, data: str, out: str, *, by: str, **words: str | None) -> tuple[Results, str]:
+    """Evaluates separation on the windows of the test split; `words` as in `score_splits`."""
     of_split = functools.partial(items, pathlib.Path(data), by=by)
-    return score_splits(model, out, of_split, {"by": by})
+    return score_splits(model, out, of_split, {"by": by}, **words)
 
 
 def items(folder: pathlib.Path, split: str, *, by: str = "plugin") -> list[Window]:

@@ -29,6 +29,12 @@ ABLATIONS = {
         "separator.condition_norm": 10.0,
     },
     "condition=embedding": {"query.kind": "embedding"},
+    "condition=text": {"query.kind": "text", "separator.condition_norm": 10.0},
+    "condition=text_or_audio": {
+        "query.kind": "text_or_audio",
+        "query.adaptor_width": 512,
+        "separator.condition_norm": 10.0,
+    },
     # Training of the query net.
     "query=frozen": {},
     "query=finetuned": {"query.finetune": True},

@@ -54,8 +54,14 @@ def _ended(process: int) -> bool:
         return True
 
 
-@pytest.mark.parametrize("deaf", DEAF)
-def test_ctrl_c_ends_the_process_with_a_word_and_nothing_half_written(tmp_path, deaf):
+@pytest.mark.parametrize(
+    ("deaf", "number", "word"),
+    [(deaf, signal.SIGINT, "interrupted") for deaf in DEAF]
+    + [("a compiler", signal.SIGTERM, "terminated")],
+)
+def test_a_signal_ends_the_process_with_a_word_and_nothing_half_written(
+    tmp_path, deaf, number, word
+):
     body = textwrap.indent(textwrap.dedent(DEAF[deaf]), " " * 8)
     (tmp_path / "program.py").write_text(PROGRAM.format(deaf=body))
     out = tmp_path / "out"
@@ -69,10 +75,10 @@ def test_ctrl_c_ends_the_process_with_a_word_and_nothing_half_written(tmp_path, 
     )
     child = int(process.stdout.readline())
     time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, error = process.communicate(timeout=30)
-    assert error == "uss-jax: interrupted\n"
-    assert process.returncode == 130
+    assert error == f"uss-jax: {word}\n"
+    assert process.returncode == 128 + number
     assert list(out.iterdir()) == []
     for _ in range(100):
         if _ended(child):

@@ -36,6 +36,22 @@ def test_a_name_that_is_too_long_is_a_sentence(tmp_path, make):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_folders_above_a_folder_that_failed_are_removed_unless_in_use(tmp_path):
+    target = tmp_path / "a" / "b" / "c"
+
+    def fail(temporary):
+        temporary.mkdir()
+        (tmp_path / "a" / "other").write_text("of another program")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), replacing_folder(target) as temporary:
+        fail(temporary)
+    assert sorted(os.listdir(tmp_path / "a")) == ["other"]
+    with replacing_folder(target) as temporary:
+        temporary.mkdir()
+    assert target.is_dir()
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """The calls that decide what a power cut leaves, in order: what is flushed, what is moved."""

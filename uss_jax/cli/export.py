@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--window-seconds",
-        type=number(0.01, 3600),
+        type=number(0.01, 600),
         metavar="S",
         help="stablehlo: window length, in seconds; default: the segment length, 2 s as published",
     )

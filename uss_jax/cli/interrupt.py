@@ -1,4 +1,6 @@
-"""Ctrl-C at any moment, also while the main thread is inside a compiler or a device's runtime."""
+"""Ctrl-C and SIGTERM at any moment, also while the main thread is inside a compiler or a device's
+runtime.
+"""
 
 import os
 import signal
@@ -20,6 +22,8 @@ def end_on_interrupt() -> None:
     apart during a compilation. So a second thread listens too. If the main thread reacts in
     time, KeyboardInterrupt unwinds it as usual; if not, or on a second Ctrl-C, the second thread
     removes unfinished files and ends the process. An ignored SIGINT stays ignored.
+
+    On SIGTERM the second thread does so at once, unless a training run listens (StopNotice).
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # inherited by background jobs
         return
@@ -45,6 +49,8 @@ def end_on_interrupt() -> None:
     listening, told = os.pipe()
     os.set_blocking(told, False)
     signal.signal(signal.SIGINT, hear)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _left_to_the_second_thread)
     signal.set_wakeup_fd(told, warn_on_full_buffer=False)
     threading.Thread(target=_listen, args=(listening, heard), daemon=True).start()
 
@@ -52,13 +58,23 @@ def end_on_interrupt() -> None:
 def _listen(listening: int, heard: threading.Event) -> NoReturn:
     first = None
     while True:
-        if signal.SIGINT not in os.read(listening, 64):
+        signals = os.read(listening, 64)
+        if signal.SIGTERM in signals and (
+            signal.getsignal(signal.SIGTERM) is _left_to_the_second_thread
+        ):
+            _leave("terminated", 128 + signal.SIGTERM)
+        if signal.SIGINT not in signals:
             continue
         # One key press can arrive twice: from the terminal and from a parent process.
         again = first is not None and time.monotonic() - first > 1.0
         first = first or time.monotonic()
         if again or not heard.wait(_PATIENCE_SECONDS):
             _leave_interrupted()
+
+
+def _left_to_the_second_thread(number: int, frame: Any) -> None:
+    """Handles SIGTERM: Python tells the second thread only of signals that have a handler."""
+    del number, frame
 
 
 def _compiles(frame: Any) -> bool:
@@ -75,5 +91,9 @@ def _compiles(frame: Any) -> bool:
 
 
 def _leave_interrupted() -> NoReturn:
-    print("uss-jax: interrupted", file=sys.stderr)
-    leave(130)
+    _leave("interrupted", 128 + signal.SIGINT)
+
+
+def _leave(word: str, status: int) -> NoReturn:
+    print(f"uss-jax: {word}", file=sys.stderr)
+    leave(status)

@@ -49,15 +49,23 @@ def replacing(path: str | os.PathLike, flush: bool = True) -> Iterator[pathlib.P
 def replacing_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields an unused path beside `path`; the folder that the block makes there replaces `path`.
 
-    Like `replacing`, but an old folder at `path` is removed just before the replacement.
+    Like `replacing`, but an old folder at `path` is removed just before the replacement. Folders
+    above it are made, and removed again when the block fails.
     """
     path = pathlib.Path(path)
-    with _temporary(path, f".{path.name}.{owner()}") as temporary:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        if path.is_dir():
-            shutil.rmtree(path)
-        move(temporary, path)
+    new = [above for above in path.parents if not os.path.lexists(above)]
+    try:
+        with _temporary(path, f".{path.name}.{owner()}") as temporary:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            if path.is_dir():
+                shutil.rmtree(path)
+            move(temporary, path)
+    except BaseException:
+        for above in new:
+            with contextlib.suppress(OSError):  # others have put something in it
+                above.rmdir()
+        raise
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ Printed for each kind of records, over the steps after the first 20:
     step     wall time of a step, ms; what is above 20 the device lost
     cores    CPU time of all threads and workers by wall time
     loop     CPU time of the loop's own thread a step, ms: dispatch, metrics, bookkeeping
+    dispatch what of it is XLA's dispatch of the step's program, with its hundreds of arrays
 """
 
 import argparse
@@ -101,7 +102,7 @@ class StandIn(Throughput):
 
     def __init__(self, workdir: pathlib.Path):
         super().__init__(workdir, 0, BATCH, 1, "float32", lambda *arguments: None)
-        self._dispatched, self._start = 0, (0.0, 0.0, 0.0)
+        self._dispatched, self._dispatch, self._start = 0, 0.0, (0.0, 0.0, 0.0)
 
     def compile(self, jitted: Callable, *arguments: object) -> Callable:
         compiled = jitted.lower(*arguments).compile()
@@ -111,7 +112,9 @@ class StandIn(Throughput):
 
         def step(state, frozen, batch, key):
             nonlocal queue
+            began = time.thread_time()
             state, metrics = compiled(state, frozen, batch, key)
+            self._dispatch += time.thread_time() - began
             queue, loss = device(queue, batch["audio"])
             return state, {**metrics, "loss": loss}
 
@@ -123,6 +126,7 @@ class StandIn(Throughput):
         if self._dispatched == WARM_UP:
             self._all = (0, 0.0, 0.0)
             self.go()
+            self._dispatch = 0.0
             self._start = time.monotonic(), cpu_seconds(), time.thread_time()
 
     def report(self, step: int) -> dict[str, float]:
@@ -130,7 +134,8 @@ class StandIn(Throughput):
         metrics = super().report(step)
         steps = self._dispatched - WARM_UP
         wall, cpu, loop = (b - a for a, b in zip(self._start, now, strict=True))
-        self.row = (self._all[2] / wall, 1e3 * wall / steps, cpu / wall, 1e3 * loop / steps)
+        by_step = (1e3 * seconds / steps for seconds in (loop, self._dispatch))
+        self.row = (self._all[2] / wall, 1e3 * wall / steps, cpu / wall, *by_step)
         return metrics
 
 
@@ -201,7 +206,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[shipped.workers])
     args = parser.parse_args()
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the beginning")
-    print(f"{'':<22}{'threads':>8}{'workers':>8}{'waiting':>10}{'step':>9}{'cores':>8}{'loop':>9}")
+    print(
+        f"{'':<22}{'threads':>8}{'workers':>8}{'waiting':>10}{'step':>9}{'cores':>8}{'loop':>9}{'dispatch':>12}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         register_hold(pathlib.Path(folder))
         for encoding in ("pcm_s16le", "flac"):
@@ -222,11 +229,11 @@ def main() -> None:
                     workers=workers,
                     places=places,
                 )
-                waiting, step, cores, loop = measure(feed, args.steps)
+                waiting, step, cores, loop, dispatch = measure(feed, args.steps)
                 name = f"{encoding}, {'whole clips' if places is None else 'anchors'}"
                 print(
                     f"{name:<22}{threads:>8}{workers:>8}{waiting:>10.1%}{step:>6.2f} ms"
-                    f"{cores:>8.2f}{loop:>6.2f} ms",
+                    f"{cores:>8.2f}{loop:>6.2f} ms{dispatch:>9.2f} ms",
                     flush=True,
                 )
 

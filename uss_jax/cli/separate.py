@@ -320,6 +320,8 @@ def _query(args: argparse.Namespace, model, threshold: float, asked: dict[str, A
         asked["text"] = [{**one.facts(), "asked_with": how} for one in found]
         asked |= {"text_encoder": args.text_encoder, "nearest": args.nearest or 1}
         if by_vector:
+            refuse_idle(args, ("threshold",), "with a text's own vector, separated everywhere")
+            asked["threshold"] = None
             vectors = vectors_of_texts(model, encoder, [one.text for one in found])
             return Vectors({one.name: vector for one, vector in zip(found, vectors, strict=True)})
         return Classes(less({one.name: one.class_indexes for one in found}), threshold)

@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> None:
             train_separator(config, args.workdir)
             kind = KINDS[config.query.kind]
             asking = "--classes NAME" if kind.classes or kind.probabilities else "--query EXAMPLES"
+            if kind.texts:
+                asking = "--text TEXT"
             workdir = one_line(args.workdir)
             say(
                 f"{workdir} holds the separator. To separate: `uss-jax separate AUDIO --model "

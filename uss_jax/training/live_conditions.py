@@ -136,8 +136,11 @@ def _cache(
     reader, _ = open_clips(records, split, model)
     classes = [pair.class_index for pair in pairs]
     about = [model.query_hash, net_hash(model.sed.variables), model.segment_samples]
-    about += [reader.index.digest, split, classes]
-    digests = {AVERAGES: _digest(about), RECORDINGS: _digest([*about, list(counts)])}
+    about += [reader.index.digest, split]
+    digests = {
+        AVERAGES: _digest([*about, sorted(set(classes))]),
+        RECORDINGS: _digest([*about, classes, list(counts)]),
+    }
     stale = [name for name in wanted if _digest_of(workdir / name) != digests[name]]
     if not stale:
         return

@@ -157,7 +157,7 @@ def test_pairs_may_have_any_name(comparison, study, tmp_path):
     assert "3.05" in said
 
 
-@pytest.mark.parametrize("name", ["asked.json", "separators.json"])
+@pytest.mark.parametrize("name", ["asked.json", "separators.json", "words.json"])
 def test_the_studies_that_come_along_are_valid(comparison, name, monkeypatch):
     study = comparison.read_study(LAUNCH / name, {"pairs", "evaluate"})
     for _, leaves in comparison.runs_of(study):

@@ -27,6 +27,7 @@ Queries:
 """
 
 import argparse
+import dataclasses
 import os
 import pathlib
 import sys
@@ -283,9 +284,30 @@ def _takes_out(args: argparse.Namespace) -> bool:
     return bool(args.without) and not (args.classes or args.levels or args.text)
 
 
+def _by_text(args: argparse.Namespace, model, threshold: float, asked: dict[str, Any]):
+    """Returns the query of texts, before `--without`; adds to `asked` what they ask for."""
+    from uss_jax.bundles.text_encoder import TextEncoder
+    from uss_jax.separation.queries import Classes, Vectors
+    from uss_jax.separation.words import vectors_of_texts
+
+    encoder = TextEncoder(args.text_encoder) if args.text_encoder else None
+    found = _found(args, encoder, model)
+    print("\n".join(map(str, found)))
+    by_vector = bool(encoder) and model.query.module.takes.texts and not args.without
+    how = "its sentence vector" if by_vector else "the classes of these nodes"
+    print(f"{args.model} is asked with {how}")
+    asked["text"] = [{**one.facts(), "asked_with": how} for one in found]
+    asked |= {"text_encoder": args.text_encoder, "nearest": args.nearest or 1}
+    if not by_vector:
+        return Classes({one.name: one.class_indexes for one in found}, threshold)
+    refuse_idle(args, ("threshold",), "with a text's own vector, separated everywhere")
+    asked["threshold"] = None
+    vectors = vectors_of_texts(model, encoder, [one.text for one in found])
+    return Vectors({one.name: vector for one, vector in zip(found, vectors, strict=True)})
+
+
 def _query(args: argparse.Namespace, model, threshold: float, asked: dict[str, Any]):
     """Returns the query; adds to `asked`, for the reports, what texts ask for."""
-    from uss_jax.bundles.text_encoder import TextEncoder
     from uss_jax.separation.banks import read_bank
     from uss_jax.separation.example_vectors import (
         AVERAGED,
@@ -293,7 +315,6 @@ def _query(args: argparse.Namespace, model, threshold: float, asked: dict[str, A
         vector_of_recordings,
     )
     from uss_jax.separation.queries import Classes, Vectors, level_sets, parse_classes, without
-    from uss_jax.separation.words import vectors_of_texts
 
     def less(sets):
         if not args.without:
@@ -311,20 +332,8 @@ def _query(args: argparse.Namespace, model, threshold: float, asked: dict[str, A
         sets = less(level_sets(args.levels, args.first_parent))
         return Classes(sets, threshold, only_active=True)
     if args.text:
-        encoder = TextEncoder(args.text_encoder) if args.text_encoder else None
-        found = _found(args, encoder, model)
-        print("\n".join(map(str, found)))
-        by_vector = bool(encoder) and model.query.module.takes.texts and not args.without
-        how = "its sentence vector" if by_vector else "the classes of these nodes"
-        print(f"{args.model} is asked with {how}")
-        asked["text"] = [{**one.facts(), "asked_with": how} for one in found]
-        asked |= {"text_encoder": args.text_encoder, "nearest": args.nearest or 1}
-        if by_vector:
-            refuse_idle(args, ("threshold",), "with a text's own vector, separated everywhere")
-            asked["threshold"] = None
-            vectors = vectors_of_texts(model, encoder, [one.text for one in found])
-            return Vectors({one.name: vector for one, vector in zip(found, vectors, strict=True)})
-        return Classes(less({one.name: one.class_indexes for one in found}), threshold)
+        query = _by_text(args, model, threshold, asked)
+        return dataclasses.replace(query, sets=less(query.sets)) if args.without else query
     if args.query is None:
         if _takes_out(args):
             return Classes(parse_classes(["+".join(args.without)]), threshold)

@@ -10,21 +10,27 @@ import dataclasses
 import io
 import math
 import os
+import re
 import struct
-import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from uss_jax.disk.checked_json import shown
 from uss_jax.disk.opening import at_once
 
 INFLATION = 32
-_HEADERS = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
+# Number of bytes of a header's length, by version of the format; and a header as numpy writes it,
+# of numbers or texts. Numpy itself takes more, but guesses what a damaged header meant, and warns.
+_LENGTHS = {(1, 0): 2, (2, 0): 4}
+_LONGEST_HEADER = 10_000
+_NUMBER = rb"(?:0|[1-9][0-9]{0,18})"
+_HEADER = re.compile(
+    rb"\{'descr': '(?P<type>[<>|=]?[biufSU][0-9]{0,9})', 'fortran_order': (?:True|False), "
+    rb"'shape': \((?P<shape>|%s,|%s(?:, %s)+)\), \} *\n?" % ((_NUMBER,) * 3)
+)
 # Exceptions of zipfile and numpy for damaged or invalid archives.
 _DAMAGE = (
     zipfile.BadZipFile,
@@ -38,7 +44,6 @@ _DAMAGE = (
     NotImplementedError,
     RecursionError,
     MemoryError,
-    tokenize.TokenError,  # numpy tokenises headers that Python cannot parse
 )
 
 
@@ -154,11 +159,8 @@ def _check_header(
     stream: io.IOBase, name: str, size: int, column: Column, lengths: dict[str, int]
 ) -> None:
     """Checks an array's header against its declaration and the size of its archive member."""
-    version = np.lib.format.read_magic(stream)
-    if version not in _HEADERS:
-        raise ValueError(f"has the array {name!r} in the unsupported .npy format {version}")
-    shape, _, dtype = _HEADERS[version](stream)
-    if dtype.hasobject or not _same_kind(dtype, column.dtype):
+    shape, dtype = _read_header(stream, name)
+    if not _same_kind(dtype, column.dtype):
         raise ValueError(f"has the array {name!r} of type {dtype}, expected {column.dtype}")
     axes = column.shape.split()
     fits = len(shape) == len(axes) and all(
@@ -178,6 +180,23 @@ def _check_header(
         raise ValueError(
             f"has {bytes_there} bytes for the array {name!r}, which do not match its shape {shape}"
         )
+
+
+def _read_header(stream: io.IOBase, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Reads an array's header; returns its shape and type."""
+    version = np.lib.format.read_magic(stream)
+    if version not in _LENGTHS:
+        raise ValueError(f"has the array {name!r} in the unsupported .npy format {version}")
+    length = int.from_bytes(stream.read(_LENGTHS[version]), "little")
+    header = stream.read(length) if length <= _LONGEST_HEADER else b""
+    found = _HEADER.fullmatch(header)
+    text = shown(header.decode("latin-1").strip())
+    if len(header) != length or not found:
+        raise ValueError(
+            f"has the array {name!r} with the header {text}, which is not one of numbers or texts"
+        )
+    shape = tuple(int(axis) for axis in found["shape"].split(b",") if axis.strip())
+    return shape, np.dtype(found["type"].decode())
 
 
 def _same_kind(dtype: np.dtype, expected: str) -> bool:

@@ -97,6 +97,6 @@ def test_captions_of_others_are_refused(records, captions, encoder, tmp_path, ca
     assert main([*words, "--out", str(tmp_path / "c"), "--feature", "sentence"]) == 1
     assert "has a caption in 'sentence'" in capsys.readouterr().err
     assert main([*words, "--out", str(records), "--overwrite"]) == 1
-    assert "is no folder of captions" in capsys.readouterr().err
+    assert "is not a folder of captions" in capsys.readouterr().err
     assert main([*words, "--out", str(tmp_path / "c"), "--feature", "labels"]) == 1
     assert "needs one bytes value in feature 'labels'" in capsys.readouterr().err

@@ -233,7 +233,7 @@ def captions(records, tmp_path_factory):
     """A folder of captions, and what it holds."""
     folder = tmp_path_factory.mktemp("captions") / "captions"
     vectors = np.arange(8, dtype=np.float32).reshape(2, 4)
-    write_captions(folder, ["a", "", "b"], lambda some: vectors, "minilm", records[1], int)
+    write_captions(folder, ["a", "", "b"], lambda some: vectors, 4, "minilm", records[1], int)
     return folder, vectors
 
 

@@ -121,13 +121,17 @@ def test_several_nodes_can_be_asked_for_as_one_sound():
         ("aboiement de chien", "in English, or give --classes"),
         ("犬が吠える", "in English, or give --classes"),
         ("dog " * 10_000, "--text has 39,999 characters, more than 1,000; describe one sound"),
-        (__file__, "is a file; give recordings before --text"),
     ],
 )
 def test_what_names_no_sound_is_said(text, said, either):
     with pytest.raises(UserError, match=re.escape(said)) as raised:
         find_texts([text], either)
     assert len(str(raised.value)) < 400
+
+
+def test_recordings_after_text_are_noticed(capsys):
+    assert main(["separate", "--text", "a dog", __file__]) == 1
+    assert "is a file; give recordings before --text" in capsys.readouterr().err
 
 
 def test_classes_that_a_model_cannot_tell_are_passed_over(either):

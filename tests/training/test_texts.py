@@ -23,9 +23,11 @@ from uss_jax.bundles.model import Model
 from uss_jax.bundles.node_vectors import class_texts, load_node_vectors
 from uss_jax.bundles.text_encoder import TextEncoder
 from uss_jax.cli.main import main
+from uss_jax.errors import UserError
+from uss_jax.evaluation.rows import left_out
 from uss_jax.evaluation.scoring import score
 from uss_jax.evaluation.suites.pairs import find_pairs
-from uss_jax.evaluation.wording import Wording
+from uss_jax.evaluation.wording import Wording, read_wording
 from uss_jax.ontology import load_ontology
 from uss_jax.training.texts import NAMED_AS, Texts, load_texts
 
@@ -131,6 +133,8 @@ def test_a_run_trains_with_texts_and_resumes(place, tmp_path, capsys, kind, quic
         ({**TEXT, "query.source.own": 0.5, "query.source.other": 0.5}, "needs mined conditions"),
         ({**TEXT, "query.one_class_share": 0.1}, "query.one_class_share needs probabilities"),
         ({**EITHER, "query.text_share": 1.5}, "config.query.text_share"),
+        ({**TEXT, "query.text_share": 0.2}, "config.query.text_share=0.2 has no effect"),
+        ({**EITHER, "query.text_share": 0, "query.captions": "c"}, "asks with no text; raise it"),
     ],
 )
 def test_what_cannot_run_is_said(place, tmp_path, changed, said, capsys):
@@ -164,11 +168,15 @@ def test_other_models_are_asked_for_the_classes_of_a_text(kind, tmp_path):
     """The text row of a class's own name is the row of the class; embeddings have none."""
     write_pairs(tmp_path / "pairs", [DOG, 0])
     model = Model(write_separator(tmp_path / kind, kind))
-    wording = Wording(TextEncoder(real_folder()), {"Speech": ["zxqv"]})
-    _, rows = score(model, find_pairs(tmp_path / "pairs"), wording=wording)
     if kind == "embedding":
-        assert "text" not in rows
+        with pytest.raises(UserError, match="takes recordings only; leave out --text-encoder"):
+            read_wording(model, str(real_folder()), None)
         return
+    wording = Wording(TextEncoder(real_folder()), {"Speech": ["zxqv"]})
+    pairs = find_pairs(tmp_path / "pairs")
+    assert wording.remark(pairs) == "--texts has none for 1 label of 2, asked by name, such as Dog"
+    _, rows = score(model, pairs, wording=wording)
+    assert left_out(rows, 2).startswith("the row text leaves out 1 item of 2: ")
     alone = rows["class alone" if kind == "soft" else "oracle"]
     np.testing.assert_allclose(rows["text"].conditions[1], alone.conditions[1], atol=1e-7)
     assert rows["text"].exists.tolist() == [False, True]
@@ -194,19 +202,40 @@ def test_separate_asks_with_the_text_itself(either, recording, tmp_path, capsys)
     words = ["separate", str(recording), "--model", str(either), "--text", "a puppy whines"]
     out = tmp_path / "out"
     assert main([*words, "--text-encoder", str(real_folder()), "--out", str(out)]) == 0
-    assert "is asked with its sentence vector" in capsys.readouterr().out
+    assert "asked with the vector of the text" in capsys.readouterr().out
     (report,) = out.rglob("report.json")
     (said,) = json.loads(report.read_text())["settings"]["text"]
-    assert said["asked_with"] == "its sentence vector"
+    assert said["asked_with"] == "the vector of the text"
     sound, rate = soundfile.read(next(out.rglob("*.wav")))
     assert rate == RATE
     assert np.abs(sound).max() > 0
 
 
+def test_a_text_need_not_be_near_a_class_but_must_mean_something(
+    either, recording, tmp_path, capsys
+):
+    def separate(text, *more):
+        words = ["separate", str(recording), "--model", str(either), "--text", text, *more]
+        words += ["--text-encoder", str(real_folder()), "--out", str(tmp_path / text)]
+        return main(words), capsys.readouterr()
+
+    status, said = separate("a vase falls and breaks")
+    assert status == 0
+    assert "is nearest to" in said.out
+    for text, why in (("xqvzz wqpk", "does not know"), ("silence", "is silence")):
+        status, said = separate(text)
+        assert status == 1
+        assert why in said.err
+    for idle in ("--nearest", "--similarity", "--threshold"):
+        status, said = separate("a dog", idle, "1")
+        assert status == 1
+        assert f"{idle} has no effect" in said.err
+
+
 def test_without_an_encoder_the_nearest_names_ask(either, recording, tmp_path, capsys):
     words = ["separate", str(recording), "--model", str(either), "--text", "a dog barks"]
     assert main([*words, "--out", str(tmp_path / "out")]) in (0, 3)  # 3: it hears no dog
-    assert "is asked with the classes of these nodes" in capsys.readouterr().out
+    assert "asked with the classes of these nodes" in capsys.readouterr().out
 
 
 def test_a_bank_holds_texts(either, recording, tmp_path, capsys):

@@ -79,6 +79,11 @@ class CaptionTable:
             raise UserError(f"{self.path} is damaged: it holds NaN or infinite values; {_AGAIN}")
         return there, found
 
+    @property
+    def share(self) -> float:
+        """Share of the records that have a caption."""
+        return float(np.mean(self._arrays[0] >= 0))
+
     @functools.cached_property
     def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
         shape = {"r": self.records, "n": self.header["captions"], "t": self.header["width"]}
@@ -143,7 +148,9 @@ def read_captions_header(path: pathlib.Path) -> dict[str, Any]:
 def captions_of(
     directory: str | os.PathLike, index: RecordIndex, feature: str, progress: Callable[[], object]
 ) -> Iterator[str]:
-    """Yields the caption of each record in order, "" for none; calls `progress` after each.
+    """Yields the caption of each record in order; calls `progress` after each.
+
+    It is "" for none, also for one without a letter or digit. Of several, it is the first.
 
     Args:
       directory: directory of the shards.
@@ -158,9 +165,10 @@ def captions_of(
     for shard in index.shards.tolist():
         for offset, _, payload in index.container.scan(f"{folder}/{shard}"):
             try:
-                yield " ".join(caption_of(payload, feature).split())
+                caption = " ".join(caption_of(payload, feature).split())
             except ValueError as error:
                 raise UserError(f"{folder}/{shard}: the record at byte {offset} {error}") from error
+            yield caption if any(map(str.isalnum, caption)) else ""
             progress()
 
 
@@ -168,6 +176,7 @@ def write_captions(
     path: str | os.PathLike,
     captions: Sequence[str],
     encode: Callable[[Sequence[str]], Float[np.ndarray, "n t"]],
+    width: int,
     encoder: str,
     index: RecordIndex,
     progress: Callable[[int], object],
@@ -178,6 +187,7 @@ def write_captions(
       path: the folder, which is replaced.
       captions: caption of each record, "" for none.
       encode: maps sentences to vectors.
+      width: width of a vector.
       encoder: hash of the sentence encoder.
       index: index of the records.
       progress: called with the number of captions encoded.
@@ -189,25 +199,25 @@ def write_captions(
     rows = [row_of.setdefault(caption, len(row_of)) if caption else -1 for caption in captions]
     if not row_of:
         return 0
-    vectors = []
+    vectors, done = np.zeros((len(row_of), width), np.float16), 0
     for some, count in in_batches(list(row_of), _AT_A_TIME):
-        vectors.append(encode(some[:count]).astype(np.float16))
+        vectors[done : done + count] = encode(some[:count])
+        done += count
         progress(count)
-    together = np.concatenate(vectors)
     with replacing_folder(path) as unfinished:
         unfinished.mkdir()
         np.save(unfinished / _ROW, np.array(rows, np.int64))
-        np.save(unfinished / VECTORS, together)
+        np.save(unfinished / VECTORS, vectors)
         header = {
             "format_version": FORMAT_VERSION,
             "encoder": encoder,
             "index_digest": index.digest,
-            "captions": len(together),
-            "width": together.shape[1],
+            "captions": len(vectors),
+            "width": width,
             "digest": _digest(unfinished),
         }
         (unfinished / _HEADER_FILE).write_text(json.dumps(header, indent=2) + "\n")
-    return len(together)
+    return len(vectors)
 
 
 def _digest(path: pathlib.Path) -> str:

@@ -40,7 +40,7 @@ from uss_jax.disk.checked_json import (
 )
 from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError
-from uss_jax.models.query import QueryNet
+from uss_jax.models.query import KINDS, QueryNet
 from uss_jax.models.separator import SeparatorNet
 from uss_jax.models.tagging import TaggingNet
 
@@ -103,7 +103,10 @@ class Bundle:
         """Returns whether the model has variables of a part."""
         query = self.config.get("query", {})
         if part in OF_QUERY:
-            return bool(query) and part in nets.parts_of_query(self._query_net())
+            kind = KINDS.get(query.get("kind", "soft"))
+            adapted, texts = bool(query.get("adaptor_width")), kind is not None and kind.texts
+            both = adapted and texts and kind.recordings
+            return {"adaptor": adapted, "text_adaptor": both, "names": texts}[part]
         if part == "query":
             return query.get("model") is not None
         return part in self.config

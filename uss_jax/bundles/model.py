@@ -1,7 +1,7 @@
 """The nets of a bundle, callable on arrays.
 
-Letters: `b` batch, `t` samples, `s` samples of a segment, `k` classes,
-`t` width of a sentence vector, `d` width of the condition.
+Letters: `b` batch, `t` samples, `s` samples of a segment, `k` classes, `w` width of a sentence
+vector, `d` width of the condition.
 """
 
 import functools
@@ -126,7 +126,7 @@ class Model:
     def tagger(self) -> Net:
         """Tagging net: maps waveform [b, t] to `clipwise` and `embedding`.
 
-        The query net's; if conditions are `one_hot`, the detector.
+        The query net's; if conditions are computed without one, the detector.
         """
         if self.query.module.tagger is None:
             return self.sed
@@ -163,7 +163,7 @@ class Model:
         asked = at_precision(net.precision, net.module.apply)
         return np.asarray(asked(net.variables, jnp.asarray(sets), method="of_classes"))
 
-    def of_texts(self, vectors: Float[np.ndarray, "b t"]) -> Float[np.ndarray, "b d"]:
+    def of_texts(self, vectors: Float[np.ndarray, "b w"]) -> Float[np.ndarray, "b d"]:
         """Returns the conditions of sentence vectors, for kinds that take texts."""
         net = self.query
         adapt = at_precision(net.precision, net.module.apply)

@@ -194,7 +194,7 @@ def build_query(section: Mapping[str, Any], model: Mapping[str, Any] | None) -> 
 
     Args:
       section: `kind` and further fields, as in a config's `query` section.
-      model: `net` and fields of the tagging net; None for `one_hot`.
+      model: `net` and fields of the tagging net; None for kinds that read none.
     """
     fields = {k: v for k, v in section.items() if k != "model"}
     if fields.get("kind") not in KINDS:

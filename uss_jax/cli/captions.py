@@ -37,17 +37,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     import os
+    import pathlib
 
     from tqdm import tqdm
 
-    from uss_jax.anchors.captions import captions_of, write_captions
+    from uss_jax.anchors.captions import captions_of, read_captions_header, write_captions
     from uss_jax.bundles.text_encoder import TextEncoder
     from uss_jax.data.index import load_index
 
-    if os.path.lexists(args.out) and not args.overwrite:
-        raise UserError(f"{args.out} exists; give --overwrite to replace it")
-    if os.path.lexists(args.out) and not os.path.isfile(os.path.join(args.out, "header.json")):
-        raise UserError(f"{args.out} is no folder of captions; give --out another name")
+    if os.path.lexists(args.out):
+        if not args.overwrite:
+            raise UserError(f"{args.out} exists; give --overwrite to replace it")
+        read_captions_header(pathlib.Path(args.out))  # nothing else is replaced
     index = load_index(args.records, args.split)
     encoder = TextEncoder(args.text_encoder)
     with tqdm(total=len(index), desc="read", unit="clip", disable=None) as bar:
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         )
     with tqdm(total=len(set(captions) - {""}), desc="encode", disable=None) as bar:
         different = write_captions(
-            args.out, captions, encoder.encode, encoder.hash, index, bar.update
+            args.out, captions, encoder.encode, encoder.width, encoder.hash, index, bar.update
         )
     clips = counted(len(index), "clip")
     print(f"{args.out}: {counted(different, 'caption')}, of {there:,} of {clips}")

@@ -150,14 +150,13 @@ def _opened(bundle: Bundle, stored: Mapping[str, tuple[Variables, str]]) -> Iter
         if bundle.config.get(part) is None:
             continue
         try:
-            net, variables = getattr(bundle, part)(verified)
+            _, variables = getattr(bundle, part)(verified)
         except UserError as error:
             yield f"cannot be used: {error}"
             continue
         if part == "query" and bundle.config["kind"] == "separator":
             taken = f"those made with query net {net_hash(variables)}"  # as `query list` prints
-            banks = net.tagger is not None or net.takes.texts
-            yield f"query banks: {taken if banks else 'none, it is queried by class'}"
+            yield f"query banks: {taken}"
 
 
 def _adaptor(config: dict[str, Any]) -> str:

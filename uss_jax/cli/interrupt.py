@@ -25,8 +25,6 @@ def end_on_interrupt() -> None:
 
     On SIGTERM the second thread does so at once, unless a training run listens (StopNotice).
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # inherited by background jobs
-        return
     heard = threading.Event()
     report = sys.unraisablehook
 
@@ -48,7 +46,8 @@ def end_on_interrupt() -> None:
     sys.unraisablehook = raise_again
     listening, told = os.pipe()
     os.set_blocking(told, False)
-    signal.signal(signal.SIGINT, hear)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # background jobs inherit that
+        signal.signal(signal.SIGINT, hear)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _left_to_the_second_thread)
     signal.set_wakeup_fd(told, warn_on_full_buffer=False)

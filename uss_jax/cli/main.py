@@ -72,8 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit status.
 
     0 is success, 1 an error whose message says how to fix it, 2 wrong arguments (SystemExit), 3 a
-    queried class that is not heard, 130 Ctrl-C, 141 a broken pipe, 143 a run saved and stopped by
-    SIGTERM.
+    queried class that is not heard, 130 Ctrl-C, 141 a broken pipe, 143 SIGTERM, after which a run
+    has saved its state.
 
     Args:
       argv: arguments after `uss-jax`; those of the process when None.

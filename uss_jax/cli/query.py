@@ -80,12 +80,13 @@ def _make(args: argparse.Namespace) -> None:
         name_of_examples,
         vector_of_recordings,
     )
-    from uss_jax.separation.words import conditions_of_texts
+    from uss_jax.separation.words import conditions_of_texts, refuse_files
 
     if not (args.examples or args.text):
         raise UserError("nothing to store; give folders of recordings, or --text")
     if args.text_encoder and not args.text:
         raise UserError("--text-encoder has no effect without --text; leave it out")
+    refuse_files(args.text)
     require_npz(args.bank)
     if pathlib.Path(args.bank).exists() and not args.overwrite:
         raise UserError(f"{args.bank} exists; give --overwrite to replace it")
@@ -98,7 +99,9 @@ def _make(args: argparse.Namespace) -> None:
         how.append(said)
         names += vectors
     if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f'two examples are called "{min(twice)}"; rename one of them')
+        raise UserError(
+            f'two sounds would be called "{min(twice)}"; rename the examples or change the text'
+        )
     of_examples = [vector_of_recordings(model, example) for example in args.examples]
     bank = Bank(
         tuple(names),

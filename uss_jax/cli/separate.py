@@ -21,7 +21,7 @@ Queries:
                             meanings ("puppy whining" is near "Whimper (dog)"), without it that of
                             words ("cats meowing"). --dry-run shows what is near. A model that
                             was trained with texts (query.kind text, text_or_audio) is asked with
-                            the text itself
+                            the text itself if there is an encoder and no --without
   --query FOLDER            the sound in the example recordings of the folder
   --query BANK.npz          every vector of a bank; with --classes, only those with these names
 """
@@ -168,8 +168,10 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.models.query import HEARD
     from uss_jax.separation.job import for_each, heard, separate_all
     from uss_jax.separation.recordings import Separator, Settings
+    from uss_jax.separation.words import refuse_files
 
     _refuse_idle_options(args)
+    refuse_files(args.text or ())
     if args.text and args.dry_run:
         encoder = TextEncoder(args.text_encoder) if args.text_encoder else None
         print("\n".join(map(str, _found(args, encoder))))
@@ -291,19 +293,21 @@ def _by_text(args: argparse.Namespace, model, threshold: float, asked: dict[str,
     from uss_jax.separation.words import vectors_of_texts
 
     encoder = TextEncoder(args.text_encoder) if args.text_encoder else None
-    found = _found(args, encoder, model)
-    print("\n".join(map(str, found)))
-    by_vector = bool(encoder) and model.query.module.takes.texts and not args.without
-    how = "its sentence vector" if by_vector else "the classes of these nodes"
-    print(f"{args.model} is asked with {how}")
+    asked["text_encoder"] = args.text_encoder
+    if encoder and model.query.module.takes.texts and not args.without:
+        idle = ("threshold", "nearest", "similarity")
+        refuse_idle(args, idle, "with a text's own vector, which is separated everywhere")
+        found, vectors = vectors_of_texts(model, encoder, args.text)
+        how = "the vector of the text"
+        asked["threshold"] = None
+        query = Vectors({one.name: vector for one, vector in zip(found, vectors, strict=True)})
+    else:
+        found, how = _found(args, encoder, model), "the classes of these nodes"
+        asked["nearest"] = args.nearest or 1
+        query = Classes({one.name: one.class_indexes for one in found}, threshold)
+    print("\n".join([*map(str, found), f"asked with {how}"]))
     asked["text"] = [{**one.facts(), "asked_with": how} for one in found]
-    asked |= {"text_encoder": args.text_encoder, "nearest": args.nearest or 1}
-    if not by_vector:
-        return Classes({one.name: one.class_indexes for one in found}, threshold)
-    refuse_idle(args, ("threshold",), "with a text's own vector, separated everywhere")
-    asked["threshold"] = None
-    vectors = vectors_of_texts(model, encoder, [one.text for one in found])
-    return Vectors({one.name: vector for one, vector in zip(found, vectors, strict=True)})
+    return query
 
 
 def _query(args: argparse.Namespace, model, threshold: float, asked: dict[str, Any]):

@@ -32,7 +32,8 @@ _DRAWN_AT_ONCE = 256  # positions; drawing them takes a few milliseconds
 _BLOCKS_KEPT = 4  # enough, as threads are at most a few steps apart
 # Columns of a batch that belong to a clip, not to its place in the order.
 _OF_RECORD = frozenset(
-    "record class_index anchor_sample begin_sample score vector masked".split()  # noqa: SIM905
+    "record class_index anchor_sample begin_sample score".split()  # noqa: SIM905
+    + "vector masked text by_text".split()  # noqa: SIM905
 )
 
 

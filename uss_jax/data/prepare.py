@@ -98,7 +98,8 @@ def prepare(
     unfinished = directory / f".unfinished-{split}"
     lines = _split_lines(labelled, shards, settings)
     blocks = [Block(unfinished, at, items, audio, settings) for at, items in enumerate(lines)]
-    plan = repr((os.fspath(audio), settings, lines))
+    # Without captions, it is the plan of versions that knew none.
+    plan = repr((os.fspath(audio), settings, lines)).replace(", caption='')", ")")
     if not overwrite and not _is_of_plan(unfinished, plan):
         _refuse_existing(directory, split)
     try:

@@ -130,16 +130,19 @@ def parse(payload: bytes, schema: Schema | None = None) -> Clip:
 
 
 def caption_of(payload: bytes, feature: str = CAPTION) -> str:
-    """Returns the caption in a record; "" if it has none.
+    """Returns the caption in a record, the first of several; "" if it has none.
 
     Raises:
-      ValueError: it is not one text.
+      ValueError: it is not text.
     """
     found = _features(payload)
-    if feature not in found:
+    if feature not in found or found[feature].WhichOneof("kind") is None:
         return ""
+    if found[feature].WhichOneof("kind") != "bytes_list":
+        raise ValueError(f"has no text in feature {feature!r}")
+    captions = found[feature].bytes_list.value
     try:
-        return _one_bytes(found, feature).decode()
+        return captions[0].decode() if captions else ""
     except UnicodeDecodeError as error:
         raise ValueError(f"has a {feature} that is not UTF-8") from error
 

@@ -6,7 +6,7 @@ import os
 import pathlib
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from uss_jax.errors import UserError
 
@@ -15,6 +15,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _HOST = secrets.token_hex(4)
 # Temporary files and folders of `with` blocks still running.
 _unfinished: set[pathlib.Path] = set()
+# Folders made for them that did not exist before, the deepest first.
+_new_folders: list[pathlib.Path] = []
 
 
 def owner() -> str:
@@ -54,6 +56,7 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """
     path = pathlib.Path(path)
     new = [above for above in path.parents if not os.path.lexists(above)]
+    _new_folders[:0] = new
     try:
         with _temporary(path, f".{path.name}.{owner()}") as temporary:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,10 +65,11 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
                 shutil.rmtree(path)
             move(temporary, path)
     except BaseException:
-        for above in new:
-            with contextlib.suppress(OSError):  # others have put something in it
-                above.rmdir()
+        _remove_empty(new)
         raise
+    finally:
+        for above in new:
+            _new_folders.remove(above)
 
 
 @contextlib.contextmanager
@@ -105,6 +109,13 @@ def remove_unfinished() -> None:
     """Removes all temporary files, for a process that exits without leaving its `with` blocks."""
     for temporary in list(_unfinished):
         _remove(temporary)
+    _remove_empty(list(_new_folders))
+
+
+def _remove_empty(folders: Iterable[pathlib.Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):  # something else is in it
+            folder.rmdir()
 
 
 def _remove(path: pathlib.Path) -> None:

@@ -26,10 +26,9 @@ from uss_jax.bundles.model import Model
 from uss_jax.errors import UserError, counted
 from uss_jax.evaluation.items import Batches, on_host, samples_digest
 from uss_jax.evaluation.metrics import is_silent
-from uss_jax.evaluation.wording import Wording, require_labels
+from uss_jax.evaluation.wording import Wording
 from uss_jax.models.tagging import unknown_classes
 from uss_jax.ontology import load_ontology
-from uss_jax.separation.words import require_same_encoder
 
 ORACLE, AVERAGE, CLASS = "oracle", "class average", "class alone"
 SHUFFLED, IDENTITY = "shuffled oracle", "target alone"
@@ -105,7 +104,6 @@ def find_rows(
 ) -> list[Row]:
     """Computes the conditions of every query that at least one item has."""
     items, takes = batches.items, model.query.module.takes
-    require_labels(wording, items)
     conditions, digests, heard = oracle_conditions(model, batches)
     if not heard.any():
         raise UserError("every source is silent, so no metric is defined; check the recordings")
@@ -114,7 +112,7 @@ def find_rows(
         asked = heard & [item.class_index is not None for item in items]
         if not asked.any():
             raise UserError(
-                f"{model.path} takes AudioSet classes only, and none of these sounds belongs to one"
+                f"{model.path} is asked with AudioSet classes, and none of these sounds is of one"
             )
     rows = [Row(ORACLE, conditions, asked)]
     if oracle_only:
@@ -127,8 +125,8 @@ def find_rows(
         )
     if drawn:
         rows += drawn.rows([item.label for item in items], heard, conditions.shape[1])
-    if wording is not None or takes.texts:
-        rows += _text_rows(model, batches, heard, conditions.shape[1], wording)
+    if wording is not None or (takes.texts and takes.recordings):  # else it is the oracle
+        rows.append(_text_row(model, batches, heard, conditions.shape[1], wording))
     if takes.probabilities:
         sets = [() if item.class_index is None else (item.class_index,) for item in items]
         rows.append(_heard_classes(CLASS, model, batches, heard, sets, conditions.shape[1]))
@@ -164,37 +162,43 @@ def oracle_conditions(
     return np.stack(conditions), digests, heard
 
 
-def _text_rows(
+def _text_row(
     model: Model,
     batches: Batches,
     heard: Bool[np.ndarray, " n"],
     width: int,
     wording: Wording | None,
-) -> list[Row]:
-    """Conditions on a text on each item; none for conditions that texts cannot ask for.
+) -> Row:
+    """Conditions on a text on each item.
 
     A model that takes texts gets the sentence vector, or that of the class's name without an
     encoder; another the classes that the text asks for, as `separate --text` does.
     """
     items, takes = batches.items, model.query.module.takes
-    names = len(load_ontology().class_mids)
     if wording is None:
         sets = [() if item.class_index is None else (item.class_index,) for item in items]
     elif takes.texts:
-        vectors = wording.vectors(wording.of(items))
-        require_same_encoder(model, wording.encoder)
-        return [Row(TEXT, model.of_texts(vectors), heard)]
+        return Row(TEXT, model.of_texts(wording.vectors(wording.of(items))), heard)
     else:
-        sets = wording.classes(wording.of(items), unknown_classes(model.tagger.module))
+        unknown = unknown_classes(model.tagger.module) if takes.probabilities else ()
+        sets = wording.classes(wording.of(items), unknown)
     if takes.classes:
-        indicators = np.zeros((len(items), names), np.float32)
+        indicators = np.zeros((len(items), len(load_ontology().class_mids)), np.float32)
         for at, indexes in enumerate(sets):
             indicators[at, list(indexes)] = 1
         exists = heard & [len(indexes) > 0 for indexes in sets]
-        return [Row(TEXT, model.of_classes(indicators), exists)]
-    if takes.probabilities:
-        return [_heard_classes(TEXT, model, batches, heard, sets, width)]
-    return []
+        return Row(TEXT, model.of_classes(indicators), exists)
+    return _heard_classes(TEXT, model, batches, heard, sets, width)
+
+
+def left_out(rows: Mapping[str, Row], items: int) -> str:
+    """Returns a sentence on the items that the row "text" leaves out; "" if none."""
+    if TEXT not in rows or (asked := int(rows[TEXT].exists.sum())) == items:
+        return ""
+    return (
+        f"the row {TEXT} leaves out {counted(items - asked, 'item')} of {items:,}: those that are "
+        "silent, and those whose text asks for no class"
+    )
 
 
 def _heard_classes(
@@ -207,8 +211,8 @@ def _heard_classes(
 ) -> Row:
     """Conditions on the tagging probabilities of classes in the mixture, all others zero.
 
-    This is the reference's query. Items without a class have none; the reference would not separate
-    them.
+    With one class, this is the reference's query. Items without a class have none; the reference
+    would not separate them.
     """
     items, tagger = batches.items, model.tagger.on(batches.mesh)
     conditions = np.zeros((len(items), width), np.float32)

@@ -51,7 +51,7 @@ def score(
       items: items to separate.
       averages: label -> averaged condition, if available.
       drawn: training recordings to query with; None for none.
-      wording: texts to query with; None for those of a model that takes texts, by itself.
+      wording: texts to query with; None: a model that takes texts is asked with names of classes.
       oracle_only: separate each item only once, with the condition of its clean source.
       unfinished: file that stores the metrics of finished batches, to resume an interrupted run;
         the caller removes it.

@@ -236,6 +236,8 @@ def write_class_plot(
     medians = rows[ORACLE]["classes"]["medians"]
     by_branch: dict[str, list[str]] = {}
     for label, (_, index) in _classes(items).items():
+        if label not in medians:  # a model of classes is not asked for a sound that is of none
+            continue
         by_branch.setdefault(branch_of(index) or "other", []).append(label)
     figure = Figure(figsize=(min(max(6.0, 0.14 * len(medians) + 3), 60), 4.5), layout="tight")
     FigureCanvasAgg(figure)

@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float
 
+from uss_jax.bundles.model import Model
 from uss_jax.bundles.node_vectors import spoken
 from uss_jax.bundles.text_encoder import TextEncoder
 from uss_jax.disk.checked_json import either, list_of, mapping_of, read_json, text
 from uss_jax.disk.opening import at_once
-from uss_jax.errors import UserError
+from uss_jax.errors import UserError, counted
 from uss_jax.evaluation.items import Item
-from uss_jax.separation.words import find_texts
+from uss_jax.separation.words import Match, ask, rankings, require_same_encoder
 
 _TEXTS = mapping_of(either(text(), list_of(text(), 1)))
 
@@ -54,52 +55,70 @@ class Wording:
 
         `unknown` are classes that the model has no output for.
         """
+        different = list(dict.fromkeys(texts))
 
-        def found(text: str) -> tuple[int, ...]:
+        def asked(text: str, matches: list[Match]) -> tuple[int, ...]:
             try:
-                return find_texts([text], self.encoder, unknown=unknown)[0].class_indexes
+                return ask(text, matches, self.encoder, unknown=unknown).class_indexes
             except UserError:
                 return ()
 
-        of_text = {text: found(text) for text in dict.fromkeys(texts)}
+        ranked = rankings(different, self.encoder)
+        of_text = {text: asked(text, of) for text, of in zip(different, ranked, strict=True)}
         return [of_text[text] for text in texts]
 
+    def remark(self, items: Sequence[Item]) -> str:
+        """Returns which labels of the items have no text of their own; "" if all have or none.
 
-def read_wording(encoder: str | None, texts: str | None) -> Wording | None:
+        Raises:
+          UserError: the texts are of other labels than those of the items.
+        """
+        labels = sorted({item.label for item in items})
+        without = [label for label in labels if label not in self.texts]
+        if not self.texts or not without:
+            return ""
+        if len(without) == len(labels):
+            raise UserError(
+                f"--texts has none of the labels that are evaluated (the first is {labels[0]!r}, "
+                f"in --texts {min(self.texts)!r}); write them as the table of results does"
+            )
+        count = counted(len(without), "label")
+        return f"--texts has none for {count} of {len(labels)}, asked by name, such as {without[0]}"
+
+
+def read_wording(model: Model, encoder: str | None, texts: str | None) -> Wording | None:
     """Reads the encoder, and a JSON file of the texts of labels: a text or a list of texts each.
 
     Args:
+      model: the model to ask.
       encoder: folder of a sentence encoder; None: nothing is asked with texts.
       texts: the file; None: the labels themselves.
 
     Raises:
-      UserError: encoder or file is unusable.
+      UserError: encoder or file is unusable, or the model cannot be asked with texts.
     """
     if encoder is None:
         return None
-    if texts is None:
-        return Wording(TextEncoder(encoder))
+    takes = model.query.module.takes
+    if not (takes.texts or takes.classes or takes.probabilities):
+        raise UserError(f"{model.path} takes recordings only; leave out --text-encoder")
+    wording = Wording(TextEncoder(encoder), {} if texts is None else _read_texts(texts))
+    if takes.texts:
+        require_same_encoder(model, wording.encoder)
+    return wording
+
+
+def _read_texts(path: str) -> dict[str, list[str]]:
     try:
-        with open(texts, "rb", opener=at_once) as file:
+        with open(path, "rb", opener=at_once) as file:
             stored = read_json(file, _TEXTS)
     except OSError as error:
-        raise UserError(f"{texts} cannot be read ({error.strerror}); give a JSON file") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}); give a JSON file") from error
     except ValueError as error:
         raise UserError(
-            f'{texts}: {error}; expected a label and its texts, as in {{"Dog": ["a dog barks"]}}'
+            f'{path}: {error}; expected a label and its texts, as in {{"Dog": ["a dog barks"]}}'
         ) from error
-    listed = {label: [of] if isinstance(of, str) else of for label, of in stored.items()}
-    return Wording(TextEncoder(encoder), listed)
-
-
-def require_labels(wording: Wording | None, items: Sequence[Item]) -> None:
-    """Raises a UserError if the texts are of other labels than those of the items."""
-    labels = {item.label for item in items}
-    if wording is not None and wording.texts and not labels & set(wording.texts):
-        raise UserError(
-            f"--texts has none of the labels that are evaluated (the first is {min(labels)!r}, in "
-            f"--texts {min(wording.texts)!r}); write them as the table of results does"
-        )
+    return {label: [of] if isinstance(of, str) else of for label, of in stored.items()}
 
 
 def how_asked(encoder: str | None, texts: str | None) -> dict[str, str | None]:

@@ -137,8 +137,9 @@ class QueryNet(nn.Module):
       shortcut: add the adaptor's input to its output (needs equal widths).
       one_class_share: share of items that are asked, in training, with their class's probability
         alone, as `--classes` asks; 0 in the reference. Needs a kind made of probabilities.
-      dropout: dropout rate of the tagging net's output in training. It prepares the separator for
-        vectors that no training target produced, such as class averages; 0 in the reference.
+      dropout: dropout rate of the tagging net's output, or sentence vector, in training. It
+        prepares the separator for vectors that no training target produced, such as class averages;
+        0 in the reference.
       finetune: whether the tagging net trains; a frozen one always runs in evaluation mode and
         passes no gradient.
     """

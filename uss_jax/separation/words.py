@@ -76,7 +76,7 @@ class Found:
     Attributes:
       text: the text.
       matches: the nearest nodes, the nearest first.
-      asked: those of them that it asks for.
+      asked: those of them that it asks for; none if it asks with its own vector.
     """
 
     text: str
@@ -100,6 +100,8 @@ class Found:
         return {"text": self.text, "nodes": {m.name: round(m.similarity, 4) for m in self.asked}}
 
     def __str__(self) -> str:
+        if not self.asked:
+            return one_line(f'"{_short(self.text)}" is nearest to {listed(self.matches)}')
         others = [match for match in self.matches if match not in self.asked]
         also = f"; near too: {listed(others)}" if others else ""
         return one_line(f'"{_short(self.text)}" asks for {listed(self.asked)}{also}')
@@ -118,14 +120,24 @@ def require_same_encoder(model: Model, encoder: TextEncoder) -> None:
 
 def vectors_of_texts(
     model: Model, encoder: TextEncoder, texts: Sequence[str]
-) -> Float[np.ndarray, "n d"]:
-    """Returns the conditions of texts, for a model that takes them.
+) -> tuple[list[Found], Float[np.ndarray, "n d"]]:
+    """Returns the nodes nearest to texts, and the conditions that their own vectors make.
+
+    Args:
+      model: a model that takes texts.
+      encoder: its sentence encoder.
+      texts: descriptions of sounds, in English; they need not be near any node.
 
     Raises:
-      UserError: the encoder is not that of the model.
+      UserError: a text is unusable or given twice, or the encoder is not that of the model.
     """
     require_same_encoder(model, encoder)
-    return model.of_texts(encoder.encode(texts))
+    texts = _checked(texts)
+    found = [
+        Found(text, _sensible(text, matches, encoder)[:_SHOWN], [])
+        for text, matches in zip(texts, rankings(texts, encoder), strict=True)
+    ]
+    return found, model.of_texts(encoder.encode(texts))
 
 
 def conditions_of_texts(
@@ -134,23 +146,25 @@ def conditions_of_texts(
     """Returns a condition for each text, by the name of its sound, and how they are made.
 
     Raises:
-      UserError: a text is near to nothing, or conditions of the model need each recording's tags.
+      UserError: a text cannot be asked with, or the model's conditions cannot be made of one.
     """
     takes = model.query.module.takes
-    if not (takes.texts or takes.classes):
-        raise UserError(
-            f"a text asks {model.path} for classes, whose conditions are made of the tags of each "
-            "recording and cannot be stored; give `uss-jax separate --text`"
-        )
-    found = find_texts(texts, encoder)
-    if encoder is not None and takes.texts:
-        vectors = vectors_of_texts(model, encoder, [one.text for one in found])
+    if takes.texts and encoder is not None:
+        found, vectors = vectors_of_texts(model, encoder, texts)
         how = "sentence vectors of texts"
-    else:
+    elif takes.classes:
+        found = find_texts(texts, encoder)
         sets = np.zeros((len(found), len(load_ontology().class_mids)), np.float32)
         for row, one in enumerate(found):
             sets[row, list(one.class_indexes)] = 1
         vectors, how = model.of_classes(sets), "the classes of the nodes nearest to texts"
+    elif takes.probabilities:
+        raise UserError(
+            f"a text asks {model.path} for classes, whose conditions are made of the tags of each "
+            "recording and cannot be stored; give `uss-jax separate --text`"
+        )
+    else:
+        raise UserError(f"{model.path} takes recordings only; give folders of them, not --text")
     return {one.name: vector for one, vector in zip(found, vectors, strict=True)}, how
 
 
@@ -161,7 +175,7 @@ def find_texts(
     most: int = 1,
     unknown: Collection[int] = (),
 ) -> list[Found]:
-    """Finds what texts ask for.
+    """Finds the nodes that texts ask for.
 
     Args:
       texts: descriptions of sounds, in English.
@@ -173,23 +187,56 @@ def find_texts(
     Raises:
       UserError: a text is unusable, given twice, or near to nothing.
     """
+    texts = _checked(texts)
+    return [
+        ask(text, matches, encoder, least, most, unknown)
+        for text, matches in zip(texts, rankings(texts, encoder), strict=True)
+    ]
+
+
+def ask(
+    text: str,
+    matches: list[Match],
+    encoder: TextEncoder | None,
+    least: float | None = None,
+    most: int = 1,
+    unknown: Collection[int] = (),
+) -> Found:
+    """Returns what a text asks for, given the ranking of all nodes; as in `find_texts`."""
+    if encoder is not None:
+        matches = _sensible(text, matches, encoder)
+    if least is None:
+        least = LEAST_OF_WORDS if encoder is None else LEAST_OF_VECTORS
+    return Found(text, matches[: max(_SHOWN, most)], chosen(text, matches, least, most, unknown))
+
+
+def rankings(texts: Sequence[str], encoder: TextEncoder | None) -> list[list[Match]]:
+    """Ranks all nodes for each text, the nearest first; a node of this very name is before all."""
+    if encoder is None:
+        ranked = [rank_by_words(text) for text in texts]
+    else:
+        ranked = _rankings_by(encoder, texts)
+    return [_names_first(*of) for of in zip(texts, ranked, strict=True)]
+
+
+def _checked(texts: Sequence[str]) -> list[str]:
+    """Returns the texts without spaces around them; raises a UserError if two have one name."""
     texts = [check_text(text) for text in texts]
     names = list(map(_name, texts))
     if twice := [name for at, name in enumerate(names) if name in names[:at]]:
         raise UserError(f'--text "{_short(twice[0])}" is given twice; give it once')
-    if encoder is None:
-        rankings = [rank_by_words(text) for text in texts]
-    else:
-        rankings = _rankings_by(encoder, texts)
-    if least is None:
-        least = LEAST_OF_WORDS if encoder is None else LEAST_OF_VECTORS
-    found = []
-    for text, matches in zip(texts, map(_names_first, texts, rankings), strict=True):
-        if encoder is not None and matches[0].similarity < _CERTAIN:
-            _require_known(text, encoder)
-        asked = chosen(text, matches, least, most, unknown)
-        found.append(Found(text, matches[: max(_SHOWN, most)], asked))
-    return found
+    return texts
+
+
+def _sensible(text: str, matches: list[Match], encoder: TextEncoder) -> list[Match]:
+    """Returns the ranking; raises a UserError for a text that the encoder does not understand, or
+    that means silence.
+    """
+    if matches[0].similarity < _CERTAIN:
+        _require_known(text, encoder)
+    if matches[0].mid == _SILENCE and matches[0].similarity >= LEAST_OF_VECTORS:
+        raise _silent(text)
+    return matches
 
 
 def _name(text: str) -> str:
@@ -219,7 +266,7 @@ def check_text(text: str) -> str:
     """Returns the text without spaces around it.
 
     Raises:
-      UserError: it has no words, is too long, or is a file.
+      UserError: it has no words, or is too long.
     """
     found = " ".join(text.split())
     if not _telling(found):
@@ -228,9 +275,14 @@ def check_text(text: str) -> str:
         raise UserError(
             f"--text has {len(found):,} characters, more than {LONGEST_TEXT:,}; describe one sound"
         )
-    if os.path.exists(text):
-        raise UserError(f'--text "{text}" is a file; give recordings before --text')
     return found
+
+
+def refuse_files(texts: Sequence[str]) -> None:
+    """Raises a UserError if a text is the path of a file: recordings given after --text."""
+    for text in texts:
+        if os.path.isfile(text):
+            raise UserError(f'--text "{text}" is a file; give recordings before --text')
 
 
 def _telling(text: str) -> list[str]:
@@ -339,8 +391,12 @@ def chosen(
             "other words, in English, or give --classes"
         )
     if near[0].mid == _SILENCE:
-        raise UserError(f'"{_short(text)}" is silence, which cannot be separated; describe a sound')
+        raise _silent(text)
     return near
+
+
+def _silent(text: str) -> UserError:
+    return UserError(f'"{_short(text)}" is silence, which cannot be separated; describe a sound')
 
 
 def _require_known(text: str, encoder: TextEncoder) -> None:

@@ -95,8 +95,8 @@ def open_records(
     reader = ClipReader(data.records, index, data.verify == "always")
     if texts is not None and asking.captions:
         texts = with_captions(texts, asking.captions, index)
-        captioned = texts.captions.read(np.arange(len(index)))[0].mean()
-        say(f"captions of {asking.captions}: {captioned:.1%} of the clips have one")
+        share = texts.captions.share
+        say(f"{share:.1%} of the clips have a caption in {asking.captions}, and are asked with it")
     asks = asking and _open_asking(asking, index, drawn, places, texts, seed)
     return Records(index, reader, order, places, asks)
 

@@ -20,7 +20,7 @@ from uss_jax.devices.precision import PRECISIONS
 from uss_jax.disk.checked_json import Rule, number, record, text, whole
 from uss_jax.errors import UserError
 from uss_jax.models.norm import MOMENTUM, SCOPES
-from uss_jax.models.query import KINDS
+from uss_jax.models.query import KINDS, Kind
 from uss_jax.training.asking import check_shares
 from uss_jax.training.augment import AUGMENTATIONS
 from uss_jax.training.examples import Mixing
@@ -449,17 +449,12 @@ def _check_asking(settings: SeparatorSettings) -> None:
             f"config.best_by={settings.best_by} needs conditions of probabilities, which "
             f"config.query.kind={settings.query['kind']} are not; choose sdri"
         )
-    if best == "text" and not kind.texts:
+    if best == "text" and not (kind.texts and kind.recordings):
         raise UserError(
-            f"config.best_by={settings.best_by} needs conditions of texts, which "
+            f"config.best_by={settings.best_by} needs conditions of texts or sounds, which "
             f"config.query.kind={settings.query['kind']} are not; choose sdri"
         )
-    for key in ("text_encoder", "captions"):
-        if getattr(asking, key) and not kind.texts:
-            raise UserError(
-                f"config.query.{key} has no effect with config.query.kind="
-                f"{settings.query['kind']}, whose conditions are not made of texts; leave it empty"
-            )
+    _check_texts(asking, kind, settings.query["kind"])
     check_shares(asking.source, bool(asking.table))
     if asking.table and not kind.recordings:
         raise UserError(
@@ -480,6 +475,27 @@ def _check_asking(settings: SeparatorSettings) -> None:
         raise UserError(
             "config.query.source.masked needs conditions of probabilities: config.query.kind="
             + " or ".join(name for name, kind in KINDS.items() if kind.probabilities)
+        )
+
+
+def _check_texts(asking: AskingSettings, kind: Kind, name: str) -> None:
+    """Raises a UserError for keys on texts that have no effect."""
+    given = [key for key in ("text_encoder", "captions") if getattr(asking, key)]
+    if given and not kind.texts:
+        raise UserError(
+            f"config.query.{given[0]} has no effect with config.query.kind={name}, whose "
+            "conditions are not made of texts; leave it empty"
+        )
+    if asking.text_share != AskingSettings.text_share and not (kind.texts and kind.recordings):
+        raise UserError(
+            f"config.query.text_share={asking.text_share:g} has no effect with "
+            f"config.query.kind={name}, whose conditions are not of texts or sounds; leave it at "
+            f"{AskingSettings.text_share:g}"
+        )
+    if given and not asking.text_share:
+        raise UserError(
+            f"config.query.{given[0]} has no effect with config.query.text_share=0, which asks "
+            "with no text; raise it"
         )
 
 

@@ -115,8 +115,8 @@ def _differences(
         if not same:
             yield "the arrays of its query net, so that conditions mean something else"
     if with_query and query and "names" in query and bundle.holds("names"):
-        stored = bundle.variables("names")["params"]["names"]
-        if not np.allclose(stored, query["names"], atol=_NEAR):
+        names = bundle.variables("names")["params"]["names"]
+        if not np.allclose(names, query["names"], atol=_NEAR):
             yield "the vectors of the classes' names, so that texts mean something else"
 
 

@@ -216,7 +216,7 @@ def _asked(
         vectors,
         others,
         class_alone=CLASS in queries and takes.probabilities,
-        named=TEXT in queries and takes.texts,
+        named=TEXT in queries and takes.texts and takes.recordings,  # else it is the oracle
     )
     if settings.best_query and settings.best_query not in asked.names:
         raise UserError(

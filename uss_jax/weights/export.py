@@ -113,7 +113,12 @@ def export(
     left_out = _packaged(parts) if without_packaged else {}
     if without_packaged and not left_out:
         raise UserError(f"no net of {bundle.path} is in the package; leave out --without-packaged")
-    parts = {p: _cast(v, dtype) for p, v in parts.items() if p not in left_out}
+    # Vectors of names stay as exact as those of texts.
+    parts = {
+        part: variables if part == "names" else _cast(variables, dtype)
+        for part, variables in parts.items()
+        if part not in left_out
+    }
     window = round((window_seconds or bundle.config["segment_seconds"]) * _rate(bundle))
     inputs = _inputs(separator, window)
     original = _live(separator, variables, inputs)
@@ -235,7 +240,7 @@ def _require_readable(folder: pathlib.Path, parts: Sequence[str]) -> None:
     """Opens each net of an export, which checks its layout, values and hash."""
     written = read_bundle(folder)
     for part in ("separator", "query", "sed"):
-        if part in parts or (part == "query" and "adaptor" in parts):
+        if part in parts or (part == "query" and set(OF_QUERY) & set(parts)):
             getattr(written, part)()
 
 
@@ -299,9 +304,9 @@ def _stablehlo(
     if "names" in parts:
         asking["text_condition"] = _of_text, TEXT_WIDTH
         np.save(folder / "names.npy", np.asarray(parts["names"]["params"]["names"]))
+    query, variables = bundle.query() if asking else (None, None)
+    variables = jax.tree.map(jnp.asarray, variables)
     for name, (function, length) in asking.items():
-        query, variables = bundle.query()
-        variables = jax.tree.map(jnp.asarray, variables)
         given = 0.1 * np.random.default_rng(1).standard_normal((_ROWS, length)).astype(np.float32)
         path = folder / f"{name}.stablehlo"
         _write_function(

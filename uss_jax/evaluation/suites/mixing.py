@@ -23,6 +23,7 @@ from uss_jax.errors import UserError, counted
 from uss_jax.evaluation.averages import source_averages
 from uss_jax.evaluation.finished import unfinished_beside
 from uss_jax.evaluation.items import Item
+from uss_jax.evaluation.rows import left_out
 from uss_jax.evaluation.scoring import score
 from uss_jax.evaluation.suite import Results
 from uss_jax.evaluation.summary import report
@@ -224,11 +225,13 @@ def score_splits(
       how: options of the suite, for the results.
       text_encoder, texts: see `read_wording`.
     """
+    wording = read_wording(model, text_encoder, texts)
     test = items("test")
+    remark = wording.remark(test) if wording else ""
     averages = source_averages(model, items("train"))
-    wording = read_wording(text_encoder, texts)
-    figures, _ = score(model, test, averages, wording=wording, unfinished=unfinished_beside(out))
+    figures, rows = score(model, test, averages, wording=wording, unfinished=unfinished_beside(out))
     results, text = report(model, test, figures, out)
+    text = "\n\n".join([text, *filter(None, [remark, left_out(rows, len(test))])])
     return {**results, "how": {**how, **how_asked(text_encoder, texts)}}, text
 
 

@@ -28,7 +28,7 @@ from uss_jax.evaluation.clips import open_clips
 from uss_jax.evaluation.finished import unfinished_beside
 from uss_jax.evaluation.items import ALL, Item
 from uss_jax.evaluation.make_pairs import MANIFEST
-from uss_jax.evaluation.rows import ORACLE, Drawn, Row, row_of
+from uss_jax.evaluation.rows import ORACLE, Drawn, Row, left_out, row_of
 from uss_jax.evaluation.scoring import Figures, score
 from uss_jax.evaluation.suite import Results
 from uss_jax.evaluation.summary import report
@@ -80,7 +80,9 @@ def run(
         require_npz(bank)
     if examples and not out_dir:
         raise UserError("--examples needs --out-dir, the folder to write them to")
+    wording = read_wording(model, text_encoder, texts)
     pairs = find_pairs(data)
+    remark = wording.remark(pairs) if wording else ""
     vectors: Vectors = {}
     how = {"train_records": train_records, "split": (split or "train") if train_records else None}
     if train_records:
@@ -96,12 +98,12 @@ def run(
         pairs,
         averages,
         drawn=Drawn(vectors, recordings) if recordings else None,
-        wording=read_wording(text_encoder, texts),
+        wording=wording,
         oracle_only=oracle_only,
         unfinished=unfinished_beside(out),
     )
     results, table = report(model, pairs, figures, out)
-    text = [table]
+    text = [table, *filter(None, [remark, left_out(rows, len(pairs))])]
     if absent := [row_of(count) for count in recordings if row_of(count) not in rows]:
         text.append(f"no row of {', '.join(absent)}: no class of these pairs has so many vectors")
     if averages and bank:

@@ -99,4 +99,4 @@ def test_captions_of_others_are_refused(records, captions, encoder, tmp_path, ca
     assert main([*words, "--out", str(records), "--overwrite"]) == 1
     assert "is not a folder of captions" in capsys.readouterr().err
     assert main([*words, "--out", str(tmp_path / "c"), "--feature", "labels"]) == 1
-    assert "needs one bytes value in feature 'labels'" in capsys.readouterr().err
+    assert "has no text in feature 'labels'" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from safetensors.numpy import load_file
 from tests.tiny import (
     RATE,
     TAGGER,
+    WIDTHS,
     random_variables,
     tagger_variables,
     write_separator,
@@ -46,7 +47,7 @@ def test_a_separator_knows_its_condition(tmp_path, kind):
     query, variables = bundle.query()
     assert query.kind == kind
     assert bool(variables["params"]) == (kind != "one_hot")
-    assert separator.condition_width == (6 if kind in ("embedding", "class_vectors") else 527)
+    assert separator.condition_width == WIDTHS[kind]
 
 
 HOSTILE_CONFIGS = {

@@ -107,7 +107,10 @@ def test_a_config_file_of_other_keys_or_types_is_said(change, said):
             "needs shuffled in config.eval.queries, which is average, cl",
         ),
         ({"eval.queries": ("class", "class")}, "expected names of queries, none of them twice"),
-        ({"eval.queries": ("recordings_0",)}, "has 'recordings_0', expected average, class, shuf"),
+        (
+            {"eval.queries": ("recordings_0",)},
+            "has 'recordings_0', expected average, class, text, shuf",
+        ),
         ({"mixing.pan": 1.5}, "config.mixing.pan is 1.5, expected"),
     ],
 )

@@ -8,6 +8,7 @@ from uss_jax.errors import UserError, counted
 from uss_jax.ontology import load_ontology
 
 _UNKNOWN_SHOWN = 10
+_WRONG_SHOWN = 4  # lines of a label map, each with its advice
 
 
 def read_label_map(path: str | os.PathLike) -> dict[str, str]:
@@ -38,9 +39,9 @@ def read_label_map(path: str | os.PathLike) -> dict[str, str]:
                 f"{path}, line {line}: {name!r} was mapped to other classes in an earlier line"
             )
     if wrong:
-        more = len(wrong) - _UNKNOWN_SHOWN
+        more = len(wrong) - _WRONG_SHOWN
         rest = f"; and {more} more" if more > 0 else ""
-        raise UserError(f"{path}, {'; '.join(wrong[:_UNKNOWN_SHOWN])}{rest}")
+        raise UserError(f"{path}, {'; '.join(wrong[:_WRONG_SHOWN])}{rest}")
     return found
 
 

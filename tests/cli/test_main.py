@@ -14,6 +14,8 @@ from uss_jax.errors import UserError
 WORDS = {
     "prepare": {"--name", "--version", "--split", "beam_options"},
     "mine": {"--split", "--show"},
+    "captions": {"--split", "--feature"},
+    "query make": {"--text"},
     "make-pairs": {"--split"},
     "evaluate pairs": {"--split"},
     "evaluate tagging": {"--split"},

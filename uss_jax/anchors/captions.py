@@ -23,13 +23,13 @@ from uss_jax.data.storage import open_folder
 from uss_jax.data.tf_example import caption_of
 from uss_jax.devices.batching import in_batches
 from uss_jax.disk.atomic import replacing_folder
-from uss_jax.disk.checked_json import read_json, record, text, whole
+from uss_jax.disk.checked_json import record, text, whole
 from uss_jax.disk.checked_npz import Column, map_npy
-from uss_jax.disk.opening import at_once
+from uss_jax.disk.folder import HEADER, read_header, sha256_of
 from uss_jax.errors import UserError
 
 FORMAT_VERSION = 1
-_HEADER_FILE, _ROW, VECTORS = "header.json", "row.npy", "vectors.npy"
+_ROW, VECTORS = "row.npy", "vectors.npy"
 _AGAIN = "make it again with `uss-jax captions`"
 # Different captions encoded at a time; each encoder batch has sentences of about one length.
 _AT_A_TIME = 4096
@@ -116,7 +116,7 @@ def open_captions(path: str | os.PathLike, index: RecordIndex, encoder: str) -> 
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); {_AGAIN}") from error
     if digest != header["digest"]:
-        raise UserError(f"{path} does not match its digest in {_HEADER_FILE}; {_AGAIN}")
+        raise UserError(f"{path} does not match its digest in {HEADER}; {_AGAIN}")
     if not index.has_digest(header["index_digest"]):
         raise UserError(
             f"{path} holds the captions of other records than those of this run; {_AGAIN}"
@@ -137,12 +137,7 @@ def read_captions_header(path: pathlib.Path) -> dict[str, Any]:
     Raises:
       UserError: it cannot be read.
     """
-    try:
-        with open(path / _HEADER_FILE, "rb", opener=at_once) as file:
-            return read_json(file, _HEADER)
-    except (OSError, ValueError) as error:
-        words = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} is not a folder of captions ({words}); {_AGAIN}") from error
+    return read_header(path, _HEADER, "a folder of captions", _AGAIN)
 
 
 def captions_of(
@@ -216,13 +211,12 @@ def write_captions(
             "width": width,
             "digest": _digest(unfinished),
         }
-        (unfinished / _HEADER_FILE).write_text(json.dumps(header, indent=2) + "\n")
+        (unfinished / HEADER).write_text(json.dumps(header, indent=2) + "\n")
     return len(vectors)
 
 
 def _digest(path: pathlib.Path) -> str:
     digest = hashlib.sha256()
     for name in (_ROW, VECTORS):
-        with open(path / name, "rb", opener=at_once) as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(sha256_of(path / name)))
     return digest.hexdigest()

@@ -25,13 +25,12 @@ from uss_jax.anchors.table import AnchorTable
 from uss_jax.data.index import RecordIndex
 from uss_jax.devices.batching import in_batches
 from uss_jax.disk.atomic import replacing
-from uss_jax.disk.checked_json import list_of, read_json, record, text, whole
+from uss_jax.disk.checked_json import list_of, record, text, whole
 from uss_jax.disk.checked_npz import Column, map_npy
-from uss_jax.disk.opening import at_once
+from uss_jax.disk.folder import HEADER, read_header, sha256_of
 from uss_jax.errors import UserError
 
 FORMAT_VERSION = 1
-HEADER = "header.json"
 # Outputs of a tagging net that are conditions, see models/query.py.
 OUTPUTS = ("clipwise", "embedding")
 _AGAIN = "mine again with `uss-jax mine --query`"
@@ -113,7 +112,7 @@ class ConditionTable:
         for number in range(len(self.first_row) - 1):
             self._open(number)
             path = _shard(self.path, number)
-            if verify and path.exists() and _digest(path) != self.header["shard_digests"][number]:
+            if verify and path.exists() and sha256_of(path) != self.header["shard_digests"][number]:
                 raise UserError(f"{path} does not match its digest in {HEADER}; {_AGAIN}")
 
     @functools.cached_property
@@ -175,14 +174,7 @@ def read_conditions_header(path: pathlib.Path) -> dict[str, Any]:
     Raises:
       UserError: it cannot be read.
     """
-    try:
-        with open(path / HEADER, "rb", opener=at_once) as file:
-            return read_json(file, _HEADER)
-    except (OSError, ValueError) as error:
-        words = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{path} is not a folder of mined conditions ({words}); {_AGAIN}"
-        ) from error
+    return read_header(path, _HEADER, "a folder of mined conditions", _AGAIN)
 
 
 def write_header(path: pathlib.Path, header: Mapping[str, Any]) -> None:
@@ -196,12 +188,7 @@ def write_shard(path: pathlib.Path, number: int, vectors: Float[np.ndarray, "r k
     file = _shard(path, number)
     with replacing(file) as temporary:
         np.save(temporary, vectors)
-    return _digest(file)
-
-
-def _digest(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(file)
 
 
 def _shard(path: pathlib.Path, number: int) -> pathlib.Path:

@@ -153,21 +153,20 @@ class Model:
 
     def adapt(self, vectors: Float[np.ndarray, "b _"]) -> Float[np.ndarray, "b d"]:
         """Maps outputs of the tagging net to conditions, through the adaptor if there is one."""
-        net = self.query
-        adapt = at_precision(net.precision, net.module.apply)
-        return np.asarray(adapt(net.variables, jnp.asarray(vectors), method="adapt"))
+        return self._asked("adapt", vectors)
 
     def of_classes(self, sets: Float[np.ndarray, "b k"]) -> Float[np.ndarray, "b d"]:
         """Returns the conditions of sets of classes, for kinds that classes are conditions of."""
-        net = self.query
-        asked = at_precision(net.precision, net.module.apply)
-        return np.asarray(asked(net.variables, jnp.asarray(sets), method="of_classes"))
+        return self._asked("of_classes", sets)
 
     def of_texts(self, vectors: Float[np.ndarray, "b w"]) -> Float[np.ndarray, "b d"]:
         """Returns the conditions of sentence vectors, for kinds that take texts."""
-        net = self.query
-        adapt = at_precision(net.precision, net.module.apply)
-        return np.asarray(adapt(net.variables, jnp.asarray(vectors), text=True, method="adapt"))
+        return self._asked("adapt", vectors, text=True)
+
+    def _asked(self, method: str, rows: np.ndarray, **options: bool) -> Float[np.ndarray, "b d"]:
+        """Runs a method of the query net."""
+        run = at_precision(self.query.precision, self.query.module.apply)
+        return np.asarray(run(self.query.variables, jnp.asarray(rows), method=method, **options))
 
     def separate(
         self, mixture: Float[np.ndarray, "b t"], condition: Float[Array | np.ndarray, "b d"]

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from uss_jax.anchors.captions import VECTORS as CAPTIONS
 from uss_jax.anchors.captions import read_captions_header
-from uss_jax.anchors.conditions import HEADER, read_conditions_header
+from uss_jax.anchors.conditions import read_conditions_header
 from uss_jax.anchors.table import COLUMNS, read_header
 from uss_jax.bundles import nets
 from uss_jax.bundles.bundle import OF_QUERY, Bundle, Variables, net_hash, read_bundle
@@ -25,6 +25,7 @@ from uss_jax.data.shards import splits
 from uss_jax.data.storage import versions_below
 from uss_jax.disk.checked_json import number, parse_json, record, whole
 from uss_jax.disk.checked_npz import names_in_npz, read_npz
+from uss_jax.disk.folder import HEADER
 from uss_jax.disk.opening import absence, at_once
 from uss_jax.errors import UserError, counted
 from uss_jax.ontology import load_ontology

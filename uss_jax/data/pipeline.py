@@ -30,11 +30,8 @@ from uss_jax.ontology import load_ontology
 _FAR = 2**44
 _DRAWN_AT_ONCE = 256  # positions; drawing them takes a few milliseconds
 _BLOCKS_KEPT = 4  # enough, as threads are at most a few steps apart
-# Columns of a batch that belong to a clip, not to its place in the order.
-_OF_RECORD = frozenset(
-    "record class_index anchor_sample begin_sample score".split()  # noqa: SIM905
-    + "vector masked text by_text".split()  # noqa: SIM905
-)
+# Columns of a batch that belong to a place in the order; all others belong to the clip drawn there.
+_OF_PLACE = frozenset(("conflict", "absent"))
 
 
 @runtime_checkable
@@ -177,7 +174,7 @@ class _MakeBatch:
             their_audio = audio[some]
             their_samples, wrong = self._read(others, their_audio)
             audio[some], samples[some] = their_audio, their_samples
-            for name in drawn.keys() & _OF_RECORD:
+            for name in drawn.keys() - _OF_PLACE:
                 drawn[name][some] = others[name]
             damaged = {int(some[at]): error for at, error in wrong.items()}
         if self.labels:

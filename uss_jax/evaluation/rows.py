@@ -24,11 +24,12 @@ from jaxtyping import Bool, Float, Integer
 
 from uss_jax.bundles.model import Model
 from uss_jax.errors import UserError, counted
-from uss_jax.evaluation.items import Batches, on_host, samples_digest
+from uss_jax.evaluation.items import Batches, Item, on_host, samples_digest
 from uss_jax.evaluation.metrics import is_silent
 from uss_jax.evaluation.wording import Wording
 from uss_jax.models.tagging import unknown_classes
 from uss_jax.ontology import load_ontology
+from uss_jax.separation.queries import indicators
 
 ORACLE, AVERAGE, CLASS = "oracle", "class average", "class alone"
 SHUFFLED, IDENTITY = "shuffled oracle", "target alone"
@@ -128,7 +129,7 @@ def find_rows(
     if wording is not None or (takes.texts and takes.recordings):  # else it is the oracle
         rows.append(_text_row(model, batches, heard, conditions.shape[1], wording))
     if takes.probabilities:
-        sets = [() if item.class_index is None else (item.class_index,) for item in items]
+        sets = _own_classes(items)
         rows.append(_heard_classes(CLASS, model, batches, heard, sets, conditions.shape[1]))
     classes = [item.label if item.class_index is None else item.class_index for item in items]
     others = unrelated_items(classes, digests, [item.other_class_index for item in items])
@@ -176,19 +177,21 @@ def _text_row(
     """
     items, takes = batches.items, model.query.module.takes
     if wording is None:
-        sets = [() if item.class_index is None else (item.class_index,) for item in items]
+        sets = _own_classes(items)
     elif takes.texts:
         return Row(TEXT, model.of_texts(wording.vectors(wording.of(items))), heard)
     else:
         unknown = unknown_classes(model.tagger.module) if takes.probabilities else ()
         sets = wording.classes(wording.of(items), unknown)
     if takes.classes:
-        indicators = np.zeros((len(items), len(load_ontology().class_mids)), np.float32)
-        for at, indexes in enumerate(sets):
-            indicators[at, list(indexes)] = 1
         exists = heard & [len(indexes) > 0 for indexes in sets]
-        return Row(TEXT, model.of_classes(indicators), exists)
+        return Row(TEXT, model.of_classes(indicators(sets)), exists)
     return _heard_classes(TEXT, model, batches, heard, sets, width)
+
+
+def _own_classes(items: Sequence[Item]) -> list[tuple[int, ...]]:
+    """Returns the class of each item, as a set; an empty one without a class."""
+    return [() if item.class_index is None else (item.class_index,) for item in items]
 
 
 def left_out(rows: Mapping[str, Row], items: int) -> str:
@@ -221,10 +224,8 @@ def _heard_classes(
     for number, (mixture,) in batches.read(("mixture",), which, "classes asked for"):
         at = batches.places[number]
         found = on_host(tagger(batches.put(mixture))["clipwise"], batches.mesh)[: len(at)]
-        asked = np.zeros(found.shape, bool)
-        for row, place in enumerate(at.tolist()):
-            asked[row, list(sets[place])] = True
-        conditions[at] = model.adapt(np.where(asked, found, 0).astype(np.float32))
+        asked = indicators([sets[place] for place in at])
+        conditions[at] = model.adapt(np.where(asked > 0, found, 0).astype(np.float32))
     return Row(name, conditions, exists)
 
 

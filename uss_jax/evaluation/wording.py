@@ -1,4 +1,4 @@
-"""What the sounds of an evaluation are called in words, for the row "text".
+"""Reads the texts that an evaluation asks with in its row "text", and encodes them.
 
 Letters: `n` items, `t` width of a sentence vector.
 """

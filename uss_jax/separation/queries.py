@@ -1,6 +1,6 @@
 """Queries: sets of classes, or condition vectors.
 
-Letters: `s` segments of a recording, `k` classes, `d` condition width.
+Letters: `n` sets of classes, `s` segments of a recording, `k` classes, `d` condition width.
 """
 
 import dataclasses
@@ -90,6 +90,14 @@ def without(
     return {name: indexes for name, indexes in left.items() if indexes}, remarks
 
 
+def indicators(sets: Sequence[Sequence[int]]) -> Float32[np.ndarray, "n k"]:
+    """Returns a row for each set of class indexes: 1 for a class in it, 0 elsewhere."""
+    rows = np.zeros((len(sets), len(load_ontology().class_mids)), np.float32)
+    for row, indexes in zip(rows, sets, strict=True):
+        row[list(indexes)] = 1
+    return rows
+
+
 def level_sets(levels: Sequence[int], first_parent_only: bool) -> dict[str, tuple[int, ...]]:
     """Maps "level=L/Name" to class indexes, for the nodes with classes at the given levels.
 
@@ -175,9 +183,7 @@ class Classes:
             if self.only_active and not active.any():
                 continue
             if model.query.module.takes.classes:
-                vectors = np.zeros((1, probabilities.shape[1]), np.float32)
-                vectors[0, indexes] = 1
-                conditions = model.of_classes(vectors)
+                conditions = model.of_classes(indicators([indexes]))
             else:
                 vectors = np.zeros_like(probabilities)
                 vectors[:, indexes] = probabilities[:, indexes]

@@ -23,7 +23,7 @@ from uss_jax.bundles.node_vectors import class_texts, load_node_vectors, node_te
 from uss_jax.bundles.text_encoder import TextEncoder
 from uss_jax.errors import UserError, one_line
 from uss_jax.ontology import load_ontology
-from uss_jax.separation.queries import asked_by
+from uss_jax.separation.queries import asked_by, indicators
 
 _WORD = re.compile(r"[^\W\d_]+", re.UNICODE)
 # Words that say nothing of a sound.
@@ -133,11 +133,11 @@ def vectors_of_texts(
     """
     require_same_encoder(model, encoder)
     texts = _checked(texts)
-    found = [
-        Found(text, _sensible(text, matches, encoder)[:_SHOWN], [])
-        for text, matches in zip(texts, rankings(texts, encoder), strict=True)
-    ]
-    return found, model.of_texts(encoder.encode(texts))
+    vectors, found = encoder.encode(texts), []
+    for text, matches in zip(texts, _rankings_by(encoder, texts, vectors), strict=True):
+        _require_sense(text, matches, encoder)
+        found.append(Found(text, matches[:_SHOWN], []))
+    return found, model.of_texts(vectors)
 
 
 def conditions_of_texts(
@@ -154,10 +154,8 @@ def conditions_of_texts(
         how = "sentence vectors of texts"
     elif takes.classes:
         found = find_texts(texts, encoder)
-        sets = np.zeros((len(found), len(load_ontology().class_mids)), np.float32)
-        for row, one in enumerate(found):
-            sets[row, list(one.class_indexes)] = 1
-        vectors, how = model.of_classes(sets), "the classes of the nodes nearest to texts"
+        vectors = model.of_classes(indicators([one.class_indexes for one in found]))
+        how = "the classes of the nodes nearest to texts"
     elif takes.probabilities:
         raise UserError(
             f"a text asks {model.path} for classes, whose conditions are made of the tags of each "
@@ -204,7 +202,7 @@ def ask(
 ) -> Found:
     """Returns what a text asks for, given the ranking of all nodes; as in `find_texts`."""
     if encoder is not None:
-        matches = _sensible(text, matches, encoder)
+        _require_sense(text, matches, encoder)
     if least is None:
         least = LEAST_OF_WORDS if encoder is None else LEAST_OF_VECTORS
     return Found(text, matches[: max(_SHOWN, most)], chosen(text, matches, least, most, unknown))
@@ -212,11 +210,9 @@ def ask(
 
 def rankings(texts: Sequence[str], encoder: TextEncoder | None) -> list[list[Match]]:
     """Ranks all nodes for each text, the nearest first; a node of this very name is before all."""
-    if encoder is None:
-        ranked = [rank_by_words(text) for text in texts]
-    else:
-        ranked = _rankings_by(encoder, texts)
-    return [_names_first(*of) for of in zip(texts, ranked, strict=True)]
+    if encoder is not None:
+        return _rankings_by(encoder, texts, encoder.encode(texts))
+    return [_names_first(text, rank_by_words(text)) for text in texts]
 
 
 def _checked(texts: Sequence[str]) -> list[str]:
@@ -228,15 +224,12 @@ def _checked(texts: Sequence[str]) -> list[str]:
     return texts
 
 
-def _sensible(text: str, matches: list[Match], encoder: TextEncoder) -> list[Match]:
-    """Returns the ranking; raises a UserError for a text that the encoder does not understand, or
-    that means silence.
-    """
+def _require_sense(text: str, matches: list[Match], encoder: TextEncoder) -> None:
+    """Raises a UserError if the encoder does not understand a text, or if it means silence."""
     if matches[0].similarity < _CERTAIN:
         _require_known(text, encoder)
     if matches[0].mid == _SILENCE and matches[0].similarity >= LEAST_OF_VECTORS:
         raise _silent(text)
-    return matches
 
 
 def _name(text: str) -> str:
@@ -254,12 +247,16 @@ def _names_first(text: str, matches: list[Match]) -> list[Match]:
     return [*(Match(mid, 1.0) for mid in named), *(m for m in matches if m.mid not in named)]
 
 
-def _rankings_by(encoder: TextEncoder, texts: Sequence[str]) -> list[list[Match]]:
+def _rankings_by(
+    encoder: TextEncoder, texts: Sequence[str], vectors: Float[np.ndarray, "n d"]
+) -> list[list[Match]]:
+    """Ranks all nodes by the vectors of texts."""
     nodes = load_node_vectors()
-    vectors = nodes.vectors
+    of_nodes = nodes.vectors
     if nodes.encoder != encoder.hash:  # those in the package are of another encoder
-        vectors = encoder.encode(node_texts())
-    return [rank_by_vectors(vector, nodes.mids, vectors) for vector in encoder.encode(texts)]
+        of_nodes = encoder.encode(node_texts())
+    ranked = [rank_by_vectors(vector, nodes.mids, of_nodes) for vector in vectors]
+    return [_names_first(*of) for of in zip(texts, ranked, strict=True)]
 
 
 def check_text(text: str) -> str:

@@ -44,11 +44,6 @@ class Texts:
     digest: str
     captions: CaptionTable | None = None
 
-    @property
-    def width(self) -> int:
-        """Width of a vector."""
-        return self.names.shape[-1]
-
     def draw(
         self,
         seed: int,

@@ -5,7 +5,6 @@ uss_jax/assets/text/nodes.npz; FOLDER is that of the encoder, as published or co
 """
 
 import argparse
-import hashlib
 import json
 import os
 import pathlib
@@ -31,6 +30,7 @@ from uss_jax.bundles.text_encoder import (
     tensors_of,
 )
 from uss_jax.disk.atomic import replacing_folder
+from uss_jax.disk.folder import sha256_of
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 
@@ -81,8 +81,7 @@ def convert_encoder(path: str | os.PathLike, out: str | os.PathLike) -> EncoderF
 
 
 def _licence(folder: pathlib.Path) -> str:
-    with open(folder / TENSORS, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256_of(folder / TENSORS)
     return _LICENCES.get(digest, f"unknown: see the source of {TENSORS} (SHA-256 {digest})")
 
 

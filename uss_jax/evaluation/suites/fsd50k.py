@@ -30,11 +30,18 @@ _PARTS = {"train": "dev", "test": "eval"}
 
 
 def run(
-    model: Model, data: str, out: str, *, labels: str, **words: str | None
+    model: Model,
+    data: str,
+    out: str,
+    *,
+    labels: str,
+    text_encoder: str | None,
+    texts: str | None,
 ) -> tuple[Results, str]:
-    """Evaluates separation on the mixtures of the test split; `words` as in `score_splits`."""
+    """Evaluates separation on the mixtures of the test split."""
     of_split = functools.partial(items, pathlib.Path(data), all_labels=labels == "all")
-    return score_splits(model, out, of_split, {"labels": labels}, **words)
+    how = {"labels": labels}
+    return score_splits(model, out, of_split, how, text_encoder=text_encoder, texts=texts)
 
 
 def items(folder: pathlib.Path, split: str, *, all_labels: bool = False) -> list[Mixed]:

@@ -28,9 +28,12 @@ from uss_jax.evaluation.suites.mixing import (
 _TABLES = {"train": "train_post_competition.csv", "test": "test_post_competition_scoring_clips.csv"}
 
 
-def run(model: Model, data: str, out: str, **words: str | None) -> tuple[Results, str]:
-    """Evaluates separation on the mixtures of the test split; `words` as in `score_splits`."""
-    return score_splits(model, out, functools.partial(items, pathlib.Path(data)), {}, **words)
+def run(
+    model: Model, data: str, out: str, *, text_encoder: str | None, texts: str | None
+) -> tuple[Results, str]:
+    """Evaluates separation on the mixtures of the test split."""
+    of_split = functools.partial(items, pathlib.Path(data))
+    return score_splits(model, out, of_split, {}, text_encoder=text_encoder, texts=texts)
 
 
 def items(folder: pathlib.Path, split: str) -> list[Mixed]:

@@ -40,10 +40,12 @@ _LEAST_PEAK = 0.1
 _LEAST_WINDOWS = 10
 
 
-def run(model: Model, data: str, out: str, *, by: str, **words: str | None) -> tuple[Results, str]:
-    """Evaluates separation on the windows of the test split; `words` as in `score_splits`."""
+def run(
+    model: Model, data: str, out: str, *, by: str, text_encoder: str | None, texts: str | None
+) -> tuple[Results, str]:
+    """Evaluates separation on the windows of the test split."""
     of_split = functools.partial(items, pathlib.Path(data), by=by)
-    return score_splits(model, out, of_split, {"by": by}, **words)
+    return score_splits(model, out, of_split, {"by": by}, text_encoder=text_encoder, texts=texts)
 
 
 def items(folder: pathlib.Path, split: str, *, by: str = "plugin") -> list[Window]:

@@ -57,10 +57,7 @@ def test_declared_arrays_come_back_and_others_stay_unread():
     ("arrays", "said"),
     [
         ({"names": np.array([1, 2])}, "'names' of type int64, expected U"),
-        (
-            {"names": np.array(["a", "b"], object)},
-            "'names' with the header .*O.*, which is not one of numbers or texts",
-        ),
+        ({"names": np.array(["a", "b"], object)}, "'names' of type object"),
         ({"vectors": np.zeros((3, 3), np.float32)}, r"shape \(3, 3\), expected \[n d\] with n=2"),
         ({"vectors": np.zeros((2, 3), ">f4")}, "of type >f4"),
         ({"pair": np.zeros(3, np.uint32)}, r"shape \(3,\), expected \[2\]"),
@@ -77,7 +74,7 @@ def test_arrays_of_another_kind_are_refused(arrays, said):
     ("member", "said"),
     [
         (_npy((2**40, 3)), "bytes for the array"),
-        (_npy((-2, -3), data=bytes(24)), "not one of numbers or texts"),
+        (_npy((-2, -3), data=bytes(24)), "bytes for the array"),
         # What numpy would tokenise, and then warn of.
         (_npy((2,), data=bytes(8)).replace(b", }", b", }\n")[:-1], "numbers or texts"),
         (_npy((2,), "<f4", bytes(7)), "shape|bytes for"),

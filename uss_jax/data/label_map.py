@@ -4,11 +4,12 @@ import os
 from collections.abc import Collection, Mapping
 
 from uss_jax.data.csv_rows import read_rows
+from uss_jax.disk.checked_json import shown
 from uss_jax.errors import UserError, counted
 from uss_jax.ontology import load_ontology
 
 _UNKNOWN_SHOWN = 10
-_WRONG_SHOWN = 4  # lines of a label map, each with its advice
+_ADVISED = 3  # wrong classes of a label map with advice; of others, the name alone is shown
 
 
 def read_label_map(path: str | os.PathLike) -> dict[str, str]:
@@ -33,15 +34,16 @@ def read_label_map(path: str | os.PathLike) -> dict[str, str]:
             try:
                 load_ontology().resolve(word)
             except UserError as error:
-                wrong.append(f"line {line}: {error}")
+                advice = str(error) if len(wrong) < _ADVISED else shown(word)
+                wrong.append(f"line {line}: {advice}")
         if found.setdefault(name.strip().casefold(), classes) != classes:
             raise UserError(
                 f"{path}, line {line}: {name!r} was mapped to other classes in an earlier line"
             )
     if wrong:
-        more = len(wrong) - _WRONG_SHOWN
+        more = len(wrong) - _UNKNOWN_SHOWN
         rest = f"; and {more} more" if more > 0 else ""
-        raise UserError(f"{path}, {'; '.join(wrong[:_WRONG_SHOWN])}{rest}")
+        raise UserError(f"{path}, {'; '.join(wrong[:_UNKNOWN_SHOWN])}{rest}")
     return found
 
 

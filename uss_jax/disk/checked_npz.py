@@ -22,13 +22,14 @@ from uss_jax.disk.checked_json import shown
 from uss_jax.disk.opening import at_once
 
 INFLATION = 32
-# Number of bytes of a header's length, by version of the format; and a header as numpy writes it,
-# of numbers or texts. Numpy itself takes more, but guesses what a damaged header meant, and warns.
+# Number of bytes of a header's length, by version of the format; and a header as numpy writes it.
+# Numpy itself takes more, but guesses what a damaged header meant, and warns. What is well formed
+# but not allowed, objects and negative lengths, is refused by name afterwards.
 _LENGTHS = {(1, 0): 2, (2, 0): 4}
 _LONGEST_HEADER = 10_000
-_NUMBER = rb"(?:0|[1-9][0-9]{0,18})"
+_NUMBER = rb"-?(?:0|[1-9][0-9]{0,18})"
 _HEADER = re.compile(
-    rb"\{'descr': '(?P<type>[<>|=]?[biufSU][0-9]{0,9})', 'fortran_order': (?:True|False), "
+    rb"\{'descr': '(?P<type>[<>|=]?[biufSUO][0-9]{0,9})', 'fortran_order': (?:True|False), "
     rb"'shape': \((?P<shape>|%s,|%s(?:, %s)+)\), \} *\n?" % ((_NUMBER,) * 3)
 )
 # Exceptions of zipfile and numpy for damaged or invalid archives.

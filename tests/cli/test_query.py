@@ -73,7 +73,7 @@ def test_what_is_wrong_with_a_bank_is_said(place, tmp_path, capsys):
     assert main(make) == 1
     assert "give --overwrite" in capsys.readouterr().err
     assert main([*make[:3], str(place / "bell"), str(place / "bell"), *model, "--overwrite"]) == 1
-    assert 'two sounds would be called "bell"' in capsys.readouterr().err
+    assert 'two examples are called "bell"' in capsys.readouterr().err
     assert main(["query", "make", str(tmp_path / "bank.txt"), str(place / "bell"), *model]) == 1
     assert "must end in .npz" in capsys.readouterr().err
     words = ["separate", str(place / "street.wav"), "--out", str(tmp_path / "out")]

@@ -91,17 +91,17 @@ def _make(args: argparse.Namespace) -> None:
     if pathlib.Path(args.bank).exists() and not args.overwrite:
         raise UserError(f"{args.bank} exists; give --overwrite to replace it")
     names = [name_of_examples(example) for example in args.examples]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f'two examples are called "{min(twice)}"; rename one of them')
     model = Model(args.model)
     vectors, how = {}, [AVERAGED] if names else []
     if args.text:
         encoder = TextEncoder(args.text_encoder) if args.text_encoder else None
         vectors, said = conditions_of_texts(model, encoder, args.text)
         how.append(said)
-        names += vectors
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(
-            f'two sounds would be called "{min(twice)}"; rename the examples or change the text'
-        )
+    if twice := vectors.keys() & set(names):
+        raise UserError(f'"{min(twice)}" is an example and a text; change one of them')
+    names += vectors
     of_examples = [vector_of_recordings(model, example) for example in args.examples]
     bank = Bank(
         tuple(names),

@@ -51,3 +51,17 @@ def test_differences_of_sections_are_named_and_of_nets_of_two_kinds_only_that():
 def test_a_query_without_its_tagging_net_is_refused(kind):
     with pytest.raises(UserError, match=rf"query\.model is missing: query\.kind={kind} needs"):
         build_query({"kind": kind}, None)
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"kind": "text", "trained": [3, 527]}, "has class 527, but there are 527 classes"),
+        ({"kind": "one_hot", "trained": [-1]}, "query.trained"),
+        ({"kind": "one_hot", "trained": "all"}, "query.trained"),
+        ({"kind": "one_hot", "by_names": True}, "which query.kind=one_hot does not take"),
+    ],
+)
+def test_classes_and_names_that_a_query_net_lacks_are_refused(section, said):
+    with pytest.raises(UserError, match=said):
+        build_query(section, None)

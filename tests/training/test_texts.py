@@ -1,8 +1,10 @@
 """Texts as conditions, from training to the separated sound."""
 
 import json
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
@@ -23,11 +25,13 @@ from uss_jax.bundles.model import Model
 from uss_jax.bundles.node_vectors import class_texts, load_node_vectors
 from uss_jax.bundles.text_encoder import TextEncoder
 from uss_jax.cli.main import main
+from uss_jax.data.index import load_index
 from uss_jax.errors import UserError
 from uss_jax.evaluation.rows import left_out
 from uss_jax.evaluation.scoring import score
 from uss_jax.evaluation.suites.pairs import find_pairs
 from uss_jax.evaluation.wording import Wording, read_wording
+from uss_jax.models.query import nearest_names
 from uss_jax.ontology import load_ontology
 from uss_jax.training.texts import NAMED_AS, Texts, load_texts
 
@@ -102,6 +106,26 @@ def test_a_class_is_asked_for_by_its_name(bundle):
     assert np.abs(by_class[0] - by_class[1]).max() > 1e-4
 
 
+def test_names_stay_and_other_vectors_become_a_mean_of_names():
+    rng = np.random.default_rng(0)
+    names = rng.standard_normal((40, 384)).astype(np.float32)
+    names /= np.linalg.norm(names, axis=1, keepdims=True)
+
+    def found(vectors, names=names):
+        return nearest_names(jnp.asarray(vectors, jnp.float32), jnp.asarray(names))
+
+    np.testing.assert_allclose(found(3 * names), names, atol=2e-5)
+
+    mixed = names[3] + 0.5 * names[7]
+    cosines = names @ mixed / np.linalg.norm(mixed)
+    five = np.argsort(-cosines)[:5]
+    weights = np.exp(cosines[five] / 0.05)
+    wanted = weights @ names[five]
+    np.testing.assert_allclose(found(mixed[None])[0], wanted / np.linalg.norm(wanted), atol=2e-5)
+    np.testing.assert_allclose(found(mixed[None], names[:1]), names[:1], atol=2e-5)
+    assert np.isfinite(found(np.zeros((1, 384)))).all()
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_trains_with_texts_and_resumes(place, tmp_path, capsys, kind, quick_compilation):
@@ -115,12 +139,49 @@ def test_a_run_trains_with_texts_and_resumes(place, tmp_path, capsys, kind, quic
         )
 
     if kind == "text":
+        _is_asked_with_the_names_nearest(place, tmp_path, model, capsys)
         return
     longer = {**EITHER, "total_steps": 3}
     other = {**longer, "query.text_share": 1}
     assert main(train_words("resunet30.py", place, tmp_path / "run", other)) == 1
     assert "other conditions; resume with the keys of config.query" in capsys.readouterr().err
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    trained = config["query"].pop("trained")
+    del config["query"]["by_names"]  # as older versions wrote it
+    path.write_text(json.dumps(config))
     assert main(train_words("resunet30.py", place, tmp_path / "run", longer)) == 0
+    assert json.loads(path.read_text())["query"]["trained"] == trained
+
+
+def _is_asked_with_the_names_nearest(place, folder, model, capsys):
+    """A model that was trained by names alone is asked with those nearest to a text."""
+    named = model.query.module.trained
+    assert model.query.module.by_names
+    assert named == tuple(np.unique(load_index(place / "records", "train").label_class))
+    config = json.loads((folder / "run" / "config.json").read_text())
+    assert config["query"]["trained"] == list(named)
+
+    encoder = str(real_folder())
+    vector = TextEncoder(encoder).encode(["a puppy whines"])
+    names = load_node_vectors().of_classes()[list(named)]
+    wanted = nearest_names(jnp.asarray(vector), jnp.asarray(names))
+    np.testing.assert_allclose(model.of_texts(vector), wanted, atol=1e-6)
+    assert np.abs(wanted - vector).max() > 1e-2
+
+    soundfile.write(folder / "street.wav", tone(500, 1.2), RATE)
+    words = ["separate", str(folder / "street.wav"), "--model", str(folder / "run")]
+    words += ["--text", "a puppy whines", "--text-encoder", encoder, "--out", str(folder / "out")]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "asked with sentence vectors of the trained names nearest to texts" in said
+    shown = re.findall(r'"([^"]+)" 0\.\d\d', said)
+    assert 1 <= len(shown) <= 5
+    assert set(shown) <= {load_ontology().class_names[k] for k in named}
+
+    exported = str(folder / "model")
+    assert main(["export", str(folder / "run"), "--format", "safetensors", "--out", exported]) == 0
+    np.testing.assert_allclose(Model(exported).of_texts(vector), wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -202,10 +263,10 @@ def test_separate_asks_with_the_text_itself(either, recording, tmp_path, capsys)
     words = ["separate", str(recording), "--model", str(either), "--text", "a puppy whines"]
     out = tmp_path / "out"
     assert main([*words, "--text-encoder", str(real_folder()), "--out", str(out)]) == 0
-    assert "asked with the vector of the text" in capsys.readouterr().out
+    assert "asked with sentence vectors of texts" in capsys.readouterr().out
     (report,) = out.rglob("report.json")
     (said,) = json.loads(report.read_text())["settings"]["text"]
-    assert said["asked_with"] == "the vector of the text"
+    assert said["asked_with"] == "sentence vectors of texts"
     sound, rate = soundfile.read(next(out.rglob("*.wav")))
     assert rate == RATE
     assert np.abs(sound).max() > 0

@@ -161,12 +161,12 @@ class Model:
 
     def of_texts(self, vectors: Float[np.ndarray, "b w"]) -> Float[np.ndarray, "b d"]:
         """Returns the conditions of sentence vectors, for kinds that take texts."""
-        return self._asked("adapt", vectors, text=True)
+        return self._asked("of_texts", vectors)
 
-    def _asked(self, method: str, rows: np.ndarray, **options: bool) -> Float[np.ndarray, "b d"]:
+    def _asked(self, method: str, rows: np.ndarray) -> Float[np.ndarray, "b d"]:
         """Runs a method of the query net."""
         run = at_precision(self.query.precision, self.query.module.apply)
-        return np.asarray(run(self.query.variables, jnp.asarray(rows), method=method, **options))
+        return np.asarray(run(self.query.variables, jnp.asarray(rows), method=method))
 
     def separate(
         self, mixture: Float[np.ndarray, "b t"], condition: Float[Array | np.ndarray, "b d"]

@@ -79,6 +79,8 @@ FIELD_RULES: dict[str, Rule] = {
     "one_class_share": number(0, 1),
     "dropout": number(0, 0.999),
     "finetune": flag(),
+    "trained": list_of(whole(0, 100_000), 0, 100_000),
+    "by_names": flag(),
 }
 
 # Fields that do not define a net: the first three configure training, the others are Flax's.
@@ -219,6 +221,12 @@ def build_query(section: Mapping[str, Any], model: Mapping[str, Any] | None) -> 
             f"query.kind={query.kind} needs query.adaptor_width above 0, the width of conditions "
             "of either, and no query.shortcut"
         )
+    if query.trained and max(query.trained) >= query.classes:
+        raise UserError(
+            f"query.trained has class {max(query.trained)}, but there are {query.classes} classes"
+        )
+    if query.by_names and not query.takes.texts:
+        raise UserError(f"query.by_names needs texts, which query.kind={query.kind} does not take")
     if query.shortcut and query.adaptor_width not in (0, width := query.source_width):
         raise UserError(
             f"query.shortcut needs query.adaptor_width={width}, the width of the adaptor's input"

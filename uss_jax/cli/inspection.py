@@ -114,6 +114,8 @@ def _of_model(path: pathlib.Path) -> list[str]:
     ]
     if "query" in config:
         lines.append(f"condition: {config['query'].get('kind', 'soft')}{_adaptor(config)}")
+        if trained := config["query"].get("trained"):
+            lines.append(f"trained on: {counted(len(trained), 'class', 'classes')}")
     if "licence" in config:
         lines.append(f"licence: {config['licence']}")
     stored = {part: _read(bundle, part) for part in _PARTS if bundle.holds(part)}

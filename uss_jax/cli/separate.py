@@ -268,16 +268,14 @@ def _refuse_idle_options(args: argparse.Namespace) -> None:
 
 
 def _found(args: argparse.Namespace, encoder, model=None) -> list:
-    """Returns what the texts ask for, of the classes that the model has outputs for."""
-    from uss_jax.models.tagging import unknown_classes
-    from uss_jax.separation.words import excludes, find_texts
+    """Returns what the texts ask for, of the classes that the model can tell."""
+    from uss_jax.separation.words import excludes, find_texts, passed_over
 
     if not args.text_encoder:
         print(_BY_WORDS, file=sys.stderr)
     if any(map(excludes, args.text)):
         print("a text cannot leave sounds out; --without NAME does", file=sys.stderr)
-    takes = model and model.query.module.takes
-    unknown = unknown_classes(model.tagger.module) if takes and takes.probabilities else ()
+    unknown = passed_over(model) if model else ()
     return find_texts(args.text, encoder, args.similarity, args.nearest or 1, unknown)
 
 
@@ -290,7 +288,7 @@ def _by_text(args: argparse.Namespace, model, threshold: float, asked: dict[str,
     """Returns the query of texts, before `--without`; adds to `asked` what they ask for."""
     from uss_jax.bundles.text_encoder import TextEncoder
     from uss_jax.separation.queries import Classes, Vectors
-    from uss_jax.separation.words import vectors_of_texts
+    from uss_jax.separation.words import made_of, vectors_of_texts
 
     encoder = TextEncoder(args.text_encoder) if args.text_encoder else None
     asked["text_encoder"] = args.text_encoder
@@ -298,7 +296,7 @@ def _by_text(args: argparse.Namespace, model, threshold: float, asked: dict[str,
         idle = ("threshold", "nearest", "similarity")
         refuse_idle(args, idle, "with a text's own vector, which is separated everywhere")
         found, vectors = vectors_of_texts(model, encoder, args.text)
-        how = "the vector of the text"
+        how = made_of(model)
         asked["threshold"] = None
         query = Vectors({one.name: vector for one, vector in zip(found, vectors, strict=True)})
     else:
@@ -318,7 +316,14 @@ def _query(args: argparse.Namespace, model, threshold: float, asked: dict[str, A
         name_of_examples,
         vector_of_recordings,
     )
-    from uss_jax.separation.queries import Classes, Vectors, level_sets, parse_classes, without
+    from uss_jax.separation.queries import (
+        Classes,
+        Vectors,
+        level_sets,
+        not_trained,
+        parse_classes,
+        without,
+    )
 
     def less(sets):
         if not args.without:
@@ -343,7 +348,10 @@ def _query(args: argparse.Namespace, model, threshold: float, asked: dict[str, A
             return Classes(parse_classes(["+".join(args.without)]), threshold)
         if not args.classes:
             raise UserError("no query; give --classes, --levels, --without, --text or --query")
-        return Classes(less(parse_classes(args.classes)), threshold)
+        sets = less(parse_classes(args.classes))
+        if said := not_trained(model, sets):
+            print(said, file=sys.stderr)
+        return Classes(sets, threshold)
     if not args.query.endswith(".npz"):
         if args.classes:
             raise UserError(

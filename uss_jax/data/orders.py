@@ -35,6 +35,7 @@ class BalancedOrder:
     of a class, has a new order. Classes without clips are left out.
 
     Attributes:
+      classes: class indexes that are drawn.
       missing: class indexes of positive weight that have no clips.
       round_length: number of examples in a round.
     """
@@ -71,6 +72,7 @@ class BalancedOrder:
         self.missing = np.flatnonzero((self._clips == 0) & (weights > 0))
         self._weights = np.where(self._clips > 0, weights, 0)
         self._slot_class = np.repeat(np.arange(classes), self._weights)
+        self.classes = np.flatnonzero(self._weights)
         self._first_slot = np.cumsum(self._weights) - self._weights
         self.round_length = len(self._slot_class)
         if not self.round_length:
@@ -110,6 +112,9 @@ class UniformOrder:
     """Draws every labelled clip once per epoch, with a random one of its labels.
 
     Every epoch has a new order.
+
+    Attributes:
+      classes: class indexes that are drawn.
     """
 
     def __init__(
@@ -127,6 +132,7 @@ class UniformOrder:
           UserError: no record has a label.
         """
         self._seed = seed
+        self.classes = np.unique(label_class)
         self._label_row, self._label_class = label_row.astype(np.int64), label_class
         self._records = np.flatnonzero(np.diff(self._label_row))
         if not self._records.size:

@@ -27,9 +27,9 @@ from uss_jax.errors import UserError, counted
 from uss_jax.evaluation.items import Batches, Item, on_host, samples_digest
 from uss_jax.evaluation.metrics import is_silent
 from uss_jax.evaluation.wording import Wording
-from uss_jax.models.tagging import unknown_classes
 from uss_jax.ontology import load_ontology
 from uss_jax.separation.queries import indicators
+from uss_jax.separation.words import passed_over
 
 ORACLE, AVERAGE, CLASS = "oracle", "class average", "class alone"
 SHUFFLED, IDENTITY = "shuffled oracle", "target alone"
@@ -181,8 +181,7 @@ def _text_row(
     elif takes.texts:
         return Row(TEXT, model.of_texts(wording.vectors(wording.of(items))), heard)
     else:
-        unknown = unknown_classes(model.tagger.module) if takes.probabilities else ()
-        sets = wording.classes(wording.of(items), unknown)
+        sets = wording.classes(wording.of(items), passed_over(model))
     if takes.classes:
         exists = heard & [len(indexes) > 0 for indexes in sets]
         return Row(TEXT, model.of_classes(indicators(sets)), exists)

@@ -53,7 +53,7 @@ class Wording:
     def classes(self, texts: Sequence[str], unknown: Sequence[int]) -> list[tuple[int, ...]]:
         """Returns the classes that each text asks for, as `separate --text` does; () for none.
 
-        `unknown` are classes that the model has no output for.
+        `unknown` are classes that the model cannot tell.
         """
         different = list(dict.fromkeys(texts))
 

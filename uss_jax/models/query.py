@@ -76,6 +76,10 @@ KINDS = {
 HEARD = 0.2
 # Probabilities well below this one weigh nothing.
 _HARDLY_HEARD = 1e-2
+# A text is asked for by so many names, which weigh 1/e of the nearest where they are less similar
+# by this cosine.
+_NEAREST = 5
+_LESS_SIMILAR = 0.05
 
 
 def weighted_vectors(
@@ -102,6 +106,18 @@ def _one_class(
     """Keeps one class's probability, at least that at which a queried class counts as heard."""
     one = jax.nn.one_hot(class_index, probabilities.shape[1], dtype=probabilities.dtype)
     return one * jnp.maximum(probabilities, HEARD)
+
+
+def nearest_names(vectors: Float[Array, "b t"], names: Float[Array, "n t"]) -> Float[Array, "b t"]:
+    """Averages the names nearest to each vector, weighted by similarity; the mean has norm 1.
+
+    A name itself, at cosine 1, stays what it is unless another name says the same.
+    """
+    names, vectors = scaled_to(names, 1.0), scaled_to(vectors, 1.0)
+    cosines = jnp.matmul(vectors, names.T, precision=jax.lax.Precision.HIGHEST)
+    nearest, rows = jax.lax.top_k(cosines, min(_NEAREST, len(names)))
+    weights = jax.nn.softmax(nearest / _LESS_SIMILAR)
+    return scaled_to(jnp.sum(weights[..., None] * names[rows], axis=1), 1.0)
 
 
 class Adaptor(nn.Module):
@@ -142,6 +158,8 @@ class QueryNet(nn.Module):
         0 in the reference.
       finetune: whether the tagging net trains; a frozen one always runs in evaluation mode and
         passes no gradient.
+      trained: classes that the separator was trained on; () if that is not known.
+      by_names: whether it was trained with texts, and these were names of classes only.
     """
 
     tagger: TaggingNet | None
@@ -153,6 +171,8 @@ class QueryNet(nn.Module):
     one_class_share: float = 0.0
     dropout: float = 0.0
     finetune: bool = False
+    trained: tuple[int, ...] = ()
+    by_names: bool = False
 
     @property
     def takes(self) -> Kind:
@@ -234,6 +254,18 @@ class QueryNet(nn.Module):
         For kinds that take texts, it is that of the mean of the names' vectors, at norm 1.
         """
         return self.adapt(self._asked_by(sets), text=self.takes.texts)
+
+    def of_texts(self, vectors: Float[Array, "b t"]) -> Float[Array, "b d"]:
+        """Computes the conditions of sentence vectors.
+
+        A separator that was trained with names alone follows other texts badly, so it is asked with
+        the nearest of these names (measured in configs/README.md).
+        """
+        if self.by_names:
+            names = self.get_variable("params", "names")
+            names = names[jnp.array(self.trained)] if self.trained else names
+            vectors = nearest_names(vectors, names)
+        return self.adapt(vectors, text=True)
 
     def _asked_by(self, sets: Float[Array, "b k"]) -> Float[Array, "b _"]:
         """Returns what the adaptor takes for sets of classes."""

@@ -56,6 +56,15 @@ def asked_by(node: Node) -> tuple[int, ...]:
     return below
 
 
+def not_trained(model: Model, sets: Mapping[str, Sequence[int]]) -> str:
+    """Returns a sentence on the sets that a model was not trained on; "" if there are none."""
+    trained = set(model.query.module.trained)
+    strange = [f'"{name}"' for name, indexes in sets.items() if trained.isdisjoint(indexes)]
+    if not trained or not strange:
+        return ""
+    return f"{model.path} was not trained on {', '.join(strange)}: its estimates are guesses"
+
+
 def without(
     sets: Mapping[str, Sequence[int]], words: Sequence[str]
 ) -> tuple[dict[str, tuple[int, ...]], list[str]]:

@@ -22,6 +22,7 @@ from uss_jax.bundles.model import Model
 from uss_jax.bundles.node_vectors import class_texts, load_node_vectors, node_texts
 from uss_jax.bundles.text_encoder import TextEncoder
 from uss_jax.errors import UserError, one_line
+from uss_jax.models.tagging import unknown_classes
 from uss_jax.ontology import load_ontology
 from uss_jax.separation.queries import asked_by, indicators
 
@@ -134,10 +135,32 @@ def vectors_of_texts(
     require_same_encoder(model, encoder)
     texts = _checked(texts)
     vectors, found = encoder.encode(texts), []
+    query, classes = model.query.module, load_ontology().class_mids
+    mids = {classes[k] for k in query.trained or range(query.classes)} if query.by_names else None
     for text, matches in zip(texts, _rankings_by(encoder, texts, vectors), strict=True):
         _require_sense(text, matches, encoder)
-        found.append(Found(text, matches[:_SHOWN], []))
+        taken = matches if mids is None else [match for match in matches if match.mid in mids]
+        found.append(Found(text, taken[:_SHOWN], []))
     return found, model.of_texts(vectors)
+
+
+def made_of(model: Model) -> str:
+    """Returns what the conditions of texts are made of, for a model that takes texts."""
+    if model.query.module.by_names:
+        return "sentence vectors of the trained names nearest to texts"
+    return "sentence vectors of texts"
+
+
+def passed_over(model: Model) -> tuple[int, ...]:
+    """Returns the classes that no text asks a model for.
+
+    They are those that its tagging net has no output for or that it was not trained on.
+    """
+    query = model.query.module
+    unknown = set(unknown_classes(model.tagger.module)) if query.takes.probabilities else set()
+    if query.trained:
+        unknown |= set(range(query.classes)) - set(query.trained)
+    return tuple(sorted(unknown))
 
 
 def conditions_of_texts(
@@ -151,9 +174,9 @@ def conditions_of_texts(
     takes = model.query.module.takes
     if takes.texts and encoder is not None:
         found, vectors = vectors_of_texts(model, encoder, texts)
-        how = "sentence vectors of texts"
+        how = made_of(model)
     elif takes.classes:
-        found = find_texts(texts, encoder)
+        found = find_texts(texts, encoder, unknown=passed_over(model))
         vectors = model.of_classes(indicators([one.class_indexes for one in found]))
         how = "the classes of the nodes nearest to texts"
     elif takes.probabilities:
@@ -180,7 +203,7 @@ def find_texts(
       encoder: a sentence encoder; None to compare words.
       least: lowest similarity of a node that is asked for; None for the default.
       most: largest number of nodes that one text asks for.
-      unknown: classes that the model has no output for; nodes of these alone are passed over.
+      unknown: classes that the model cannot tell; nodes of these alone are passed over.
 
     Raises:
       UserError: a text is unusable, given twice, or near to nothing.
@@ -364,7 +387,7 @@ def chosen(
       matches: all nodes, the nearest first.
       least: lowest similarity.
       most: largest number of nodes.
-      unknown: classes that the model has no output for; nodes of these alone are passed over.
+      unknown: classes that the model cannot tell; nodes of these alone are passed over.
 
     Raises:
       UserError: no node is near enough, or there is no class below the nearest, or it is silence.

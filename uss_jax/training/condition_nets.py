@@ -2,6 +2,8 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -47,6 +49,8 @@ class ConditionNets:
         """Returns their sections of config.json."""
         tagger = self.query.tagger
         found = {"query": {**settings.query_fields, "model": tagger and nets.fields_of(tagger)}}
+        found["query"]["trained"] = list(self.query.trained)
+        found["query"]["by_names"] = self.query.by_names
         if self.sed is not None:
             found["sed"] = {"model": nets.fields_of(self.sed)}
         return found
@@ -58,6 +62,7 @@ def load_condition_nets(
     table: AnchorTable | None = None,
     conditions: ConditionTable | None = None,
     texts: Texts | None = None,
+    asked: Mapping[str, Any] = MappingProxyType({}),
 ) -> ConditionNets:
     """Loads the nets from their bundles.
 
@@ -70,6 +75,7 @@ def load_condition_nets(
       table: table of the anchors; None without one.
       conditions: conditions of its anchors; None without them.
       texts: sentence vectors of the classes' names; None without texts.
+      asked: fields of the query net that tell what the run asks with.
 
     Raises:
       UserError: a bundle is missing or unsuitable, or table or conditions are of another net.
@@ -96,7 +102,7 @@ def load_condition_nets(
         model = nets.fields_of(source.tagger)
         _check_rate(source.tagger.sample_rate, settings, "query_bundle")
         tagger = {item: {"tagger": variables[item]["tagger"]} for item in variables}
-    query = nets.build_query(settings.query_fields, model)
+    query = nets.build_query({**settings.query_fields, **asked}, model)
     if conditions is not None:
         _require_query_of(conditions, query, tagger, settings)
 

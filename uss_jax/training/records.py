@@ -36,6 +36,7 @@ class Records:
       index: index of the split's records.
       reader: reader of its clips.
       order: maps positions in the training order to clip and class.
+      classes: class indexes that are drawn.
       places: anchors of a table; None if whole clips are read.
       asks: what items are asked with; None if with conditions of their own that the step computes.
     """
@@ -43,6 +44,7 @@ class Records:
     index: RecordIndex
     reader: ClipReader
     order: Order
+    classes: tuple[int, ...]
     places: Placement | None = None
     asks: Asking | None = None
 
@@ -81,6 +83,7 @@ def open_records(
         places, usable_anchors = _open_table(anchors, index, settings.segment_samples, seed)
         drawn &= usable_anchors
     order = _order(data, *without(index, drawn), seed)
+    classes = tuple(order.classes.tolist())
     if mixing is not None:
         order = GroupedOrder(
             order,
@@ -98,7 +101,7 @@ def open_records(
         share = texts.captions.share
         say(f"{share:.1%} of the clips have a caption in {asking.captions}, and are asked with it")
     asks = asking and _open_asking(asking, index, drawn, places, texts, seed)
-    return Records(index, reader, order, places, asks)
+    return Records(index, reader, order, classes, places, asks)
 
 
 def read_batches(
@@ -133,7 +136,9 @@ def read_batches(
     )
 
 
-def _order(data: Data, label_row: np.ndarray, label_class: np.ndarray, seed: int) -> Order:
+def _order(
+    data: Data, label_row: np.ndarray, label_class: np.ndarray, seed: int
+) -> BalancedOrder | UniformOrder:
     """Returns the order of the labels drawn, and reports classes without clips."""
     if data.order == "uniform":
         return UniformOrder(label_row, label_class, seed)

@@ -235,9 +235,11 @@ def _drawing(kind: type[RunSettings], values: Mapping[str, Any]) -> dict[str, An
 def _require_same_nets(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raises a UserError that names the first entry of config.json that differs.
 
-    Parameter shapes do not suffice: nets with another hop or condition can have the same.
+    Parameter shapes do not suffice: nets with another hop or condition can have the same. What it
+    is trained on is compared with the data.
     """
-    for name, before, now in nets.differences(saved, wanted, ignored=("training",)):
+    ignored = ("training", "trained", "by_names")
+    for name, before, now in nets.differences(saved, wanted, ignored=ignored):
         before, now = ("{...}" if isinstance(x, dict) else x for x in (before, now))
         raise UserError(
             f"this run was started with {name}={before}, not {now}; resume with the config it "

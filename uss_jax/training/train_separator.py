@@ -63,7 +63,9 @@ def train_separator(config: ConfigDict, workdir: str | os.PathLike) -> None:
         records = open_records(settings, settings.anchors, settings.mixing, settings.asking, texts)
         table = records.places and records.places.table
         conditions = records.asks and records.asks.conditions
-        around = load_condition_nets(settings, held, table, conditions, texts)
+        by_names = texts is not None and not settings.asking.captions
+        asked = {"trained": records.classes, "by_names": by_names}
+        around = load_condition_nets(settings, held, table, conditions, texts, asked)
 
         labels = records.index.label_class
         masked = settings.asking.source.get("masked")

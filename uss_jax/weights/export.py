@@ -325,7 +325,7 @@ def _of_recording(query: QueryNet, variables: Variables, recording: Any) -> Any:
 
 
 def _of_text(query: QueryNet, variables: Variables, vector: Any) -> Any:
-    return query.apply(variables, vector, text=True, method="adapt")
+    return query.apply(variables, vector, method="of_texts")
 
 
 def _write_function(

@@ -268,15 +268,19 @@ def _refuse_idle_options(args: argparse.Namespace) -> None:
 
 
 def _found(args: argparse.Namespace, encoder, model=None) -> list:
-    """Returns what the texts ask for, of the classes that the model can tell."""
-    from uss_jax.separation.words import excludes, find_texts, passed_over
+    """Returns what the texts ask for, of what the model knows; warns of what it does not."""
+    from uss_jax.separation.queries import not_trained
+    from uss_jax.separation.words import classes_of, excludes, find_texts
 
     if not args.text_encoder:
         print(_BY_WORDS, file=sys.stderr)
     if any(map(excludes, args.text)):
         print("a text cannot leave sounds out; --without NAME does", file=sys.stderr)
-    unknown = passed_over(model) if model else ()
-    return find_texts(args.text, encoder, args.similarity, args.nearest or 1, unknown)
+    of_model = classes_of(model) if model else {}
+    found = find_texts(args.text, encoder, args.similarity, args.nearest or 1, **of_model)
+    if model and (said := not_trained(model, {one.name: one.class_indexes for one in found})):
+        print(said, file=sys.stderr)
+    return found
 
 
 def _takes_out(args: argparse.Namespace) -> bool:

@@ -29,7 +29,6 @@ from uss_jax.evaluation.metrics import is_silent
 from uss_jax.evaluation.wording import Wording
 from uss_jax.ontology import load_ontology
 from uss_jax.separation.queries import indicators
-from uss_jax.separation.words import passed_over
 
 ORACLE, AVERAGE, CLASS = "oracle", "class average", "class alone"
 SHUFFLED, IDENTITY = "shuffled oracle", "target alone"
@@ -181,7 +180,7 @@ def _text_row(
     elif takes.texts:
         return Row(TEXT, model.of_texts(wording.vectors(wording.of(items))), heard)
     else:
-        sets = wording.classes(wording.of(items), passed_over(model))
+        sets = wording.classes(wording.of(items), model)
     if takes.classes:
         exists = heard & [len(indexes) > 0 for indexes in sets]
         return Row(TEXT, model.of_classes(indicators(sets)), exists)

@@ -17,7 +17,7 @@ from uss_jax.disk.checked_json import either, list_of, mapping_of, read_json, te
 from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError, counted
 from uss_jax.evaluation.items import Item
-from uss_jax.separation.words import Match, ask, rankings, require_same_encoder
+from uss_jax.separation.words import Match, ask, classes_of, rankings, require_same_encoder
 
 _TEXTS = mapping_of(either(text(), list_of(text(), 1)))
 
@@ -50,16 +50,17 @@ class Wording:
         of_text = dict(zip(different, self.encoder.encode(different), strict=True))
         return np.stack([of_text[text] for text in texts])
 
-    def classes(self, texts: Sequence[str], unknown: Sequence[int]) -> list[tuple[int, ...]]:
+    def classes(self, texts: Sequence[str], model: Model) -> list[tuple[int, ...]]:
         """Returns the classes that each text asks for, as `separate --text` does; () for none.
 
-        `unknown` are classes that the model cannot tell.
+        `model` is the one that is asked.
         """
+        of_model = classes_of(model)
         different = list(dict.fromkeys(texts))
 
         def asked(text: str, matches: list[Match]) -> tuple[int, ...]:
             try:
-                return ask(text, matches, self.encoder, unknown=unknown).class_indexes
+                return ask(text, matches, self.encoder, **of_model).class_indexes
             except UserError:
                 return ()
 

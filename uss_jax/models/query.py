@@ -258,8 +258,8 @@ class QueryNet(nn.Module):
     def of_texts(self, vectors: Float[Array, "b t"]) -> Float[Array, "b d"]:
         """Computes the conditions of sentence vectors.
 
-        A separator that was trained with names alone follows other texts badly, so it is asked with
-        the nearest of these names (measured in configs/README.md).
+        A separator that was trained with names alone follows other texts less well, so it is asked
+        with the nearest of these names (measured in configs/README.md).
         """
         if self.by_names:
             names = self.get_variable("params", "names")

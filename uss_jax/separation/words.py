@@ -151,16 +151,11 @@ def made_of(model: Model) -> str:
     return "sentence vectors of texts"
 
 
-def passed_over(model: Model) -> tuple[int, ...]:
-    """Returns the classes that no text asks a model for.
-
-    They are those that its tagging net has no output for or that it was not trained on.
-    """
+def classes_of(model: Model) -> dict[str, tuple[int, ...]]:
+    """Returns the arguments `unknown` and `trained` of `find_texts` for a model."""
     query = model.query.module
-    unknown = set(unknown_classes(model.tagger.module)) if query.takes.probabilities else set()
-    if query.trained:
-        unknown |= set(range(query.classes)) - set(query.trained)
-    return tuple(sorted(unknown))
+    unknown = unknown_classes(model.tagger.module) if query.takes.probabilities else ()
+    return {"unknown": unknown, "trained": query.trained}
 
 
 def conditions_of_texts(
@@ -176,7 +171,7 @@ def conditions_of_texts(
         found, vectors = vectors_of_texts(model, encoder, texts)
         how = made_of(model)
     elif takes.classes:
-        found = find_texts(texts, encoder, unknown=passed_over(model))
+        found = find_texts(texts, encoder, **classes_of(model))
         vectors = model.of_classes(indicators([one.class_indexes for one in found]))
         how = "the classes of the nodes nearest to texts"
     elif takes.probabilities:
@@ -195,6 +190,7 @@ def find_texts(
     least: float | None = None,
     most: int = 1,
     unknown: Collection[int] = (),
+    trained: Collection[int] = (),
 ) -> list[Found]:
     """Finds the nodes that texts ask for.
 
@@ -203,14 +199,16 @@ def find_texts(
       encoder: a sentence encoder; None to compare words.
       least: lowest similarity of a node that is asked for; None for the default.
       most: largest number of nodes that one text asks for.
-      unknown: classes that the model cannot tell; nodes of these alone are passed over.
+      unknown: classes that the model has no output for; nodes of these alone are passed over.
+      trained: classes that the model was trained on; others are asked for only where none of these
+        is near. () for all.
 
     Raises:
       UserError: a text is unusable, given twice, or near to nothing.
     """
     texts = _checked(texts)
     return [
-        ask(text, matches, encoder, least, most, unknown)
+        ask(text, matches, encoder, least, most, unknown, trained)
         for text, matches in zip(texts, rankings(texts, encoder), strict=True)
     ]
 
@@ -222,13 +220,15 @@ def ask(
     least: float | None = None,
     most: int = 1,
     unknown: Collection[int] = (),
+    trained: Collection[int] = (),
 ) -> Found:
     """Returns what a text asks for, given the ranking of all nodes; as in `find_texts`."""
     if encoder is not None:
         _require_sense(text, matches, encoder)
     if least is None:
         least = LEAST_OF_WORDS if encoder is None else LEAST_OF_VECTORS
-    return Found(text, matches[: max(_SHOWN, most)], chosen(text, matches, least, most, unknown))
+    asked = chosen(text, matches, least, most, unknown, trained)
+    return Found(text, matches[: max(_SHOWN, most)], asked)
 
 
 def rankings(texts: Sequence[str], encoder: TextEncoder | None) -> list[list[Match]]:
@@ -378,7 +378,12 @@ def rank(
 
 
 def chosen(
-    text: str, matches: Sequence[Match], least: float, most: int, unknown: Collection[int] = ()
+    text: str,
+    matches: Sequence[Match],
+    least: float,
+    most: int,
+    unknown: Collection[int] = (),
+    trained: Collection[int] = (),
 ) -> list[Match]:
     """Returns the nodes that a text asks for: the best, and others as near as `least`.
 
@@ -387,7 +392,9 @@ def chosen(
       matches: all nodes, the nearest first.
       least: lowest similarity.
       most: largest number of nodes.
-      unknown: classes that the model cannot tell; nodes of these alone are passed over.
+      unknown: classes that the model has no output for; nodes of these alone are passed over.
+      trained: classes that the model was trained on; others are asked for only where none of these
+        is near. () for all.
 
     Raises:
       UserError: no node is near enough, or there is no class below the nearest, or it is silence.
@@ -398,7 +405,7 @@ def chosen(
         return ontology.class_indexes(match.mid)
 
     askable = [match for match in matches if not set(classes(match)) <= set(unknown)]
-    near = [match for match in askable[:most] if match.similarity >= least]
+    near = [match for match in askable if match.similarity >= least]
     nearest = listed([match for match in askable if match.mid != _SILENCE][:3])
     if matches and matches[0].similarity >= least and not classes(matches[0]):
         raise UserError(
@@ -412,7 +419,8 @@ def chosen(
         )
     if near[0].mid == _SILENCE:
         raise _silent(text)
-    return near
+    well = [m for m in near if not trained or not set(trained).isdisjoint(classes(m))]
+    return (well or near)[:most]
 
 
 def _silent(text: str) -> UserError:

@@ -361,7 +361,7 @@ def test_a_run_on_mined_conditions_is_the_run_that_computes_them(
     config = json.loads((tmp_path / "mined" / "config.json").read_text())
     assert config["query"].keys() == {
         *("kind", "finetune", "adaptor_width", "adaptor_hidden", "shortcut"),
-        *("one_class_share", "dropout", "model"),
+        *("one_class_share", "dropout", "model", "trained", "by_names"),
     }
 
 

@@ -145,7 +145,7 @@ def test_classes_that_a_model_cannot_tell_are_passed_over(either):
 
 
 @pytest.mark.parametrize("kind", ["one_hot", "soft"])
-def test_classes_that_a_model_was_not_trained_on_are_told_and_passed_over(
+def test_classes_that_a_model_was_not_trained_on_are_told_and_come_last(
     kind, recordings, tmp_path, capsys
 ):
     path = write_separator(tmp_path / "bundle", kind)

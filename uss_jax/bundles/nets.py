@@ -87,6 +87,10 @@ FIELD_RULES: dict[str, Rule] = {
 _NO_FIELDS = ("norm_scope", "norm_momentum", "remat", "parent", "name")
 
 
+# Fields of a query net that tell what a run trains on, which is no difference between nets.
+TRAINS_ON = ("trained", "by_names")
+
+
 def build(net: type[Module], fields: Mapping[str, Any], where: str) -> Module:
     """Builds a module from its fields.
 

@@ -167,6 +167,7 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.bundles.text_encoder import TextEncoder
     from uss_jax.models.query import HEARD
     from uss_jax.separation.job import for_each, heard, separate_all
+    from uss_jax.separation.queries import not_trained
     from uss_jax.separation.recordings import Separator, Settings
     from uss_jax.separation.words import refuse_files
 
@@ -208,6 +209,8 @@ def run(args: argparse.Namespace) -> None:
     asked = {key: value for key, value in vars(args).items() if key in _REPORTED}
     asked["threshold"] = None if args.query else threshold
     query = _query(args, model, threshold, asked)
+    if said := not_trained(model, query):
+        print(said, file=sys.stderr)
     if args.without:
         asked["without"] = args.without
     done = separate_all(Separator(model, settings), recordings, out, query, asked)
@@ -268,8 +271,7 @@ def _refuse_idle_options(args: argparse.Namespace) -> None:
 
 
 def _found(args: argparse.Namespace, encoder, model=None) -> list:
-    """Returns what the texts ask for, of what the model knows; warns of what it does not."""
-    from uss_jax.separation.queries import not_trained
+    """Returns what the texts ask for, of what the model knows."""
     from uss_jax.separation.words import classes_of, excludes, find_texts
 
     if not args.text_encoder:
@@ -277,10 +279,7 @@ def _found(args: argparse.Namespace, encoder, model=None) -> list:
     if any(map(excludes, args.text)):
         print("a text cannot leave sounds out; --without NAME does", file=sys.stderr)
     of_model = classes_of(model) if model else {}
-    found = find_texts(args.text, encoder, args.similarity, args.nearest or 1, **of_model)
-    if model and (said := not_trained(model, {one.name: one.class_indexes for one in found})):
-        print(said, file=sys.stderr)
-    return found
+    return find_texts(args.text, encoder, args.similarity, args.nearest or 1, **of_model)
 
 
 def _takes_out(args: argparse.Namespace) -> bool:
@@ -320,14 +319,7 @@ def _query(args: argparse.Namespace, model, threshold: float, asked: dict[str, A
         name_of_examples,
         vector_of_recordings,
     )
-    from uss_jax.separation.queries import (
-        Classes,
-        Vectors,
-        level_sets,
-        not_trained,
-        parse_classes,
-        without,
-    )
+    from uss_jax.separation.queries import Classes, Vectors, level_sets, parse_classes, without
 
     def less(sets):
         if not args.without:
@@ -352,10 +344,7 @@ def _query(args: argparse.Namespace, model, threshold: float, asked: dict[str, A
             return Classes(parse_classes(["+".join(args.without)]), threshold)
         if not args.classes:
             raise UserError("no query; give --classes, --levels, --without, --text or --query")
-        sets = less(parse_classes(args.classes))
-        if said := not_trained(model, sets):
-            print(said, file=sys.stderr)
-        return Classes(sets, threshold)
+        return Classes(less(parse_classes(args.classes)), threshold)
     if not args.query.endswith(".npz"):
         if args.classes:
             raise UserError(

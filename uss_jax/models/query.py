@@ -180,6 +180,11 @@ class QueryNet(nn.Module):
         return KINDS[self.kind]
 
     @property
+    def named(self) -> tuple[int, ...]:
+        """Classes of whose names texts are asked with the nearest; () for texts' own vectors."""
+        return (self.trained or tuple(range(self.classes))) if self.by_names else ()
+
+    @property
     def source_width(self) -> int:
         """Width of a condition before the adaptor; of audio, if texts can be given too."""
         if self.takes.reads is None:
@@ -261,9 +266,8 @@ class QueryNet(nn.Module):
         A separator that was trained with names alone follows other texts less well, so it is asked
         with the nearest of these names (measured in configs/README.md).
         """
-        if self.by_names:
-            names = self.get_variable("params", "names")
-            names = names[jnp.array(self.trained)] if self.trained else names
+        if self.named:
+            names = self.get_variable("params", "names")[jnp.array(self.named)]
             vectors = nearest_names(vectors, names)
         return self.adapt(vectors, text=True)
 

@@ -56,15 +56,6 @@ def asked_by(node: Node) -> tuple[int, ...]:
     return below
 
 
-def not_trained(model: Model, sets: Mapping[str, Sequence[int]]) -> str:
-    """Returns a sentence on the sets that a model was not trained on; "" if there are none."""
-    trained = set(model.query.module.trained)
-    strange = [f'"{name}"' for name, indexes in sets.items() if trained.isdisjoint(indexes)]
-    if not trained or not strange:
-        return ""
-    return f"{model.path} was not trained on {', '.join(strange)}: its estimates are guesses"
-
-
 def without(
     sets: Mapping[str, Sequence[int]], words: Sequence[str]
 ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
@@ -235,3 +226,17 @@ class Vectors:
 
 
 Query = Classes | Vectors
+
+
+def not_trained(model: Model, query: Classes | Vectors) -> str:
+    """Returns a sentence on the sets of classes that a model was not trained on.
+
+    It is "" if there are none, if the model does not tell, or if all that is heard is asked for.
+    """
+    trained = model.query.module.trained
+    if not trained or not isinstance(query, Classes) or query.only_active:
+        return ""
+    strange = [f'"{k}"' for k, indexes in query.sets.items() if set(trained).isdisjoint(indexes)]
+    if not strange:
+        return ""
+    return f"{model.path} was not trained on {', '.join(strange)}: its estimates are guesses"

@@ -77,7 +77,7 @@ class Found:
     Attributes:
       text: the text.
       matches: the nearest nodes, the nearest first.
-      asked: those of them that it asks for; none if it asks with its own vector.
+      asked: those of them that it asks for; none if it asks with a sentence vector.
     """
 
     text: str
@@ -122,7 +122,7 @@ def require_same_encoder(model: Model, encoder: TextEncoder) -> None:
 def vectors_of_texts(
     model: Model, encoder: TextEncoder, texts: Sequence[str]
 ) -> tuple[list[Found], Float[np.ndarray, "n d"]]:
-    """Returns the nodes nearest to texts, and the conditions that their own vectors make.
+    """Returns the nodes nearest to texts, and the conditions that their sentence vectors make.
 
     Args:
       model: a model that takes texts.
@@ -135,18 +135,17 @@ def vectors_of_texts(
     require_same_encoder(model, encoder)
     texts = _checked(texts)
     vectors, found = encoder.encode(texts), []
-    query, classes = model.query.module, load_ontology().class_mids
-    mids = {classes[k] for k in query.trained or range(query.classes)} if query.by_names else None
+    mids = {load_ontology().class_mids[k] for k in model.query.module.named}
     for text, matches in zip(texts, _rankings_by(encoder, texts, vectors), strict=True):
         _require_sense(text, matches, encoder)
-        taken = matches if mids is None else [match for match in matches if match.mid in mids]
+        taken = [match for match in matches if not mids or match.mid in mids]
         found.append(Found(text, taken[:_SHOWN], []))
     return found, model.of_texts(vectors)
 
 
 def made_of(model: Model) -> str:
     """Returns what the conditions of texts are made of, for a model that takes texts."""
-    if model.query.module.by_names:
+    if model.query.module.named:
         return "sentence vectors of the trained names nearest to texts"
     return "sentence vectors of texts"
 

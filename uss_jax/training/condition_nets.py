@@ -3,7 +3,6 @@
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -47,10 +46,11 @@ class ConditionNets:
 
     def sections(self, settings: SeparatorSettings) -> dict[str, Any]:
         """Returns their sections of config.json."""
+        fields = nets.fields_of(self.query)
+        trains_on = {name: fields[name] for name in nets.TRAINS_ON}
         tagger = self.query.tagger
-        found = {"query": {**settings.query_fields, "model": tagger and nets.fields_of(tagger)}}
-        found["query"]["trained"] = list(self.query.trained)
-        found["query"]["by_names"] = self.query.by_names
+        model = tagger and nets.fields_of(tagger)
+        found = {"query": {**settings.query_fields, **trains_on, "model": model}}
         if self.sed is not None:
             found["sed"] = {"model": nets.fields_of(self.sed)}
         return found
@@ -62,7 +62,8 @@ def load_condition_nets(
     table: AnchorTable | None = None,
     conditions: ConditionTable | None = None,
     texts: Texts | None = None,
-    asked: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    trains_on: Mapping[str, Any],
 ) -> ConditionNets:
     """Loads the nets from their bundles.
 
@@ -75,7 +76,7 @@ def load_condition_nets(
       table: table of the anchors; None without one.
       conditions: conditions of its anchors; None without them.
       texts: sentence vectors of the classes' names; None without texts.
-      asked: fields of the query net that tell what the run asks with.
+      trains_on: fields of the query net that tell what the run trains on.
 
     Raises:
       UserError: a bundle is missing or unsuitable, or table or conditions are of another net.
@@ -102,7 +103,7 @@ def load_condition_nets(
         model = nets.fields_of(source.tagger)
         _check_rate(source.tagger.sample_rate, settings, "query_bundle")
         tagger = {item: {"tagger": variables[item]["tagger"]} for item in variables}
-    query = nets.build_query({**settings.query_fields, **asked}, model)
+    query = nets.build_query({**settings.query_fields, **trains_on}, model)
     if conditions is not None:
         _require_query_of(conditions, query, tagger, settings)
 

@@ -238,7 +238,7 @@ def _require_same_nets(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> N
     Parameter shapes do not suffice: nets with another hop or condition can have the same. What it
     is trained on is compared with the data.
     """
-    ignored = ("training", "trained", "by_names")
+    ignored = ("training", *nets.TRAINS_ON)
     for name, before, now in nets.differences(saved, wanted, ignored=ignored):
         before, now = ("{...}" if isinstance(x, dict) else x for x in (before, now))
         raise UserError(

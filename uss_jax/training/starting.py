@@ -22,7 +22,7 @@ _PARTS = {
     "tagger": "sed",
 }
 # Fields that say how a net computes or trains, not what it computes.
-_FREE = ("dtype", "one_class_share", "dropout", "finetune", "trained", "by_names")
+_FREE = ("dtype", "one_class_share", "dropout", "finetune", *nets.TRAINS_ON)
 _NAMED = 4
 # Vectors of names by one encoder differ by less: the package has them as float16.
 _NEAR = 1e-2

@@ -64,8 +64,8 @@ def train_separator(config: ConfigDict, workdir: str | os.PathLike) -> None:
         table = records.places and records.places.table
         conditions = records.asks and records.asks.conditions
         by_names = texts is not None and not settings.asking.captions
-        asked = {"trained": records.classes, "by_names": by_names}
-        around = load_condition_nets(settings, held, table, conditions, texts, asked)
+        trains_on = {"trained": records.classes, "by_names": by_names}
+        around = load_condition_nets(settings, held, table, conditions, texts, trains_on=trains_on)
 
         labels = records.index.label_class
         masked = settings.asking.source.get("masked")

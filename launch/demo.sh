@@ -6,6 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
 make_environment
+use_huge_pages
 
 sounds=uss_jax/assets
 records=out/data/bundled/1.0.0

@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
 make_environment
+use_huge_pages
 
 seed="${1:-0}"
 [[ "$seed" =~ ^[0-9]+$ ]] || fail "The seed must be a whole number from 0, not '$seed'."

@@ -14,6 +14,7 @@ from tests.anchors.toy import LENGTH, SED, SETTINGS, padded
 from tests.tiny import SEGMENT, TAGGER, tagger_variables
 from uss_jax.anchors import conditions as conditions_module
 from uss_jax.anchors import mine as mine_module
+from uss_jax.anchors import parts as parts_module
 from uss_jax.anchors.conditions import folder_of, open_conditions, vectors_of_anchors
 from uss_jax.anchors.mine import Query, mine
 from uss_jax.anchors.table import read_table
@@ -103,7 +104,7 @@ def test_hosts_and_kills_give_the_same_conditions(mined, reader, tmp_path, monke
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(mine_module, name, killed)
+            patch.setattr(parts_module, name, killed)
             with pytest.raises(KeyboardInterrupt):
                 mine(reader, SED, out, SETTINGS, **arguments, host=0, hosts=2)
         assert not out.exists()
@@ -125,7 +126,7 @@ def test_a_host_that_finishes_beside_another_leaves_everything_whole(
 ):
     out = tmp_path / "anchors.npz"
     arguments = dict(query=QUERY, batch_size=8)
-    module = mine_module.conditions if moment == "write_header" else mine_module
+    module = conditions_module if moment == "write_header" else parts_module
     real = getattr(module, moment)
 
     def after_the_other(*words):
@@ -152,7 +153,7 @@ def test_a_host_leaves_it_to_the_one_that_writes(reader, tmp_path, monkeypatch):
         raise InUse("another host writes")
         yield
 
-    monkeypatch.setattr(mine_module, "only_one", held)
+    monkeypatch.setattr(parts_module, "only_one", held)
     assert not mine(reader, SED, tmp_path / "a.npz", SETTINGS, query=QUERY, batch_size=8)
     assert not (tmp_path / "a.npz").exists()
 

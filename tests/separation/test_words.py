@@ -15,7 +15,8 @@ from uss_jax.bundles.text_encoder import TextEncoder
 from uss_jax.cli.main import main
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
-from uss_jax.separation.words import Match, find_texts, rank, rank_by_words
+from uss_jax.separation.ranking import Match, rank, rank_by_words
+from uss_jax.separation.words import find_texts
 
 PHRASES = pathlib.Path(__file__).with_name("phrases.csv")
 

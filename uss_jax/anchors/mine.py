@@ -11,11 +11,8 @@ Letters: `r` records, `k` classes.
 
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 import pathlib
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,7 +25,8 @@ from tqdm import tqdm
 from uss_jax.anchors import conditions
 from uss_jax.anchors.detect import RULES, image_of_rule
 from uss_jax.anchors.of_labels import mine_batch
-from uss_jax.anchors.table import COLUMNS, AnchorTable, read_header, read_table, typed, write_table
+from uss_jax.anchors.parts import Output
+from uss_jax.anchors.table import AnchorTable
 from uss_jax.audio.pcm import to_float
 from uss_jax.bundles import nets
 from uss_jax.bundles.bundle import net_hash
@@ -38,10 +36,6 @@ from uss_jax.data.index import RecordIndex
 from uss_jax.data.pipeline import batches
 from uss_jax.data.reader import ClipReader
 from uss_jax.devices.mesh import make_mesh, on_all_devices, to_devices
-from uss_jax.disk.atomic import flush_below, move, owner, replacing
-from uss_jax.disk.checked_npz import Column, read_npz
-from uss_jax.disk.folder import make_folder
-from uss_jax.disk.lock import InUse, only_one
 from uss_jax.errors import UserError, counted
 from uss_jax.ontology import load_ontology
 
@@ -120,21 +114,21 @@ def mine(
     Returns:
       Whether everything is written; if not, another host still mines or writes.
     """
-    index, out = reader.index, pathlib.Path(out)
+    index = reader.index
     mesh = make_mesh(jax.local_devices())
     _require_minable(index, batch_size, mesh.size)
     image = image_of_rule(settings.rule, sed.module, settings.clip_samples, "--rule")
-    header = _header(sed, index, settings)
     about = query and query.header()
-    table = _table_made(out, header, index)
-    if _complete(out, about, table, index):
+    output = Output(pathlib.Path(out), _header(sed, index, settings), about, index)
+    table = output.table()
+    if output.complete(table):
         return True
-    parts = _make_parts_folder(out, header, about, table)
-    find = table or _detection(sed, mesh, image, settings)
-    places = [_part(parts, number) for number in range(len(index.shards))]
-    todo = [number for number in range(host, len(places), hosts) if not places[number].exists()]
-    ends = np.searchsorted(index.record_shard, np.arange(len(places) + 1))
+    parts = output.make_parts(table)
+    shards = len(index.shards)
+    todo = parts.missing(range(host, shards, hosts))
+    ends = np.searchsorted(index.record_shard, np.arange(shards + 1))
     total = int(sum(ends[number + 1] - ends[number] for number in todo))
+    find = table or _detection(sed, mesh, image, settings)
     compute = query and _vectors(query, about["width"], mesh, settings, batch_size)
     with jax.set_mesh(mesh), _Progress(total) as progress:
         for number in todo:
@@ -143,24 +137,9 @@ def mine(
                 *(reader, records, find, compute, mesh, settings.clip_samples),
                 *(batch_size, threads, progress),
             )
-            more = {}
-            if compute:
-                vectors = columns.pop("vector")
-                more[_DIGEST] = conditions.write_shard(_conditions(parts), number, vectors)
-            with replacing(places[number]) as temporary:
-                np.savez(temporary, **typed(columns), **more)
+            parts.write(number, columns)
             progress.part_done(len(records))
-    if not all(place.exists() for place in places):
-        return _all_made(out, header, index, about)
-    try:
-        with only_one(parts, "it writes the table"):
-            _assemble(out, parts, header, index, about, table)
-    except InUse:
-        return False
-    except FileNotFoundError:  # another host has just assembled and removed the parts
-        if not _all_made(out, header, index, about):
-            raise
-    return True
+    return parts.finish(table)
 
 
 def _detection(
@@ -242,82 +221,6 @@ def _header(sed: Net, index: RecordIndex, settings: MiningSettings) -> dict[str,
     if settings.rule == RULES[0]:
         del header["rule"]  # omitted, to match tables older than the key
     return header
-
-
-def _table_made(
-    out: pathlib.Path, header: dict[str, Any], index: RecordIndex
-) -> AnchorTable | None:
-    """Returns the table with these settings, if it exists already."""
-    if not out.exists():
-        return None
-    there = read_header(out)
-    if not index.has_digest(there["index_digest"]):
-        return None
-    if {**there, "index_digest": index.digest} != header:
-        return None
-    return read_table(out, index, header["segment_samples"])
-
-
-def _conditions_made(
-    out: pathlib.Path, about: dict[str, Any], table: AnchorTable, index: RecordIndex
-) -> bool:
-    """Returns whether undamaged conditions of a table by this query net exist."""
-    folder = conditions.folder_of(out)
-    try:
-        found = conditions.open_conditions(folder, table, index, verify=True).header
-    except UserError:
-        return False
-    return {**found, **about} == found
-
-
-def _all_made(
-    out: pathlib.Path, header: dict[str, Any], index: RecordIndex, about: dict[str, Any] | None
-) -> bool:
-    """Returns whether the table, and its conditions if `about` is given, exist."""
-    return _complete(out, about, _table_made(out, header, index), index)
-
-
-def _complete(
-    out: pathlib.Path, about: dict[str, Any] | None, table: AnchorTable | None, index: RecordIndex
-) -> bool:
-    """Returns whether nothing beside a table is left to mine."""
-    return table is not None and (about is None or _conditions_made(out, about, table, index))
-
-
-def _make_parts_folder(
-    out: pathlib.Path,
-    header: dict[str, Any],
-    about: dict[str, Any] | None,
-    table: AnchorTable | None,
-) -> pathlib.Path:
-    """Creates the folder of parts, whose name includes a digest of what is mined."""
-    what = dict(header)
-    if about:
-        what |= {"query": about, "anchors_digest": table and table.digest}
-    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
-    parts = out.with_name(f".{out.name}.parts-{digest}")
-    make_folder(parts, "choose another --out")
-    if about:
-        make_folder(_conditions(parts), "choose another --out")
-        there = conditions.folder_of(out)
-        if there.is_symlink() or (there.exists() and not there.is_dir()):
-            raise UserError(
-                f"{there} is where the conditions must be, but is not a folder; remove it or "
-                "choose another --out"
-            )
-    return parts
-
-
-def _part(parts: pathlib.Path, number: int) -> pathlib.Path:
-    return parts / f"{number:05d}.npz"
-
-
-# Array in a part: the digest of its conditions.
-_DIGEST = "conditions_digest"
-
-
-def _conditions(parts: pathlib.Path) -> pathlib.Path:
-    return parts / "conditions"
 
 
 def _mine_part(
@@ -413,68 +316,3 @@ def _rows(
         "class": np.concatenate([*classes, np.zeros(0, np.uint16)]),
         **columns,
     }
-
-
-def _assemble(
-    out: pathlib.Path,
-    parts: pathlib.Path,
-    header: dict[str, Any],
-    index: RecordIndex,
-    about: dict[str, Any] | None,
-    table: AnchorTable | None,
-) -> None:
-    """Writes the table, unless it is there, and its conditions, from all parts."""
-    rows, wanted = [], {**COLUMNS, **({_DIGEST: Column("U")} if about else {})}
-    try:
-        for part in range(len(index.shards)):
-            with open(_part(parts, part), "rb") as file:
-                rows.append(read_npz(file, wanted))
-    except ValueError as error:
-        raise UserError(
-            f"{_part(parts, part)} is damaged ({error}); remove it and run the same command again"
-        ) from error
-    columns = {name: np.concatenate([some[name] for some in rows]) for name in COLUMNS}
-    if not np.array_equal(columns["class"], index.label_class):
-        raise UserError(
-            f"{parts} holds parts that do not match the records; remove that folder and run the "
-            "same command again"
-        )
-    if about:
-        digests = [str(some[_DIGEST]) for some in rows]
-        anchors = table or AnchorTable.of(header, columns)
-        about = {**about, "anchors_digest": anchors.digest, "shard_digests": digests}
-        # An interrupted assembly may have moved them already.
-        if not _conditions_made(out, about, anchors, index):
-            conditions.write_header(_conditions(parts), about)
-            _replace_folder(_conditions(parts), conditions.folder_of(out))
-    if table is None:
-        write_table(out, header, columns)
-    shutil.rmtree(parts, ignore_errors=True)
-
-
-def _replace_folder(new: pathlib.Path, place: pathlib.Path) -> None:
-    """Moves a folder to a place, whose old folder is removed.
-
-    Raises:
-      FileNotFoundError: `new` is gone; the old folder stays.
-      UserError: in place of another OSError.
-    """
-    aside = place.with_name(f".{place.name}.{owner()}")
-    try:
-        flush_below(new)
-        if place.is_dir():
-            os.rename(place, aside)
-        try:
-            move(new, place)
-        except FileNotFoundError:
-            if aside.exists():
-                os.rename(aside, place)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise UserError(
-            f"{place} could not be written ({error.strerror or error}); mend it and run the same "
-            "command again"
-        ) from error

@@ -3,8 +3,8 @@
 A bundle is a folder with `config.json` and a folder for each part: `separator`, `query` (the
 tagging net that computes conditions), `adaptor` and `text_adaptor` (if the query has them), `names`
 (sentence vectors of the classes' names, if it takes texts), `sed`; or all parts are in
-one safetensors file, where a `tagger` is both `query` and `sed`. Tagging nets that a separator's
-bundle does not hold are those in the package with the same hash. In a workdir the frozen parts are
+one safetensors file, where a `tagger` is both `query` and `sed`. Tagging nets missing from a
+separator's bundle are taken from the package, by hash. In a workdir the frozen parts are
 under `frozen/`, and the trained ones in the newest checkpoint, as a moving average if there is one.
 A tagger's run has one trained net, used as both `query` and `sed`.
 """

@@ -1,4 +1,4 @@
-"""Makes and lists stored queries: vectors of example recordings, for `uss-jax separate --query`.
+"""Makes and lists banks: conditions of recordings or texts, for `uss-jax separate --query`.
 
 make   one vector per folder (or single recording), named after it: silence removed, averaged over
        the segments of each recording, then over recordings; and one per text

@@ -1,8 +1,8 @@
 """Separates recordings: writes a file per queried sound, aligned with and as long as the recording.
 
 AUDIO is a file, a folder (all audio files below it) or a quoted glob pattern. Each recording gets a
-folder below DIR at its own path: sounds/street.wav goes to DIR/sounds/street/. If the path is
-absolute, it starts at the folder that was given, or is just the name of a given file. The folder
+folder below DIR at its own path: sounds/street.wav goes to DIR/sounds/street/. An
+absolute path is shortened to start at the given folder or at the name of a given file. The folder
 holds the sounds, report.json, and report.html to look at and listen to. The same command given
 again resumes where it was stopped and leaves finished recordings as they are; sounds below DIR are
 no recordings to separate.
@@ -21,7 +21,8 @@ Queries:
                             meanings ("puppy whining" is near "Whimper (dog)"), without it that of
                             words ("cats meowing"). --dry-run shows what is near. A model that
                             was trained with texts (query.kind text, text_or_audio) is asked with
-                            the text itself if there is an encoder and no --without
+                            the text itself, or the nearest of its names if it was trained with
+                            names alone; this needs an encoder and no --without
   --query FOLDER            the sound in the example recordings of the folder
   --query BANK.npz          every vector of a bank; with --classes, only those with these names
 """

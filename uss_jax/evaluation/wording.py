@@ -17,7 +17,8 @@ from uss_jax.disk.checked_json import either, list_of, mapping_of, read_json, te
 from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError, counted
 from uss_jax.evaluation.items import Item
-from uss_jax.separation.words import Match, ask, classes_of, rankings, require_same_encoder
+from uss_jax.separation.ranking import Match, rankings
+from uss_jax.separation.words import ask, classes_of, require_same_encoder
 
 _TEXTS = mapping_of(either(text(), list_of(text(), 1)))
 

@@ -1,47 +1,35 @@
-"""Queries in words: ranks the nodes of the ontology by a text, and asks for the nearest.
+"""Queries in words: asks for the nodes of the ontology that are nearest to a text.
 
-With a sentence encoder, nodes are ranked by the angle between the vectors of text and name; without
-one, by the words that they share.
-
-Letters: `n` nodes or texts, `d` width of a sentence vector or a condition.
+Letters: `n` texts, `d` width of a condition.
 """
 
-import collections
 import dataclasses
-import functools
-import math
 import os
-import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from uss_jax.bundles.model import Model
-from uss_jax.bundles.node_vectors import class_texts, load_node_vectors, node_texts
+from uss_jax.bundles.node_vectors import class_texts
 from uss_jax.bundles.text_encoder import TextEncoder
 from uss_jax.errors import UserError, one_line
 from uss_jax.models.tagging import unknown_classes
 from uss_jax.ontology import load_ontology
 from uss_jax.separation.queries import asked_by, indicators
-
-_WORD = re.compile(r"[^\W\d_]+", re.UNICODE)
-# Words that say nothing of a sound.
-_EMPTY = frozenset(
-    _WORD.findall(
-        "a an and are as at be by far few for from her his i in into is it its me my near noise "
-        "noises of off on one or our over please s some someone something sound sounds that the "
-        "their there this to two up very want was which while who whose with you your"
-    )
+from uss_jax.separation.ranking import (
+    Match,
+    in_some_name,
+    rankings,
+    rankings_by,
+    split,
+    telling,
 )
-_ENDINGS = ("ings", "ing", "ers", "er", "ies", "es", "ed", "s", "y")
-_SHORTEST_STEM = 3
+
 LONGEST_TEXT = 1000  # characters; an encoder reads about as many
 # Lowest similarities of a node that is asked for, by default.
 LEAST_OF_WORDS, LEAST_OF_VECTORS = 0.3, 0.5
-# What a name has in another form counts so much of what it has in the very form.
-_OTHER_FORM = 0.8
 _NEGATIONS = frozenset(("no", "without", "but", "except"))
 # Above this, the vectors are near each other whatever the words.
 _CERTAIN = 0.6
@@ -50,24 +38,6 @@ _TEXT_SHOWN = 60  # characters
 _SILENCE = "/m/028v0c"
 # Vectors of so many names are compared; those of one encoder, as float16, differ by less.
 _COMPARED, _SAME = 8, 5e-3
-
-
-@dataclasses.dataclass(frozen=True)
-class Match:
-    """A node of the ontology and how near it is to a text.
-
-    Attributes:
-      mid: the node.
-      similarity: in [0, 1]; 1 is the same.
-    """
-
-    mid: str
-    similarity: float
-
-    @property
-    def name(self) -> str:
-        """Name of the node."""
-        return load_ontology().nodes[self.mid].name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +106,7 @@ def vectors_of_texts(
     texts = _checked(texts)
     vectors, found = encoder.encode(texts), []
     mids = {load_ontology().class_mids[k] for k in model.query.module.named}
-    for text, matches in zip(texts, _rankings_by(encoder, texts, vectors), strict=True):
+    for text, matches in zip(texts, rankings_by(encoder, texts, vectors), strict=True):
         _require_sense(text, matches, encoder)
         taken = [match for match in matches if not mids or match.mid in mids]
         found.append(Found(text, taken[:_SHOWN], []))
@@ -230,13 +200,6 @@ def ask(
     return Found(text, matches[: max(_SHOWN, most)], asked)
 
 
-def rankings(texts: Sequence[str], encoder: TextEncoder | None) -> list[list[Match]]:
-    """Ranks all nodes for each text, the nearest first; a node of this very name is before all."""
-    if encoder is not None:
-        return _rankings_by(encoder, texts, encoder.encode(texts))
-    return [_names_first(text, rank_by_words(text)) for text in texts]
-
-
 def _checked(texts: Sequence[str]) -> list[str]:
     """Returns the texts without spaces around them; raises a UserError if two have one name."""
     texts = [check_text(text) for text in texts]
@@ -260,25 +223,7 @@ def _name(text: str) -> str:
 
 def excludes(text: str) -> bool:
     """Returns whether a text may mean what is not to be heard, which no vector tells."""
-    return not _NEGATIONS.isdisjoint(_WORD.findall(text.casefold()))
-
-
-def _names_first(text: str, matches: list[Match]) -> list[Match]:
-    """Puts the node whose very name the text is before all others."""
-    named = _named(text)
-    return [*(Match(mid, 1.0) for mid in named), *(m for m in matches if m.mid not in named)]
-
-
-def _rankings_by(
-    encoder: TextEncoder, texts: Sequence[str], vectors: Float[np.ndarray, "n d"]
-) -> list[list[Match]]:
-    """Ranks all nodes by the vectors of texts."""
-    nodes = load_node_vectors()
-    of_nodes = nodes.vectors
-    if nodes.encoder != encoder.hash:  # those in the package are of another encoder
-        of_nodes = encoder.encode(node_texts())
-    ranked = [rank_by_vectors(vector, nodes.mids, of_nodes) for vector in vectors]
-    return [_names_first(*of) for of in zip(texts, ranked, strict=True)]
+    return not _NEGATIONS.isdisjoint(split(text))
 
 
 def check_text(text: str) -> str:
@@ -288,7 +233,7 @@ def check_text(text: str) -> str:
       UserError: it has no words, or is too long.
     """
     found = " ".join(text.split())
-    if not _telling(found):
+    if not telling(found):
         raise UserError(f'--text "{_short(found)}" has no words that tell of a sound; describe one')
     if len(found) > LONGEST_TEXT:
         raise UserError(
@@ -302,78 +247,6 @@ def refuse_files(texts: Sequence[str]) -> None:
     for text in texts:
         if os.path.isfile(text):
             raise UserError(f'--text "{text}" is a file; give recordings before --text')
-
-
-def _telling(text: str) -> list[str]:
-    """Returns the words that tell of a sound, in lower case; all, if the text is a node's name."""
-    words = _WORD.findall(text.casefold())
-    return [word for word in words if word not in _EMPTY] or (words if _named(text) else [])
-
-
-def _named(text: str) -> list[str]:
-    """Returns the mids of the nodes whose very name the text is."""
-    nodes = load_ontology().nodes.values()
-    return [node.mid for node in nodes if node.name.casefold() == text.casefold()]
-
-
-def rank_by_words(text: str) -> list[Match]:
-    """Ranks the nodes by the words that name and text share, the nearest first.
-
-    The similarity is the cosine of their vectors of words, reduced to stems and weighted by how few
-    names have them; a word in another form counts less. Nodes without a word in common are left
-    out.
-    """
-    mids, names, weight = _vocabulary()
-    words = _telling(text)
-    asked = {_stem(word): word for word in words}
-    longest = max(weight.values())
-    length = math.sqrt(sum(weight.get(stem, longest) ** 2 for stem in asked))
-    matches = []
-    for mid, stems in zip(mids, names, strict=True):
-        common = sum(
-            weight[stem] ** 2 * (1 if word in words else _OTHER_FORM)
-            for stem, word in stems.items()
-            if stem in asked
-        )
-        if common:
-            norm = math.sqrt(sum(weight[stem] ** 2 for stem in stems))
-            matches.append(Match(mid, common / (norm * length)))
-    return sorted(matches, key=lambda match: -match.similarity)
-
-
-def rank_by_vectors(
-    vector: Float[np.ndarray, "d"], mids: Sequence[str], vectors: Float[np.ndarray, "n d"]
-) -> list[Match]:
-    """Ranks the nodes by the cosine of their vectors with that of a text, the nearest first.
-
-    Args:
-      vector: the text's.
-      mids: the nodes.
-      vectors: theirs.
-    """
-    order, similarity = rank(vector, vectors)
-    near = np.clip(similarity, 0, 1).tolist()
-    return [Match(mids[at], value) for at, value in zip(order.tolist(), near, strict=True)]
-
-
-def rank(
-    vector: Float[np.ndarray, "d"], node_vectors: Float[np.ndarray, "n d"]
-) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n"]]:
-    """Ranks nodes by the cosine similarity to a sentence.
-
-    Args:
-      vector: the sentence's.
-      node_vectors: of any norm; a vector of zeros has similarity 0.
-
-    Returns:
-      The rows of `node_vectors`, most similar first and equal ones in their order, and the
-      similarity of each in this order.
-    """
-    rows = node_vectors.astype(np.float64)
-    norms = np.linalg.norm(rows, axis=1) * np.linalg.norm(vector.astype(np.float64))
-    similarity = rows @ vector / np.where(norms > 0, norms, 1)
-    order = np.argsort(-similarity, kind="stable")
-    return order, similarity[order].astype(np.float32)
 
 
 def chosen(
@@ -431,8 +304,8 @@ def _require_known(text: str, encoder: TextEncoder) -> None:
 
     Vectors of other languages and of nonsense are as near to some node as those of English.
     """
-    words, (_, _, weight) = _telling(text), _vocabulary()
-    strange = [word for word in words if not encoder.knows(word) and _stem(word) not in weight]
+    words = telling(text)
+    strange = [word for word in words if not encoder.knows(word) and not in_some_name(word)]
     if 2 * len(strange) > len(words):
         raise UserError(
             f"the sentence encoder does not know {', '.join(map(repr, strange[:5]))} of "
@@ -447,28 +320,3 @@ def _short(text: str) -> str:
 def listed(matches: Sequence[Match]) -> str:
     """Returns names and similarities for a line of text."""
     return ", ".join(f'"{match.name}" {match.similarity:.2f}' for match in matches) or "none"
-
-
-@functools.cache
-def _vocabulary() -> tuple[list[str], list[dict[str, str]], dict[str, float]]:
-    """Returns the nodes, stem -> word of each one's name, and the weight of every stem."""
-    nodes = load_ontology().nodes
-    names = [{_stem(word): word for word in _telling(node.name)} for node in nodes.values()]
-    count = collections.Counter(stem for stems in names for stem in stems)
-    weight = {stem: math.log(1 + len(names) / number) for stem, number in count.items()}
-    return list(nodes), names, weight
-
-
-def _stem(word: str) -> str:
-    """Returns a word without its ending, if a stem of three letters is left."""
-    for ending in _ENDINGS:
-        stem = word.removesuffix(ending)
-        if stem != word and len(stem) >= _SHORTEST_STEM:
-            # "running" and "run"
-            double = ending in ("ing", "ings", "ed", "er", "ers") and stem[-1:] == stem[-2:-1]
-            return _without_e(stem[:-1] if double and stem[-1] not in "sl" else stem)
-    return _without_e(word)
-
-
-def _without_e(stem: str) -> str:
-    return stem.removesuffix("e") if len(stem) > _SHORTEST_STEM else stem

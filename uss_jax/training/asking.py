@@ -1,7 +1,7 @@
 """Draws what each item of a batch is asked with, by position: mined conditions, or texts.
 
-A separator is trained with the condition of the very target it must give back, and asked with
-another: an average, an example, a class. `query.source` trains it on such questions.
+In training a separator gets the condition of the target itself; in use, another: an average, an
+example, a class. `query.source` trains it with such conditions.
 
 Letters: `n` positions of the training order, `r` rows of the table of anchors, `k` classes, `w`
 width of a vector.

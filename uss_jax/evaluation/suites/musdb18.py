@@ -7,8 +7,8 @@ Layout of the unpacked archive:
 
 Metrics: SDR of BSSEval v4 (museval) in windows of 1 s without overlap, the median over the windows
 of a song, then over songs. `legacy` adds the published metrics, for the song mixed down to mono at
-the model's sampling rate and separated in blocks without overlap. There museval got the estimate as
-reference and the source as estimate; for the SDRi, the mixture as estimate.
+the model's sampling rate and separated in blocks without overlap. There museval's
+reference is the estimate; its estimate is the source or, to get SDRi, also the mixture.
 
 The distortion filters of BSSEval v4 only split the error into parts, whose sum is the same without
 them, so the SDR is computed here without filters (a test compares it with museval's). Importing

@@ -59,6 +59,16 @@ def test_another_rule_asks_for_htsat_and_clips_that_fill_its_image(reader, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_that_is_no_table_stays(reader, tmp_path):
+    out = tmp_path / "anchors.npz"
+    assert mine(reader, SED, out, SETTINGS, batch_size=8)
+    for content in (b"my sounds", out.read_bytes()[:-50]):
+        out.write_bytes(content)
+        with pytest.raises(UserError, match="but first remove this file or choose another --out"):
+            mine(reader, SED, out, SETTINGS, batch_size=8)
+        assert out.read_bytes() == content
+
+
 def test_hosts_and_kills_give_the_same_table(reader, table, tmp_path, monkeypatch):
     out = tmp_path / "anchors.npz"
     assert not mine(reader, SED, out, SETTINGS, batch_size=8, host=1, hosts=2)

@@ -1,7 +1,7 @@
 import pytest
 
 from uss_jax.data.label_map import read_label_map
-from uss_jax.data.labels import read_file_list, read_labels
+from uss_jax.data.labels import groups_of, read_file_list, read_labels, ungrouped
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 
@@ -23,7 +23,7 @@ def _read(tmp_path, text, split="train", encoding="utf-8", whole=False, **option
 
 
 def test_names_mids_and_indexes_are_labels(tmp_path):
-    rows = _read(tmp_path, f"file,labels\na b.wav,Bark; dog\n\nsub/ö.ogg,/m/09x0r;{BARK};Bark\n")
+    rows = _read(tmp_path, f"file,labels\na b.wav,Bark; dog;\n\nsub/ö.ogg,/m/09x0r;;{BARK};Bark\n")
     assert rows == [
         ("a b.wav", tuple(sorted((DOG, BARK))), 2),
         ("sub/ö.ogg", tuple(sorted((SPEECH, BARK))), 4),
@@ -199,7 +199,8 @@ def test_blanks_around_fields_do_not_count(tmp_path):
         ("file,labels\n", "lists no clips"),
         ("a.wav,Dog\n", "line 1: expected a header"),
         ("file,labels\na.wav,Dog\nb.wav,Dgo\n", r"line 3: no sound class.*\"Dog\""),
-        ("file,labels\na.wav,\n", "line 2: no sound class"),
+        ("file,labels\na.wav,\n", "line 2: a.wav has no labels"),
+        ("file,labels\na.wav,; ;\n", "line 2: a.wav has no labels"),
         ("file,labels\na.wav,527\n", "line 2: .*from 0 to 526"),
         ("file,labels\na.wav,Male speech, man speaking\n", "line 2: 3 fields"),
         ("file,labels\na.wav\n", "line 2: 1 field,"),
@@ -225,3 +226,40 @@ def test_other_encodings_and_missing_files_are_said(tmp_path):
         read_labels(tmp_path / "nothing.csv", tmp_path, "train")
     with pytest.raises(UserError, match="is not a folder"):
         read_labels(tmp_path / "labels.csv", tmp_path / "nowhere", "train")
+
+
+@pytest.mark.parametrize("header", ["file,group", "File, Labels, Group", "group,FILE,split"])
+def test_groups_are_read_as_labels_are(tmp_path, header):
+    """What `prepare` takes as one file is one file here too."""
+    place = tmp_path / "groups.csv"
+    fields = [name.strip().lower() for name in header.split(",")]
+    values = [
+        {"file": "./sub//a.wav", "group": " s1", "labels": "Dog", "split": "test"},
+        {"file": "b.wav ", "group": "s1", "labels": "Dog", "split": "train"},
+        {"file": "c.wav", "group": "", "labels": "Dog", "split": "train"},
+    ]
+    lines = [",".join(value[name] for name in fields) for value in values]
+    place.write_text("\ufeff" + "\n".join([header, *lines]) + "\n")
+    ids = ["sub/a.wav", "b.wav", "b.wav#t=30,40", "c.wav", "d.wav", "b#t=1.wav"]
+    groups = groups_of(place, ids)
+    assert groups == ["s1", "s1", "s1", "", "", ""]
+    assert ungrouped(place, groups).startswith("3 of 6 clips have no group in ")
+    assert ungrouped(place, groups[:3]) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", 'with the columns "file" and "group", each once$'),
+        ("file,labels\na.wav,Dog\n", 'with the columns "file" and "group", each once$'),
+        ("file;group\na.wav;1\n", "separated by semicolons"),
+        ("file,group\na.wav\n", "line 2: 1 field, the header has 2"),
+        ("file,group\n,1\n", "line 2: the column"),
+        ("file,group\na.wav,1\n./a.wav,2\n", 'line 3: a.wav is in the groups "1" and "2"'),
+        ("file,group\nb.wav,1\n", "has no line for any record .the first is a.wav"),
+    ],
+)
+def test_bad_groups_are_named(tmp_path, text, said):
+    (tmp_path / "groups.csv").write_text(text)
+    with pytest.raises(UserError, match=said):
+        groups_of(tmp_path / "groups.csv", ["a.wav"])

@@ -10,7 +10,6 @@ from uss_jax.bundles.model import Model
 from uss_jax.cli.main import main
 from uss_jax.data.chosen import Chosen
 from uss_jax.data.index import load_index
-from uss_jax.data.labels import read_groups
 from uss_jax.data.orders import BalancedOrder
 from uss_jax.data.reader import ClipReader
 from uss_jax.errors import UserError
@@ -193,14 +192,6 @@ def test_gains_stay_within_a_fiftieth_and_fifty():
     loud, quiet = np.full((1, 100), 0.5, np.float32), np.full((1, 100), 1e-4, np.float32)
     np.testing.assert_allclose(mixed_pairs(loud, quiet), loud + 50 * quiet, rtol=1e-6)
     np.testing.assert_allclose(mixed_pairs(quiet, loud), quiet + 0.02 * loud, rtol=1e-6)
-
-
-def test_a_table_without_groups_is_refused(tmp_path):
-    (tmp_path / "labels.csv").write_text("file,labels\na.wav,Dog\n")
-    with pytest.raises(UserError, match='has no column "group"'):
-        read_groups(tmp_path / "labels.csv")
-    with pytest.raises(UserError, match="cannot be read"):
-        read_groups(tmp_path / "none.csv")
 
 
 def test_records_of_another_rate_are_refused(place, tmp_path, capsys):

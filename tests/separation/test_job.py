@@ -83,6 +83,15 @@ def test_dry_run_says_what_is_heard_and_writes_nothing(bundle, recordings, tmp_p
     assert "no class reaches 1" in capsys.readouterr().out
 
 
+def test_dry_run_shows_a_long_recording_to_its_end(bundle, tmp_path, capsys):
+    soundfile.write(tmp_path / "long.wav", tiny.noise(0, 25.0), tiny.RATE)  # 63 segments of 0.4 s
+    words = ["separate", "--model", bundle, str(tmp_path / "long.wav"), "--dry-run"]
+    assert main([*words, "--threshold", "0.0"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r" %  .* #{32}\n", said)
+    assert "each mark is 0.8 s" in said
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -25,6 +25,7 @@ from uss_jax.anchors.conditions import folder_of, open_conditions
 from uss_jax.anchors.table import Placement, read_table
 from uss_jax.cli.main import main
 from uss_jax.data.index import load_index
+from uss_jax.data.labels import groups_of
 from uss_jax.data.orders import BalancedOrder
 from uss_jax.data.pipeline import batches
 from uss_jax.data.reader import ClipReader
@@ -81,6 +82,11 @@ def mined(place):
     return index, table, open_conditions(folder_of(place / "anchors.npz"), table, index)
 
 
+def _recordings_of(index, groups):
+    ids = index.clip_ids()
+    return recording_of(ids, groups_of(groups, ids) if groups else [])
+
+
 def _asking(mined, groups="", **shares):
     index, table, conditions = mined
     usable = np.ones(len(table), bool)
@@ -89,7 +95,7 @@ def _asking(mined, groups="", **shares):
         seed=5,
         conditions=conditions,
         placement=Placement(table, index, seed=5, top_k=2),
-        recordings=Recordings.of(index, usable, recording_of(index, str(groups or ""))),
+        recordings=Recordings.of(index, usable, _recordings_of(index, groups)),
         mean=class_means(conditions, index, usable),
     )
 
@@ -126,8 +132,8 @@ def test_another_recording_of_the_class_is_drawn_uniformly_and_never_the_same(mi
         recordings = _asking(mined, groups, own=1.0).recordings
         record = np.full(10, list(CLASSES).index(name))
         assert (recordings.draw(uniform[:10], record, np.full(10, label)) == -1).all()
-    assert "1 class of 3 have one" in alone(_asking(mined, own=1.0).recordings, index)
-    said = alone(_asking(mined, place / "labels.csv", own=1.0).recordings, index)
+    assert "1 class of 3 have one" in alone(_asking(mined, own=1.0).recordings)
+    said = alone(_asking(mined, place / "labels.csv", own=1.0).recordings)
     assert "2 classes of 3 have one recording only" in said
     assert "Male speech, man speaking, Female speech, woman speaking" in said
 
@@ -136,7 +142,7 @@ def test_labels_that_are_not_drawn_are_nobodys_example(mined):
     index, table, _ = mined
     usable = np.ones(len(table), bool)
     usable[[_row(index, "a1", 0), _row(index, "b0", 0)]] = False
-    recordings = Recordings.of(index, usable, recording_of(index, ""))
+    recordings = Recordings.of(index, usable, _recordings_of(index, ""))
     rows = recordings.draw(np.linspace(0, 0.999, 50), np.zeros(50, int), np.zeros(50, int))
     assert set(_names(index, rows)) == {"b1"}
 
@@ -392,7 +398,11 @@ def test_conditions_that_do_not_suit_the_run_are_refused_before_it(place, tmp_pa
     _mine(place, tmp_path / "other.npz", "other")
     _mine(place, tmp_path / "hidden.npz", "tagger", "--query-output", "embedding")
     (tmp_path / "labels.csv").write_text("file,labels,group\nnone.wav,Speech,a\n")
+    shutil.copytree(place / "anchors.conditions", tmp_path / "flipped")
+    shard = next((tmp_path / "flipped").glob("*.npy"))
+    shard.write_bytes(shard.read_bytes()[:-2] + b"\0\0")  # a vector of valid numbers, but another
     for changed, said in (
+        ({"query__table": tmp_path / "flipped"}, "does not match its digest"),
         ({"query__table": tmp_path / "other.conditions"}, "mined with another query net"),
         (
             {"query__table": tmp_path / "hidden.conditions"},

@@ -112,6 +112,11 @@ def test_a_config_file_of_other_keys_or_types_is_said(change, said):
             "has 'recordings_0', expected average, class, text, shuf",
         ),
         ({"mixing.pan": 1.5}, "config.mixing.pan is 1.5, expected"),
+        ({"best_by": "si_sdri"}, "config.best_by=si_sdri has no effect without config.eval.pairs"),
+        (
+            {"anchors.source": "device", "anchors.table": "a.npz"},
+            "config.anchors.table has no effect with config.anchors.source=device; set it to table",
+        ),
     ],
 )
 def test_what_is_invalid_is_said_with_what_is_expected(changed, said):
@@ -121,6 +126,25 @@ def test_what_is_invalid_is_said_with_what_is_expected(changed, said):
         separator_settings(config)
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "said"),
+    [
+        ("", "total_step", "did you mean config.total_steps?"),
+        ("mixing", "slient_share", "did you mean config.mixing.silent_share?"),
+        ("anchors", "jitter_sample", "did you mean config.anchors.jitter_samples?"),
+        ("eval", "querys", "did you mean config.eval.queries?"),
+        ("", "note", "config.note is no key of this run; remove it"),
+    ],
+)
+def test_a_misspelt_key_of_a_file_is_refused(section, key, said):
+    """The command line refuses keys that a file lacks; this is of the file itself."""
+    values = load_config(str(CONFIGS / "resunet30.py"), []).to_dict()
+    (values[section] if section else values)[key] = 1
+    with pytest.raises(UserError) as raised:
+        separator_settings(ConfigDict(values))
+    assert said in str(raised.value)
 
 
 @pytest.mark.parametrize("draws", [-1, 10**9, 1.5, True, "2"])

@@ -45,15 +45,24 @@ class Output:
     index: RecordIndex
 
     def table(self) -> AnchorTable | None:
-        """Returns the table, if it exists and has this header."""
+        """Returns the table, if it exists and has this header.
+
+        Raises:
+          UserError: there is another file in its place, or it is damaged.
+        """
         if not self.path.exists():
             return None
-        there = read_header(self.path)
-        if not self.index.has_digest(there["index_digest"]):
-            return None
-        if {**there, "index_digest": self.index.digest} != self.header:
-            return None
-        return read_table(self.path, self.index, self.header["segment_samples"])
+        try:
+            there = read_header(self.path)
+            if not self.index.has_digest(there["index_digest"]):
+                return None
+            if {**there, "index_digest": self.index.digest} != self.header:
+                return None
+            return read_table(self.path, self.index, self.header["segment_samples"])
+        except UserError as error:
+            raise UserError(
+                f"{error}, but first remove this file or choose another --out"
+            ) from None
 
     def complete(self, table: AnchorTable | None) -> bool:
         """Returns whether nothing beside this table is left to mine."""

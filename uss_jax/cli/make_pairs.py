@@ -67,13 +67,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from uss_jax.bundles.model import Model
     from uss_jax.bundles.nets import arbitrary_anchors
-    from uss_jax.data.labels import read_groups
+    from uss_jax.data.labels import groups_of, ungrouped
     from uss_jax.evaluation.clips import open_clips
     from uss_jax.evaluation.make_pairs import make_pairs
 
     say_detector_precision(args)
-    groups = read_groups(args.groups) if args.groups else {}
     reader, model = open_clips(args.records, args.split, Model(args.sed))
+    groups = {}
+    if args.groups:
+        ids = reader.index.clip_ids()
+        groups = dict(zip(ids, groups_of(args.groups, ids), strict=True))
+        if said := ungrouped(args.groups, list(groups.values())):
+            print(f"--groups: {said}")
     made = make_pairs(
         reader,
         model,

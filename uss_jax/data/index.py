@@ -63,6 +63,10 @@ class RecordIndex:
         """Returns the class indexes of a record."""
         return self.label_class[self.label_row[record] : self.label_row[record + 1]]
 
+    def clip_ids(self) -> list[str]:
+        """Returns the name of each record's clip."""
+        return [id.decode(errors="surrogateescape") for id in self.ids]
+
     @property
     def container(self) -> Container:
         """Container of the shards."""

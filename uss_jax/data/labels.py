@@ -9,12 +9,11 @@ dogs/a.wav,Bark;Dog               `caption` is a sentence on what is heard; labe
 """
 
 import collections
-import csv
 import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from uss_jax.audio.files import find_recordings
@@ -24,6 +23,7 @@ from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError, counted
 
 _LONGEST_VIDEO = 1e6  # seconds
+_SEGMENT = "#t="  # between file and times in the id of a clip
 
 
 class LabelledFile(NamedTuple):
@@ -52,7 +52,7 @@ class LabelledFile(NamedTuple):
         if self.segment is None or not self.shared:
             return self.file
         begin, end = self.segment
-        return f"{self.file}#t={begin:.10g},{end:.10g}"
+        return f"{self.file}{_SEGMENT}{begin:.10g},{end:.10g}"
 
 
 class Remark(NamedTuple):
@@ -145,7 +145,7 @@ def read_labels(
     if header[0].startswith("#"):
         clips = _audioset_segments(path, rows, names, resolver)
     else:
-        columns = _checked_header(path, line, header)
+        columns = _checked_header(path, line, header, "labels")
         clips, of_other_splits = _table(path, columns, rows, split, resolver)
     _refuse_duplicates(path, clips)
     listed = {clip.file for clip in clips}
@@ -188,21 +188,39 @@ def read_file_list(path: str | os.PathLike) -> list[str]:
     return lines
 
 
-def _checked_header(path: str | os.PathLike, line: int, header: list[str]) -> list[str]:
-    """Returns the column names in lower case, or raises a UserError."""
+def _checked_header(
+    path: str | os.PathLike, line: int, header: list[str], column: str
+) -> list[str]:
+    """Returns the column names in lower case: `file`, `column` and any others, each once."""
     names = [name.strip().lower() for name in header]
-    if {"file", "labels"} <= set(names) and len(set(names)) == len(names):
+    if {"file", column} <= set(names) and len(set(names)) == len(names):
         return names
     for delimiter, called in ((";", "semicolons"), ("\t", "tabs")):
-        if {"file", "labels"} <= {name.strip() for name in ",".join(names).split(delimiter)}:
+        if {"file", column} <= {name.strip() for name in ",".join(names).split(delimiter)}:
             raise UserError(
                 f"{path}, line {line}: its columns are separated by {called}; save it with commas "
                 '(the labels of a clip are separated by ";")'
             )
+    segments = ", or AudioSet's segments, which begin with # comments" * (column == "labels")
     raise UserError(
-        f'{path}, line {line}: expected a header with the columns "file" and "labels", each once, '
-        "or AudioSet's segments, which begin with # comments"
+        f'{path}, line {line}: expected a header with the columns "file" and "{column}", each '
+        f"once{segments}"
     )
+
+
+def _fields(
+    path: str | os.PathLike, line: int, header: list[str], row: list[str]
+) -> dict[str, str]:
+    """Returns the fields of a line by column; a file is named."""
+    if len(row) != len(header):
+        raise UserError(
+            f"{path}, line {line}: {counted(len(row), 'field')}, the header has {len(header)}; "
+            "put quotes around a field that has commas"
+        )
+    fields = dict(zip(header, map(str.strip, row), strict=True))
+    if not fields["file"]:
+        raise UserError(f'{path}, line {line}: the column "file" is empty; name a recording')
+    return fields
 
 
 def _table(
@@ -215,19 +233,18 @@ def _table(
     """Returns the lines of a split, and the files of the other splits."""
     labelled, other_splits, other_files = [], set(), set()
     for line, row in rows:
-        if len(row) != len(header):
-            raise UserError(
-                f"{path}, line {line}: {counted(len(row), 'field')}, the header has {len(header)}; "
-                "put quotes around a field that has commas"
-            )
-        fields = dict(zip(header, map(str.strip, row), strict=True))
+        fields = _fields(path, line, header, row)
         if fields.get("split", split) != split:
             other_splits.add(fields["split"])
             other_files.add(os.path.normpath(fields["file"]))
             continue
-        if not fields["file"]:
-            raise UserError(f'{path}, line {line}: the column "file" is empty; name a recording')
-        labels = resolve(line, fields["labels"].split(";"))
+        named = [label for label in fields["labels"].split(";") if label.strip()]
+        if not named:
+            raise UserError(
+                f"{path}, line {line}: {fields['file']} has no labels; name its classes or remove "
+                "the line"
+            )
+        labels = resolve(line, named)
         file, caption = os.path.normpath(fields["file"]), fields.get("caption", "")
         labelled.append(LabelledFile(file, labels, line, caption=caption))
     if not labelled and other_splits:
@@ -301,13 +318,54 @@ def _refuse_duplicates(path: str | os.PathLike, labelled: list[LabelledFile]) ->
 
 
 def read_groups(path: str | os.PathLike) -> dict[str, str]:
-    """Reads file -> group from a label table with the columns `file` and `group`."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="", opener=at_once) as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as a CSV file ({error})") from error
-    missing = [name for name in ("file", "group") if not rows or name not in rows[0]]
-    if missing:
-        raise UserError(f'{path} has no column "{missing[0]}"; it needs "file" and "group"')
-    return {row["file"]: row["group"] or "" for row in rows}
+    """Reads file -> group from a table with the columns `file` and `group`, as `read_labels` would.
+
+    Returns:
+      The group of each file, such as the session of a recording; "" for none.
+
+    Raises:
+      UserError: the file is invalid, or gives a file two groups.
+    """
+    rows = read_rows(path)
+    line, header = next(rows, (1, []))
+    columns = _checked_header(path, line, header, "group")
+    groups: dict[str, str] = {}
+    for line, row in rows:
+        fields = _fields(path, line, columns, row)
+        file, group = os.path.normpath(fields["file"]), fields["group"]
+        if groups.setdefault(file, group) != group:
+            raise UserError(
+                f'{path}, line {line}: {file} is in the groups "{groups[file]}" and "{group}"; '
+                "keep one of them"
+            )
+    return groups
+
+
+def groups_of(path: str | os.PathLike, ids: Sequence[str]) -> list[str]:
+    """Returns the group of each clip, "" for none, from a table that `read_groups` reads.
+
+    Args:
+      path: the table.
+      ids: ids of the clips.
+
+    Raises:
+      UserError: as in `read_groups`, or no clip is of a file in the table.
+    """
+    of_file = read_groups(path)
+    files = [id if id in of_file else id.rpartition(_SEGMENT)[0] or id for id in ids]
+    if of_file.keys().isdisjoint(files):
+        raise UserError(
+            f"{path} has no line for any record (the first is {ids[0]}); give the label file "
+            "that they were prepared from"
+        )
+    return [of_file.get(file, "") for file in files]
+
+
+def ungrouped(path: str | os.PathLike, groups: Sequence[str]) -> str:
+    """Returns a sentence on the clips without a group; "" if all have one."""
+    if not (without := groups.count("")):
+        return ""
+    return (
+        f"{without:,} of {counted(len(groups), 'clip')} have no group in {path}; each counts as a "
+        "group of its own"
+    )

@@ -90,7 +90,7 @@ def make_pairs(
       out: folder to make.
       per_class: pairs per class, before those counted in `MadePairs` are left out.
       seed: seed of all random choices.
-      groups: id of the source's clip -> its group, for the manifest.
+      groups: id of a clip -> its group, for the manifest; may be empty.
       overwrite: whether to replace an existing folder of pairs.
       pairing: one of PAIRINGS, see `draw_pairs`.
     """

@@ -27,6 +27,7 @@ from uss_jax.separation.report import REPORT, not_heard, recording_facts, write_
 from uss_jax.separation.windows import classes_heard, tag_segments
 
 _HEARD_SHOWN = 20
+_MOST_MARKS = 60
 # Present in a recording's folder until its sounds and reports are complete.
 _UNFINISHED = ".unfinished"
 # Fields of an earlier run's report.json that are validated.
@@ -263,18 +264,19 @@ def heard(model: Model, path: pathlib.Path, threshold: float) -> str:
     blocks = resample_blocks(read_blocks(path), form.sample_rate, model.sample_rate)
     probabilities = tag_segments(model, blocks)
     peaks = probabilities.max(axis=0)
-    seconds = model.segment_samples / model.sample_rate
+    # The marks of a long recording cover several segments each.
+    width = -(-len(probabilities) // _MOST_MARKS)
+    reached = np.maximum.reduceat(probabilities, np.arange(0, len(probabilities), width))
+    seconds = width * model.segment_samples / model.sample_rate
     lines = [f"{path}: {form.samples / form.sample_rate:.1f} s"]
     found = classes_heard(probabilities, threshold)
     for k in found[:_HEARD_SHOWN]:
-        marks = "".join("#" if p >= threshold else "." for p in probabilities[:60, k])
+        marks = "".join("#" if p >= threshold else "." for p in reached[:, k])
         name = load_ontology().class_names[k]
         lines.append(f"  {100 * peaks[k]:3.0f} %  {name:<32} {marks}")
     if not found:
         lines.append(f"  no class reaches {threshold:g}")
     elif len(found) > _HEARD_SHOWN:
         lines.append(f"  and {len(found) - _HEARD_SHOWN} more")
-    lines.append(
-        f"  (each mark is a segment of {seconds:g} s, # where the class reaches the threshold)"
-    )
+    lines.append(f"  (each mark is {seconds:g} s, # where the class reaches the threshold)")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ width of a vector.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Integer
@@ -18,7 +18,6 @@ from jaxtyping import Bool, Float, Integer
 from uss_jax.anchors.conditions import ConditionTable
 from uss_jax.anchors.table import Placement
 from uss_jax.data.index import RecordIndex
-from uss_jax.data.labels import read_groups
 from uss_jax.data.permutation import ASKED, OTHERS, WEIGHTS, uniform
 from uss_jax.errors import UserError, counted
 from uss_jax.ontology import load_ontology
@@ -187,23 +186,17 @@ def class_means(
     return (total / np.maximum(count, 1)[:, None]).astype(np.float32)
 
 
-def recording_of(index: RecordIndex, groups: str) -> Integer[np.ndarray, "_"]:
+def recording_of(ids: Sequence[str], groups: Sequence[str]) -> Integer[np.ndarray, "_"]:
     """Returns a number for the recording of each record: its group, or the record itself.
 
     Args:
-      index: index of the records.
-      groups: label file with a column `group`; "" if no record shares a recording with another.
+      ids: ids of the records.
+      groups: their groups, "" for none; empty if no record shares a recording with another.
     """
     if not groups:
-        return np.arange(len(index))
-    group_of = read_groups(groups)
-    ids = [id.decode(errors="surrogateescape") for id in index.ids]
-    names = [group_of.get(id) or f"\0{id}" for id in ids]  # a file's name holds no \0
-    if not any(id in group_of for id in ids):
-        raise UserError(
-            f"{groups} has no line for any record (the first is {ids[0]}); give the label file "
-            "that they were prepared from"
-        )
+        return np.arange(len(ids))
+    # A file's name holds no \0.
+    names = [group or f"\0{id}" for id, group in zip(ids, groups, strict=True)]
     return np.unique(names, return_inverse=True)[1].ravel()
 
 
@@ -231,8 +224,8 @@ def check_shares(shares: Mapping[str, float], mined: bool) -> None:
         )
 
 
-def alone(recordings: Recordings, index: RecordIndex) -> str:
-    """Returns a sentence on the classes of one recording, which are asked by their own; or ""."""
+def alone(recordings: Recordings) -> str:
+    """Returns a sentence on the classes of one recording, which have no other vector; or ""."""
     pairs = np.unique(recordings.key)
     classes, count = np.unique(pairs // recordings.recordings, return_counts=True)
     only = classes[count == 1]

@@ -10,6 +10,7 @@ from uss_jax.anchors.conditions import open_conditions
 from uss_jax.anchors.table import Placement, read_table, usable, without
 from uss_jax.data.grouping import GroupedOrder
 from uss_jax.data.index import RecordIndex, load_index
+from uss_jax.data.labels import groups_of, ungrouped
 from uss_jax.data.metadata import read_sample_rate
 from uss_jax.data.orders import BalancedOrder, Order, UniformOrder
 from uss_jax.data.pipeline import batches
@@ -82,6 +83,8 @@ def open_records(
     if anchors is not None and anchors.source == "table":
         places, usable_anchors = _open_table(anchors, index, settings.segment_samples, seed)
         drawn &= usable_anchors
+    elif anchors is not None:
+        _say_without_effect(anchors)
     order = _order(data, *without(index, drawn), seed)
     classes = tuple(order.classes.tolist())
     if mixing is not None:
@@ -195,6 +198,17 @@ def _open_table(
     return places, keep
 
 
+def _say_without_effect(section: AnchorSettings) -> None:
+    """Reports keys of a table's anchors that are set, though there is no table."""
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if field.name in ("min_score", "top_k", "jitter_samples") and value != field.default:
+            say(
+                f"config.anchors.{field.name}={value} has no effect with "
+                f"config.anchors.source={section.source}"
+            )
+
+
 def _open_asking(
     section: AskingSettings,
     index: RecordIndex,
@@ -207,11 +221,13 @@ def _open_asking(
     shares = {name: share for name, share in section.source.items() if share}
     recordings = mean = conditions = None
     if section.table:
-        conditions = open_conditions(section.table, places.table, index)
-        if shares.keys() & {"other", "mix"}:
-            recordings = Recordings.of(index, drawn, recording_of(index, section.groups))
-            if said := alone(recordings, index):
+        conditions = open_conditions(section.table, places.table, index, verify=True)
+        if shares.keys() & {"other", "mix", "mean"}:
+            recordings = Recordings.of(index, drawn, _recordings_of(index, section.groups))
+            if said := alone(recordings):
                 say(said)
+        if not shares.keys() & {"other", "mix"}:
+            recordings = None
         if "mean" in shares:
             mean = class_means(conditions, index, drawn)
         say(
@@ -221,6 +237,17 @@ def _open_asking(
     elif shares.keys() <= {"own"} and texts is None:
         return None
     return Asking(shares, seed, conditions, places, recordings, mean, texts)
+
+
+def _recordings_of(index: RecordIndex, groups: str) -> np.ndarray:
+    """Returns a number for the recording of each record."""
+    ids = index.clip_ids()
+    if not groups:
+        return recording_of(ids, [])
+    found = groups_of(groups, ids)
+    if said := ungrouped(groups, found):
+        say(f"config.query.groups: {said}")
+    return recording_of(ids, found)
 
 
 def _of_share(index: RecordIndex, share: float, seed: int) -> np.ndarray:

@@ -4,7 +4,8 @@ A field without a default is a required key. Each key follows its rule, or that 
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Mapping, Set
 from typing import Any, TypeVar
 
 from uss_jax.disk.checked_json import Rule, flag, number, record, shown, text, whole
@@ -54,7 +55,7 @@ def read_section(
     remedy: Callable[[str], str],
     inside: str = "",
 ) -> Section:
-    """Reads a dataclass and its sections from a mapping; ignores unknown keys.
+    """Reads a dataclass and its sections from a mapping.
 
     Args:
       kind: class to read.
@@ -64,7 +65,7 @@ def read_section(
       inside: dotted name of the section, with a dot at its end; "" for the whole config.
 
     Raises:
-      UserError: a key is missing or breaks its rule.
+      UserError: a key is missing, unknown, or breaks its rule.
     """
     found = {}
     for field in dataclasses.fields(kind):
@@ -82,7 +83,17 @@ def read_section(
             _follow(rules.get(name) or _RULES_OF_TYPES.get(field.type), value, f"config.{name}")
             value = float(value) if field.type is float else value
         found[field.name] = value
+    _refuse_unknown(values, {field.name for field in dataclasses.fields(kind)}, inside)
     return kind(**found)
+
+
+def _refuse_unknown(values: Mapping[str, Any], known: Set[str], inside: str) -> None:
+    """Raises a UserError for a key that no field has."""
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), n=1)
+            hint = f"did you mean config.{inside}{near[0]}?" if near else "remove it"
+            raise UserError(f"config.{inside}{key} is no key of this run; {hint}")
 
 
 def _follow(rule: Rule | None, value: Any, key: str) -> None:

@@ -409,7 +409,17 @@ def _check_separator(settings: SeparatorSettings) -> None:
             f"config.eval.every_steps is {settings.eval.every_steps}, expected at least 1"
         )
     _check_asking(settings)
+    if settings.best_by != RunSettings.best_by and not settings.eval.pairs:
+        raise UserError(
+            f"config.best_by={settings.best_by} has no effect without config.eval.pairs; give "
+            "pairs, which `uss-jax make-pairs` makes"
+        )
     rule, source = settings.anchors.rule, settings.anchors.source
+    if settings.anchors.table and source != "table":
+        raise UserError(
+            f"config.anchors.table has no effect with config.anchors.source={source}; set it to "
+            "table, or leave the other empty"
+        )
     if source != "device" and rule != RULES[0]:
         raise UserError(
             f"config.anchors.rule={rule} has no effect with config.anchors.source={source}; leave "

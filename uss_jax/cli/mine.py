@@ -22,6 +22,7 @@ from uss_jax.cli.arguments import (
     number,
     path,
     positive,
+    refuse_idle,
     say_detector_precision,
     whole,
 )
@@ -134,6 +135,10 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--host {args.host} is not between 0 and {args.hosts - 1}")
     if args.query_output and not args.query:
         raise UserError("--query-output has no effect without --query")
+    if args.show is None:
+        refuse_idle(args, ("picture",), "without --show")
+    else:
+        refuse_idle(args, ("query",), "with --show, which mines nothing")
     say_detector_precision(args)
     reader, model = open_clips(args.records, args.split, Model(args.sed))
     if args.show is not None:

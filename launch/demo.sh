@@ -28,8 +28,7 @@ fi
 $uss_jax mine --records "$records" --split train --sed yamnet --out "$run/anchors.npz"
 $uss_jax train --config configs/demo.py --workdir "$run/separator" \
     --config.data.records="$records" --config.anchors.table="$run/anchors.npz" "$@"
-cp "$sounds/separator/card.md" "$run/separator/"
 rm -rf "$run/bundle"
 $uss_jax export "$run/separator" --format safetensors --without-packaged \
     --licence Apache-2.0 --out "$run/bundle"
-printf '\n%s is what the package holds as %s.\n' "$run/bundle" "$sounds/separator"
+printf '\n%s is a model as the package holds one in %s. The card there has the figures of its own\nweights: before you share yours, evaluate them and write a card.md.\n' "$run/bundle" "$sounds/separator"

@@ -8,9 +8,19 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from tests.tiny import finish_run, train_words, write_place, write_separator, write_tagger
+from tests.tiny import (
+    TAGGER,
+    finish_run,
+    tagger_variables,
+    train_words,
+    write_place,
+    write_separator,
+    write_tagger,
+)
 from uss_jax.bundles.bundle import read_bundle, write_bundle
+from uss_jax.bundles.nets import fields_of
 from uss_jax.cli.main import main
+from uss_jax.weights.torch import state_dict_of
 
 ADAPTOR = {"query.kind": "embedding", "query.adaptor_width": 9, "query.adaptor_hidden": 7}
 
@@ -121,6 +131,26 @@ def test_a_tagger_starts_from_a_tagger(place, tmp_path, capsys):
     wanted = _flat(read_bundle(place / "tagger").variables("sed"))
     for name, value in _flat(variables).items():
         np.testing.assert_array_equal(value, wanted[name])
+
+
+@pytest.mark.long
+def test_a_tagger_starts_from_a_converted_checkpoint(place, tmp_path):
+    """PANNs' Cnn14 becomes a query net alone, of their front end."""
+    torch = pytest.importorskip("torch")
+    tensors = state_dict_of("query", fields_of(TAGGER), tagger_variables(seed=4))
+    tensors = {name: torch.from_numpy(np.array(value)) for name, value in tensors.items()}
+    torch.save({"model": tensors}, tmp_path / "net.pth")
+    words = ["convert", tmp_path / "net.pth", tmp_path / "bundle", "--kind", "cnn14"]
+    assert main(list(map(str, words))) == 0
+    assert not read_bundle(tmp_path / "bundle").holds("sed")
+    status, variables = _start(
+        *(place, tmp_path / "run", tmp_path / "bundle", "tagger_cnn14.py"),
+        optimizer="adamw",
+        init_partly=True,
+    )
+    assert status == 0
+    for name, value in _flat(tagger_variables(seed=4)).items():
+        np.testing.assert_array_equal(_flat(variables)[name], value)
 
 
 def test_what_does_not_fit_is_said(place, tmp_path, capsys):

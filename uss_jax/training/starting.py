@@ -13,13 +13,14 @@ from uss_jax.devices.hosts import say
 from uss_jax.errors import UserError, counted
 from uss_jax.training.state import TrainState
 
-# Nets of a state by their names in its trees, and the parts of a bundle that they start from.
+# Nets of a state by their names in its trees, and the parts of a bundle that they start from: the
+# first that it holds. PANNs' Cnn14 is a query net alone.
 _PARTS = {
-    "separator": "separator",
-    "query/adaptor": "adaptor",
-    "query/text_adaptor": "text_adaptor",
-    "query/tagger": "query",
-    "tagger": "sed",
+    "separator": ("separator",),
+    "query/adaptor": ("adaptor",),
+    "query/text_adaptor": ("text_adaptor",),
+    "query/tagger": ("query",),
+    "tagger": ("sed", "query"),
 }
 # Fields that say how a net computes or trains, not what it computes.
 _FREE = ("dtype", "one_class_share", "dropout", "finetune", *nets.TRAINS_ON)
@@ -94,6 +95,8 @@ def _differences(
     """Yields what differs between a model's nets and those of a run, in words."""
     stored, wanted = nets.completed(bundle.config), nets.completed(wanted)
     part = "separator" if wanted["kind"] == "separator" else "sed"
+    if part == "sed" and part not in stored and stored.get("query", {}).get("model"):
+        stored["sed"] = {"model": stored["query"]["model"]}
     if part not in stored:
         raise UserError(
             f"config.init_from={bundle.path} has no {part}, from which a {wanted['kind']} starts; "
@@ -123,8 +126,9 @@ def _differences(
 def _stored(bundle: Bundle, wanted: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
     """Reads the parts of a model that a state has, flat and by the state's names."""
     trees: dict[str, dict[str, np.ndarray]] = {"params": {}, "batch_stats": {}}
-    for prefix, part in _PARTS.items():
-        if any(name.startswith(f"{prefix}/") for name in wanted) and bundle.holds(part):
+    for prefix, parts in _PARTS.items():
+        part = next(filter(bundle.holds, parts), None)
+        if part and any(name.startswith(f"{prefix}/") for name in wanted):
             variables = bundle.variables(part)
             for tree, found in trees.items():
                 flat = by_path(variables.get(tree, {}))

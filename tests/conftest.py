@@ -62,18 +62,27 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def programs_of_one_file():
-    """Compiled programs of other files only fill the memory."""
+def programs_of_one_file(request):
+    """Unoptimised programs for a file with QUICK_COMPILATION, its fixtures included.
+
+    Compiled programs of other files only fill the memory.
+    """
+    _compile_quickly(getattr(request.module, "QUICK_COMPILATION", False))
     yield
+    _compile_quickly(False)
     jax.clear_caches()
 
 
 @pytest.fixture
 def quick_compilation():
     """Unoptimised programs: for whole runs of a few steps, which would mostly compile."""
-    jax.config.update("jax_disable_most_optimizations", True)
+    _compile_quickly(True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    _compile_quickly(False)
+
+
+def _compile_quickly(quick):
+    jax.config.update("jax_disable_most_optimizations", quick)
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,8 @@ from uss_jax.errors import UserError
 from uss_jax.models.resunet import ResUNet
 from uss_jax.weights.export import export
 
+QUICK_COMPILATION = True
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 

@@ -11,6 +11,8 @@ from uss_jax.bundles.model import Model
 from uss_jax.cli.main import main
 from uss_jax.ontology import load_ontology
 
+QUICK_COMPILATION = True
+
 MAN, SPEECH, BEEP, NOISE = (
     load_ontology().resolve(name)
     for name in ("Male speech, man speaking", "Speech", "Beep, bleep", "White noise")

@@ -18,6 +18,8 @@ from uss_jax.evaluation.scoring import score
 from uss_jax.evaluation.suites.pairs import find_pairs
 from uss_jax.models.query import KINDS
 
+QUICK_COMPILATION = True
+
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_figures_are_those_of_the_estimates(place, kind):

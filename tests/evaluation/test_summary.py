@@ -11,6 +11,8 @@ from uss_jax.cli.main import main
 from uss_jax.evaluation.rows import SHUFFLED
 from uss_jax.evaluation.summary import bootstrap_interval
 
+QUICK_COMPILATION = True
+
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
     rng, inside = np.random.default_rng(0), 0

@@ -50,6 +50,8 @@ from uss_jax.training.tagging_step import make_tagging_step
 from uss_jax.training.train_separator import fresh_state, make_step, train_separator
 from uss_jax.training.train_tagger import train_tagger
 
+QUICK_COMPILATION = True
+
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 NETS = {"cnn14": TAGGER, "htsat": TINY_HTSAT, "yamnet": TINY_YAMNET}
 LOW, HIGH = 10, 400  # two classes

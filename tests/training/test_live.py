@@ -32,6 +32,8 @@ from uss_jax.training.live_conditions import (
 )
 from uss_jax.training.state import TrainState
 
+QUICK_COMPILATION = True
+
 # Of the last two classes there are no training clips, and so no averages.
 CLASSES = (0, 0, 0, 1, 1, 300, 300, 301, 301, 72, 400, 401)
 QUERIES = ("average", "class", "shuffled", "recordings_2", "recordings_1", "recordings_100")

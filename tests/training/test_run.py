@@ -28,7 +28,7 @@ from uss_jax.bundles.checkpoints import Checkpoints, latest_step, save_tree
 from uss_jax.cli.main import main
 from uss_jax.training import records
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+QUICK_COMPILATION = True
 
 
 @pytest.fixture(scope="module")

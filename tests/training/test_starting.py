@@ -20,7 +20,10 @@ from tests.tiny import (
 from uss_jax.bundles.bundle import read_bundle, write_bundle
 from uss_jax.bundles.nets import fields_of
 from uss_jax.cli.main import main
+from uss_jax.training import run
 from uss_jax.weights.torch import state_dict_of
+
+QUICK_COMPILATION = True
 
 ADAPTOR = {"query.kind": "embedding", "query.adaptor_width": 9, "query.adaptor_hidden": 7}
 
@@ -31,11 +34,16 @@ def place(tmp_path_factory):
 
 
 def _start(place, workdir, location, config="resunet30.py", **changed):
-    """Runs without a step of any size; returns the exit status and the workdir's variables."""
+    """Saves the first state, without training; returns the status and the workdir's variables."""
+
+    def save(step, state, *_, checkpoints, position, **__):
+        checkpoints.save(1, state.parts(), position(1))
+
     changed = {name.replace("__", "."): value for name, value in changed.items()}
     tagger = "tagger" in config
-    words = {"init_from": location, "total_steps": 1, "schedule.learning_rate": 0.0, **changed}
-    status = main(train_words(config, place, workdir, words))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "fit", save)
+        status = main(train_words(config, place, workdir, {"init_from": location, **changed}))
     if status:
         return status, None
     return status, read_bundle(workdir).variables("sed" if tagger else "separator")
@@ -55,23 +63,22 @@ def trained(place, tmp_path_factory):
 
 @pytest.mark.long
 def test_a_run_starts_from_another_ones_average(place, trained, tmp_path, capsys):
-    status, variables = _start(place, tmp_path / "run", trained, ema_decay=0.9)
-    assert status == 0
+    words = {"init_from": trained, "ema_decay": 0.9}
+    words["schedule.learning_rate"] = 0.0
+    finish_run("resunet30.py", place, tmp_path / "run", words)
+    variables = read_bundle(tmp_path / "run").variables("separator")
     said = capsys.readouterr().out
     arrays = len(jax.tree.leaves(read_bundle(trained).variables("separator")))
     assert f"starting from {trained}: {arrays} arrays taken\n" in said
     wanted = _flat(read_bundle(trained).variables("separator"))
     newest = _flat(read_bundle(trained, averaged=False).variables("separator"))
-    for name, value in _flat(variables).items():
-        np.testing.assert_array_equal(value, wanted[name])
+    for name, value in _flat(variables).items():  # averaged with itself
+        np.testing.assert_allclose(value, wanted[name], rtol=1e-6)
     assert any((wanted[name] != newest[name]).any() for name in wanted)
-    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1]
     # Resuming does not start again, whatever has become of the model.
-    words = {"init_from": tmp_path / "gone", "total_steps": 2, "ema_decay": 0.9}
-    words["schedule.learning_rate"] = 0.0
+    words |= {"init_from": tmp_path / "gone", "total_steps": 3}
     assert main(train_words("resunet30.py", place, tmp_path / "run", words)) == 0
-    assert "resuming after step 1" in capsys.readouterr().out
+    assert "resuming after step 2" in capsys.readouterr().out
 
 
 @pytest.mark.long

@@ -22,6 +22,8 @@ from uss_jax.cli.main import main
 from uss_jax.training.state import create_state
 from uss_jax.weights import export
 
+QUICK_COMPILATION = True
+
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):

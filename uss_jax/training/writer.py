@@ -7,12 +7,18 @@ import pathlib
 import sys
 import time
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from uss_jax.disk.atomic import full, is_full, replacing
 from uss_jax.disk.checked_json import parse_json, record, whole
 from uss_jax.errors import UserError
+
+# tensorboardX imports PyTorch where it is installed, which takes seconds; scalars need none of it.
+_torch = sys.modules.setdefault("torch", None)
+from tensorboardX import SummaryWriter  # noqa: E402
+
+if _torch is None:
+    del sys.modules["torch"]
 
 _LINE = record({"step": whole(0, 2**63)}, others=True)
 

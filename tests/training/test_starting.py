@@ -1,6 +1,5 @@
 """Runs that start from the parameters of a model."""
 
-import json
 import re
 
 import jax

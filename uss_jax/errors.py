@@ -3,6 +3,7 @@
 The command line reports each exception as one sentence and an exit status.
 """
 
+import sys
 import unicodedata
 
 
@@ -37,6 +38,15 @@ class NotHeard(Exception):
 
     The command line prints the sentence and exits with 3, for scripts to check.
     """
+
+
+def tell(sentence: str) -> None:
+    """Writes the last sentence of a command to standard error, as a line.
+
+    In one write, since hosts may share a terminal or a log: of an unbuffered stream, `print` writes
+    text and line break one after the other, and the sentences of two hosts would run together.
+    """
+    sys.stderr.write(f"uss-jax: {sentence}\n")
 
 
 def one_line(text: str) -> str:

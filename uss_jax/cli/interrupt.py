@@ -10,6 +10,7 @@ import time
 from typing import Any, NoReturn
 
 from uss_jax.disk.leaving import leave
+from uss_jax.errors import tell
 
 # Time for the main thread to react to Ctrl-C before the second thread ends the process.
 _PATIENCE_SECONDS = 2.0
@@ -94,5 +95,5 @@ def _leave_interrupted() -> NoReturn:
 
 
 def _leave(word: str, status: int) -> NoReturn:
-    print(f"uss-jax: {word}", file=sys.stderr)
+    tell(word)
     leave(status)

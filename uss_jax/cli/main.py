@@ -15,7 +15,7 @@ from uss_jax.cli.interrupt import end_on_interrupt
 from uss_jax.devices.memory import keep_freed_memory
 from uss_jax.disk.atomic import full, is_full
 from uss_jax.disk.leaving import leave
-from uss_jax.errors import NotHeard, Stopped, UserError, one_line
+from uss_jax.errors import NotHeard, Stopped, UserError, one_line, tell
 
 # command -> what it does; its module is uss_jax.cli.<command with "_" for "-">.
 COMMANDS = {
@@ -94,16 +94,16 @@ def main(argv: list[str] | None = None) -> int:
             args.run(args)
         sys.stdout.flush()
     except UserError as error:
-        print(f"uss-jax: {one_line(str(error))}", file=sys.stderr)
+        tell(one_line(str(error)))
         return 1
     except NotHeard as error:
-        print(f"uss-jax: {one_line(str(error))}", file=sys.stderr)
+        tell(one_line(str(error)))
         return 3
     except Stopped as stopped:
-        print(f"uss-jax: {stopped}", file=sys.stderr)
+        tell(str(stopped))
         return 143
     except KeyboardInterrupt:
-        print("uss-jax: interrupted", file=sys.stderr)
+        tell("interrupted")
         return 130
     except BrokenPipeError:  # `uss-jax ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
             said = f"{str(error.filename)[:60]}... is too long for a file name; give a shorter one"
         else:
             raise
-        print(f"uss-jax: {one_line(said)}", file=sys.stderr)
+        tell(one_line(said))
         return 1
     return 0
 

@@ -1,11 +1,11 @@
 """What a device makes of the work: `python -m tests.benchmarks.accelerator [--profile]`.
 
 Rows: training step of the published separator (bfloat16, float32 at the default and at the highest
-precision), the whole step with detector and query net, inference, and mining. On a CPU the nets are
-those of the quickstart. Where PyTorch sees the device, the same training step and inference in
-PyTorch follow, eager and compiled. A run ends after about six minutes: rows for which no time is
-left are named. Shares are of the matrix product that the device was seen to do, TFLOP those of the
-model's products and convolutions.
+precision) and of the band-split one (`base`, bfloat16), the whole step with detector and query net,
+inference of both, and mining. On a CPU the nets are those of the quickstart, and `tiny`. Where
+PyTorch sees the device, the same training step and inference in PyTorch follow, eager and compiled.
+A run ends after about six minutes: rows for which no time is left are named. Shares are of the
+matrix product that the device was seen to do, TFLOP those of the model's products and convolutions.
 
 `--profile` prints time and bytes by family of kernels, and the slowest kernels. `--absent-h100`
 compiles the training step for an H100 that need not be there, and prints what it would move; it
@@ -30,6 +30,8 @@ from typing import Any
 SECONDS = 360.0
 RATE, SEGMENT, CLIP = 32000, 64000, 320000
 QUICKSTART = {"n_fft": 512, "hop_samples": 256, "channels": (8, 16, 32, 64)}
+BANDSPLIT_TINY = {"n_fft": 512, "hop_samples": 256, "width": 48, "layers": 2}
+BANDSPLIT_TINY |= {"head_width": 16, "hidden_width": 128}
 
 
 @dataclasses.dataclass
@@ -55,23 +57,35 @@ class Job:
     unit: str
 
 
-def separator_and_state(dtype: str, on_cpu: bool, shapes: bool = False) -> tuple[Any, Any, Any]:
-    """The separator, its optimiser, and a state on the device, or its shapes."""
+def separator(name: str, dtype: str, on_cpu: bool) -> Any:
+    """A separator by its row in bundles/nets.py: of the published size, on a CPU a small one."""
+    from uss_jax.models.bandsplit import BandSplit, mel_bands
+    from uss_jax.models.resunet import ResUNet
+
+    if name == "resunet":
+        return ResUNet(dtype=dtype, **(QUICKSTART if on_cpu else {}))
+    small = {"bands": mel_bands(24, 512, 16000), **BANDSPLIT_TINY} if on_cpu else {}
+    return BandSplit(dtype=dtype, time_span=32, **small)
+
+
+def separator_and_state(
+    dtype: str, on_cpu: bool, shapes: bool = False, name: str = "resunet"
+) -> tuple[Any, Any, Any]:
+    """A separator, its optimiser, and a state on the device, or its shapes."""
     import jax
     import jax.numpy as jnp
 
-    from uss_jax.models.resunet import ResUNet
     from uss_jax.training.optim import adamw_amsgrad
     from uss_jax.training.state import create_state
 
-    net, optimizer = ResUNet(dtype=dtype, **(QUICKSTART if on_cpu else {})), adamw_amsgrad(1e-3)
+    net, optimizer = separator(name, dtype, on_cpu), adamw_amsgrad(1e-3)
 
     def fresh(key):
         waveform = jnp.zeros((1, 1, SEGMENT))
         variables = net.init(key, waveform, jnp.zeros((1, 527)))
         return create_state(
             {"separator": variables["params"], "query": {}},
-            {"separator": variables["batch_stats"], "query": {}},
+            {"separator": variables.get("batch_stats", {}), "query": {}},
             optimizer,
         )
 
@@ -110,20 +124,33 @@ def anchors_batch(batch: int, samples: int, from_table: bool) -> dict[str, Any]:
     return jax.device_put(made)
 
 
-def training_job(dtype: str, precision: str, batch: int, on_cpu: bool, shapes: bool = False) -> Job:
+def training_job(
+    dtype: str,
+    precision: str,
+    batch: int,
+    on_cpu: bool,
+    shapes: bool = False,
+    name: str = "resunet",
+) -> Job:
     """A training step of the separator alone: mixing, separation, loss, update."""
     import jax
 
     from uss_jax.devices.precision import at_precision
     from uss_jax.models.query import QueryNet
 
-    net, optimizer, state = separator_and_state(dtype, on_cpu, shapes)
+    net, optimizer, state = separator_and_state(dtype, on_cpu, shapes, name)
     step = separation_step(net, optimizer, None, QueryNet(None, "one_hot"), batch)
     step = jax.jit(at_precision(precision, step), donate_argnums=0)
     arguments = (state, {}, anchors_batch(batch, SEGMENT, True), jax.random.key(0))
     peak = "bfloat16" if dtype == "bfloat16" else precision
-    name = dtype if dtype == "bfloat16" else f"float32, {precision}"
-    return Job(f"training step, {name}, {batch} x 2 s", step, arguments, True, peak, batch, "items")
+    way = dtype if dtype == "bfloat16" else f"float32, {precision}"
+    title = f"training step, {_named(name)}{way}, {batch} x 2 s"
+    return Job(title, step, arguments, True, peak, batch, "items")
+
+
+def _named(name: str) -> str:
+    """Names another separator than the published one in a row's title."""
+    return "" if name == "resunet" else f"{name}, "
 
 
 def taggers(on_cpu: bool) -> tuple[Any, Any, Any, Any]:
@@ -156,19 +183,19 @@ def whole_job(dtype: str, batch: int, on_cpu: bool) -> Job:
     return Job(title, step, arguments, True, "bfloat16", batch, "clips")
 
 
-def inference_job(dtype: str, batch: int, on_cpu: bool) -> Job:
+def inference_job(dtype: str, batch: int, on_cpu: bool, name: str = "resunet") -> Job:
     """Separation of segments."""
     import jax
     import jax.numpy as jnp
 
     from uss_jax.devices.precision import at_precision
 
-    net, _, state = separator_and_state(dtype, on_cpu)
+    net, _, state = separator_and_state(dtype, on_cpu, name=name)
     variables = {"params": state.params["separator"], "batch_stats": state.batch_stats["separator"]}
     separate = jax.jit(at_precision("default", net.apply))
     noise = 0.1 * jax.random.normal(jax.random.key(0), (batch, 1, SEGMENT))
     arguments = (variables, noise, jnp.full((batch, 527), 0.01))
-    title = f"inference, {dtype}, {batch} x 2 s"
+    title = f"inference, {_named(name)}{dtype}, {batch} x 2 s"
     return Job(title, separate, arguments, False, dtype, 2 * batch, "s of sound")
 
 
@@ -194,9 +221,11 @@ def jobs(on_cpu: bool) -> Iterator[Callable[[], Job]]:
     small, large = (4, 8) if on_cpu else (16, 64)
     yield f.partial(training_job, "bfloat16", "default", small, on_cpu)
     yield f.partial(whole_job, "bfloat16", small, on_cpu)
+    yield f.partial(training_job, "bfloat16", "default", small, on_cpu, name="bandsplit")
     yield f.partial(training_job, "float32", "default", small, on_cpu)
     yield f.partial(training_job, "float32", "highest", small, on_cpu)
     yield f.partial(inference_job, "bfloat16", small, on_cpu)
+    yield f.partial(inference_job, "bfloat16", small, on_cpu, name="bandsplit")
     yield f.partial(mining_job, small, on_cpu)
     yield f.partial(training_job, "bfloat16", "default", large, on_cpu)
     yield f.partial(training_job, "float32", "default", large, on_cpu)
@@ -263,7 +292,7 @@ def ours(deadline: float, profile: bool) -> None:
             made = list(pool.map(compile_, jobs(on_cpu)))
     for make, found in zip(jobs(on_cpu), made, strict=True):
         if found is None or time.time() > deadline:
-            _print(left_out=f"{make.func.__name__} {make.args}")
+            _print(left_out=f"{make.func.__name__} {make.args} {make.keywords or ''}".rstrip())
             continue
         job, compiled, seconds = found
         arguments = list(job.arguments)

@@ -17,6 +17,7 @@ from uss_jax.models.bandsplit import (
     BandSplit,
     FeedForward,
     PerBand,
+    attended,
     cut_bands,
     mel_bands,
     normalised,
@@ -198,6 +199,41 @@ def test_any_length_comes_back_as_long(samples):
     estimate = separate(net, variables, mixture, condition)
     assert estimate.shape == mixture.shape
     assert jnp.isfinite(estimate).all()
+
+
+@pytest.mark.parametrize(("length", "span"), [(12, 3), (13, 3), (20, 3), (50, 1), (41, 10)])
+def test_attention_in_blocks_is_that_to_all_keys_in_reach(length, span):
+    rng = np.random.default_rng(length)
+    query, key, value = rng.standard_normal((3, 2, length, 2, 4)).astype(np.float32)
+    place = np.arange(length)
+
+    def whole(query, key, value):
+        products = jnp.einsum("bqhe,bkhe->bhqk", query, key) / 2
+        near = np.abs(place[:, None] - place) <= span
+        weights = jnp.where(near, jnp.exp(products), 0)
+        weights = weights / weights.sum(axis=-1, keepdims=True)
+        return jnp.einsum("bhqk,bkhe->bqhe", weights, value)
+
+    found = attended(query, key, value, span)
+    np.testing.assert_allclose(found, whole(query, key, value), atol=1e-6)
+    for ours, theirs in zip(
+        *(
+            jax.grad(lambda *x, of=of: jnp.square(of(*x)).sum(), (0, 1, 2))(query, key, value)
+            for of in (lambda *x: attended(*x, span), whole)
+        ),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_long_sequences_take_memory_in_proportion_to_their_length():
+    def scores(length):
+        """Elements of the largest array of the computation."""
+        x = jax.ShapeDtypeStruct((1, length, 1, 2), np.float32)
+        made = jax.make_jaxpr(lambda q, k, v: attended(q, k, v, 8))(x, x, x)
+        return max(out.aval.size for step in made.eqns for out in step.outvars)
+
+    assert scores(4096) == 2 * scores(2048) == 3 * 8 * 4096
 
 
 def test_with_a_span_windows_with_context_agree_with_one_pass():

@@ -7,7 +7,8 @@ TF-Locoformer (arXiv:2408.03440); the condition modulates every norm as in DiT (
 Nearly all work is in matrix products, and there are no batch statistics.
 
 Letters: `b` batch, `a` audio channels, `c` any number of channels, `t` samples, `n` frames, `f`
-bins, `k` bands, `d` width of the condition, `w` width of the net, `s` length of a sequence.
+bins, `k` bands, `d` width of the condition, `w` width of the net, `s` length of a sequence, `h`
+heads, `e` width of a head.
 """
 
 import itertools
@@ -18,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Complex, Float
+from jaxtyping import Array, Bool, Complex, Float
 
 from uss_jax.audio.stft import istft, stft
 from uss_jax.models.compute_dtype import flax_dtype, in_compute_dtype
@@ -30,6 +31,8 @@ _CONTEXT_FRAMES = 32
 # Added to mean squares, of samples up to 1: about -100 dB of full scale for a band's bin.
 _FLOOR = 1e-8
 _ROTARY_BASE = 10_000.0
+# Sequences up to so many spans are attended to as a whole, which is faster there.
+_FEW_BLOCKS = 4
 
 
 def mel_bands(count: int, n_fft: int, sample_rate: int) -> tuple[int, ...]:
@@ -111,16 +114,47 @@ def attended(
 ) -> Float[Array, "b s h e"]:
     """Returns attention of every query to the keys at most `span` away, of 0 to all.
 
-    The softmax is computed in float32.
+    The softmax is computed in float32. A sequence that is long for its span is attended to in
+    blocks, so that memory and time grow with its length and not with the square of it.
     """
+    length = query.shape[1]
+    if not span:
+        return _weighted(query, key, value, None)
+    place = np.arange(length)
+    if length <= _FEW_BLOCKS * span:
+        return _weighted(query, key, value, np.abs(place[:, None] - place) <= span)
+    # Queries of a block of `span` reach keys of their own block and of its two neighbours.
+    blocks = -(-length // span)
+    padding = blocks * span - length
+
+    def neighbours(x: Array) -> Array:
+        padded = jnp.pad(x, ((0, 0), (span, span + padding), (0, 0), (0, 0)))
+        parts = padded.reshape(x.shape[0], blocks + 2, span, *x.shape[2:])
+        three = [parts[:, first : first + blocks] for first in range(3)]
+        return jnp.concatenate(three, axis=2)
+
+    asking = np.arange(blocks * span).reshape(blocks, 1, span, 1)
+    asked = np.arange(3 * span) + (np.arange(blocks)[:, None, None, None] - 1) * span
+    near = (np.abs(asking - asked) <= span) & (asked >= 0) & (asked < length)
+    query = jnp.pad(query, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    in_blocks = query.reshape(query.shape[0], blocks, span, *query.shape[2:])
+    found = _weighted(in_blocks, neighbours(key), neighbours(value), near)
+    return found.reshape(query.shape)[:, :length]
+
+
+def _weighted(
+    query: Float[Array, "*any q h e"],
+    key: Float[Array, "*any k h e"],
+    value: Float[Array, "*any k h e"],
+    near: Bool[np.ndarray, "*#some q k"] | None,
+) -> Float[Array, "*any q h e"]:
+    """Returns the values' mean for every query, by how well the keys that are `near` answer it."""
     dtype = jnp.promote_types(value.dtype, jnp.float32)
-    products = jnp.einsum("bqhe,bkhe->bhqk", query, key, preferred_element_type=dtype)
-    if span:
-        place = jnp.arange(query.shape[1])
-        near = jnp.abs(place[:, None] - place) <= span
+    products = jnp.einsum("...qhe,...khe->...hqk", query, key, preferred_element_type=dtype)
+    if near is not None:
         products = jnp.where(near, products, -jnp.inf)
     weights = nn.softmax(products / math.sqrt(value.shape[-1])).astype(value.dtype)
-    return jnp.einsum("bhqk,bkhe->bqhe", weights, value)
+    return jnp.einsum("...hqk,...khe->...qhe", weights, value)
 
 
 class FeedForward(nn.Module):

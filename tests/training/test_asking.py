@@ -399,8 +399,9 @@ def test_conditions_that_do_not_suit_the_run_are_refused_before_it(place, tmp_pa
     _mine(place, tmp_path / "hidden.npz", "tagger", "--query-output", "embedding")
     (tmp_path / "labels.csv").write_text("file,labels,group\nnone.wav,Speech,a\n")
     shutil.copytree(place / "anchors.conditions", tmp_path / "flipped")
-    shard = next((tmp_path / "flipped").glob("*.npy"))
-    shard.write_bytes(shard.read_bytes()[:-2] + b"\0\0")  # a vector of valid numbers, but another
+    shard = tmp_path / "flipped" / "00000.npy"
+    *most, low, high = shard.read_bytes()
+    shard.write_bytes(bytes([*most, low ^ 1, high]))  # a float16 that is valid, but another
     for changed, said in (
         ({"query__table": tmp_path / "flipped"}, "does not match its digest"),
         ({"query__table": tmp_path / "other.conditions"}, "mined with another query net"),

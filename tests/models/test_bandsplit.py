@@ -204,7 +204,7 @@ def test_any_length_comes_back_as_long(samples):
 @pytest.mark.parametrize(("length", "span"), [(12, 3), (13, 3), (20, 3), (50, 1), (41, 10)])
 def test_attention_in_blocks_is_that_to_all_keys_in_reach(length, span):
     rng = np.random.default_rng(length)
-    query, key, value = rng.standard_normal((3, 2, length, 2, 4)).astype(np.float32)
+    query, key, value = jnp.asarray(rng.standard_normal((3, 2, length, 2, 4)), jnp.float32)
     place = np.arange(length)
 
     def whole(query, key, value):

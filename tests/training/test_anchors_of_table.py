@@ -180,7 +180,8 @@ def test_a_run_on_a_table_needs_no_detector_and_resumes(place, tmp_path, capsys,
     assert 0 <= last["conflict_share"] <= 1
     assert not (tmp_path / "run" / "frozen" / "sed").exists()
     # Another place for the anchors is other data.
-    again = {"sed_bundle": "", "total_steps": 3, "anchors__source": "random"}
+    again = {"sed_bundle": "", "total_steps": 3}
+    again |= {"anchors__source": "random", "anchors__table": ""}
     assert _train(place, tmp_path / "run", **again) == 1
     assert "started with another anchor source or table" in capsys.readouterr().err
 

@@ -263,3 +263,5 @@ def test_bad_groups_are_named(tmp_path, text, said):
     (tmp_path / "groups.csv").write_text(text)
     with pytest.raises(UserError, match=said):
         groups_of(tmp_path / "groups.csv", ["a.wav"])
+    with pytest.raises(UserError, match="cannot be read"):
+        groups_of(tmp_path / "none.csv", ["a.wav"])

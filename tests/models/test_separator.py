@@ -70,6 +70,7 @@ class Gains(nn.Module):
     "separator",
     [
         dict(net="gains", audio_channels=1, **COMMON),
+        dict(net="bandsplit", audio_channels=1, **COMMON, **BANDS),
         dict(net="bandsplit", audio_channels=2, **COMMON, **BANDS),
         dict(net="resunet", audio_channels=2, channels=(4, 4), **COMMON),
     ],

@@ -25,7 +25,6 @@ from uss_jax.anchors.conditions import folder_of, open_conditions
 from uss_jax.anchors.table import Placement, read_table
 from uss_jax.cli.main import main
 from uss_jax.data.index import load_index
-from uss_jax.data.labels import groups_of
 from uss_jax.data.orders import BalancedOrder
 from uss_jax.data.pipeline import batches
 from uss_jax.data.reader import ClipReader
@@ -82,11 +81,6 @@ def mined(place):
     return index, table, open_conditions(folder_of(place / "anchors.npz"), table, index)
 
 
-def _recordings_of(index, groups):
-    ids = index.clip_ids()
-    return recording_of(ids, groups_of(groups, ids) if groups else [])
-
-
 def _asking(mined, groups="", **shares):
     index, table, conditions = mined
     usable = np.ones(len(table), bool)
@@ -95,7 +89,7 @@ def _asking(mined, groups="", **shares):
         seed=5,
         conditions=conditions,
         placement=Placement(table, index, seed=5, top_k=2),
-        recordings=Recordings.of(index, usable, _recordings_of(index, groups)),
+        recordings=Recordings.of(index, usable, recording_of(index, str(groups or ""))),
         mean=class_means(conditions, index, usable),
     )
 
@@ -142,7 +136,7 @@ def test_labels_that_are_not_drawn_are_nobodys_example(mined):
     index, table, _ = mined
     usable = np.ones(len(table), bool)
     usable[[_row(index, "a1", 0), _row(index, "b0", 0)]] = False
-    recordings = Recordings.of(index, usable, _recordings_of(index, ""))
+    recordings = Recordings.of(index, usable, recording_of(index, ""))
     rows = recordings.draw(np.linspace(0, 0.999, 50), np.zeros(50, int), np.zeros(50, int))
     assert set(_names(index, rows)) == {"b1"}
 

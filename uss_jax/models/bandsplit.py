@@ -31,7 +31,8 @@ _CONTEXT_FRAMES = 32
 # Added to mean squares, of samples up to 1: about -100 dB of full scale for a band's bin.
 _FLOOR = 1e-8
 _ROTARY_BASE = 10_000.0
-# Sequences up to so many spans are attended to as a whole, which is faster there.
+# Sequences up to so many spans are attended to as a whole: blocks would save little there, a tenth
+# at the 126 frames of a training item on a CPU.
 _FEW_BLOCKS = 4
 
 

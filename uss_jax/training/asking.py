@@ -10,7 +10,7 @@ width of a vector.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Bool, Float, Integer
@@ -18,7 +18,9 @@ from jaxtyping import Bool, Float, Integer
 from uss_jax.anchors.conditions import ConditionTable
 from uss_jax.anchors.table import Placement
 from uss_jax.data.index import RecordIndex
+from uss_jax.data.labels import groups_of, ungrouped
 from uss_jax.data.permutation import ASKED, OTHERS, WEIGHTS, uniform
+from uss_jax.devices.hosts import say
 from uss_jax.errors import UserError, counted
 from uss_jax.ontology import load_ontology
 from uss_jax.training.texts import Texts
@@ -186,17 +188,21 @@ def class_means(
     return (total / np.maximum(count, 1)[:, None]).astype(np.float32)
 
 
-def recording_of(ids: Sequence[str], groups: Sequence[str]) -> Integer[np.ndarray, "_"]:
+def recording_of(index: RecordIndex, groups: str) -> Integer[np.ndarray, "_"]:
     """Returns a number for the recording of each record: its group, or the record itself.
 
     Args:
-      ids: ids of the records.
-      groups: their groups, "" for none; empty if no record shares a recording with another.
+      index: index of the records.
+      groups: table with a column `group`; "" if no record shares a recording with another.
     """
     if not groups:
-        return np.arange(len(ids))
+        return np.arange(len(index))
+    ids = index.clip_ids()
+    found = groups_of(groups, ids)
+    if said := ungrouped(groups, found):
+        say(f"config.query.groups: {said}")
     # A file's name holds no \0.
-    names = [group or f"\0{id}" for id, group in zip(ids, groups, strict=True)]
+    names = [group or f"\0{id}" for id, group in zip(ids, found, strict=True)]
     return np.unique(names, return_inverse=True)[1].ravel()
 
 

@@ -10,7 +10,6 @@ from uss_jax.anchors.conditions import open_conditions
 from uss_jax.anchors.table import Placement, read_table, usable, without
 from uss_jax.data.grouping import GroupedOrder
 from uss_jax.data.index import RecordIndex, load_index
-from uss_jax.data.labels import groups_of, ungrouped
 from uss_jax.data.metadata import read_sample_rate
 from uss_jax.data.orders import BalancedOrder, Order, UniformOrder
 from uss_jax.data.pipeline import batches
@@ -221,13 +220,15 @@ def _open_asking(
     shares = {name: share for name, share in section.source.items() if share}
     recordings = mean = conditions = None
     if section.table:
-        conditions = open_conditions(section.table, places.table, index, verify=True)
+        # Hosts share the files, so one of them reads them for all.
+        verify = jax.process_index() == 0
+        conditions = open_conditions(section.table, places.table, index, verify=verify)
         if shares.keys() & {"other", "mix", "mean"}:
-            recordings = Recordings.of(index, drawn, _recordings_of(index, section.groups))
-            if said := alone(recordings):
+            examples = Recordings.of(index, drawn, recording_of(index, section.groups))
+            if said := alone(examples):
                 say(said)
-        if not shares.keys() & {"other", "mix"}:
-            recordings = None
+            if shares.keys() & {"other", "mix"}:  # others draw none of them
+                recordings = examples
         if "mean" in shares:
             mean = class_means(conditions, index, drawn)
         say(
@@ -237,17 +238,6 @@ def _open_asking(
     elif shares.keys() <= {"own"} and texts is None:
         return None
     return Asking(shares, seed, conditions, places, recordings, mean, texts)
-
-
-def _recordings_of(index: RecordIndex, groups: str) -> np.ndarray:
-    """Returns a number for the recording of each record."""
-    ids = index.clip_ids()
-    if not groups:
-        return recording_of(ids, [])
-    found = groups_of(groups, ids)
-    if said := ungrouped(groups, found):
-        say(f"config.query.groups: {said}")
-    return recording_of(ids, found)
 
 
 def _of_share(index: RecordIndex, share: float, seed: int) -> np.ndarray:

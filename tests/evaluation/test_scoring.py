@@ -40,6 +40,9 @@ def test_figures_are_those_of_the_estimates(place, kind):
         assert figures[ORACLE]["level"][at] == pytest.approx(
             10 * np.log10(np.mean(estimate**2) / np.mean(mixture**2)), abs=1e-3
         )
+        assert figures[ORACLE]["level_error"][at] == pytest.approx(
+            10 * np.log10(np.mean(estimate**2) / np.mean(source**2)), abs=1e-3
+        )
         improvement = sdr(source, estimate) - sdr(source, mixture)
         assert figures[ORACLE]["sdri"][at] == pytest.approx(improvement, abs=1e-3)
         assert figures[HALF]["sdri"][at] == pytest.approx(

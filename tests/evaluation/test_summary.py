@@ -1,4 +1,5 @@
 import json
+import pathlib
 import shutil
 
 import numpy as np
@@ -9,7 +10,8 @@ from tests.tiny import RATE, noise
 from uss_jax.audio.files import write_wav
 from uss_jax.cli.main import main
 from uss_jax.evaluation.rows import SHUFFLED
-from uss_jax.evaluation.summary import bootstrap_interval
+from uss_jax.evaluation.suites.pairs import Pair
+from uss_jax.evaluation.summary import bootstrap_interval, format_summaries, summarise
 
 QUICK_COMPILATION = True
 
@@ -21,6 +23,20 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
         low, high = bootstrap_interval(rng.standard_normal(160), classes)
         inside += low <= 0 <= high
     assert inside >= 51  # 57 of 60 expected
+
+
+def test_shares_are_of_all_items_that_have_a_figure():
+    items = [Pair(pathlib.Path("m.wav"), pathlib.Path("s.wav"), DOG, group="")] * 5
+    sdri = np.array([5.0, 5.1, -3.0, 9.0, np.nan])
+    figures = {"sdri": sdri, "sdr": sdri, "si_sdr": sdri, "si_sdri": sdri, "level": sdri}
+    figures["level_error"] = np.array([-3.0, 3.1, 0.0, -20.0, np.nan])
+    alone = {"sdr": sdri, "si_sdr": sdri, "level": sdri}
+    rows = summarise(items, {"oracle": figures, "target alone": alone})
+    assert rows[0]["shares"] == {"sdri_above_5_db": 0.5, "level_within_3_db": 0.5}
+    assert rows[1]["shares"] == {}
+    lines = format_summaries(rows).splitlines()
+    assert lines[1].split()[-4:] == ["50", "%", "4", "1"]
+    assert lines[2].split()[-4:] == ["-", "-", "4", "1"]
 
 
 def test_silent_targets_are_left_out_and_counted(place, tmp_path, capsys):

@@ -110,10 +110,10 @@ class Checkpoints:
         )
         self._leave_out_wrong_notes(writing)
         # Without handlers, a manager cannot tell the shapes of arrays before its first save.
-        handlers = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
-        handlers |= {name: ocp.JsonCheckpointHandler() for name in ("position", "fingerprints")}
+        self._arrays = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
+        notes = {name: ocp.JsonCheckpointHandler() for name in ("position", "fingerprints")}
         self._manager = ocp.CheckpointManager(
-            self._directory, options=options, item_handlers=handlers
+            self._directory, options=options, item_handlers=self._arrays | notes
         )
 
     def _leave_out_wrong_notes(self, writing: bool) -> None:
@@ -238,7 +238,8 @@ class Checkpoints:
     def shapes(self, step: int, item: str) -> Any:
         """Returns the shapes and dtypes of an item."""
         with readable(self._damaged(step, f"{item} cannot be read")):
-            return self._manager.item_metadata(step)[item].tree
+            # The manager would look at every array of every item.
+            return self._arrays[item].metadata(self._directory / str(step) / item).tree
 
     def _restore(self, step: int, **items: Any) -> Any:
         folder = self._directory / str(step)

@@ -89,8 +89,14 @@ def flops_by_way(function: Callable, *arguments: Any) -> dict[str, float]:
     """Splits the count of `model_flops` by "bfloat16" and the precisions of float32 products.
 
     The peaks of one device for these differ by up to a factor of 30.
+
+    Args:
+      function: function to trace, or one already traced (`jax.jit(function).trace(*arguments)`).
+      arguments: arrays or their shapes; none for a traced function.
     """
-    return dict(_flops(jax.make_jaxpr(function)(*arguments).jaxpr))
+    traced = function if isinstance(function, jax.stages.Traced) else None
+    program = traced.jaxpr if traced else jax.make_jaxpr(function)(*arguments)
+    return dict(_flops(program.jaxpr))
 
 
 def _flops(jaxpr: Any) -> dict[str, float]:

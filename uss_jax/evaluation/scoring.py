@@ -31,6 +31,8 @@ from uss_jax.evaluation.wording import Wording
 # 80 M parameters.
 _ROWS_TAGGED_BY_CORE = 4
 
+_OF_IDENTITY = ("sdr", "si_sdr", "level", "level_error")
+
 Figures = dict[str, Float[np.ndarray, " n"]]
 
 
@@ -58,8 +60,9 @@ def score(
 
     Returns:
       Row name -> metric name -> [n], NaN where an item has no condition or its source is silent:
-      the metrics of `separation_figures`, and `level`, the energy of the estimate relative to the
-      mixture in dB. Then row name -> `Row`, for the rows that were separated.
+      the metrics of `separation_figures`; `level` and `level_error`, the energy of the estimate
+      relative to the mixture and to the source, in dB. Then row name -> `Row`, for the rows that
+      were separated.
 
     Raises:
       UserError: every source is silent, no item can be queried, or an estimate is NaN.
@@ -98,11 +101,11 @@ def _measure(
 
 @jax.jit
 def _figures(source: Array, estimate: Array, mixture: Array) -> dict[str, Array]:
-    level = jnp.mean(jnp.square(estimate), axis=-1) / jnp.maximum(
-        jnp.mean(jnp.square(mixture), axis=-1), FLOOR
-    )
-    figures = separation_figures(source, estimate, mixture)
-    return {**figures, "level": 10 * jnp.log10(jnp.maximum(level, FLOOR))}
+    energy = lambda x: jnp.mean(jnp.square(x), axis=-1)  # noqa: E731
+    over = lambda x: energy(estimate) / jnp.maximum(energy(x), FLOOR)  # noqa: E731
+    levels = {"level": over(mixture), "level_error": over(source)}
+    levels = {name: 10 * jnp.log10(jnp.maximum(of, FLOOR)) for name, of in levels.items()}
+    return separation_figures(source, estimate, mixture) | levels
 
 
 def _score_batch(
@@ -125,7 +128,7 @@ def _score_batch(
             found[row.name] = measure(mixtures, sources, condition)
             if alone and row.name == ORACLE:  # no SDRi: the mixture is the source
                 identity = measure(sources, sources, condition)
-                found[IDENTITY] = {name: identity[name] for name in ("sdr", "si_sdr", "level")}
+                found[IDENTITY] = {name: identity[name] for name in _OF_IDENTITY}
     found[HALF] = _figures(source, mixture / 2, mixture)
     found[MIXTURE] = _figures(source, mixture, mixture)
     exists = {row.name: row.exists[at] for row in rows}
@@ -149,7 +152,7 @@ def _identity(
 ) -> Iterator[bytes]:
     """Yields everything that the metrics of a batch depend on, for `Finished`."""
     yield net_hash(model.separator.variables).encode()
-    how = [model.precision, batch_size, oracle_only]
+    how = [model.precision, batch_size, oracle_only, _OF_IDENTITY]
     yield json.dumps([*how, [item.name for item in items]]).encode()
     yield stamps(file for item in items for file in item.files)
     for row in rows:

@@ -5,7 +5,7 @@ Letters: `n` items.
 
 import csv
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,14 +29,23 @@ from uss_jax.evaluation.text_table import (
 )
 from uss_jax.ontology import load_ontology
 
-_FIGURES = (*SEPARATION_FIGURES, "level")
+_FIGURES = (*SEPARATION_FIGURES, "level", "level_error")
 _WITH_INTERVALS = ("sdri", "si_sdri")
 _RESAMPLES = 1000
-_HEADER = ("SDR", "SDRi", "95 %", "SI-SDR", "SI-SDRi", "mean SDRi", "mean SI-SDRi", "level")
+_HEADER = (
+    *("SDR", "SDRi", "95 %", "SI-SDR", "SI-SDRi", "mean SDRi", "mean SI-SDRi", "level"),
+    *("> 5 dB", "±3 dB"),
+)
 EXPLANATION = (
     "dB; median within a class, then mean over classes, with its 95 % bootstrap interval; mean: "
-    "over all pairs; level: energy of the estimate over that of the mixture"
+    "over all pairs; level: energy of the estimate over that of the mixture; share of all pairs "
+    "whose SDRi is above 5 dB, and whose estimate is within 3 dB of the target's level"
 )
+# Name -> metric, and what the items that count have.
+_SHARES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
+    "sdri_above_5_db": ("sdri", lambda sdri: sdri > 5),
+    "level_within_3_db": ("level_error", lambda error: np.abs(error) <= 3),
+}
 
 Summary = dict[str, Any]
 
@@ -122,6 +131,11 @@ def summarise(
                 "plain_mean": {
                     figure: float(np.mean(by_figure[figure][use])) for figure in medians
                 },
+                "shares": {
+                    share: float(np.mean(counts(by_figure[figure][use])))
+                    for share, (figure, counts) in _SHARES.items()
+                    if figure in here
+                },
                 "classes": {
                     "number": len(names),
                     "medians": {
@@ -172,9 +186,14 @@ def _cells(summary: Summary) -> tuple[str | int | float | None, ...]:
         summary["plain_mean"].get("sdri"),
         summary["plain_mean"].get("si_sdri"),
         summary.get("level"),
+        *(_percent(summary["shares"].get(share)) for share in _SHARES),
         summary["pairs"],
         summary["classes"]["number"],
     )
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{100 * share:.0f} %"
 
 
 def headline(summaries: list[Summary]) -> dict[str, Any]:

@@ -47,12 +47,13 @@ def dry_run(config: ConfigDict) -> list[str]:
         masked=asking.source.get("masked", 0) > 0,
         text=TEXT_WIDTH if around.query.takes.texts else 0,
     )
+    step = functools.partial(make_step, settings, separator, around, mesh)
     return describe(
-        make_step(settings, separator, around, mesh),
+        step(),
         state,
         around.frozen,
         batch,
-        counted=make_step(settings, separator, around, mesh, remat=False),
+        counted=step(remat=False) if settings.remat else None,
         mesh=mesh,
     )
 
@@ -92,7 +93,7 @@ def describe(
     frozen: Any,
     batch: dict[str, jax.ShapeDtypeStruct],
     *,
-    counted: Step,
+    counted: Step | None,
     mesh: Mesh,
 ) -> list[str]:
     """Compiles a step for the devices of the mesh; returns lines that report its cost.
@@ -101,7 +102,7 @@ def describe(
       step: the training step.
       state: shapes and shardings of the state.
       frozen, batch: shapes of the frozen variables and the batch.
-      counted: the same step without `remat`, for counting FLOPs.
+      counted: the same step without `remat`, for counting FLOPs; None if it recomputes nothing.
       mesh: the devices.
     """
     key = jax.random.key(0)
@@ -115,9 +116,10 @@ def describe(
             {name: laid_out(x, batch_sharded(mesh)) for name, x in batch.items()},
         )
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
-        compiled = jitted.lower(*arguments, key).compile()
+        traced = jitted.trace(*arguments, key)
+        compiled = traced.lower().compile()
         seconds = time.monotonic() - began
-        by_way = flops_by_way(counted, state, frozen, batch, key)
+        by_way = flops_by_way(counted, *arguments, key) if counted else flops_by_way(traced)
 
     device = mesh.devices.flat[0]
     items = batch["audio"].shape[0]

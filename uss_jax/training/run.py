@@ -37,7 +37,8 @@ class Trained:
       kind: `separator` or `tagger`.
       sections: sections of config.json that make the workdir readable as a bundle.
       step: the training step.
-      counted: the step without `remat`, whose FLOPs are those of the model.
+      counted: the step without `remat`, whose FLOPs are those of the model; None if the step
+        itself recomputes nothing.
       fresh: pure function that creates the initial state.
       fresh_from: arguments of `fresh`, the same on every host.
       frozen: variables of the nets that do not train.
@@ -53,7 +54,7 @@ class Trained:
     kind: str
     sections: Mapping[str, Any]
     step: Step
-    counted: Step
+    counted: Step | None
     fresh: Callable[..., TrainState]
     fresh_from: tuple[Any, ...]
     frozen: Any

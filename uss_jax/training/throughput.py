@@ -34,7 +34,7 @@ class Throughput:
         global_batch: int,
         parameters: int,
         dtype: str,
-        counted: Step,
+        counted: Step | None = None,
     ):
         """Starts timing; the first host also appends to the ledger of earlier starts.
 
@@ -44,7 +44,8 @@ class Throughput:
           global_batch: items per step, over all devices.
           parameters: number of trained parameters.
           dtype: main compute dtype, "float32" or "bfloat16".
-          counted: the step whose FLOPs are counted as the model's: without `remat`.
+          counted: the step without `remat`, whose FLOPs are those of the model; None if the step
+            itself recomputes nothing.
         """
         self._counted = counted
         self._workdir = pathlib.Path(workdir)
@@ -71,9 +72,10 @@ class Throughput:
     def compile(self, jitted: Callable, *arguments: Any) -> jax.stages.Compiled:
         """Compiles the step and counts its FLOPs, then starts a new interval."""
         began = time.monotonic()
-        compiled = jitted.lower(*arguments).compile()
+        traced = jitted.trace(*arguments)
+        compiled = traced.lower().compile()
         self._about["compile_seconds"] = time.monotonic() - began
-        flops = flops_by_way(self._counted, *arguments)
+        flops = flops_by_way(self._counted, *arguments) if self._counted else flops_by_way(traced)
         self._about |= {"flops_per_step": sum(flops.values()), "flops_by_way": flops}
         self._least_seconds = least_seconds(flops, self._about["device"])
         self.go()

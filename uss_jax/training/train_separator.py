@@ -89,7 +89,7 @@ def train_separator(config: ConfigDict, workdir: str | os.PathLike) -> None:
             kind="separator",
             sections={"separator": nets.fields_of(separator), **around.sections(settings)},
             step=step(),
-            counted=step(remat=False),
+            counted=step(remat=False) if settings.remat else None,
             fresh=functools.partial(fresh_state, settings, separator),
             fresh_from=(jax.random.key(settings.seed), around.trained),
             frozen=around.frozen,

@@ -68,7 +68,7 @@ def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
         kind="tagger",
         sections={"sed": model, "query": model},
         step=step,
-        counted=step,
+        counted=None,
         fresh=fresh,
         fresh_from=(jax.random.key(settings.seed),),
         frozen={},

@@ -1,5 +1,6 @@
 """Another suite costs its file and one row of SUITES."""
 
+import dataclasses
 import importlib
 import inspect
 import json
@@ -47,6 +48,15 @@ def _evaluate(place, *more):
     out = place / "results.json"
     words = ["evaluate", "toy", "--model", place / "soft", "--data", "box", "--out", out, *more]
     return main(list(map(str, words)))
+
+
+def test_a_suite_of_the_detector_alone_always_computes_at_highest(place, capsys, monkeypatch):
+    row = dataclasses.replace(ROW, detector_only=True)
+    monkeypatch.setitem(suites.SUITES, ROW.name, row)
+    assert _evaluate(place, "--level", "3", "--precision", "default") == 0
+    assert "--precision default: no effect, the detector" in capsys.readouterr().out
+    assert json.loads((place / "results.json").read_text())["how"]["precision"] == "highest"
+    assert suites.SUITES["planted"].detector_only
 
 
 def test_a_row_and_a_file_are_a_suite(place, capsys):

@@ -6,7 +6,17 @@ that it is complete, and scores it as published.
 
 import argparse
 
-from uss_jax.cli.arguments import add_precision, natural, path, positive, positives, refuse_idle
+from uss_jax.cli.arguments import (
+    add_detector_precision,
+    add_precision,
+    natural,
+    path,
+    positive,
+    positives,
+    refuse_idle,
+    say_detector_precision,
+)
+from uss_jax.devices.precision import HIGHEST
 from uss_jax.evaluation.suite import Option, Suite, keyword
 from uss_jax.evaluation.suites import SUITES
 
@@ -48,7 +58,10 @@ def _add_suite(suites: argparse._SubParsersAction, suite: Suite) -> None:
         metavar="FILE",
         help="JSON file to write; default: results.json",
     )
-    add_precision(parser)
+    if suite.detector_only:
+        add_detector_precision(parser)
+    else:
+        add_precision(parser)
     for option in suite.options:
         _add_option(parser, option)
 
@@ -72,10 +85,13 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.evaluation.run import evaluate
 
     one_device_per_core()
-    options = SUITES[args.suite].options
-    for option in options:
+    suite = SUITES[args.suite]
+    if suite.detector_only:
+        say_detector_precision(args)
+        args.precision = HIGHEST
+    for option in suite.options:
         if option.only_with and not getattr(args, keyword(option.only_with)):
             refuse_idle(args, (option.name,), f"without {option.only_with}")
-    values = {option.name: getattr(args, option.name) for option in options}
+    values = {option.name: getattr(args, option.name) for option in suite.options}
     print(evaluate(args.suite, args.model, args.data, args.out, precision=args.precision, **values))
     print(f"\n{args.out}: all metrics")

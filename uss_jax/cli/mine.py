@@ -30,6 +30,9 @@ from uss_jax.errors import UserError, counted
 
 if TYPE_CHECKING:
     from uss_jax.anchors.mine import Query
+    from uss_jax.anchors.table import AnchorTable
+    from uss_jax.data.index import RecordIndex
+    from uss_jax.models.tagging import TaggingNet
 
 # A median score below this means that the detector does not know the classes.
 _GUESSING = 0.02
@@ -120,13 +123,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     import jax
-    import numpy as np
 
-    from uss_jax.anchors.conditions import folder_of
     from uss_jax.anchors.mine import MiningSettings, mine
     from uss_jax.anchors.table import read_table
     from uss_jax.bundles.model import Model
-    from uss_jax.bundles.nets import arbitrary_anchors
     from uss_jax.evaluation.clips import open_clips
 
     if not args.out.endswith(".npz"):
@@ -175,17 +175,29 @@ def run(args: argparse.Namespace) -> None:
         print(f"this machine's part is done; {args.out} is written when all machines are done")
         return
     table = read_table(args.out, reader.index, model.segment_samples)
+    _say_mined(args, table, model.sed.module, reader.index)
+
+
+def _say_mined(
+    args: argparse.Namespace, table: "AnchorTable", detector: "TaggingNet", index: "RecordIndex"
+) -> None:
+    """Prints what was mined, and whether its anchors are worth anything."""
+    import numpy as np
+
+    from uss_jax.anchors.conditions import folder_of
+    from uss_jax.bundles.nets import arbitrary_anchors
+
     best = table.score[:, 0]
     silent = int((best < 0).sum())
     print(
-        f"{args.out}: anchors of {counted(len(table), 'label')} of "
-        f"{counted(len(reader.index), 'clip')}, median score {np.median(best):.3f}, median purity "
+        f"{args.out}: anchors of {counted(len(table), 'label')} of {counted(len(index), 'clip')}, "
+        f"median score {np.median(best):.3f}, median purity "
         f"{np.median(table.purity.astype(np.float32)):.3f}"
         + (f", {silent} below {args.min_dbfs:g} dBFS" if silent else "")
     )
     if args.query:
         print(f"{folder_of(args.out)}: the conditions of these anchors")
-    if said := arbitrary_anchors(model.sed.module, reader.index.label_class):
+    if said := arbitrary_anchors(detector, index.label_class):
         print(said, file=sys.stderr)
     heard = best[best >= 0]
     if heard.size and np.median(heard) < _GUESSING:

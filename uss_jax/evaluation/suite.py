@@ -85,6 +85,7 @@ class Suite:
       options: options in addition to those that all suites have.
       example: a command for `--help`; empty for none.
       published: published result to compare with; None if there is none.
+      detector_only: whether only the detector computes, always at `highest`.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Suite:
     options: tuple[Option, ...] = ()
     example: str = ""
     published: Published | None = None
+    detector_only: bool = False
 
     def run(self, model: Any, data: str, out: str, **options: Any) -> tuple[Results, str]:
         """Evaluates a model.

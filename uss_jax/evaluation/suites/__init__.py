@@ -103,6 +103,7 @@ _ROWS = (
             Option("--seed", "random seed; default: 0", "natural", 0),
         ),
         example="uss-jax evaluate planted --model runs/tagger --data data/my_sounds/1.0.0",
+        detector_only=True,
     ),
     Suite(
         "fsdkaggle2018",

@@ -17,6 +17,7 @@ import pytest
 
 from tests.tiny import CONFIGS, train_words, write_pairs, write_place
 from uss_jax.bundles.checkpoints import Checkpoints, latest_step
+from uss_jax.cli.main import main
 from uss_jax.devices.hosts import ENVIRONMENT, join_hosts
 from uss_jax.errors import UserError
 from uss_jax.training.throughput import read_ledger
@@ -77,8 +78,15 @@ def _hosts(started):
 
 @pytest.mark.long
 def test_two_hosts_train_as_one_and_one_goes_on_alone(place, start, tmp_path):
+    """Also where half of the items are asked with means of classes, which one host computes."""
     write_pairs(tmp_path / "pairs", [3, 3, 3, 7, 9])
-    changed = {**LIGHT, "eval.pairs": tmp_path / "pairs", "eval.every_steps": 2}
+    mining = ["mine", "--records", place / "records", "--sed", place / "tagger", "--query"]
+    mining += [place / "tagger", "--out", tmp_path / "anchors.npz", "--clip-seconds", "1.0"]
+    assert main(list(map(str, mining))) == 0
+    changed = {"anchors.source": "table", "anchors.table": tmp_path / "anchors.npz"}
+    changed |= {"query.table": tmp_path / "anchors.conditions"}
+    changed |= {"query.source.own": 0.5, "query.source.mean": 0.5}
+    changed |= {"eval.pairs": tmp_path / "pairs", "eval.every_steps": 2}
     words = lambda name, steps: train_words(  # noqa: E731
         "resunet30.py", place, tmp_path / name, {**changed, "total_steps": steps}
     )

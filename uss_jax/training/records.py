@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
-from uss_jax.anchors.conditions import open_conditions
+from uss_jax.anchors.conditions import ConditionTable, open_conditions
 from uss_jax.anchors.table import Placement, read_table, usable, without
 from uss_jax.data.grouping import GroupedOrder
 from uss_jax.data.index import RecordIndex, load_index
@@ -230,7 +231,7 @@ def _open_asking(
             if shares.keys() & {"other", "mix"}:  # others draw none of them
                 recordings = examples
         if "mean" in shares:
-            mean = class_means(conditions, index, drawn)
+            mean = _means_of_first_host(conditions, index, drawn)
         say(
             f"conditions of {section.table}, of the anchors as they are in the recordings; asked "
             f"with: " + ", ".join(f"{name} {share:g}" for name, share in shares.items())
@@ -238,6 +239,17 @@ def _open_asking(
     elif shares.keys() <= {"own"} and texts is None:
         return None
     return Asking(shares, seed, conditions, places, recordings, mean, texts)
+
+
+def _means_of_first_host(
+    conditions: ConditionTable, index: RecordIndex, drawn: np.ndarray
+) -> np.ndarray:
+    """Returns the class means on every host; the first one alone reads all vectors for them."""
+    if jax.process_index() == 0:
+        means = class_means(conditions, index, drawn)
+    else:
+        means = np.zeros((len(load_ontology().class_mids), conditions.width), np.float32)
+    return np.asarray(multihost_utils.broadcast_one_to_all(means))
 
 
 def _of_share(index: RecordIndex, share: float, seed: int) -> np.ndarray:

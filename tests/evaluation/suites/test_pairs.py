@@ -47,6 +47,31 @@ def test_a_partner_that_is_no_class_is_refused(place, tmp_path, partner):
         find_pairs(tmp_path / "pairs")
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", 'has no column "file"'),
+        (f"\nfile,group\nclass_id={DOG}/1,rare\n", 'has no column "file"'),
+        (f"class_id={DOG}/1,rare\n", 'has no column "file"'),
+        (f"file,group\nclass_id={DOG}/1,rare,rarer\n", "line 2: expected 2 fields"),
+        (f"file,group\nclass_id={DOG}/1\n", "line 2: expected 2 fields"),
+    ],
+)
+def test_a_manifest_that_would_lose_groups_is_refused(place, tmp_path, content, said):
+    shutil.copytree(place / "pairs", tmp_path / "pairs")
+    (tmp_path / "pairs/manifest.csv").write_text(content)
+    with pytest.raises(UserError, match=said):
+        find_pairs(tmp_path / "pairs")
+
+
+def test_a_manifest_that_a_spreadsheet_has_saved_keeps_its_groups(place, tmp_path):
+    shutil.copytree(place / "pairs", tmp_path / "pairs")
+    rows = f"file,group\r\nclass_id={DOG}/1,rare\r\n"
+    (tmp_path / "pairs/manifest.csv").write_text(rows, encoding="utf-8-sig")
+    grouped = [pair for pair in find_pairs(tmp_path / "pairs") if pair.group]
+    assert [(pair.class_index, pair.mixture.name[0]) for pair in grouped] == [(DOG, "1")]
+
+
 def test_nothing_but_silent_targets_is_refused(place, tmp_path, capsys):
     (tmp_path / "pairs/class_id=0").mkdir(parents=True)
     write_wav(tmp_path / "pairs/class_id=0/0.source.wav", 0 * noise(0, 0.5)[None], RATE)

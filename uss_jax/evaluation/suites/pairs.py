@@ -222,9 +222,22 @@ def _read_manifest(path: pathlib.Path) -> dict[str, dict[str, Any]]:
     """Returns name of a pair -> its manifest row; empty without a manifest."""
     if not path.is_file():
         return {}
+    again = "make the pairs again, or remove the file if you need no groups"
+    rows = {}
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-            return {row.get("file") or "": row for row in csv.DictReader(file)}
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames or ()
+            if "file" not in columns:
+                raise UserError(f'{path} has no column "file" in its first line; {again}')
+            for row in reader:
+                if None in row or None in row.values():  # more fields, or fewer
+                    raise UserError(
+                        f"{path}, line {reader.line_num}: expected {len(columns)} fields, one for "
+                        f"each column of the first line; {again}"
+                    )
+                rows[row["file"]] = row
+        return rows
     except (OSError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as a CSV file ({error})") from error
 

@@ -3,6 +3,7 @@
 import pathlib
 import shutil
 import subprocess
+import tempfile
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import soundfile
 from tests.audio.sounds import RATE, SECONDS, seconds_of, sound_file, swelling_tone
 from uss_jax.audio import mended
 from uss_jax.audio.files import read_audio, truncation
+from uss_jax.disk import atomic
 from uss_jax.errors import UserError
 
 
@@ -110,3 +112,16 @@ def test_a_video_without_sound_is_said_to_hold_none(tmp_path):
     subprocess.run(["ffmpeg", "-v", "error", *picture, path], check=True)
     with pytest.raises(UserError, match="it has no audio stream"):
         read_audio(path)
+
+
+def test_what_was_decoded_is_removed_with_the_object_or_by_a_signal(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    kept = mended._Temporary()
+    assert len(list(tmp_path.iterdir())) == 1
+    del kept
+    assert not list(tmp_path.iterdir())
+    kept = mended._Temporary()
+    atomic.remove_unfinished()
+    assert not list(tmp_path.iterdir())
+    del kept
+    assert not atomic._unfinished

@@ -118,3 +118,16 @@ def test_a_file_without_samples_is_said():
 def test_full_scale_is_cut_to_16_bits():
     waveform = np.array([-2, -1, -0.5, 0, 0.5, 1, 2], np.float32)
     assert to_int16(waveform).tolist() == [-32768, -32768, -16384, 0, 16384, 32767, 32767]
+
+
+def test_a_wav_that_was_written_to_a_pipe_is_read_as_it_is_counted():
+    memory = io.BytesIO()
+    soundfile.write(memory, SAMPLES, 8000, format="WAV", subtype="PCM_16")
+    data = bytearray(memory.getvalue())
+    at = data.index(b"data") + 4
+    data[at : at + 4] = bytes(4)
+    count = count_samples(bytes(data), "wav", 8000)
+    assert count == len(SAMPLES)
+    out = np.zeros(count - 7, np.int16)
+    decode_into(out, bytes(data), "wav", 7)
+    np.testing.assert_array_equal(out, SAMPLES[7:])

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from uss_jax.disk import lock
 from uss_jax.disk.lock import only_one
 from uss_jax.errors import UserError
 
@@ -59,6 +60,16 @@ def test_a_lock_given_back_can_be_had_again(tmp_path):
 def test_what_was_in_the_file_does_not_matter(tmp_path):
     (tmp_path / ".lock").write_bytes(b"\xff\x00" * 500)
     with only_one(tmp_path, "wait"):
+        pass
+
+
+def test_a_lock_of_another_user_is_said(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(lock, "open", refuse, raising=False)
+    said = r"\.lock cannot be opened for writing \(Permission denied\); if another user"
+    with pytest.raises(UserError, match=said), only_one(tmp_path, "wait"):
         pass
 
 

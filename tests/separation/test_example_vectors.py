@@ -66,3 +66,7 @@ def test_ordinary_examples_are_cut_as_the_reference_does():
     np.testing.assert_array_equal(
         sounding(waveform, tiny.RATE), remove_silence(waveform, tiny.RATE)
     )
+
+
+def test_an_example_of_no_samples_has_no_vector():
+    assert sounding(np.zeros(0, np.float32), 16000).size == 0

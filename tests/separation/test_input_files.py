@@ -1,6 +1,9 @@
 import os
 import pathlib
 
+import pytest
+
+from uss_jax.errors import UserError
 from uss_jax.separation.input_files import find_input_files
 
 
@@ -35,6 +38,8 @@ def test_a_place_is_the_path_as_given_whatever_the_other_files(recordings, monke
     assert places([str(recordings)]) == places(["recordings"])
     assert places([str(recordings / "more/a.wav")]) == ["a"]
     assert places([str(recordings / "m*/*.wav")]) == ["recordings/more/a"]
+    assert places([str(recordings / "m*/a.wav")]) == ["recordings/more/a"]
+    assert places([str(recordings / "**/more/a.wav")]) == ["recordings/more/a"]
     monkeypatch.chdir(recordings / "more")
     assert places(["../b.flac"]) == ["b"]
     monkeypatch.chdir(recordings)
@@ -60,3 +65,43 @@ def test_lists_of_recordings(recordings, monkeypatch, tmp_path):
     found = find_input_files(["a.wav"], [tmp_path / "list"])
     names = ["a.wav", "b.flac", "more/a.wav", os.fsdecode(b"\xff.wav")]
     assert [str(one.path) for one in found] == names
+
+
+def test_a_pattern_that_is_also_a_folder_s_name(tmp_path):
+    for name in ("t", "[t]"):
+        (tmp_path / name / "below").mkdir(parents=True)
+        (tmp_path / name / "below" / "a.wav").touch()
+    assert places([str(tmp_path / "[t]/below/*.wav")]) == ["t/below/a"]
+
+
+def test_a_list_of_another_program(recordings, monkeypatch, tmp_path):
+    monkeypatch.chdir(recordings)
+    (tmp_path / "list").write_bytes(b"\xef\xbb\xbfb.flac\r\n")
+    assert places([], [tmp_path / "list"]) == ["b"]
+    (tmp_path / "list").write_bytes(b"b.flac\n\0/?\n")
+    with pytest.raises(UserError, match="holds a zero byte"):
+        places([], [tmp_path / "list"])
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(recordings, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "c.wav").touch()
+    (recordings / "linked").symlink_to(tmp_path / "elsewhere")
+    (recordings / "more" / "back").symlink_to(recordings)
+    (tmp_path / "elsewhere" / "there").symlink_to(recordings / "more")
+    found = [str(one.path.relative_to(recordings)) for one in find_input_files([str(recordings)])]
+    assert found == ["a.wav", "b.flac", "linked/c.wav", "linked/there/a.wav", "more/a.wav"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(recordings, monkeypatch, capsys):
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("more"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert places([str(recordings)]) == ["recordings/a", "recordings/b"]
+    said = capsys.readouterr().err
+    assert said == f"passed over {recordings / 'more'}: it cannot be read (Permission denied)\n"

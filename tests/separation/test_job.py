@@ -105,6 +105,7 @@ def test_dry_run_shows_a_long_recording_to_its_end(bundle, tmp_path, capsys):
         (["--files-from", "missing.txt", "--classes", "Dog"], "missing.txt cannot be read"),
         (["a.wav", "--classes", "Dog", "--first-parent"], "--first-parent has no effect"),
         (["a.wav", "--query", "more", "--threshold", "0.5"], "--threshold has no effect"),
+        (["a.wav", "--query", "more", "--threshold", "0"], "--threshold has no effect"),
         (
             ["a.wav", "--classes", "Dog", "--residual", "--sum-to-mixture"],
             "--residual has no effect",
@@ -252,8 +253,13 @@ def test_the_same_command_on_a_folder_does_not_separate_its_results(
     assert main(words) in (0, 3)
     sounds = sorted(pathlib.Path("separated").rglob("*.wav"))
     assert sounds
+    for report in pathlib.Path("separated").rglob("report.json"):  # as Ctrl-C leaves them
+        report.rename(report.with_name(".unfinished"))
     assert main(words) in (0, 3)
     assert sorted(pathlib.Path("separated").rglob("*.wav")) == sounds
+    assert f"passed over {len(sounds)} files that an earlier run" in capsys.readouterr().err
+    assert main([words[0], "separated", *words[2:]]) == 1
+    assert "to separate these too, name them or give another --out" in capsys.readouterr().err
     # Recordings in the output folder itself are no results; named results are recordings.
     assert main([*words, "--out", "."]) in (0, 3)
     assert main([words[0], str(sounds[0]), *words[2:], "--out", "again"]) in (0, 3)

@@ -24,7 +24,7 @@ def test_a_condition_of_class_vectors_is_asked_with_the_probabilities_of_a_set(t
     first, second = Classes({"x": [3], "y": [3, 5]}).targets(model, heard)
     vectors = _directions(model)
     weights = np.log1p(heard * 100) / np.log(101)
-    np.testing.assert_allclose(first.conditions, weights[:, [3]] @ vectors[[3]], atol=2e-4)
+    np.testing.assert_allclose(first.conditions, weights[:1, [3]] @ vectors[[3]], atol=2e-4)
     np.testing.assert_allclose(second.conditions, weights[:, [3, 5]] @ vectors[[3, 5]], atol=2e-4)
     assert first.active.tolist() == [True, False]
     assert second.active.tolist() == [True, True]

@@ -164,7 +164,8 @@ def test_classes_heard_nowhere_are_silent_or_left_out(model):
     separator = Separator(model)
     silent = separator.separate(waveform, tiny.RATE, Classes(asked, threshold=1.0))
     assert not np.any(list(silent.values()))
-    assert separator.separate(waveform, tiny.RATE, Classes(asked, 1.0, only_active=True)) == {}
+    for rate in (tiny.RATE, 2 * tiny.RATE):
+        assert separator.separate(waveform, rate, Classes(asked, 1.0, only_active=True)) == {}
     heard = separator.separate(waveform, tiny.RATE, Classes(asked, threshold=0.0))
     assert all(estimate.any() for estimate in heard.values())
 

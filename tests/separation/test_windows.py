@@ -130,10 +130,11 @@ def test_a_window_takes_the_mean_condition_of_its_active_segments(model, monkeyp
         windows_module, "_separate", lambda net, w, conditions: (seen.append(conditions), w)[1]
     )
     layout = Layout(2 * tiny.SEGMENT, 0, tiny.SEGMENT, 0)
-    asked = target(model, [True, True, True, False], rows=4)
-    run(model, layout, [np.ones((1, 4 * tiny.SEGMENT), np.float32)], [asked])
+    asked = target(model, [True, True, False, True, False, False], rows=3)
+    run(model, layout, [np.ones((1, 6 * tiny.SEGMENT), np.float32)], [asked])
     np.testing.assert_allclose(seen[0][0], asked.conditions[:2].mean(axis=0))
     np.testing.assert_allclose(seen[1][0], asked.conditions[2])
+    assert len(seen) == 2  # nothing is active in the third window
 
 
 def test_tagging_grid_is_the_segments(model):

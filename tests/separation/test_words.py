@@ -146,6 +146,16 @@ def test_classes_that_a_model_cannot_tell_are_passed_over(either):
     assert "Male speech, man speaking" in [match.name for match in found.matches]
 
 
+def test_a_node_counts_as_trained_on_for_what_it_asks_for_alone(either):
+    """ "Animal" asks for the class of that name, not for the pets below it."""
+    ontology = load_ontology()
+    pets = (ontology.resolve("Domestic animals, pets"), ontology.resolve("Dog"))
+    (found,) = find_texts(["animals"], either, least=0.3)
+    assert found.class_indexes == (ontology.resolve("Animal"),)
+    (found,) = find_texts(["animals"], either, least=0.3, trained=pets)
+    assert set(found.class_indexes) <= set(pets)
+
+
 @pytest.mark.parametrize("kind", ["one_hot", "soft"])
 def test_classes_that_a_model_was_not_trained_on_are_told_and_come_last(
     kind, recordings, tmp_path, capsys

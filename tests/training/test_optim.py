@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from tests.conftest import GOLDEN
+from uss_jax.errors import UserError
 from uss_jax.training.optim import adamw_amsgrad, clipped, make_schedule
 
 SCHEDULES = json.loads((GOLDEN / "lr_schedules.json").read_text())
@@ -133,3 +134,9 @@ def test_the_first_steps_have_their_length_to_the_last_digits_of_float32():
         m, v = 0.9 * m + 0.1 * gradients, 0.999 * v + 0.001 * np.float64(gradients) ** 2
         expected = m / (1 - 0.9**step) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
         np.testing.assert_allclose(updates, -expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("total", [50, 40])
+def test_a_schedule_no_longer_than_its_warm_up_is_refused(total):
+    with pytest.raises(UserError, match=f"total_steps={total} is not above .*warm_up_steps=50"):
+        make_schedule("cosine", 1e-3, warm_up_steps=50, total_steps=total)

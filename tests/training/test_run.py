@@ -160,6 +160,21 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(place, whole, tm
     _require_same_run(workdir, whole, steps=4)
 
 
+@pytest.mark.long
+def test_a_run_with_adaptors_goes_on_from_the_checkpoint_before_a_damaged_one(
+    place, tmp_path, capsys
+):
+    """Its query net trains, so that the damaged checkpoint is not read for it either."""
+    changed = {"query.adaptor_width": 6, "query.adaptor_hidden": 8, "total_steps": 2}
+    words = train_words("resunet30.py", place, tmp_path, {**changed, "checkpoint_every_steps": 1})
+    assert main(words) == 0
+    saved, _ = _state(tmp_path, 2)
+    _break_newest(tmp_path)
+    assert main(words) == 0
+    assert "resuming after step 1" in capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, _state(tmp_path, 2)[0], saved)
+
+
 def test_without_a_whole_checkpoint_a_run_begins_anew_only_when_told_again(
     place, whole, tmp_path, interrupt, capsys
 ):

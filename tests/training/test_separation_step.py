@@ -136,6 +136,19 @@ def test_sdri_of_a_step_is_that_of_items_with_a_sound():
     assert metrics["silent_db"] == pytest.approx(sdri[silent].mean(), rel=1e-4)
 
 
+def test_parts_of_a_step_without_a_silent_item_do_not_count_as_zero():
+    batch = _batch() | {"absent": np.repeat([1, 0], GROUP).astype(np.uint8)}
+    found = []
+    for parts in (1, 2):
+        _, metrics = _run(_made(Echo(), silent_share=1.0, accumulate=parts), batch)
+        names = ("sdri", "silent_db", "silent_share")
+        found.append({name: float(metrics[0][name]) for name in names})
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    _, metrics = _run(_made(Echo(), silent_share=1.0), batch | {"absent": np.zeros(BATCH)})
+    assert np.isnan(metrics[0]["silent_db"])  # and the report leaves it out
+    assert np.isfinite(metrics[0]["sdri"])
+
+
 def test_all_sources_are_targets_of_the_mixture_that_they_share():
     batch = _batch()
     asked, target, _ = _heard(all_targets=True)

@@ -8,6 +8,7 @@ import dataclasses
 import os
 import pathlib
 import stat
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -18,7 +19,7 @@ from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE, mended
 from uss_jax.audio.resampling import mono, resample
 from uss_jax.disk.atomic import replacing
 from uss_jax.disk.opening import absence
-from uss_jax.errors import UserError
+from uss_jax.errors import UserError, one_line
 
 # File name suffixes of formats read by libsndfile, and of formats decoded by ffmpeg.
 _LIBSNDFILE = ".wav .wave .rf64 .w64 .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .voc"
@@ -50,17 +51,33 @@ def find_recordings(
     """Lists (recordings, other files) in a folder, recursively, by file name suffix.
 
     Neither list has hidden files and folders (including `._x.mp3` of macOS) or files that operating
-    systems create.
+    systems create. Links to folders are followed, but not to a folder that they are in. Folders
+    that cannot be read are named on standard error.
     """
     recordings, others = [], []
-    for where, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    above: dict[str, frozenset[str]] = {}  # folder -> the real paths of it and those above
+
+    def enters(where: str, name: str) -> bool:
+        inner = os.path.join(where, name)
+        real, outer = os.path.realpath(inner), above[where]
+        above[inner] = outer | {real}
+        return not name.startswith(".") and real not in outer
+
+    above[os.fspath(folder)] = frozenset([os.path.realpath(folder)])
+    for where, folders, names in os.walk(folder, followlinks=True, onerror=_say_unreadable):
+        folders[:] = sorted(name for name in folders if enters(where, name))
+        del above[where]
         for name in sorted(names):
             if name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini"):
                 continue
             is_recording = os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES
             (recordings if is_recording else others).append(pathlib.Path(where, name))
     return recordings, others
+
+
+def _say_unreadable(error: OSError) -> None:
+    what = one_line(os.fspath(error.filename))
+    print(f"passed over {what}: it cannot be read ({error.strerror})", file=sys.stderr)
 
 
 class CutOff(UserError):

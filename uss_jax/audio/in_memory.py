@@ -12,7 +12,7 @@ import numpy as np
 import soundfile
 from jaxtyping import Float32, Int16
 
-from uss_jax.audio import mended
+from uss_jax.audio import containers, mended
 from uss_jax.audio.files import Format, check_scale
 
 MP3_SAMPLE_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)  # Hz
@@ -37,6 +37,8 @@ def decode_pcm16(data: bytes | memoryview, begin_sample: int, out: Int16[np.ndar
     Raises:
       ValueError: the bytes are not an audio file, or it ends too early.
     """
+    if head := containers.wav_without_length(data):
+        data = head + data[len(head) :]
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             form = file.format in ("WAV", "WAVEX", "FLAC"), file.subtype, file.channels

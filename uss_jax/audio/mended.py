@@ -23,6 +23,7 @@ import soundfile
 from jaxtyping import Float32
 
 from uss_jax.audio import containers
+from uss_jax.disk.atomic import until_exit
 
 # Allowlist for ffmpeg: a playlist, for instance, could name other files on this machine.
 _DEMUXERS = (
@@ -51,7 +52,7 @@ class _Temporary:
     def __init__(self):
         descriptor, self.name = tempfile.mkstemp(prefix="uss-jax-", suffix=".caf")
         os.close(descriptor)
-        weakref.finalize(self, os.unlink, self.name)
+        weakref.finalize(self, until_exit(self.name))
 
 
 class Opened(NamedTuple):

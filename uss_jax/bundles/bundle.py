@@ -10,6 +10,7 @@ A tagger's run has one trained net, used as both `query` and `sed`.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -192,19 +193,9 @@ class Bundle:
         in_file = read_parts(self.path / PARTS_FILE)
         if found := in_file.get(part) or in_file.get(_TRAINED_AS.get(part)):
             return {"batch_stats": {}, **found}
-        # A run's nets are in its newest checkpoint, those of the query under `query`.
-        step = latest_step(self.path / "checkpoints")
-        if step is not None:
-            name = _TRAINED_AS.get(part, part)
-            with Checkpoints(self.path / "checkpoints", keep=None) as checkpoints:
-                items = checkpoints.items(step)
-                params = "ema" if self.averaged and "ema" in items else "params"
-                params = checkpoints.read(step, params)
-                # A separator without batch norm has no statistics.
-                stats = checkpoints.read(step, "batch_stats") if "batch_stats" in items else {}
-            params, stats = ({**tree, **tree.get("query", {})} for tree in (params, stats))
-            if name in params:
-                return {"params": params[name], "batch_stats": stats.get(name, {})}
+        params, stats = self._trained
+        if (name := _TRAINED_AS.get(part, part)) in params:
+            return {"params": params[name], "batch_stats": stats.get(name, {})}
         if in_file and part in self.config.get("hashes", {}):
             raise UserError(
                 f"{self.path} was exported without its {part}, and this version of the package "
@@ -214,6 +205,39 @@ class Bundle:
             f"{self.path} holds no parameters of its {part}; copy it again or, if it is the "
             "workdir of a run, wait for its first checkpoint"
         )
+
+    @functools.cached_property
+    def _trained(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Parameters and statistics by net, of a run's newest checkpoint; empty if there is none.
+
+        Read at one time: a run may write another checkpoint before the next part is asked for, and
+        a separator does not know the conditions of another step's query net.
+        """
+        step = latest_step(self.path / "checkpoints")
+        if step is None:
+            return {}, {}
+        with Checkpoints(self.path / "checkpoints", keep=None) as checkpoints:
+            items = checkpoints.items(step)
+            params = checkpoints.read(step, "ema" if self.averaged and "ema" in items else "params")
+            # A separator without batch norm has no statistics.
+            stats = checkpoints.read(step, "batch_stats") if "batch_stats" in items else {}
+        # Nets of the query are under `query`.
+        return {**params, **params.get("query", {})}, {**stats, **stats.get("query", {})}
+
+    def frozen_or_zeros(self, part: str) -> Variables:
+        """Reads a part of a run's query that does not train; zeros for one that does.
+
+        For a run that goes on: what it trains comes from the checkpoint that it goes on from, which
+        need not be the newest.
+        """
+        if self._folder(part):
+            return self.variables(part)
+        query = self._query_net()
+        if part == "query":
+            shapes = nets.layout(query.tagger)
+        else:
+            shapes = {"params": nets.parts_of_query(query)[part], "batch_stats": {}}
+        return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
 
     def _folder(self, part: str) -> pathlib.Path | None:
         """Returns the folder that holds a part; None for the trained parts of a run."""

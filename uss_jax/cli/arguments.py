@@ -137,6 +137,7 @@ def refuse_idle(args: argparse.Namespace, options: Iterable[str], why: str) -> N
       why: end of the message, such as "with --query".
     """
     for option in options:
-        if getattr(args, option) not in (None, False):
+        value = getattr(args, option)
+        if value is not None and value is not False:  # 0 is given, too
             words = "--" + option.replace("_", "-")
             raise UserError(f"{words} has no effect {why}; leave it out")

@@ -230,16 +230,26 @@ def run(args: argparse.Namespace) -> None:
 
 def _not_separated_before(recordings: list, out: str) -> list:
     """Leaves out the sounds of an earlier run, unless they are named themselves."""
+    from uss_jax.separation.job import UNFINISHED
     from uss_jax.separation.report import REPORT
 
     place = pathlib.Path(os.path.abspath(out))
+    marks = REPORT, UNFINISHED
 
     def is_result(path: pathlib.Path) -> bool:
         above = pathlib.Path(os.path.abspath(path)).parents
         inside = [folder for folder in above if place in folder.parents]
-        return any((folder / REPORT).is_file() for folder in inside)
+        return any((folder / mark).is_file() for folder in inside for mark in marks)
 
-    return [one for one in recordings if one.named or not is_result(one.path)]
+    left = [one for one in recordings if one.named or not is_result(one.path)]
+    if skipped := len(recordings) - len(left):
+        results = f"{counted(skipped, 'file')} that an earlier run has written below {out}"
+        if not left:
+            raise UserError(
+                f"there are only {results}; to separate these too, name them or give another --out"
+            )
+        print(f"passed over {results}", file=sys.stderr)
+    return left
 
 
 def _refuse_idle_options(args: argparse.Namespace) -> None:

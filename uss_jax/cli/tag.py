@@ -70,7 +70,7 @@ def format_tags(tags, threshold: float, most: int) -> str:
     from uss_jax.ontology import load_ontology
 
     names, heard = load_ontology().class_names, tags.heard(threshold)
-    title = f"{tags.path}: {tags.seconds:.1f} s"
+    title = f"{one_line(str(tags.path))}: {tags.seconds:.1f} s"
     if cut := truncation(tags.path, decode=False):  # of a FLAC file, reading it has told
         title += f" (the recording is cut off: {cut})"
     if not heard:

@@ -54,11 +54,11 @@ class AudioSet(tfds.core.GeneratorBasedBuilder):
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         audio = labels.parent / "audio"
         for item in read_labels(labels, audio, split).clips:
-            path = audio / item.file
-            made = prepare_clip(path, item.file, item.labels, SETTINGS, item.segment)
+            path, about = audio / item.file, (item.segment, item.shared)
+            made = prepare_clip(path, item.id, item.labels, SETTINGS, *about)
             if isinstance(made, Skipped):
                 logging.warning("%s", made.reason)
                 continue
             clip = parse(made.data)
             samples = np.frombuffer(clip.audio, "<i2")
-            yield item.file, {"id": item.file, "audio": samples, "labels": list(clip.labels)}
+            yield item.id, {"id": item.id, "audio": samples, "labels": list(clip.labels)}

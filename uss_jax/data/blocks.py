@@ -73,7 +73,9 @@ class Block:
     def outcome(self) -> Outcome | None:
         """Returns the result of the block, or None if it is not finished."""
         try:
-            stored = parse_json(self._done.read_bytes(), _OUTCOME)
+            # Our own file: of a big block in which half is missing, it has tens of MB.
+            data = self._done.read_bytes()
+            stored = parse_json(data, _OUTCOME, max_bytes=len(data))
             skipped = {int(at): Skipped(*why) for at, why in stored["skipped"].items()}
             outcome = Outcome(skipped, {int(at): x for at, x in stored["clipped"].items()})
         except (OSError, ValueError):

@@ -2,7 +2,7 @@
 
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError
@@ -32,6 +32,40 @@ def read_rows(path: str | os.PathLike) -> Iterator[tuple[int, list[str]]]:
                 ) from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); give a CSV file") from None
+
+
+def read_columns(
+    path: str | os.PathLike, columns: Iterable[str], remedy: str, errors: str = "strict"
+) -> list[dict[str, str]]:
+    """Reads a CSV file whose first line names its columns; returns a dict for each further line.
+
+    Args:
+      path: the file.
+      columns: names of columns that it must have.
+      remedy: what to do about a file that is refused; ends the message.
+      errors: how bytes that are not UTF-8 are read, as for `open`.
+
+    Raises:
+      UserError: the file cannot be read, a column is missing, or a line has other fields.
+    """
+    rows = []
+    try:
+        with open(path, encoding="utf-8-sig", errors=errors, newline="", opener=at_once) as file:
+            reader = csv.DictReader(file)
+            named = reader.fieldnames or ()
+            for column in columns:
+                if column not in named:
+                    raise UserError(f'{path} has no column "{column}" in its first line; {remedy}')
+            for row in reader:
+                if None in row or None in row.values():  # more fields, or fewer
+                    raise UserError(
+                        f"{path}, line {reader.line_num}: expected {len(named)} fields, one for "
+                        f"each column of the first line; {remedy}"
+                    )
+                rows.append(row)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as a CSV file ({error}); {remedy}") from error
+    return rows
 
 
 def _undecodable_line(path: str | os.PathLike) -> int | None:

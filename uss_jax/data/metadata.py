@@ -17,6 +17,7 @@ from uss_jax.data.shards import WRITTEN
 from uss_jax.data.storage import Folder, open_folder, versions_below
 from uss_jax.disk.atomic import move
 from uss_jax.disk.checked_json import Rule, list_of, read_json, record, text, whole
+from uss_jax.disk.lock import only_one
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 
@@ -91,8 +92,23 @@ def write_metadata(
       sample_rate: sampling rate, in Hz.
       encoding: encoding of the samples, `pcm_s16le` or `flac`.
     """
-    _write_features(directory, sample_rate, encoding)
-    write_format(directory, sample_rate, encoding)
+    directory = pathlib.Path(directory)
+    with only_one(directory, "run the same command again"):  # splits may be prepared at one time
+        check_format(directory, split, sample_rate, encoding)
+        _write_features(directory, sample_rate, encoding)
+        write_format(directory, sample_rate, encoding)
+        _write_info(directory, name, version, split, shard_records, shard_bytes, sample_rate)
+
+
+def _write_info(
+    directory: pathlib.Path,
+    name: str,
+    version: str,
+    split: str,
+    shard_records: list[int],
+    shard_bytes: int,
+    sample_rate: int,
+) -> None:
     info = _read(open_folder(directory), _INFO, _SPLITS) or {}
     others = [other for other in info.get("splits", []) if other["name"] != split]
     ours = {

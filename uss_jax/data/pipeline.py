@@ -166,6 +166,8 @@ class _MakeBatch:
         attempt = 0
         while damaged:
             attempt += 1
+            if attempt > len(self.reader.index):  # there is nothing to replace them by
+                raise next(iter(damaged.values()))
             for row, error in damaged.items():
                 self.corrupt.note(int(drawn["record"][row]), error)
             # Replaced by the clip at a distant position of the order: still a function of position.
@@ -290,7 +292,7 @@ class _Corrupt:
                 if not self._limit:
                     raise error
                 raise DamagedRecord(
-                    f"{error} (damaged record number {len(self._records)} of this run; "
+                    f"{error} (damaged record number {len(self._records)} of this process; "
                     f"config.data.max_corrupt allows {self._limit})"
                 ) from error
             print(

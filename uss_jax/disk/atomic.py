@@ -6,14 +6,14 @@ import os
 import pathlib
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from uss_jax.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # Hosts that share a disk may have equal process ids: that of a container is 1.
 _HOST = secrets.token_hex(4)
-# Temporary files and folders of `with` blocks still running.
+# Temporary files and folders of `with` blocks still running, and those of `until_exit`.
 _unfinished: set[pathlib.Path] = set()
 # Folders made for them that did not exist before, the deepest first.
 _new_folders: list[pathlib.Path] = []
@@ -110,6 +110,18 @@ def remove_unfinished() -> None:
     for temporary in list(_unfinished):
         _remove(temporary)
     _remove_empty(list(_new_folders))
+
+
+def until_exit(path: str | os.PathLike) -> Callable[[], None]:
+    """Has `remove_unfinished` remove a temporary file; returns what removes it before that."""
+    path = pathlib.Path(path)
+    _unfinished.add(path)
+
+    def remove() -> None:
+        _remove(path)
+        _unfinished.discard(path)
+
+    return remove
 
 
 def _remove_empty(folders: Iterable[pathlib.Path]) -> None:

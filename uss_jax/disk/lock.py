@@ -36,13 +36,20 @@ def only_one(folder: str | os.PathLike, remedy: str) -> Iterator[None]:
 
     Raises:
       InUse: another process holds the lock; the message names it.
-      UserError: the lock's path is not a file.
+      UserError: the lock's path is not a file, or the file cannot be written to.
     """
     path = pathlib.Path(folder) / LOCK
     # Never removed: a process that already has it open would then lock a deleted file.
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is where the lock file must be, but is not a file; remove it")
-    with open(path, "a+", encoding="utf-8", errors="replace") as file:
+    try:
+        file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115, closed below
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be opened for writing ({error.strerror}); if another user has made it, "
+            "ask for write permission, or choose another folder"
+        ) from error
+    with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -273,7 +273,8 @@ class BandSplit(nn.Module):
     """Extracts the sound described by a condition from a mixture.
 
     The mask is any complex number for every bin but the Nyquist bin, where it is 0; it starts at
-    1/2. Attention and feed-forward nets compute in `dtype`, all else in float32.
+    1/2. Attention, feed-forward nets and what they add up to are in `dtype`; norms' statistics,
+    spectra and masks in float32.
 
     Attributes:
       n_fft: STFT window length in samples.

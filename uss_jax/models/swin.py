@@ -149,12 +149,13 @@ class WindowAttention(nn.Module):
         qkv = dense(3 * c, self.dtype, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape(b, w, p, 3, self.heads, c // self.heads), 3, 0)
         q = q * (c // self.heads) ** -0.5
-        logits = jnp.einsum("bwqhd,bwkhd->bwhqk", q, k).astype(table.dtype)
-        bias = table[relative_positions(self.window).reshape(-1)]
+        wide = jnp.promote_types(table.dtype, jnp.float32)  # also where parameters are bfloat16
+        logits = jnp.einsum("bwqhd,bwkhd->bwhqk", q, k).astype(wide)
+        bias = table.astype(wide)[relative_positions(self.window).reshape(-1)]
         logits += bias.reshape(p, p, self.heads).transpose(2, 0, 1)
         if labels is not None:
             together = labels[:, None, :, None] == labels[:, None, None, :]
-            logits += jnp.where(together, 0.0, MASKED).astype(table.dtype)
+            logits += jnp.where(together, 0.0, MASKED).astype(wide)
         probabilities = nn.softmax(logits)
         self.sow("intermediates", "probabilities", probabilities)
         y = jnp.einsum("bwhqk,bwkhd->bwqhd", probabilities.astype(v.dtype), v)

@@ -40,6 +40,8 @@ def sounding(waveform: Float32[np.ndarray, " t"], sample_rate: int) -> Float32[n
     sounding frame is returned whole; one with a peak below -80 dBFS yields no samples. A DC offset
     is removed first.
     """
+    if not waveform.size:
+        return waveform
     if abs(offset := waveform.mean()) > _SILENT_PEAK / 2:
         waveform = waveform - offset
     peak = float(np.abs(waveform).max())

@@ -1,5 +1,6 @@
 """Finds the recordings to separate or tag, and their places below the output folder."""
 
+import codecs
 import dataclasses
 import glob
 import os
@@ -79,7 +80,7 @@ def _listed(lists: Sequence[str | os.PathLike]) -> Iterator[str]:
     for path in lists:
         try:
             with open(path, "rb", opener=at_once) as file:
-                lines = file.read().splitlines()
+                lines = file.read().removeprefix(codecs.BOM_UTF8).splitlines()
         except OSError as error:
             raise UserError(
                 f"{path} cannot be read ({error.strerror}); give a text file"
@@ -93,6 +94,8 @@ def _listed(lists: Sequence[str | os.PathLike]) -> Iterator[str]:
 def _named_by(word: str) -> list[pathlib.Path]:
     if word == "-":
         raise UserError("standard input cannot be read; write it to a file and give that")
+    if "\0" in word:
+        raise UserError(f"{word!r} holds a zero byte, which no file's name has; give a text file")
     matches = [word]
     if glob.has_magic(word) and not os.path.lexists(word):
         matches = sorted(glob.glob(word, recursive=True))
@@ -125,7 +128,9 @@ def _place(path: pathlib.Path, word: str) -> pathlib.PurePath:
     below = path
     if path.is_absolute():
         fixed = pathlib.Path(word)
-        while glob.has_magic(fixed.name) and not fixed.exists():
+        while glob.has_magic(str(fixed)) and not fixed.exists():
+            fixed = fixed.parent
+        while not path.is_relative_to(fixed.parent):  # a wildcard that is also a folder's name
             fixed = fixed.parent
         below = path.relative_to(fixed.parent)
     parts = [part for part in below.parts if part != ".."]

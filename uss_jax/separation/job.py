@@ -29,7 +29,7 @@ from uss_jax.separation.windows import classes_heard, tag_segments
 _HEARD_SHOWN = 20
 _MOST_MARKS = 60
 # Present in a recording's folder until its sounds and reports are complete.
-_UNFINISHED = ".unfinished"
+UNFINISHED = ".unfinished"
 # Fields of an earlier run's report.json that are validated.
 _TAKEN_OUT = record(
     {"name": text(), "active_share": number(0, 1), "peak": number(0, 1)}, others=True
@@ -101,14 +101,15 @@ def separate_all(
 
     def separate(recording: InputFile) -> None:
         nonlocal unheard, earlier
+        name = one_line(str(recording.path))
         folder = taken.folder_of(recording)
         digest = _digest_of_recording(run, recording.path)
         facts = finished_facts(folder, digest)
         if facts is None:
             facts = _separate_one(separator, recording.path, folder, query, settings, digest)
-            print(f"{recording.path}: {_written(facts, separator)} in {folder}, see report.html")
+            print(f"{name}: {_written(facts, separator)} in {folder}, see report.html")
         else:
-            print(f"{recording.path}: done earlier, in {folder}")
+            print(f"{name}: done earlier, in {folder}")
             earlier += 1
         for remark in _remarks(facts):
             print(f"  {remark}")
@@ -144,7 +145,7 @@ def _separate_one(
 ) -> dict[str, Any]:
     """Writes a recording's sounds and reports; returns the contents of report.json."""
     plan = separator.plan(path, query)
-    mark = folder / _UNFINISHED
+    mark = folder / UNFINISHED
     killed = mark.is_file() and mark.read_text() == digest
     replace = separator.settings.overwrite or killed
     rooms = separator.make_room(plan, folder, replace=replace)
@@ -253,7 +254,7 @@ def finished_facts(folder: pathlib.Path, digest: str) -> dict[str, Any] | None:
             facts = read_json(file, _FINISHED, max_bytes=_MOST_BYTES)
     except (OSError, ValueError):  # absent, or written by another program
         return None
-    if facts["made_of"] != digest or (folder / _UNFINISHED).exists():
+    if facts["made_of"] != digest or (folder / UNFINISHED).exists():
         return None
     return facts if all((folder / s["file"]).is_file() for s in facts["sounds"]) else None
 

@@ -155,8 +155,10 @@ class Separator:
         self._require_channels(len(rows), "the waveform", "give its channels one by one")
         at_rate = resample(rows, sample_rate, self.model.sample_rate)
         targets, _ = self.find_targets(lambda: iter([at_rate]), query)
+        if not targets:
+            return {}
         pieces = list(self.estimates(iter([at_rate]), at_rate.shape[1], targets))
-        whole = np.concatenate(pieces, axis=2) if targets else np.zeros((0, *at_rate.shape))
+        whole = np.concatenate(pieces, axis=2)
         back = resample(whole.astype(np.float32), self.model.sample_rate, sample_rate)
         missing = max(rows.shape[1] - back.shape[2], 0)
         back = np.pad(back[:, :, : rows.shape[1]], ((0, 0), (0, 0), (0, missing)))

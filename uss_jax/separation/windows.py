@@ -49,7 +49,7 @@ class Target:
 
     Attributes:
       name: display name, from which the file name is made.
-      conditions: [s, d], one per segment, or [1, d] for all.
+      conditions: one for each active segment [a, d], or one for all [1, d].
       active: [s] or [1], whether the target sounds in a segment.
     """
 
@@ -277,7 +277,7 @@ def _active_rows(layout: Layout, target: Target, index: int) -> np.ndarray:
 def _condition(target: Target, rows: np.ndarray) -> Float[np.ndarray, " d"]:
     if len(target.conditions) == 1:
         return target.conditions[0]
-    return target.conditions[rows].mean(axis=0)
+    return target.conditions[np.searchsorted(np.flatnonzero(target.active), rows)].mean(axis=0)
 
 
 def _gate(layout: Layout, target: Target, begin: int, samples: int) -> Float32[np.ndarray, " t"]:

@@ -274,7 +274,8 @@ def chosen(
     ontology = load_ontology()
 
     def classes(match: Match) -> tuple[int, ...]:
-        return ontology.class_indexes(match.mid)
+        there = ontology.class_indexes(match.mid)
+        return there and asked_by(ontology.nodes[match.mid])
 
     askable = [match for match in matches if not set(classes(match)) <= set(unknown)]
     near = [match for match in askable if match.similarity >= least]

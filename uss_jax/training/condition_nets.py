@@ -96,7 +96,8 @@ def load_condition_nets(
     model, tagger = None, {"params": {}, "batch_stats": {}}
     if KINDS[settings.query["kind"]].recordings:
         bundle = _source_bundle(settings, workdir, "query")
-        source, variables = bundle.query()
+        goes_on = bundle.path == workdir
+        source, variables = bundle.query(bundle.frozen_or_zeros if goes_on else None)
         if source.tagger is None:
             raise UserError(f"{bundle.path} has no tagging net: its conditions are {source.kind}")
         _check_net(source.tagger, "query", settings)

@@ -37,7 +37,8 @@ class Pace:
       total_steps: number of steps of the whole run.
       log_every_steps: steps between reports; each checkpoint has one too.
       checkpoint_every_steps: steps between checkpoints; the last step always has one.
-      max_skipped_steps: number of consecutive skipped updates that ends the run with an error.
+      max_skipped_steps: number of consecutive skipped updates up to a report that ends the run with
+        an error.
       evaluate_every_steps: steps between evaluations, each with a checkpoint; 0 for none.
     """
 
@@ -176,8 +177,9 @@ def _report(
     values = {name: float(value) for name, value in jax.device_get(last).items()}
     steps = jax.device_get(recent)
     values.pop("spike", None)
-    if math.isnan(values.get("grad_norm_median", 0.0)):
-        del values["grad_norm_median"]  # NaN: too few updates
+    for name in ("grad_norm_median", "silent_db"):  # NaN: too few updates, no silent target
+        if math.isnan(values.get(name, 0.0)):
+            del values[name]
     values |= _summary(steps)
     left_out = int(values["skipped_steps"] + values.get("skipped_spikes", 0))
     values["learning_rate"] = float(reports.learning_rate(done - 1 - left_out))

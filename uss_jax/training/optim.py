@@ -122,6 +122,11 @@ def linear_warm_up(
 
 def cosine(learning_rate: float, warm_up_steps: int, total_steps: int) -> optax.Schedule:
     """Rises linearly over `warm_up_steps`, then decays by a cosine to 1/100 at `total_steps`."""
+    if total_steps <= warm_up_steps:
+        raise UserError(
+            f"config.schedule.total_steps={total_steps} is not above "
+            f"config.schedule.warm_up_steps={warm_up_steps}; change one of them"
+        )
     return optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, warm_up_steps, total_steps, learning_rate / 100
     )

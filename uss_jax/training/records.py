@@ -143,9 +143,11 @@ def _order(
     data: Data, label_row: np.ndarray, label_class: np.ndarray, seed: int
 ) -> BalancedOrder | UniformOrder:
     """Returns the order of the labels drawn, and reports classes without clips."""
-    if data.order == "uniform":
-        return UniformOrder(label_row, label_class, seed)
     weights = _class_weights(data.class_weights)
+    if data.order == "uniform":
+        if weights is not None:
+            say("config.data.class_weights has no effect with config.data.order=uniform")
+        return UniformOrder(label_row, label_class, seed)
     order = BalancedOrder(label_row, label_class, seed, weights)
     names = load_ontology().class_names
     weighted = () if weights is None else np.flatnonzero(weights != 1)

@@ -159,6 +159,8 @@ def make_separation_step(
             found = gradient(*arguments)
         else:
             found = _in_parts(gradient, updating.accumulate, mixing.group_size, *arguments)
+        *found, metrics = found
+        found = *found, _shown(metrics)
         return update(state, *found, optimizer, updating.max_norm_ratio, updating.ema_decay)
 
     return step
@@ -177,20 +179,27 @@ def _metrics(
     per_item: Float[Array, "b"],
     score: Float[Array, "b"],
 ) -> Metrics:
-    """Averages metrics over the batch; SDRi only over items whose target is not silent."""
+    """Averages metrics over the batch, or a part of it; `_shown` makes of the means what is told.
+
+    With silent targets, for which SDRi measures only how quiet the estimate is, `heard` is the sum
+    of SDRi over the others, divided by the number of all items.
+    """
     improvement = _sdr_improvement(estimate, examples.target, examples.mixture)
     rows = [per_item, improvement, score]
     silent = examples.silent
-    if silent is not None:  # with a silent target, SDRi measures only how quiet the estimate is
+    if silent is not None:
         rows += [jnp.where(silent, 0, improvement), silent.astype(per_item.dtype)]
     loss_mean, sdri, score_mean, *rest = jnp.mean(jnp.stack(rows), axis=1)  # one all-reduce
     metrics = {"loss": loss_mean, "sdri": sdri, "anchor_score": score_mean}
-    if rest:
-        heard, share = rest
-        metrics["sdri"] = heard / jnp.maximum(1 - share, 1e-6)
-        metrics["silent_share"] = share
-        metrics["silent_db"] = (sdri - heard) / jnp.maximum(share, 1e-6)
-    return metrics
+    return metrics | dict(zip(("heard", "silent_share"), rest, strict=bool(rest)))
+
+
+def _shown(metrics: Metrics) -> Metrics:
+    """Tells SDRi of silent targets (`silent_db`) and of others apart; NaN where there are none."""
+    if "heard" not in metrics:
+        return metrics
+    every, heard, share = metrics["sdri"], metrics.pop("heard"), metrics["silent_share"]
+    return metrics | {"sdri": heard / (1 - share), "silent_db": (every - heard) / share}
 
 
 def _sdr_improvement(

@@ -229,6 +229,16 @@ def _steps(value: Any, key: str) -> None:
         )
 
 
+def _each(rule: Rule) -> Rule:
+    def check(value: Any, key: str) -> None:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{key} is {value!r}, expected several numbers")
+        for at, item in enumerate(value):
+            rule(item, f"{key}[{at}]")
+
+    return check
+
+
 # What an evaluation in training can ask with besides the sources, and the metrics by which the best
 # checkpoint can be chosen, see live.py.
 _QUERY = r"average|class|text|shuffled|recordings_(?:100|[1-9][0-9]?)"
@@ -270,7 +280,14 @@ _RULES: dict[str, Rule] = {
     "optimizer": one_of(*OPTIMIZERS),
     "schedule": record(
         {"name": text()},
-        {"learning_rate": number(0, 1e3), "warm_up_steps": whole(0, MOST)},
+        {
+            "learning_rate": number(0, 1e3),
+            "warm_up_steps": whole(0, MOST),
+            "reduce_lr_steps": whole(1, MOST),
+            "total_steps": whole(1, MOST),
+            "boundaries": _each(whole(0, MOST)),
+            "scales": _each(number(0, 1e6)),
+        },
         others=True,
     ),
     "query": record(

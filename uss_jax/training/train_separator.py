@@ -74,6 +74,9 @@ def train_separator(config: ConfigDict, workdir: str | os.PathLike) -> None:
         if around.sed and (said := nets.arbitrary_anchors(around.sed, labels)):
             say(said)
 
+        if settings.mixing.gain_db and not settings.mixing.match_energy:
+            say("config.mixing.gain_db has no effect with config.mixing.match_energy=False")
+
         # The separator and its step.
         separator = build_separator(settings, around)
         if settings.accumulate > 1 and settings.batch_norm == "global":

@@ -5,7 +5,6 @@ An item is two recordings mixed at equal energy, or a window of an existing mixt
 Letters: `t` samples of an item, `s` samples of a recording.
 """
 
-import csv
 import dataclasses
 import functools
 import pathlib
@@ -18,7 +17,7 @@ from uss_jax.anchors.mix import matching_gain
 from uss_jax.audio.files import audio_format, read_mono, read_segment
 from uss_jax.audio.resampling import resample
 from uss_jax.bundles.model import Model
-from uss_jax.disk.opening import at_once
+from uss_jax.data.csv_rows import read_columns
 from uss_jax.errors import UserError, counted
 from uss_jax.evaluation.averages import source_averages
 from uss_jax.evaluation.finished import unfinished_beside
@@ -236,20 +235,8 @@ def score_splits(
 
 
 def read_table(path: pathlib.Path, columns: Iterable[str]) -> list[dict[str, str]]:
-    """Reads the rows of a data set's CSV file.
-
-    Raises:
-      UserError: the file cannot be read, or one of `columns` is missing.
-    """
-    try:
-        with open(path, encoding="utf-8-sig", newline="", opener=at_once) as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as a CSV file ({error})") from error
-    missing = [column for column in columns if not rows or column not in rows[0]]
-    if missing:
-        raise UserError(f'{path} has no column "{missing[0]}"; unpack the data set again')
-    return rows
+    """Reads the rows of a data set's CSV file, see `read_columns`."""
+    return read_columns(path, columns, "unpack the data set again")
 
 
 def require_files(files: Iterable[pathlib.Path], data_set: str) -> None:

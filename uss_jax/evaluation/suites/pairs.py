@@ -1,6 +1,5 @@
 """Pairs, `class_id=K/*source.wav` and `*mixture.wav`: finds them, scores them, writes examples."""
 
-import csv
 import dataclasses
 import os
 import pathlib
@@ -14,6 +13,7 @@ from uss_jax.audio.files import audio_format, read_mono, write_wav
 from uss_jax.audio.picture import write_picture
 from uss_jax.audio.resampling import resampled_length
 from uss_jax.bundles.model import Model
+from uss_jax.data.csv_rows import read_columns
 from uss_jax.disk.folder import make_folder
 from uss_jax.errors import UserError, counted
 from uss_jax.evaluation.averages import (
@@ -222,24 +222,8 @@ def _read_manifest(path: pathlib.Path) -> dict[str, dict[str, Any]]:
     """Returns name of a pair -> its manifest row; empty without a manifest."""
     if not path.is_file():
         return {}
-    again = "make the pairs again, or remove the file if you need no groups"
-    rows = {}
-    try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or ()
-            if "file" not in columns:
-                raise UserError(f'{path} has no column "file" in its first line; {again}')
-            for row in reader:
-                if None in row or None in row.values():  # more fields, or fewer
-                    raise UserError(
-                        f"{path}, line {reader.line_num}: expected {len(columns)} fields, one for "
-                        f"each column of the first line; {again}"
-                    )
-                rows[row["file"]] = row
-        return rows
-    except (OSError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as a CSV file ({error})") from error
+    remedy = "make the pairs again, or remove the file if you need no groups"
+    return {row["file"]: row for row in read_columns(path, ["file"], remedy, "surrogateescape")}
 
 
 def sources_by_class(directory: str | os.PathLike) -> dict[str, list[pathlib.Path]]:

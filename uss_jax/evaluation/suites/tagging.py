@@ -21,7 +21,7 @@ from uss_jax.evaluation.text_table import format_table
 from uss_jax.models.tagging import unknown_classes
 from uss_jax.ontology import load_ontology
 
-DETECTOR = "detector, maximum over time"
+DETECTOR = "detector"
 TAGGER = "tagging net"
 
 

@@ -116,6 +116,7 @@ def test_a_video_without_sound_is_said_to_hold_none(tmp_path):
 
 def test_what_was_decoded_is_removed_with_the_object_or_by_a_signal(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(atomic, "_unfinished", set())
     kept = mended._Temporary()
     assert len(list(tmp_path.iterdir())) == 1
     del kept

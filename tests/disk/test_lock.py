@@ -63,6 +63,24 @@ def test_what_was_in_the_file_does_not_matter(tmp_path):
         pass
 
 
+def test_processes_take_turns(tmp_path):
+    program = """
+import sys
+from uss_jax.disk.lock import in_turn
+
+for _ in range(50):
+    with in_turn(sys.argv[1]):
+        count = int(open(sys.argv[1] + "/count").read())
+        open(sys.argv[1] + "/count", "w").write(str(count + 1))
+"""
+    (tmp_path / "count").write_text("0")
+    words = [sys.executable, "-c", program, tmp_path]
+    for process in [subprocess.Popen(words) for _ in range(3)]:
+        assert process.wait() == 0
+    assert (tmp_path / "count").read_text() == "150"
+    assert [path.name for path in tmp_path.iterdir()] == ["count"]
+
+
 def test_a_lock_of_another_user_is_said(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")

@@ -254,7 +254,8 @@ def test_the_same_command_on_a_folder_does_not_separate_its_results(
     sounds = sorted(pathlib.Path("separated").rglob("*.wav"))
     assert sounds
     for report in pathlib.Path("separated").rglob("report.json"):  # as Ctrl-C leaves them
-        report.rename(report.with_name(".unfinished"))
+        report.with_name(".unfinished").write_text(json.loads(report.read_text())["made_of"])
+        report.unlink()
     assert main(words) in (0, 3)
     assert sorted(pathlib.Path("separated").rglob("*.wav")) == sounds
     assert f"passed over {len(sounds)} files that an earlier run" in capsys.readouterr().err

@@ -264,7 +264,7 @@ def _wav_begins(data: Bytes) -> list[int]:
     return begins or [0]
 
 
-def wav_without_length(data: Bytes) -> bytes | None:
+def wav_without_length(data: Bytes | memoryview) -> bytes | None:
     """Returns a repaired WAV header if it states no samples though some follow, else None."""
     if bytes(data[:4]) != b"RIFF" or bytes(data[8:12]) != b"WAVE":
         return None

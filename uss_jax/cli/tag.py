@@ -9,7 +9,7 @@ import argparse
 import pathlib
 
 from uss_jax.cli.arguments import add_recordings, add_threshold, input_files, path, positive
-from uss_jax.errors import UserError, counted
+from uss_jax.errors import UserError, counted, one_line
 
 _INTERVALS_SHOWN = 4
 

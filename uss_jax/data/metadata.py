@@ -17,7 +17,7 @@ from uss_jax.data.shards import WRITTEN
 from uss_jax.data.storage import Folder, open_folder, versions_below
 from uss_jax.disk.atomic import move
 from uss_jax.disk.checked_json import Rule, list_of, read_json, record, text, whole
-from uss_jax.disk.lock import only_one
+from uss_jax.disk.lock import in_turn
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 
@@ -93,7 +93,7 @@ def write_metadata(
       encoding: encoding of the samples, `pcm_s16le` or `flac`.
     """
     directory = pathlib.Path(directory)
-    with only_one(directory, "run the same command again"):  # splits may be prepared at one time
+    with in_turn(directory):  # splits may be prepared at one time
         check_format(directory, split, sample_rate, encoding)
         _write_features(directory, sample_rate, encoding)
         write_format(directory, sample_rate, encoding)

@@ -152,6 +152,7 @@ def _identity(
 ) -> Iterator[bytes]:
     """Yields everything that the metrics of a batch depend on, for `Finished`."""
     yield net_hash(model.separator.variables).encode()
+    # With the metrics, since a file of another version may lack one.
     how = [model.precision, batch_size, oracle_only, _OF_IDENTITY]
     yield json.dumps([*how, [item.name for item in items]]).encode()
     yield stamps(file for item in items for file in item.files)

@@ -92,42 +92,29 @@ def write_metadata(
       sample_rate: sampling rate, in Hz.
       encoding: encoding of the samples, `pcm_s16le` or `flac`.
     """
-    directory = pathlib.Path(directory)
     with in_turn(directory):  # splits may be prepared at one time
         check_format(directory, split, sample_rate, encoding)
         _write_features(directory, sample_rate, encoding)
         write_format(directory, sample_rate, encoding)
-        _write_info(directory, name, version, split, shard_records, shard_bytes, sample_rate)
-
-
-def _write_info(
-    directory: pathlib.Path,
-    name: str,
-    version: str,
-    split: str,
-    shard_records: list[int],
-    shard_bytes: int,
-    sample_rate: int,
-) -> None:
-    info = _read(open_folder(directory), _INFO, _SPLITS) or {}
-    others = [other for other in info.get("splits", []) if other["name"] != split]
-    ours = {
-        "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-        "name": split,
-        "numBytes": str(shard_bytes),  # protobuf's JSON writes 64-bit integers as strings
-        "shardLengths": [str(records) for records in shard_records],
-    }
-    _write(
-        open_folder(directory),
-        _INFO,
-        {
-            "description": f"Weakly labelled sound, mono at {sample_rate} Hz.",
-            "fileFormat": WRITTEN.name,
-            "name": name,
-            "splits": sorted([*others, ours], key=lambda split: split["name"]),
-            "version": version,
-        },
-    )
+        info = _read(open_folder(directory), _INFO, _SPLITS) or {}
+        others = [other for other in info.get("splits", []) if other["name"] != split]
+        ours = {
+            "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+            "name": split,
+            "numBytes": str(shard_bytes),  # protobuf's JSON writes 64-bit integers as strings
+            "shardLengths": [str(records) for records in shard_records],
+        }
+        _write(
+            open_folder(directory),
+            _INFO,
+            {
+                "description": f"Weakly labelled sound, mono at {sample_rate} Hz.",
+                "fileFormat": WRITTEN.name,
+                "name": name,
+                "splits": sorted([*others, ours], key=lambda split: split["name"]),
+                "version": version,
+            },
+        )
 
 
 def write_format(directory: str | os.PathLike, sample_rate: int, encoding: str) -> None:

@@ -83,14 +83,24 @@ def test_a_list_of_another_program(recordings, monkeypatch, tmp_path):
         places([], [tmp_path / "list"])
 
 
-def test_links_to_folders_are_followed_but_not_in_circles(recordings, tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "c.wav").touch()
-    (recordings / "linked").symlink_to(tmp_path / "elsewhere")
-    (recordings / "more" / "back").symlink_to(recordings)
-    (tmp_path / "elsewhere" / "there").symlink_to(recordings / "more")
+def test_links_to_folders_elsewhere_are_followed_each_place_once(recordings, tmp_path):
+    for folder in (tmp_path / "elsewhere", recordings / ".hidden"):
+        folder.mkdir()
+        (folder / "c.wav").touch()
+    links = {
+        recordings / "linked": tmp_path / "elsewhere",
+        recordings / "linked_too": tmp_path / "elsewhere",
+        recordings / "of_hidden": recordings / ".hidden",
+        recordings / "more" / "back": recordings,
+        recordings / "more" / "far_back": tmp_path,
+        recordings / "latest": recordings / "more",
+        tmp_path / "elsewhere" / "there": recordings / "more",
+        tmp_path / "elsewhere" / "again": tmp_path / "elsewhere",
+    }
+    for link, target in links.items():
+        link.symlink_to(target)
     found = [str(one.path.relative_to(recordings)) for one in find_input_files([str(recordings)])]
-    assert found == ["a.wav", "b.flac", "linked/c.wav", "linked/there/a.wav", "more/a.wav"]
+    assert found == ["a.wav", "b.flac", "linked/c.wav", "more/a.wav", "of_hidden/c.wav"]
 
 
 def test_a_folder_that_cannot_be_read_is_named(recordings, monkeypatch, capsys):

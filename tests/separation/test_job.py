@@ -260,7 +260,7 @@ def test_the_same_command_on_a_folder_does_not_separate_its_results(
     assert sorted(pathlib.Path("separated").rglob("*.wav")) == sounds
     assert f"passed over {len(sounds)} files that an earlier run" in capsys.readouterr().err
     assert main([words[0], "separated", *words[2:]]) == 1
-    assert "to separate these too, name them or give another --out" in capsys.readouterr().err
+    assert "to separate these, name them or give another --out" in capsys.readouterr().err
     # Recordings in the output folder itself are no results; named results are recordings.
     assert main([*words, "--out", "."]) in (0, 3)
     assert main([words[0], str(sounds[0]), *words[2:], "--out", "again"]) in (0, 3)

@@ -207,6 +207,14 @@ def test_metrics_that_a_power_cut_left_are_mended(place, whole, tmp_path, capsys
     assert (workdir / "throughput.json.damaged").stat().st_size == 20
 
 
+def test_a_frozen_net_that_is_gone_is_said(place, whole, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    shutil.rmtree(workdir / "frozen" / "query")
+    assert main(train_words("resunet30.py", place, workdir)) == 1
+    assert "holds no parameters of its query" in capsys.readouterr().err
+
+
 def test_changed_frozen_nets_are_refused(place, whole, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(whole, workdir)

@@ -51,22 +51,27 @@ def find_recordings(
     """Lists (recordings, other files) in a folder, recursively, by file name suffix.
 
     Neither list has hidden files and folders (including `._x.mp3` of macOS) or files that operating
-    systems create. Links to folders are followed, but not to a folder that they are in. Folders
-    that cannot be read are named on standard error.
+    systems create. Links to folders elsewhere are followed, each place once. Folders that cannot be
+    read are named on standard error.
     """
     recordings, others = [], []
-    above: dict[str, frozenset[str]] = {}  # folder -> the real paths of it and those above
+    root, entered = os.path.realpath(folder), set()
 
     def enters(where: str, name: str) -> bool:
         inner = os.path.join(where, name)
-        real, outer = os.path.realpath(inner), above[where]
-        above[inner] = outer | {real}
-        return not name.startswith(".") and real not in outer
+        if name.startswith(".") or not os.path.islink(inner):
+            return not name.startswith(".")
+        real = os.path.realpath(inner)
+        below = pathlib.Path(os.path.relpath(real, root)).parts
+        # What is below the folder is found where it is, unless a hidden folder or ".." is above it.
+        found = not any(part.startswith(".") for part in below)
+        if found or real in entered or pathlib.Path(root).is_relative_to(real):
+            return False
+        entered.add(real)
+        return True
 
-    above[os.fspath(folder)] = frozenset([os.path.realpath(folder)])
     for where, folders, names in os.walk(folder, followlinks=True, onerror=_say_unreadable):
         folders[:] = sorted(name for name in folders if enters(where, name))
-        del above[where]
         for name in sorted(names):
             if name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini"):
                 continue

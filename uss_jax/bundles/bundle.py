@@ -230,9 +230,9 @@ class Bundle:
         For a run that goes on: what it trains comes from the checkpoint that it goes on from, which
         need not be the newest.
         """
-        if self._folder(part):
-            return self.variables(part)
         query = self._query_net()
+        if part == "names" or (part == "query" and not query.finetune):
+            return self.variables(part)
         if part == "query":
             shapes = nets.layout(query.tagger)
         else:

@@ -16,7 +16,6 @@ from uss_jax.cli.arguments import (
     refuse_idle,
     say_detector_precision,
 )
-from uss_jax.devices.precision import HIGHEST
 from uss_jax.evaluation.suite import Option, Suite, keyword
 from uss_jax.evaluation.suites import SUITES
 
@@ -88,7 +87,6 @@ def run(args: argparse.Namespace) -> None:
     suite = SUITES[args.suite]
     if suite.detector_only:
         say_detector_precision(args)
-        args.precision = HIGHEST
     for option in suite.options:
         if option.only_with and not getattr(args, keyword(option.only_with)):
             refuse_idle(args, (option.name,), f"without {option.only_with}")

@@ -233,12 +233,12 @@ def _not_separated_before(recordings: list, out: str) -> list:
     from uss_jax.separation.job import UNFINISHED
     from uss_jax.separation.report import REPORT
 
-    place = pathlib.Path(os.path.abspath(out))
+    place = pathlib.Path(os.path.realpath(out))
     marks = REPORT, UNFINISHED
 
     def is_result(path: pathlib.Path) -> bool:
-        above = pathlib.Path(os.path.abspath(path)).parents
-        inside = [folder for folder in above if place in folder.parents]
+        parent = pathlib.Path(os.path.realpath(path.parent))
+        inside = [folder for folder in (parent, *parent.parents) if place in folder.parents]
         return any((folder / mark).is_file() for folder in inside for mark in marks)
 
     left = [one for one in recordings if one.named or not is_result(one.path)]
@@ -246,7 +246,7 @@ def _not_separated_before(recordings: list, out: str) -> list:
         results = f"{counted(skipped, 'file')} that an earlier run has written below {out}"
         if not left:
             raise UserError(
-                f"there are only {results}; to separate these too, name them or give another --out"
+                f"nothing is left but {results}; to separate these, name them or give another --out"
             )
         print(f"passed over {results}", file=sys.stderr)
     return left

@@ -218,6 +218,8 @@ def _publish(
     """Indexes the finished shards, replaces the split's old ones and writes the metadata."""
     schema = Schema(encoding=settings.encoding, sample_rate=settings.sample_rate)
     index = build_index(unfinished, split, schema)
+    # Again: another split may have been prepared meanwhile.
+    check_format(directory, split, settings.sample_rate, settings.encoding)
     _replace_split(unfinished, directory, split)
     write_metadata(
         directory,

@@ -48,6 +48,8 @@ def evaluate(
     if not pathlib.Path(out).absolute().parent.is_dir():
         raise UserError(f"--out {out}: its folder does not exist; create it first")
     _require_replaceable(out)
+    if SUITES[suite].detector_only:
+        precision = HIGHEST
     model = Model(model_path, precision)
     results, text = SUITES[suite].run(model, data, out, **options)
     how = {"data": os.fspath(data), "uss_jax": uss_jax.__version__, "precision": precision}

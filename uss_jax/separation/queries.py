@@ -185,11 +185,11 @@ class Classes:
             if model.query.module.takes.classes:
                 conditions = model.of_classes(indicators([indexes]))
             else:
-                # Of hours of a recording, only the segments that are asked for.
+                vectors = np.zeros_like(probabilities)
+                vectors[:, indexes] = probabilities[:, indexes]
+                # Of hours of a recording, only what is used is kept.
                 used = active if active.any() else np.arange(len(active)) == 0
-                vectors = np.zeros((used.sum(), probabilities.shape[1]), np.float32)
-                vectors[:, indexes] = probabilities[used][:, indexes]
-                conditions = model.adapt(vectors)
+                conditions = model.adapt(vectors)[used]
             targets.append(Target(name, conditions, active))
         return targets
 

@@ -177,7 +177,9 @@ def _report(
     values = {name: float(value) for name, value in jax.device_get(last).items()}
     steps = jax.device_get(recent)
     values.pop("spike", None)
-    for name in ("grad_norm_median", "silent_db"):  # NaN: too few updates, no silent target
+    # NaN: too few updates; no silent target, or nothing but silent ones.
+    undefined = ("grad_norm_median", "silent_db") + ("sdri",) * (values.get("silent_share") == 1)
+    for name in undefined:
         if math.isnan(values.get(name, 0.0)):
             del values[name]
     values |= _summary(steps)

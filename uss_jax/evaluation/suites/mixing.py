@@ -235,8 +235,11 @@ def score_splits(
 
 
 def read_table(path: pathlib.Path, columns: Iterable[str]) -> list[dict[str, str]]:
-    """Reads the rows of a data set's CSV file, see `read_columns`."""
-    return read_columns(path, columns, "unpack the data set again")
+    """Reads the rows of a data set's CSV file, see `read_columns`; refuses one without rows."""
+    rows = read_columns(path, columns, "unpack the data set again")
+    if not rows:
+        raise UserError(f"{path} lists no recordings; unpack the data set again")
+    return rows
 
 
 def require_files(files: Iterable[pathlib.Path], data_set: str) -> None:

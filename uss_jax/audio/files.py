@@ -71,7 +71,7 @@ def find_recordings(
         return True
 
     for where, folders, names in os.walk(folder, followlinks=True, onerror=_say_unreadable):
-        folders[:] = sorted(name for name in folders if enters(where, name))
+        folders[:] = [name for name in sorted(folders) if enters(where, name)]
         for name in sorted(names):
             if name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini"):
                 continue

@@ -313,7 +313,7 @@ def test_a_killed_run_goes_on_bit_exactly(place, tmp_path):
     mining = ["mine", "--records", place / "records", "--sed", place / "tagger", "--out", table]
     assert main([*map(str, mining), "--clip-seconds", "1.2"]) == 0
     changed = {"anchors.source": "table", "anchors.table": table, "query.kind": "one_hot"}
-    steps = 16 * kills
+    steps = 20 * kills
     changed |= {"total_steps": steps, "checkpoint_every_steps": 2, "keep_checkpoints": 2}
     changed |= {"ema_decay": 0.9, "data.workers": 2}
     command = lambda name: train_words("resunet30.py", place, tmp_path / name, changed)  # noqa: E731

@@ -17,7 +17,6 @@ from uss_jax.data.shards import WRITTEN
 from uss_jax.data.storage import Folder, open_folder, versions_below
 from uss_jax.disk.atomic import move
 from uss_jax.disk.checked_json import Rule, list_of, read_json, record, text, whole
-from uss_jax.disk.lock import in_turn
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 
@@ -92,29 +91,27 @@ def write_metadata(
       sample_rate: sampling rate, in Hz.
       encoding: encoding of the samples, `pcm_s16le` or `flac`.
     """
-    with in_turn(directory):  # splits may be prepared at one time
-        check_format(directory, split, sample_rate, encoding)
-        _write_features(directory, sample_rate, encoding)
-        write_format(directory, sample_rate, encoding)
-        info = _read(open_folder(directory), _INFO, _SPLITS) or {}
-        others = [other for other in info.get("splits", []) if other["name"] != split]
-        ours = {
-            "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-            "name": split,
-            "numBytes": str(shard_bytes),  # protobuf's JSON writes 64-bit integers as strings
-            "shardLengths": [str(records) for records in shard_records],
-        }
-        _write(
-            open_folder(directory),
-            _INFO,
-            {
-                "description": f"Weakly labelled sound, mono at {sample_rate} Hz.",
-                "fileFormat": WRITTEN.name,
-                "name": name,
-                "splits": sorted([*others, ours], key=lambda split: split["name"]),
-                "version": version,
-            },
-        )
+    _write_features(directory, sample_rate, encoding)
+    write_format(directory, sample_rate, encoding)
+    info = _read(open_folder(directory), _INFO, _SPLITS) or {}
+    others = [other for other in info.get("splits", []) if other["name"] != split]
+    ours = {
+        "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+        "name": split,
+        "numBytes": str(shard_bytes),  # protobuf's JSON writes 64-bit integers as strings
+        "shardLengths": [str(records) for records in shard_records],
+    }
+    _write(
+        open_folder(directory),
+        _INFO,
+        {
+            "description": f"Weakly labelled sound, mono at {sample_rate} Hz.",
+            "fileFormat": WRITTEN.name,
+            "name": name,
+            "splits": sorted([*others, ours], key=lambda split: split["name"]),
+            "version": version,
+        },
+    )
 
 
 def write_format(directory: str | os.PathLike, sample_rate: int, encoding: str) -> None:

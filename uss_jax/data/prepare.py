@@ -27,7 +27,7 @@ from uss_jax.data.metadata import check_format, write_metadata
 from uss_jax.data.schema import Schema
 from uss_jax.data.shards import is_shard, shard_name
 from uss_jax.disk.atomic import flush, move, replacing
-from uss_jax.disk.lock import LOCK, only_one
+from uss_jax.disk.lock import LOCK, in_turn, only_one
 from uss_jax.errors import UserError, counted
 
 _SHARD_BYTES = 200e6
@@ -218,19 +218,19 @@ def _publish(
     """Indexes the finished shards, replaces the split's old ones and writes the metadata."""
     schema = Schema(encoding=settings.encoding, sample_rate=settings.sample_rate)
     index = build_index(unfinished, split, schema)
-    # Again: another split may have been prepared meanwhile.
-    check_format(directory, split, settings.sample_rate, settings.encoding)
-    _replace_split(unfinished, directory, split)
-    write_metadata(
-        directory,
-        name=name,
-        version=version,
-        split=split,
-        shard_records=np.bincount(index.record_shard, minlength=len(index.shards)).tolist(),
-        shard_bytes=int(index.shard_bytes.sum()),
-        sample_rate=settings.sample_rate,
-        encoding=settings.encoding,
-    )
+    with in_turn(directory):  # another split may be prepared at the same time, at another rate
+        check_format(directory, split, settings.sample_rate, settings.encoding)
+        _replace_split(unfinished, directory, split)
+        write_metadata(
+            directory,
+            name=name,
+            version=version,
+            split=split,
+            shard_records=np.bincount(index.record_shard, minlength=len(index.shards)).tolist(),
+            shard_bytes=int(index.shard_bytes.sum()),
+            sample_rate=settings.sample_rate,
+            encoding=settings.encoding,
+        )
     return index
 
 

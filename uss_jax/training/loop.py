@@ -178,7 +178,9 @@ def _report(
     steps = jax.device_get(recent)
     values.pop("spike", None)
     # NaN: too few updates; no silent target, or nothing but silent ones.
-    undefined = ("grad_norm_median", "silent_db") + ("sdri",) * (values.get("silent_share") == 1)
+    undefined = ["grad_norm_median", "silent_db"]
+    if values.get("silent_share") == 1:
+        undefined.append("sdri")
     for name in undefined:
         if math.isnan(values.get(name, 0.0)):
             del values[name]

@@ -159,8 +159,8 @@ def make_separation_step(
             found = gradient(*arguments)
         else:
             found = _in_parts(gradient, updating.accumulate, mixing.group_size, *arguments)
-        *found, metrics = found
-        found = *found, _shown(metrics)
+        grads, statistics, metrics = found
+        found = grads, statistics, _shown(metrics)
         return update(state, *found, optimizer, updating.max_norm_ratio, updating.ema_decay)
 
     return step
@@ -191,7 +191,9 @@ def _metrics(
         rows += [jnp.where(silent, 0, improvement), silent.astype(per_item.dtype)]
     loss_mean, sdri, score_mean, *rest = jnp.mean(jnp.stack(rows), axis=1)  # one all-reduce
     metrics = {"loss": loss_mean, "sdri": sdri, "anchor_score": score_mean}
-    return metrics | dict(zip(("heard", "silent_share"), rest, strict=bool(rest)))
+    if rest:
+        metrics["heard"], metrics["silent_share"] = rest
+    return metrics
 
 
 def _shown(metrics: Metrics) -> Metrics:

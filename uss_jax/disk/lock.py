@@ -51,6 +51,7 @@ def only_one(folder: str | os.PathLike, remedy: str) -> Iterator[None]:
       remedy: advice for the error message if another process holds the lock.
 
     Raises:
+      FileNotFoundError: the folder is gone, as where another process has just finished the work.
       InUse: another process holds the lock; the message names it.
       UserError: the lock's path is not a file, or the file cannot be written to.
     """
@@ -60,6 +61,8 @@ def only_one(folder: str | os.PathLike, remedy: str) -> Iterator[None]:
         raise UserError(f"{path} is where the lock file must be, but is not a file; remove it")
     try:
         file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115, closed below
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise UserError(
             f"{path} cannot be opened for writing ({error.strerror}); if another user has made it, "

@@ -47,7 +47,8 @@ def get_config(argument: str = "size=base") -> ConfigDict:
     # second, and windows of long recordings then agree with one pass.
     config.separator.time_span = 32
     config.separator.condition_norm = norm  # norm to which conditions are scaled; 0: as they are
-    config.separator.condition_added = False  # then added once; otherwise it modulates every norm
+    # True: add the condition once; False: it modulates every norm.
+    config.separator.condition_added = False
     config.separator.dtype = dtype  # or "bfloat16" inside the layers
     if sizes == ["large"]:
         config.sharding = (("kernel", "fsdp"),)

@@ -1,7 +1,7 @@
 """Tagger and separator, small enough for two CPU cores: `quickstart.py:part=tagger|separator`.
 
 The recipes of tagger_cnn14.py and resunet30.py at 16 kHz with small nets; launch/quickstart.sh runs
-them on the bundled sounds in minutes.
+the separator's on the bundled sounds in minutes.
 """
 
 import pathlib

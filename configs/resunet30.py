@@ -84,8 +84,8 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
     config.mixing.all_targets = False
     # Probability that an item queries a class absent from its mixture; its target is then silence.
     config.mixing.silent_share = 0.0
-    # Then mix in two channels, with each sound at random between the middle (0) and, at 1, one of
-    # the channels only; needs separator.audio_channels=2.
+    # Largest random pan: 0 leaves sounds in the middle, in mono; 1 reaches one channel only. If it
+    # is above 0, it needs separator.audio_channels=2.
     config.mixing.pan = 0.0
 
     config.query = ConfigDict()

@@ -6,10 +6,11 @@
 The study is a JSON file as launch/scaling_study.py takes it, with these keys besides:
   pairs     object from a name to a folder of pairs, written by `uss-jax make-pairs`
   evaluate  list of further arguments of `uss-jax evaluate pairs` (optional)
-Among the config keys of a name, `config` is another config file than the study's. Runs that
-differ in the axis `seed` only become one row: the mean with the standard deviation. A curve of
-each row is drawn if the runs evaluate themselves (`eval.pairs`). The same command resumes a
-comparison that was stopped; a run whose results are there is not looked at again.
+A grid point may set `config` to use another config file. Runs that differ in the axis `seed` only
+become one row: the mean SDRi with its standard deviation, and the mean SI-SDRi. A curve of each row
+is drawn if the runs evaluate themselves (`eval.pairs`). A run that fails is reported, and left out.
+The same command resumes a comparison that was stopped: a run whose results are there is not
+repeated, and one of other settings is refused.
 """
 
 import concurrent.futures
@@ -18,20 +19,38 @@ import os
 import pathlib
 import queue
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
-from scaling_study import TRAIN, call, name_of, printed, read_study, runs_of, study_parser, train
+from scaling_study import (
+    TRAIN,
+    call,
+    end_children,
+    environment_of,
+    heed_sigterm,
+    name_of,
+    printed,
+    read,
+    read_study,
+    recipe_of,
+    require_same,
+    runs_of,
+    study_parser,
+    train,
+)
 
 from uss_jax.disk.atomic import replacing
 from uss_jax.errors import UserError
+from uss_jax.evaluation.items import ALL
+from uss_jax.evaluation.rows import IDENTITY, MIXTURE, ORACLE
+from uss_jax.evaluation.text_table import markdown_table
 
 matplotlib.use("agg")
 SEED = "seed"
-# Rows of `evaluate pairs` that need no model, or tell of leakage only.
-LEFT_OUT = ("target alone", "half the mixture", "the mixture")
+# Rows of `evaluate pairs` that are no separation of the mixture, nor the baseline.
+LEFT_OUT = (IDENTITY, MIXTURE)
 CURVES = {"eval/sdri": "oracle", "eval/average_sdri": "class average"}
 
 
@@ -45,20 +64,46 @@ def results_of(workdir: pathlib.Path, pairs: str) -> pathlib.Path:
     return workdir / "results" / f"{name_of({'pairs': pairs})}.json"
 
 
-def evaluate(study: dict[str, Any], workdir: pathlib.Path, cores: set[int] | None) -> None:
-    """Evaluates a run on all pairs, unless that is done."""
+def evaluate(
+    study: dict[str, Any], leaves: dict[str, Any], workdir: pathlib.Path, cores: set[int] | None
+) -> None:
+    """Evaluates a run on all pairs, unless that is done; in one process, however it was trained."""
     for pairs, folder in study["pairs"].items():
         out = results_of(workdir, pairs)
         if out.exists():
             continue
         out.parent.mkdir(exist_ok=True)
         words = ["--model", str(workdir), "--data", folder, "--out", str(out)]
-        command = [*study.get("launch", TRAIN), "evaluate", "pairs", *words]
-        call([*command, *study.get("evaluate", [])], f"{workdir}: evaluation", cores)
+        command = [*TRAIN, "evaluate", "pairs", *words, *study.get("evaluate", [])]
+        call(command, f"{workdir}: evaluation", cores, environment_of(leaves))
 
 
-def run_all(study: dict[str, Any], out: pathlib.Path, parallel: int) -> list[dict[str, str]]:
-    """Trains and evaluates every run, so many at a time, each on its share of the cores."""
+def require_same_pairs(study: dict[str, Any], workdir: pathlib.Path) -> None:
+    """Raises a UserError if results under the name of some pairs are those of another folder."""
+    for pairs, folder in study["pairs"].items():
+        path = results_of(workdir, pairs)
+        if path.exists() and (found := read(path)["how"]["data"]) != folder:
+            raise UserError(
+                f"{path} is of the pairs {found}, not of {folder}; name these otherwise, or "
+                "give another --out"
+            )
+
+
+def run_all(study: dict[str, Any], out: pathlib.Path, parallel: int) -> list[str]:
+    """Trains and evaluates every run, so many at a time, each on its share of the cores.
+
+    An error of a run is printed at once, and the others go on.
+
+    Returns:
+      The names of the runs that failed.
+
+    Raises:
+      UserError: a run that is there has other settings or pairs.
+    """
+    runs = list(runs_of(study))
+    for point, leaves in runs:
+        require_same(out / name_of(point), recipe_of(study, leaves))
+        require_same_pairs(study, out / name_of(point))
     slots: queue.Queue[set[int] | None] = queue.Queue()
     cores = sorted(os.sched_getaffinity(0)) if parallel > 1 else []
     for slot in range(parallel):
@@ -69,54 +114,83 @@ def run_all(study: dict[str, Any], out: pathlib.Path, parallel: int) -> list[dic
         try:
             if not all(results_of(workdir, pairs).exists() for pairs in study["pairs"]):
                 train(study, leaves, workdir, share)
-                evaluate(study, workdir, share)
+                evaluate(study, leaves, workdir, share)
         finally:
             slots.put(share)
 
-    runs = list(runs_of(study))
+    failed = []
     with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
-        waiting = [pool.submit(one, point, leaves) for point, leaves in runs]
+        waiting = {pool.submit(one, *run): name_of(run[0]) for run in runs}
         try:
             for done, future in enumerate(concurrent.futures.as_completed(waiting), 1):
-                future.result()
-                print(f"comparison: {done} of {len(runs)} runs are done", flush=True)
+                try:
+                    future.result()
+                except UserError as error:
+                    failed.append(waiting[future])
+                    print(f"comparison: {error}", file=sys.stderr, flush=True)
+                print(f"comparison: {done} of {len(runs)} runs have ended", flush=True)
         except BaseException:
+            end_children()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return [point for point, _ in runs]
+    return failed
 
 
-def figures_of(path: pathlib.Path) -> dict[str, float]:
-    """Query -> SDRi over all pairs, of a file of `evaluate pairs`."""
-    rows = json.loads(path.read_text())["rows"]
+def figures_of(path: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Query -> metrics over all pairs, of a file of `evaluate pairs`."""
     return {
-        row["query"]: row["sdri"]
-        for row in rows
-        if row["group"] == "all" and row["query"] not in LEFT_OUT and row["sdri"] is not None
+        row["query"]: row
+        for row in read(path)["rows"]
+        if row["group"] == ALL and row["query"] not in LEFT_OUT and row["sdri"] is not None
     }
 
 
-def summary(figures: Sequence[float]) -> str:
-    """Mean and standard deviation of the seeds, as text."""
-    mean = f"{np.mean(figures):.2f}"
-    return f"{mean} ± {np.std(figures, ddof=1):.2f}" if len(figures) > 1 else mean
+def span(numbers: Iterable[int]) -> str:
+    """The number, or the least and the largest, as text."""
+    return " to ".join(map(str, sorted({min(numbers), max(numbers)})))
+
+
+def cell(of_seeds: Sequence[Mapping[str, Any]], seeds: int, pairs: str) -> str:
+    """Mean SDRi of the seeds with its standard deviation, and mean SI-SDRi, as text.
+
+    Args:
+      of_seeds: metrics of a query, one mapping for each seed that has it.
+      seeds: number of seeds; if another one has the query, that is added.
+      pairs: number of the oracle's pairs; if the query has another one, that is added.
+    """
+    sdri, si_sdri = (np.array([of[key] for of in of_seeds], float) for key in ("sdri", "si_sdri"))
+    spread = f" ± {sdri.std(ddof=1):.2f}" if len(of_seeds) > 1 else ""
+    # Adding 0.0 turns -0.0 into 0.0.
+    sdri, si_sdri = (f"{round(of.mean(), 2) + 0.0:.2f}" for of in (sdri, si_sdri))
+    notes = [f"{number} pairs"] if (number := pairs_of(of_seeds)) != pairs else []
+    notes += [f"n = {len(of_seeds)}"] if len(of_seeds) != seeds else []
+    return f"{sdri}{spread} / {si_sdri}" + (f" ({', '.join(notes)})" if notes else "")
+
+
+def pairs_of(of_seeds: Sequence[Mapping[str, Any]]) -> str:
+    """The number of pairs that a query's metrics are over, as text; empty without the query."""
+    return span([of["pairs"] for of in of_seeds]) if of_seeds else ""
 
 
 def table(out: pathlib.Path, points: Sequence[dict[str, str]], pairs: str) -> str:
-    """SDRi in dB of each row of runs for each query, as a Markdown table."""
-    rows: dict[str, tuple[dict[str, str], dict[str, list[float]]]] = {}
+    """SDRi / SI-SDRi in dB of each row of runs for each query, as a Markdown table.
+
+    Runs without results are left out.
+    """
+    rows: dict[str, tuple[dict[str, str], list[dict[str, dict[str, Any]]]]] = {}
     for point in points:
-        row, of = rows.setdefault(name_of(row_of(point)), (row_of(point), {}))
-        for query, figure in figures_of(results_of(out / name_of(point), pairs)).items():
-            of.setdefault(query, []).append(figure)
-    queries = list(dict.fromkeys(query for _, of in rows.values() for query in of))
-    axes = list(dict.fromkeys(axis for row, _ in rows.values() for axis in row))
-    lines = [[*axes, "seeds", *queries], ["---"] * (len(axes) + 1 + len(queries))]
-    for row, of in rows.values():
-        seeds = str(max(map(len, of.values())))
-        figures = [summary(of[query]) if query in of else "" for query in queries]
-        lines.append([*(row[axis] for axis in axes), seeds, *figures])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+        if (path := results_of(out / name_of(point), pairs)).exists():
+            _, runs = rows.setdefault(name_of(row_of(point)), (row_of(point), []))
+            runs.append(figures_of(path))
+    queries = list(dict.fromkeys(query for _, runs in rows.values() for of in runs for query in of))
+    lines = []
+    for row, runs in rows.values():
+        by_query = {query: [of[query] for of in runs if query in of] for query in queries}
+        number = pairs_of(by_query.get(ORACLE, []))
+        cells = [cell(of, len(runs), number) if of else "" for of in by_query.values()]
+        lines.append([*row.values(), len(runs), number, *cells])
+    axes = list(row_of(points[0]))
+    return "\n".join(markdown_table([*axes, "seeds", "pairs", *queries], lines)) + "\n"
 
 
 def curves(out: pathlib.Path, points: Sequence[dict[str, str]]) -> dict[str, dict[str, np.ndarray]]:
@@ -124,8 +198,8 @@ def curves(out: pathlib.Path, points: Sequence[dict[str, str]]) -> dict[str, dic
     found: dict[str, dict[str, dict[int, list[float]]]] = {}
     for point in points:
         of_row = found.setdefault(name_of(row_of(point)), {})
-        text = (out / name_of(point) / "metrics.jsonl").read_text()
-        for line in map(json.loads, text.splitlines()):
+        path = out / name_of(point) / "metrics.jsonl"
+        for line in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
             for metric in CURVES.keys() & line.keys():
                 of_row.setdefault(metric, {}).setdefault(line["step"], []).append(line[metric])
     return {
@@ -156,7 +230,11 @@ def draw(rows: dict[str, dict[str, np.ndarray]], path: pathlib.Path) -> None:
 
 
 def run(path: pathlib.Path, out: pathlib.Path, parallel: int) -> str:
-    """Runs a comparison; returns what there is to read."""
+    """Runs a comparison; returns what there is to read.
+
+    Raises:
+      UserError: the study is invalid, was edited, or runs failed; what the others gave is printed.
+    """
     study = read_study(path, also={"pairs", "evaluate"})
     pairs, words = study.get("pairs"), study.get("evaluate", [])
     if (
@@ -167,15 +245,25 @@ def run(path: pathlib.Path, out: pathlib.Path, parallel: int) -> str:
         raise UserError(f"{path}: pairs must be an object from a name to a folder of pairs")
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise UserError(f"{path}: evaluate must be a list of words")
-    points = run_all(study, out, parallel)
-    tables = [f"SDRi in dB, {pairs}\n\n{table(out, points, pairs)}" for pairs in study["pairs"]]
+    failed = run_all(study, out, parallel)
+    points = [point for point, _ in runs_of(study)]
+    tables = [
+        f"SDRi / SI-SDRi in dB, {pairs}\n\n{table(out, points, pairs)}" for pairs in study["pairs"]
+    ]
     with replacing(out / "table.md") as temporary:
         temporary.write_text("\n".join(tables))
     written = "table.md"
     if any((rows := curves(out, points)).values()):
         draw(rows, out / "curves.png")
         written += ", curves.png"
-    return "\n".join([*tables, f"{out}: {written}"])
+    text = "\n".join([*tables, f"{out}: {written}"])
+    if failed:
+        print(text, flush=True)
+        raise UserError(
+            f"{len(failed)} of {len(points)} runs failed: {', '.join(failed)}; see above. The same "
+            "command tries them again"
+        )
+    return text
 
 
 def main() -> int:
@@ -190,6 +278,7 @@ def main() -> int:
         help="runs at a time, each on its share of the CPU cores (Linux)",
     )
     args = parser.parse_args()
+    heed_sigterm()
     return printed("comparison", lambda: run(args.study, args.out, args.parallel))
 
 

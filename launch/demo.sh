@@ -11,7 +11,8 @@ use_huge_pages
 sounds=uss_jax/assets
 records=out/data/bundled/1.0.0
 run=out/demo
-export PYTHONUNBUFFERED=1 JAX_NUM_CPU_DEVICES=2
+# 4 or 8 accelerators do not divide its batch of 6.
+export PYTHONUNBUFFERED=1 JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" JAX_NUM_CPU_DEVICES=2
 uss_jax=.venv/bin/uss-jax
 
 mkdir -p "$run"
@@ -28,7 +29,10 @@ fi
 $uss_jax mine --records "$records" --split train --sed yamnet --out "$run/anchors.npz"
 $uss_jax train --config configs/demo.py --workdir "$run/separator" \
     --config.data.records="$records" --config.anchors.table="$run/anchors.npz" "$@"
-rm -rf "$run/bundle"
+rm -rf "$run/bundle.new"
 $uss_jax export "$run/separator" --format safetensors --without-packaged \
-    --licence Apache-2.0 --out "$run/bundle"
-printf '\n%s is a model as the package holds one in %s. The card there has the figures of its own\nweights: before you share yours, evaluate them and write a card.md.\n' "$run/bundle" "$sounds/separator"
+    --licence Apache-2.0 --out "$run/bundle.new"
+rm -rf "$run/bundle"
+mv "$run/bundle.new" "$run/bundle"
+printf '\n%s is a model as the package holds one in %s. The card there has the figures of its own\nweights: before you share yours, evaluate them, write %s and run this again.\n' \
+    "$run/bundle" "$sounds/separator" "$run/separator/card.md"

@@ -13,8 +13,8 @@ sounds=uss_jax/assets/demo
 records=out/data/demo/1.0.0
 runs="out/seed$seed"
 export PYTHONUNBUFFERED=1
-# Two CPU devices share each batch, as the chips of a pod would.
-export JAX_NUM_CPU_DEVICES=2
+# Two CPU devices share each batch of 6, as the chips of a pod would; 4 or 8 do not divide it.
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" JAX_NUM_CPU_DEVICES=2
 
 step() {
     printf '\n== %s\n' "$1"
@@ -43,7 +43,7 @@ step "Build mixtures of held-out recordings" make-pairs --records "$records" --s
     --out "$runs/pairs" --overwrite
 step "Evaluate the separation of these mixtures" evaluate pairs --model "$runs/separator" \
     --data "$runs/pairs" --train-records "$records" --bank "$runs/classes.npz" \
-    --examples 3 --out-dir out --out out/results.json
+    --examples 3 --out-dir out --out "$runs/results.json"
 mixture="$(ls "$PWD"/out/example2_*_mixture.wav)"
 class="${mixture##*/example2_}"
 step "Separate one of these mixtures, with the class of its target as query" separate "$mixture" \
@@ -54,5 +54,5 @@ step "Separate it by the top level of the ontology" separate "$mixture" --model 
 
 printf '\nDone in %d s. In out/: example*.wav and example*.png (mixture, target, estimate),\n' \
     $((SECONDS - began))
-printf 'results.json (all metrics), separated/ and levels/ (sounds). The trained model is in %s/.\n' \
+printf 'separated/ and levels/ (sounds). The trained model and its results.json (all metrics) are in %s/.\n' \
     "$runs"

@@ -6,5 +6,5 @@ source launch/environment.sh
 make_environment 'test'
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-# A file to a process: what its tests share is made once.
-exec .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
+# A file to a process: what its tests share is made once. In the order of tests/conftest.py.
+exec .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

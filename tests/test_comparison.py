@@ -1,10 +1,12 @@
 """The comparison of runs, with a program that is quick: its SDRi follows from name and seed."""
 
+import concurrent.futures
 import importlib.util
 import json
 import os
 import re
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -30,27 +32,36 @@ if words[0] == "train":
         print(len(os.sched_getaffinity(0)), file=starts)
     if os.environ.get("FAIL") == workdir.name:
         sys.exit(3)
+    assert os.environ.get("HALF", "0") == leaves["seed"]
     best = float(leaves["gain"]) + float(leaves["seed"]) / 10
     (workdir / "made").write_text(json.dumps([after("--config"), best]))
     lines = [{"step": n, "eval/sdri": best * n / 20} for n in (10, 20)] + [{"step": 20}]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
 else:
-    assert words[1] == "pairs" and "--recordings" in words
+    assert "LAUNCHED" not in os.environ and words[1] == "pairs" and "--recordings" in words
     _, best = json.loads((pathlib.Path(after("--model")) / "made").read_text())
+    assert ("seed-1" in after("--model")) == ("HALF" in os.environ)
     best += 1 if after("--data") == "easy" else 0
-    rows = [("oracle", "all", best), ("oracle", "music", 9.0), ("half the mixture", "all", 3.0)]
-    rows += [("class average", "all", best - 1)] if after("--data") == "easy" else []
-    rows = [dict(zip(("query", "group", "sdri"), row)) for row in rows]
-    pathlib.Path(after("--out")).write_text(json.dumps({"rows": rows}))
+    rows = [("oracle", "all", best, 1.0, 8), ("oracle", "music", 9.0, 9.0, 2)]
+    rows += [("half the mixture", "all", 3.01, -0.001, 8), ("the mixture", "all", 0.0, 0.0, 8)]
+    if after("--data") == "easy":
+        rows += [("class average", "all", best - 1, 0.5, 6)]
+        rows += [("16 recordings", "all", 1.0, 0.0, 8)] if best > 5 else []
+    rows = [dict(zip(("query", "group", "sdri", "si_sdri", "pairs"), row)) for row in rows]
+    text = json.dumps({"rows": rows, "how": {"data": after("--data")}})
+    pathlib.Path(after("--out")).write_text(text)
 """
 
 
 @pytest.fixture
-def comparison(monkeypatch):
+def comparison(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(LAUNCH))
     spec = importlib.util.spec_from_file_location("comparison", LAUNCH / "comparison.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    # Trained by `launch`, evaluated by the plain command.
+    monkeypatch.setattr(module, "TRAIN", [sys.executable, str(tmp_path / "program.py")])
+    monkeypatch.setattr(sys.modules["scaling_study"], "_ending", threading.Event())
     return module
 
 
@@ -59,10 +70,10 @@ def study(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     content = {
         "config": "configs/demo.py",
-        "launch": [sys.executable, str(tmp_path / "program.py")],
+        "launch": ["env", "LAUNCHED=1", sys.executable, str(tmp_path / "program.py")],
         "grid": {
             "asked": {"own": {"gain": 2}, "other": {"gain": 4, "config": "configs/bandsplit.py"}},
-            "seed": {"0": {"seed": 0}, "1": {"seed": 1}},
+            "seed": {"0": {"seed": 0}, "1": {"seed": 1, "HALF": 1}},
         },
         "pairs": {"easy": "easy", "hard": "hard"},
         "evaluate": ["--recordings", "1"],
@@ -73,34 +84,41 @@ def study(tmp_path):
 
 
 def test_seeds_become_one_row_and_a_stopped_comparison_goes_on(
-    comparison, study, tmp_path, monkeypatch
+    comparison, study, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "out"
-    monkeypatch.setenv("FAIL", "asked-other_seed-1")
-    with pytest.raises(UserError, match="asked-other_seed-1: training ended with status 3"):
+    monkeypatch.setenv("FAIL", "asked-own_seed-1")
+    with pytest.raises(UserError, match=r"1 of 4 runs failed: asked-own_seed-1; see above"):
         comparison.run(study, out, 1)
-    assert not (out / "table.md").exists()
+    told = capsys.readouterr()
+    assert "asked-own_seed-1: training ended with status 3" in told.err
+    # Of the runs that did not fail.
+    assert (out / "table.md").read_text() in told.out
+    assert "| own | 1 | 8 | 3.00 / 1.00 | 3.01 / 0.00 | 2.00 / 0.50 (6 pairs) |" in told.out
+    assert "| other | 2 | 8 | 5.05 ± 0.07 / 1.00 |" in told.out
     monkeypatch.delenv("FAIL")
     said = comparison.run(study, out, 2)
     assert (out / "table.md").read_text() in said
     easy, hard = re.findall(r"SDRi in dB, (?:easy|hard)\n\n((?:\|.*\n)+)", said)
     assert easy.splitlines() == [
-        "| asked | seeds | oracle | class average |",
-        "| --- | --- | --- | --- |",
-        "| own | 2 | 3.05 ± 0.07 | 2.05 ± 0.07 |",
-        "| other | 2 | 5.05 ± 0.07 | 4.05 ± 0.07 |",
+        "| asked | seeds | pairs | oracle | half the mixture | class average | 16 recordings |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| own | 2 | 8 | 3.05 ± 0.07 / 1.00 | 3.01 ± 0.00 / 0.00 | 2.05 ± 0.07 / 0.50 (6 pairs) "
+        "|  |",
+        "| other | 2 | 8 | 5.05 ± 0.07 / 1.00 | 3.01 ± 0.00 / 0.00 | 4.05 ± 0.07 / 0.50 (6 pairs) "
+        "| 1.00 / 0.00 (n = 1) |",
     ]
-    assert hard.splitlines()[2] == "| own | 2 | 2.05 ± 0.07 |"
+    assert hard.splitlines()[2] == "| own | 2 | 8 | 2.05 ± 0.07 / 1.00 | 3.01 ± 0.00 / 0.00 |"
     starts = {path.parent.name: path.read_text().split() for path in out.glob("*/starts")}
     assert {name: len(times) for name, times in starts.items()} == {
         "asked-own_seed-0": 1,
-        "asked-own_seed-1": 1,
+        "asked-own_seed-1": 2,
         "asked-other_seed-0": 1,
-        "asked-other_seed-1": 2,
+        "asked-other_seed-1": 1,
     }
     whole = len(os.sched_getaffinity(0))
     assert starts["asked-own_seed-0"] == [str(whole)]  # of the first, which ran one at a time
-    assert starts["asked-other_seed-1"][1] in {str(whole // 2), str(whole - whole // 2)}
+    assert starts["asked-own_seed-1"][1] in {str(whole // 2), str(whole - whole // 2)}
     config, _ = json.loads((out / "asked-other_seed-0" / "made").read_text())
     assert config == "configs/bandsplit.py"
     assert (out / "curves.png").stat().st_size > 5000
@@ -111,13 +129,90 @@ def test_runs_at_a_time_share_the_cores(comparison, study, tmp_path, monkeypatch
     given = []
     monkeypatch.setattr(comparison, "train", lambda *words: given.append(words[-1]))
     monkeypatch.setattr(comparison, "evaluate", lambda *words: given.append(words[-1]))
-    points = comparison.run_all(comparison.read_study(study, {"pairs", "evaluate"}), tmp_path, 2)
-    assert len(points) == 4
+    failed = comparison.run_all(comparison.read_study(study, {"pairs", "evaluate"}), tmp_path, 2)
+    assert failed == []
     assert len(given) == 8
     assert set(map(frozenset, given)) == {frozenset({0}), frozenset({1})}
     given.clear()
     comparison.run_all(comparison.read_study(study, {"pairs", "evaluate"}), tmp_path, 1)
     assert given == [None] * 8
+
+
+def _edited(study, **changed):
+    study.write_text(json.dumps({**json.loads(study.read_text()), **changed}))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"set": {"schedule.learning_rate": 0.1}},
+        {"config": "configs/quickstart.py"},
+        {"evaluate": ["--recordings", "4"]},
+        {"pairs": {"easy": "hard"}},
+    ],
+)
+def test_an_edited_study_is_refused_before_it_trains(comparison, study, tmp_path, changed):
+    out = tmp_path / "out"
+    comparison.run(study, out, 1)
+    table = (out / "table.md").read_bytes()
+    _edited(study, **changed)
+    with pytest.raises(UserError, match="give another --out"):
+        comparison.run(study, out, 1)
+    assert (out / "table.md").read_bytes() == table
+    assert all(len(path.read_text().split()) == 1 for path in out.glob("*/starts"))
+
+
+def test_the_environment_and_more_points_or_pairs_are_no_other_study(comparison, study, tmp_path):
+    out = tmp_path / "out"
+    comparison.run(study, out, 1)
+    content = json.loads(study.read_text())
+    content["grid"]["asked"]["more"] = {"gain": 6}
+    _edited(
+        study,
+        set={"JAX_NUM_CPU_DEVICES": 1},
+        grid=content["grid"],
+        pairs={**content["pairs"], "more": "hard"},
+    )
+    assert "| more | 2 |" in comparison.run(study, out, 1)
+    # Results of before there was a record are taken as they are, and settings of a run that has
+    # not reported yet may change.
+    for record in out.glob("*/run.json"):
+        record.unlink()
+    _edited(study, set={"schedule.learning_rate": 0.1})
+    comparison.run(study, out, 1)
+    (out / "asked-new_seed-0").mkdir()
+    (out / "asked-new_seed-0" / "run.json").write_text("{}")
+    content["grid"]["asked"]["new"] = {"gain": 6}
+    _edited(study, grid=content["grid"])
+    assert "| new | 2 |" in comparison.run(study, out, 1)
+
+
+def test_what_ends_the_comparison_ends_its_trainings(comparison, study, tmp_path, monkeypatch):
+    def wait(futures):
+        while not (tmp_path / "ready").exists():
+            assert not any(future.done() for future in futures)
+        raise SystemExit(143)
+
+    (tmp_path / "program.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        f"place = pathlib.Path({str(tmp_path)!r})\n"
+        "def save(*_): (place / 'saved').touch(); sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "(place / 'ready').touch()\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(concurrent.futures, "as_completed", wait)
+    with pytest.raises(SystemExit, match="143"):
+        comparison.run(study, tmp_path / "out", 1)
+    assert (tmp_path / "saved").exists()
+    assert len(list((tmp_path / "out").iterdir())) == 1
+
+
+def test_a_command_that_cannot_be_started_is_said(comparison, study, tmp_path, capsys):
+    _edited(study, launch=[str(tmp_path / "none")])
+    with pytest.raises(UserError, match="4 of 4 runs failed"):
+        comparison.run(study, tmp_path / "out", 1)
+    assert "none cannot be started (No such file or directory)" in capsys.readouterr().err
 
 
 def test_curves_are_the_mean_of_the_seeds_and_their_range(comparison, study, tmp_path):
@@ -153,7 +248,7 @@ def test_pairs_may_have_any_name(comparison, study, tmp_path):
     pairs = {"metrics": "easy", "a/b": "hard"}
     study.write_text(json.dumps({**json.loads(study.read_text()), "pairs": pairs}))
     said = comparison.run(study, tmp_path / "out", 1)
-    assert "SDRi in dB, a/b" in said
+    assert "SDRi / SI-SDRi in dB, a/b" in said
     assert "3.05" in said
 
 

@@ -4,10 +4,12 @@ import pathlib
 import re
 import shlex
 
+import jax
 import pytest
 
 from uss_jax.cli.config import load_config
 from uss_jax.cli.main import COMMANDS, build_parser
+from uss_jax.training.settings import separator_settings
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What stands for more words, or for a variable of the shell.
@@ -25,7 +27,8 @@ def _commands():
 
 
 @pytest.mark.parametrize("line", list(_commands()))
-def test_commands_of_the_readmes_are_taken(line):
+def test_commands_of_the_readmes_are_taken(line, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     command, *words = shlex.split(line, comments=True)[1:]
     assert command in COMMANDS
     overrides = [word for word in words if word.startswith("--config.")]
@@ -34,7 +37,20 @@ def test_commands_of_the_readmes_are_taken(line):
         rest += ["--config", "resunet30", "--workdir", "run"]
     args = build_parser(command).parse_args(rest)
     if command.startswith("train"):
-        load_config(args.config, overrides)
+        config = load_config(args.config, overrides)
+        if command == "train":
+            separator_settings(config)
+
+
+def test_the_config_for_thousands_of_clips_takes_the_words_of_the_small_one(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    small = "uss-jax train --config quickstart:part=separator --workdir runs/separator"
+    (line,) = (line for line in _commands() if line.startswith(small))
+    words = [word for word in shlex.split(line) if word.startswith("--config.")]
+    said = (ROOT / "README.md").read_text().split("For thousands of clips")[1]
+    config, *keys = re.findall("`([a-z0-9_.:]+=[^`]+)`", said.split("YAMNet finds")[0])
+    assert "query.kind=class_vectors" in keys
+    separator_settings(load_config(config, words + [f"--config.{key}" for key in keys]))
 
 
 def test_there_are_commands_to_test():

@@ -19,7 +19,7 @@ from uss_jax.ontology import load_ontology
 
 torch = pytest.importorskip("torch")
 
-PYTHONS = os.environ.get("USS_ORIGINAL_PYTHONS", "").split()
+PYTHONS = [path for path in os.environ.get("USS_ORIGINAL_PYTHONS", "").split(os.pathsep) if path]
 PROGRAM = pathlib.Path(__file__).with_name("original_program.py")
 
 

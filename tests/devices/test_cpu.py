@@ -5,11 +5,14 @@ import sys
 
 import pytest
 
+from uss_jax.devices import cpu
+
 _SCRIPT = """
+import ctypes
 import resource
 import threading
 import numpy as np
-from uss_jax.devices.memory import keep_freed_memory
+from uss_jax.devices.cpu import tune_for_cpu
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -18,7 +21,10 @@ def work():
     for _ in range(20):
         np.ones(48 << 20, np.uint8)
 
-keep_freed_memory()
+# Huge pages, as this machine or numpy may ask for, would hide how often pages are asked for.
+PR_SET_THP_DISABLE = 41
+assert ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0) == 0
+tune_for_cpu()
 work()
 before = faults()
 thread = threading.Thread(target=work)
@@ -42,12 +48,28 @@ def test_memory_is_kept_on_a_cpu_unless_somebody_has_chosen(environment, kept):
     others = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("MALLOC_", "JAX_PLATFORMS"))
+        if not name.startswith(("MALLOC_", "GLIBC_TUNABLES", "JAX_PLATFORMS"))
     }
-    # numpy's own request for huge pages would hide how often pages are asked for.
-    alone = {**others, "NUMPY_MADVISE_HUGEPAGE": "0", **environment}
+    alone = {**others, **environment}
     ran = subprocess.run(
         [sys.executable, "-c", _SCRIPT], env=alone, capture_output=True, text=True, check=True
     )
     # Another thread takes 20 times 48 MB, 12,288 pages each.
     assert (int(ran.stdout) < 20_000) == kept, ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "platforms", "wanted"),
+    [
+        ("", "cpu", "--xla_backend_optimization_level=2"),
+        ("--xla_dump_to=a", "cpu", "--xla_dump_to=a --xla_backend_optimization_level=2"),
+        ("--xla_backend_optimization_level=3", "cpu", "--xla_backend_optimization_level=3"),
+        ("", "cuda", ""),
+    ],
+)
+def test_compilation_leaves_out_the_last_level_on_a_cpu(flags, platforms, wanted, monkeypatch):
+    monkeypatch.setattr(cpu, "_keep_freed_memory", lambda: None)
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    cpu.tune_for_cpu()
+    assert os.environ["XLA_FLAGS"] == wanted

@@ -153,7 +153,8 @@ class Parts:
                 self._assemble(table)
         except InUse:
             return False
-        except FileNotFoundError:  # another host has just assembled and removed the parts
+        except (FileNotFoundError, UserError):
+            # Another host may just have assembled and removed the parts.
             if not output.complete(output.table()):
                 raise
         return True

@@ -126,8 +126,21 @@ def read_header(path: str | os.PathLike) -> dict[str, Any]:
     return _read(pathlib.Path(path))[0]
 
 
-def read_table(path: str | os.PathLike, index: RecordIndex, segment_samples: int) -> AnchorTable:
+def read_table(
+    path: str | os.PathLike,
+    index: RecordIndex,
+    segment_samples: int,
+    asker: str = "the config",
+    remedy: str = "change config.segment_seconds",
+) -> AnchorTable:
     """Reads a table that was mined for these records and this segment length.
+
+    Args:
+      path: the table.
+      index: index of the records.
+      segment_samples: length of the segments, in samples.
+      asker: what has this length, for the message.
+      remedy: what to do if the table's is another, apart from mining again, for the message.
 
     Raises:
       UserError: the table cannot be read, is damaged, or has other records or segment length.
@@ -141,8 +154,8 @@ def read_table(path: str | os.PathLike, index: RecordIndex, segment_samples: int
         )
     if header["segment_samples"] != segment_samples:
         raise UserError(
-            f"{path} has anchors of {header['segment_samples']} samples, the config asks "
-            f"for {segment_samples}; change config.segment_seconds or {_AGAIN}"
+            f"{path} has anchors of {header['segment_samples']} samples, {asker} asks for "
+            f"{segment_samples}; {remedy} or {_AGAIN}"
         )
     _check(path, columns, index, segment_samples)
     return AnchorTable.of(header, columns)

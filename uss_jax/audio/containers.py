@@ -272,11 +272,24 @@ def wav_without_length(data: Bytes | memoryview) -> bytes | None:
     while at + 8 <= len(data):
         name, size = struct.unpack("<4sI", data[at : at + 8])
         if name == b"data":
-            unsaid = size == 0 and at + 8 < len(data)
+            unsaid = size == 0 and at + 8 < len(data) and not _is_whole_riff(data, at + 8)
             # Recorders write this size to a pipe; libsndfile reads it as "to the end".
             return bytes(data[: at + 4]) + b"\xff\xff\xff\xff" if unsaid else None
         at += 8 + size + size % 2
     return None
+
+
+def _is_whole_riff(data: Bytes | memoryview, at: int) -> bool:
+    """Returns whether a RIFF file states its length, and whole chunks fill it from an offset on."""
+    if struct.unpack("<I", data[4:8])[0] != len(data) - 8:
+        return False
+    while at + 8 <= len(data):
+        name, size = struct.unpack("<4sI", data[at : at + 8])
+        if not all(0x20 <= byte < 0x7F for byte in name):  # samples, as of silence
+            return False
+        at += 8 + size + size % 2
+    # The last chunk may lack its padding.
+    return at in (len(data), len(data) + 1)
 
 
 def flac_samples(data: Bytes) -> int | None:

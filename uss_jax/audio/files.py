@@ -9,14 +9,14 @@ import os
 import pathlib
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import soundfile
 from jaxtyping import Float32
 
 from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE, mended
-from uss_jax.audio.resampling import mono, resample
+from uss_jax.audio.resampling import mono, mono_alike, resample
 from uss_jax.disk.atomic import replacing
 from uss_jax.disk.opening import absence
 from uss_jax.errors import UserError, one_line
@@ -58,14 +58,19 @@ def find_recordings(
     root, entered = os.path.realpath(folder), set()
 
     def enters(where: str, name: str) -> bool:
+        if name.startswith("."):
+            return False
         inner = os.path.join(where, name)
-        if name.startswith(".") or not os.path.islink(inner):
-            return not name.startswith(".")
         real = os.path.realpath(inner)
-        below = pathlib.Path(os.path.relpath(real, root)).parts
-        # What is below the folder is found where it is, unless a hidden folder or ".." is above it.
-        found = not any(part.startswith(".") for part in below)
-        if found or real in entered or pathlib.Path(root).is_relative_to(real):
+        if os.path.islink(inner):
+            below = pathlib.Path(os.path.relpath(real, root)).parts
+            # What is below the folder is found where it is, unless a hidden folder or ".." is above
+            # it.
+            found = not any(part.startswith(".") for part in below)
+            if found or pathlib.Path(root).is_relative_to(real):
+                return False
+        # Below a link too: its folders may be linked to by themselves.
+        if real in entered:
             return False
         entered.add(real)
         return True
@@ -252,6 +257,20 @@ def read_mono(
     """Reads a file as mono at the given sampling rate in Hz; see `mono` and `read_audio`."""
     waveform, file_rate = read_audio(path, seconds, begin_seconds, accept_truncated)
     return resample(mono(waveform), file_rate, sample_rate)
+
+
+def read_alike(
+    paths: Sequence[str | os.PathLike], sample_rate: int
+) -> list[Float32[np.ndarray, " _"]]:
+    """Reads recordings of the same sounds as mono, at a sampling rate in Hz.
+
+    All are reduced by one choice, see `mono_alike`, unless their numbers of channels differ.
+    """
+    read = [read_audio(path) for path in paths]
+    waveforms = [waveform for waveform, _ in read]
+    alike = len({len(waveform) for waveform in waveforms}) == 1
+    ones = mono_alike(waveforms) if alike else map(mono, waveforms)
+    return [resample(one, rate, sample_rate) for one, (_, rate) in zip(ones, read, strict=True)]
 
 
 def write_wav(

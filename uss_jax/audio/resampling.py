@@ -3,7 +3,7 @@
 Letters: `c` channels, `t` and `u` samples. Waveforms are float32 in [-1, 1].
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import soxr
@@ -15,11 +15,20 @@ _CANCELLED = 1e-4
 
 def mono(waveform: Float32[np.ndarray, "c t"]) -> Float32[np.ndarray, " t"]:
     """Returns the mean of the channels, or the loudest channel if they cancel each other."""
-    mean = waveform.mean(axis=0)
-    energy = np.square(waveform).sum(axis=1)
-    if np.square(mean).sum() < _CANCELLED * energy.mean():
-        return waveform[np.argmax(energy)]
-    return mean
+    return mono_alike([waveform])[0]
+
+
+def mono_alike(waveforms: Sequence[Float32[np.ndarray, "c _"]]) -> list[Float32[np.ndarray, "_"]]:
+    """Returns the mean of the channels of each, or the same channel of each if any's cancel.
+
+    That channel is the one in which the first waveform is loudest. They have equally many channels.
+    """
+    means = [waveform.mean(axis=0) for waveform in waveforms]
+    energies = [np.square(waveform).sum(axis=1) for waveform in waveforms]
+    for mean, energy in zip(means, energies, strict=True):
+        if np.square(mean).sum() < _CANCELLED * energy.mean():
+            return [waveform[np.argmax(energies[0])] for waveform in waveforms]
+    return means
 
 
 def resample(

@@ -100,6 +100,11 @@ class Bundle:
         """True for the workdir of a run."""
         return (self.path / "checkpoints").is_dir()
 
+    @property
+    def step(self) -> int | None:
+        """Step of the checkpoint that trained parts are read from; None if there is none."""
+        return self._trained[0]
+
     def holds(self, part: str) -> bool:
         """Returns whether the model has variables of a part."""
         query = self.config.get("query", {})
@@ -112,10 +117,16 @@ class Bundle:
             return query.get("model") is not None
         return part in self.config
 
+    def section(self, part: str) -> dict[str, Any]:
+        """Returns a part's section of the config; raises a UserError if there is none."""
+        if part not in self.config:
+            raise UserError(f"{self.path} has no {part}; it is a {self.config['kind']} bundle")
+        return self.config[part]
+
     def separator(self, read: Read | None = None) -> tuple[SeparatorNet, Variables]:
         """Returns the separator and its variables."""
         separator, variables = self._built(
-            "separator", nets.build_separator, self._section("separator"), read
+            "separator", nets.build_separator, self.section("separator"), read
         )
         if "query" in self.config:
             width = self._query_net().width
@@ -128,7 +139,7 @@ class Bundle:
 
     def sed(self, read: Read | None = None) -> tuple[TaggingNet, Variables]:
         """Returns the sound event detector and its variables."""
-        sed, variables = self._built("sed", nets.build_sed, self._section("sed")["model"], read)
+        sed, variables = self._built("sed", nets.build_sed, self.section("sed")["model"], read)
         self._require_audioset(sed, "sed")
         return sed, variables
 
@@ -193,7 +204,7 @@ class Bundle:
         in_file = read_parts(self.path / PARTS_FILE)
         if found := in_file.get(part) or in_file.get(_TRAINED_AS.get(part)):
             return {"batch_stats": {}, **found}
-        params, stats = self._trained
+        _, params, stats = self._trained
         if (name := _TRAINED_AS.get(part, part)) in params:
             return {"params": params[name], "batch_stats": stats.get(name, {})}
         if in_file and part in self.config.get("hashes", {}):
@@ -207,22 +218,22 @@ class Bundle:
         )
 
     @functools.cached_property
-    def _trained(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Parameters and statistics by net, of a run's newest checkpoint; empty if there is none.
+    def _trained(self) -> tuple[int | None, dict[str, Any], dict[str, Any]]:
+        """Step, parameters and statistics by net, of a run's newest checkpoint, if there is one.
 
         Read at one time: a run may write another checkpoint before the next part is asked for, and
         a separator does not know the conditions of another step's query net.
         """
         step = latest_step(self.path / "checkpoints")
         if step is None:
-            return {}, {}
+            return None, {}, {}
         with Checkpoints(self.path / "checkpoints", keep=None) as checkpoints:
             items = checkpoints.items(step)
             params = checkpoints.read(step, "ema" if self.averaged and "ema" in items else "params")
             # A separator without batch norm has no statistics.
             stats = checkpoints.read(step, "batch_stats") if "batch_stats" in items else {}
         # Nets of the query are under `query`.
-        return {**params, **params.get("query", {})}, {**stats, **stats.get("query", {})}
+        return step, {**params, **params.get("query", {})}, {**stats, **stats.get("query", {})}
 
     def frozen_or_zeros(self, part: str) -> Variables:
         """Reads a part of a run's query that does not train; zeros for one that does.
@@ -255,7 +266,7 @@ class Bundle:
         return packaged_taggers().get(wanted)
 
     def _query_net(self) -> QueryNet:
-        section = {"kind": "soft", **self._section("query")}
+        section = {"kind": "soft", **self.section("query")}
         return nets.build_query(section, section.get("model"))
 
     def _require_audioset(self, net: TaggingNet, part: str) -> None:
@@ -266,11 +277,6 @@ class Bundle:
                 f"{self.path}: {part}.model.sample_rate is {net.sample_rate}, the bundle's "
                 f"sample_rate {self.config['sample_rate']}; both must be the same"
             )
-
-    def _section(self, part: str) -> dict[str, Any]:
-        if part not in self.config:
-            raise UserError(f"{self.path} has no {part}; it is a {self.config['kind']} bundle")
-        return self.config[part]
 
     def _built(
         self, part: str, build: Any, fields: Any, read: Read | None

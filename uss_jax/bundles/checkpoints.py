@@ -60,9 +60,9 @@ class _NewestAndBest:
     best_by: str
 
     def value(self, figures: Mapping[str, float] | None) -> float:
-        """Returns the metric by which checkpoints are compared; -inf without an evaluation."""
+        """Returns the metric by which checkpoints are compared; -inf if there is none, or NaN."""
         found = (figures or {}).get(self.best_by, np.nan)
-        return -np.inf if np.isnan(found) else found
+        return found if np.isfinite(found) else -np.inf
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         del context
@@ -118,15 +118,21 @@ class Checkpoints:
 
     def _leave_out_wrong_notes(self, writing: bool) -> None:
         for name, rule in _READ_AT_ONCE.items():
+            if name == _METRICS and not writing:  # orbax then reads none
+                continue
             for path in self._directory.glob(f"*/{name}"):
+                step = self._directory / path.relative_to(self._directory).parts[0]
                 try:
                     parse_json(path.read_bytes(), rule)
+                except FileNotFoundError:  # another process has just removed it
+                    continue
+                except OSError as error:
+                    why = f"{name} cannot be read: {error.strerror}"
+                    raise DamagedCheckpoint(step, why) from error
                 except ValueError as error:
-                    if writing:
-                        path.unlink()
-                    elif name != _METRICS:
-                        step = self._directory / path.relative_to(self._directory).parts[0]
+                    if not writing:
                         raise DamagedCheckpoint(step, f"{name} {error}") from error
+                    path.unlink(missing_ok=True)
 
     @property
     def latest_step(self) -> int | None:

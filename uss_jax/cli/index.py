@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from uss_jax.data.foreign import find_schema
     from uss_jax.data.indexing import build_index
-    from uss_jax.data.metadata import write_format
+    from uss_jax.data.metadata import check_indexed_format, enter_indexed_format
     from uss_jax.data.schema import read_schema
     from uss_jax.data.shards import splits
     from uss_jax.data.storage import versions_below
@@ -55,9 +55,12 @@ def run(args: argparse.Namespace) -> None:
             '"*.tfrecord"'
             f"{versions_below(args.directory)}"
         )
-    for split in found:
+    for at, split in enumerate(found):
         schema, new = find_schema(args.directory, split, given)
+        # Splits that come later are not compared: they get this format too, or are refused then.
+        form = found[at:], schema.sample_rate, schema.encoding
         if new:
+            check_indexed_format(args.directory, *form)
             print(
                 f"{split}: id in {schema.id!r}, audio in {schema.audio!r} ({schema.encoding}), "
                 f"labels in {schema.labels!r} ({schema.label_form}), {schema.sample_rate} Hz",
@@ -65,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
             )
         index = build_index(args.directory, split, schema, args.workers)
         if new:
-            write_format(args.directory, schema.sample_rate, schema.encoding)
+            enter_indexed_format(args.directory, *form)
         gigabytes = int(index.shard_bytes.sum()) / 1e9
         print(
             f"{split}: {counted(len(index), 'record')} in {counted(len(index.shards), 'shard')}, "

@@ -19,10 +19,10 @@ from uss_jax.bundles.checkpoints import latest_step
 from uss_jax.bundles.packaged import find_bundle
 from uss_jax.bundles.tensors import read_tensors
 from uss_jax.bundles.text_encoder import TOKENIZER, read_encoder
-from uss_jax.data.index import RecordIndex, load_index
+from uss_jax.data.index import RecordIndex, indexed_splits, load_index
 from uss_jax.data.metadata import read_encoding, read_sample_rate
 from uss_jax.data.shards import splits
-from uss_jax.data.storage import versions_below
+from uss_jax.data.storage import open_folder, versions_below
 from uss_jax.disk.checked_json import number, parse_json, record, whole
 from uss_jax.disk.checked_npz import names_in_npz, read_npz
 from uss_jax.disk.folder import HEADER
@@ -129,7 +129,7 @@ def _of_model(path: pathlib.Path) -> list[str]:
             f"{foreign.name}: {counted(count, 'tensor')} of the converted checkpoint, unchanged"
         )
     if "training" in config:
-        lines += _history(path, config)
+        lines += _history(bundle)
     if card := read_card(path):
         lines += ["model card:", *(f"  {line}" for line in card.splitlines())]
     return lines
@@ -190,16 +190,16 @@ def _of_part(bundle: Bundle, part: str, variables: Variables, found: str) -> Ite
     yield from (f"  {name:<18}{size:>12,}" for name, size in sizes.items())
 
 
-def _history(path: pathlib.Path, config: dict[str, Any]) -> Iterator[str]:
-    training = config["training"]
-    step = config.get("step") or latest_step(path / "checkpoints") or 0
+def _history(bundle: Bundle) -> Iterator[str]:
+    training = bundle.config["training"]
+    step = bundle.config.get("step") or bundle.step or 0
     total, batch = training.get("total_steps"), training.get("global_batch")
     total = counted(total, "step") if isinstance(total, int) else "an unknown number of steps"
     yield f"trained: {step:,} of {total}, global batch {batch}"
     data = training.get("data")
     if isinstance(data, dict):
         yield f"data: {data.get('records')} ({data.get('split')}), seed {training.get('seed')}"
-    metrics = path / "metrics.jsonl"
+    metrics = bundle.path / "metrics.jsonl"
     if metrics.is_file() and (last := _last_metrics(metrics)):
         values = ", ".join(f"{k} {v:.4g}" for k, v in last.items() if k != "step")
         yield f"metrics of step {last['step']}: {values}"
@@ -233,7 +233,7 @@ def _is_number(value: Any) -> bool:
 def _of_records(path: pathlib.Path) -> Iterator[str]:
     rate = read_sample_rate(path)
     yield f"{path}: records at {rate} Hz, {read_encoding(path)}"
-    for split in splits(path):
+    for split in sorted({*splits(path), *indexed_splits(open_folder(path))}):
         index = load_index(path, split)
         seconds = int(index.samples.astype(np.int64).sum()) / rate
         units = (("h", 3600), ("minutes", 60), ("s", 1))

@@ -12,7 +12,7 @@ from typing import NoReturn
 import uss_jax
 from uss_jax.cli.compiling import long_compilations_reported
 from uss_jax.cli.interrupt import end_on_interrupt
-from uss_jax.devices.memory import keep_freed_memory
+from uss_jax.devices.cpu import tune_for_cpu
 from uss_jax.disk.atomic import full, is_full
 from uss_jax.disk.leaving import leave
 from uss_jax.errors import NotHeard, Stopped, UserError, one_line, tell
@@ -37,6 +37,7 @@ COMMANDS = {
 }
 _COMPILING = {"train-tagger", "mine", "train", "make-pairs", "evaluate", "separate", "query"}
 _COMPILING |= {"export", "tag", "captions"}
+_WITH_CONFIG = {"train-tagger", "train"}
 
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:
@@ -84,11 +85,12 @@ def main(argv: list[str] | None = None) -> int:
         parser = build_parser(command)
         if command is None:
             parser.parse_args(argv)
-        # Config overrides are parsed later, against the types in the config.
-        overrides = [word for word in argv[1:] if word.startswith("--config.")]
-        args = parser.parse_args([word for word in argv[1:] if word not in overrides])
+        words, overrides = argv[1:], []
+        if command in _WITH_CONFIG:  # parsed later, against the types in the config
+            overrides = [word for word in words if word.startswith("--config.")]
+        args = parser.parse_args([word for word in words if word not in overrides])
         args.config_overrides = overrides
-        keep_freed_memory()
+        tune_for_cpu()
         _print_any_name()
         with long_compilations_reported() if command in _COMPILING else contextlib.nullcontext():
             args.run(args)

@@ -13,6 +13,7 @@ With --show, draws the anchors of one clip over its spectrogram instead.
 """
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -31,9 +32,20 @@ from uss_jax.errors import UserError, counted
 if TYPE_CHECKING:
     from uss_jax.anchors.mine import Query
     from uss_jax.anchors.table import AnchorTable
+    from uss_jax.bundles.model import Model
     from uss_jax.data.index import RecordIndex
     from uss_jax.models.tagging import TaggingNet
 
+# Values of options that are not given; they have no effect with --show.
+_DEFAULTS = {
+    "candidates": 4,
+    "min_dbfs": -60.0,
+    "rule": "uss",
+    "batch": 16,
+    "threads": 4,
+    "host": 0,
+    "hosts": 1,
+}
 # A median score below this means that the detector does not know the classes.
 _GUESSING = 0.02
 
@@ -69,7 +81,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--candidates",
         type=whole(1, 64),
-        default=4,
         metavar="K",
         help="anchors per label; default: 4. With --query, each of them has a condition",
     )
@@ -83,34 +94,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-dbfs",
         type=number(-1000, 0),
-        default=-60.0,
         metavar="DB",
         help="skip segments below this level in dBFS; default: -60; -1000 skips none",
     )
     parser.add_argument(
         "--rule",
         choices=("uss", "htsat"),
-        default="uss",
         help="rule that chooses anchors: that of bytedance/uss (default), or that of HTS-AT's own "
         "separation program, for HTS-AT as detector",
     )
     parser.add_argument(
         "--batch",
         type=whole(1, 65_536),
-        default=16,
         help="clips per device in a batch; default: 16",
     )
-    parser.add_argument(
-        "--threads", type=whole(1, 256), default=4, help="reading threads; default: 4"
-    )
-    parser.add_argument("--host", type=natural, default=0, help="index of this machine, from 0")
-    parser.add_argument("--hosts", type=positive, default=1, help="number of machines; default: 1")
+    parser.add_argument("--threads", type=whole(1, 256), help="reading threads; default: 4")
+    parser.add_argument("--host", type=natural, help="index of this machine, from 0")
+    parser.add_argument("--hosts", type=positive, help="number of machines; default: 1")
     parser.add_argument("--show", metavar="ID", help="draw the anchors of this clip")
     parser.add_argument(
         "--picture",
         type=path,
         metavar="PNG",
-        help="picture that --show writes; default: TABLE with the suffix .png",
+        help="new file for the picture of --show; default: TABLE with the suffix .png",
     )
     add_detector_precision(parser)
     parser.epilog = (
@@ -129,33 +135,21 @@ def run(args: argparse.Namespace) -> None:
     from uss_jax.bundles.model import Model
     from uss_jax.evaluation.clips import open_clips
 
-    if not args.out.endswith(".npz"):
-        raise UserError(f"--out {args.out} does not end in .npz; give the name of an .npz file")
-    if not 0 <= args.host < args.hosts:
-        raise UserError(f"--host {args.host} is not between 0 and {args.hosts - 1}")
-    if args.query_output and not args.query:
-        raise UserError("--query-output has no effect without --query")
-    if args.show is None:
-        refuse_idle(args, ("picture",), "without --show")
-    else:
-        refuse_idle(args, ("query",), "with --show, which mines nothing")
+    _check(args)
     say_detector_precision(args)
     reader, model = open_clips(args.records, args.split, Model(args.sed))
     if args.show is not None:
         from uss_jax.anchors.show import draw_anchors
 
-        picture = args.picture or f"{args.out.removesuffix('.npz')}.png"
-        table = read_table(args.out, reader.index, model.segment_samples)
-        draw_anchors(reader, table, model.sed, args.show, picture)
-        print(picture)
+        remedy = "give the --sed that it was mined with"
+        table = read_table(args.out, reader.index, model.segment_samples, args.sed, remedy)
+        draw_anchors(reader, table, model.sed, args.show, args.picture)
+        print(args.picture)
         return
-    longest = int(reader.index.samples.max())
-    if args.clip_seconds is not None:
-        longest = round(args.clip_seconds * model.sample_rate)
     settings = MiningSettings(
         sample_rate=model.sample_rate,
         segment_samples=model.segment_samples,
-        clip_samples=max(longest, model.segment_samples),
+        clip_samples=_clip_samples(args.clip_seconds, model, reader.index),
         candidates=args.candidates,
         min_dbfs=args.min_dbfs,
         rule=args.rule,
@@ -176,6 +170,41 @@ def run(args: argparse.Namespace) -> None:
         return
     table = read_table(args.out, reader.index, model.segment_samples)
     _say_mined(args, table, model.sed.module, reader.index)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises a UserError for options that do not suit each other; fills in those not given."""
+    if not args.out.endswith(".npz"):
+        raise UserError(f"--out {args.out} does not end in .npz; give the name of an .npz file")
+    if args.query_output and not args.query:
+        raise UserError("--query-output has no effect without --query")
+    if args.show is None:
+        refuse_idle(args, ("picture",), "without --show")
+    else:
+        idle = "query", "clip_seconds", *_DEFAULTS
+        refuse_idle(args, idle, "with --show, which mines nothing")
+        if args.picture is None:  # the next clip's replaces it
+            args.picture = f"{args.out.removesuffix('.npz')}.png"
+        elif os.path.lexists(args.picture):
+            raise UserError(f"{args.picture} exists; remove it or give another --picture")
+    for option, default in _DEFAULTS.items():
+        if getattr(args, option) is None:
+            setattr(args, option, default)
+    if not 0 <= args.host < args.hosts:
+        raise UserError(f"--host {args.host} is not between 0 and {args.hosts - 1}")
+
+
+def _clip_samples(seconds: float | None, model: "Model", index: "RecordIndex") -> int:
+    """Returns the length that clips are padded or cut to: as given, or that of the longest."""
+    segment, rate = model.segment_samples, model.sample_rate
+    if seconds is None:
+        return max(int(index.samples.max()), segment)
+    if round(seconds * rate) < segment:
+        raise UserError(
+            f"--clip-seconds {seconds:g} is less than a segment of this detector; give at least "
+            f"{segment / rate:g}"
+        )
+    return round(seconds * rate)
 
 
 def _say_mined(

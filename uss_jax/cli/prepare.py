@@ -27,7 +27,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
-from uss_jax.cli.arguments import number, path, whole
+from uss_jax.cli.arguments import number, path, refuse_idle, whole
 from uss_jax.errors import UserError, counted, one_line
 
 if TYPE_CHECKING:
@@ -106,7 +106,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=whole(1, 1024),
-        default=os.cpu_count(),
         help="number of threads; default: one per core",
     )
     parser.add_argument(
@@ -144,6 +143,7 @@ def run(args: argparse.Namespace) -> None:
     if args.engine == "beam":
         from uss_jax.data.beam import beam_engine
 
+        refuse_idle(args, ("workers",), "with --engine beam, whose options say how many machines")
         engine = beam_engine(args.beam_options)
     elif args.beam_options:
         raise UserError("options after -- need --engine beam; add it or leave them out")
@@ -169,7 +169,7 @@ def run(args: argparse.Namespace) -> None:
             args.sample_rate, args.clip_seconds, args.encoding, args.accept_truncated
         ),
         shards=args.shards,
-        workers=args.workers,
+        workers=args.workers or os.cpu_count(),
         engine=engine,
         overwrite=args.overwrite,
         remarks=labels.remarks(),

@@ -97,12 +97,13 @@ def _make(args: argparse.Namespace) -> None:
     vectors, how = {}, [AVERAGED] if names else []
     if args.text:
         encoder = TextEncoder(args.text_encoder) if args.text_encoder else None
-        vectors, said = conditions_of_texts(model, encoder, args.text)
+        vectors, said = conditions_of_texts(model, encoder, args.text, "--text NAME")
         how.append(said)
     if twice := vectors.keys() & set(names):
         raise UserError(f'"{min(twice)}" is an example and a text; change one of them')
     names += vectors
-    of_examples = [vector_of_recordings(model, example) for example in args.examples]
+    remedy = "give --text instead of folders"
+    of_examples = [vector_of_recordings(model, example, remedy) for example in args.examples]
     bank = Bank(
         tuple(names),
         np.stack([*of_examples, *vectors.values()]),

@@ -45,6 +45,7 @@ from uss_jax.cli.arguments import (
     refuse_idle,
     whole,
 )
+from uss_jax.devices.precision import HIGHEST
 from uss_jax.errors import NotHeard, UserError, counted
 
 
@@ -99,12 +100,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sum-to-mixture",
         action="store_true",
-        help="divide the residual among the estimates, so that they add up to the recording",
+        help="divide the residual among the estimates of the sounds that are heard, so that they "
+        "add up to the recording; needs several sounds",
     )
     parser.add_argument(
         "--blocks",
         choices=("windows", "reference"),
-        default="windows",
         help="windows with context (default), or blocks of 2 s without overlap as in "
         "bytedance/uss; for stereo, equal to bytedance/uss only with --mono",
     )
@@ -117,11 +118,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=_FORMATS,
-        default="wav",
         help="default: wav (32-bit float); the others clip samples beyond full scale, and the "
         "report states how many",
     )
     add_precision(parser)
+    parser.set_defaults(precision=None)  # tells that it is not given
     parser.add_argument(
         "--dry-run", action="store_true", help="only print which classes are heard where"
     )
@@ -163,39 +164,22 @@ _BY_WORDS = (
 
 
 def run(args: argparse.Namespace) -> None:
-    from uss_jax.bundles.model import Model
-    from uss_jax.bundles.packaged import PACKAGED
-    from uss_jax.bundles.text_encoder import TextEncoder
     from uss_jax.models.query import HEARD
-    from uss_jax.separation.job import for_each, heard, separate_all
-    from uss_jax.separation.queries import not_trained
+    from uss_jax.separation.job import separate_all
+    from uss_jax.separation.queries import Classes, not_trained
     from uss_jax.separation.recordings import Separator, Settings
     from uss_jax.separation.words import refuse_files
 
     _refuse_idle_options(args)
     refuse_files(args.text or ())
-    if args.text and args.dry_run:
-        encoder = TextEncoder(args.text_encoder) if args.text_encoder else None
-        print("\n".join(map(str, _found(args, encoder))))
-        if not args.audio and not args.files_from:
-            return
-    out = args.out or "separated"
-    recordings = _not_separated_before(input_files(args), out)
-    place = args.model
-    if not place:
-        args.model = "yamnet" if args.dry_run else "demo"
-        place = PACKAGED[args.model]  # whatever the working directory holds
-    if args.model == "demo":
-        print(_DEMONSTRATION, file=sys.stderr)
-    model = Model(place, args.precision)
     threshold = HEARD if args.threshold is None else args.threshold
     if args.dry_run:
-        failed = for_each(recordings, lambda one: print(heard(model, one.path, threshold)))
-        if failed:
-            raise UserError(
-                f"{failed} of {counted(len(recordings), 'recording')} could not be read"
-            )
+        _dry_run(args, threshold)
         return
+    args.blocks, args.format = args.blocks or "windows", args.format or "wav"
+    out = args.out or "separated"
+    recordings = _not_separated_before(input_files(args), out)
+    model = _open(args, "demo")
     suffix, subtype = _FORMATS[args.format]
     settings = Settings(
         reference_blocks=args.blocks == "reference",
@@ -210,6 +194,9 @@ def run(args: argparse.Namespace) -> None:
     asked = {key: value for key, value in vars(args).items() if key in _REPORTED}
     asked["threshold"] = None if args.query else threshold
     query = _query(args, model, threshold, asked)
+    if len(query.sets if isinstance(query, Classes) else query.vectors) == 1:
+        why = "with a single sound, whose estimate would be the whole recording"
+        refuse_idle(args, ("sum_to_mixture",), why)
     if said := not_trained(model, query):
         print(said, file=sys.stderr)
     if args.without:
@@ -226,6 +213,47 @@ def run(args: argparse.Namespace) -> None:
             f"in {done.not_heard} of {counted(len(recordings), 'recording')} a queried class is "
             f"not heard, and {result}; see above"
         )
+
+
+def _dry_run(args: argparse.Namespace, threshold: float) -> None:
+    """Prints what texts ask the model for, and which classes are heard where in the recordings."""
+    from uss_jax.bundles.text_encoder import TextEncoder
+    from uss_jax.separation.job import for_each, heard
+    from uss_jax.separation.queries import not_trained
+
+    model = _open(args, "yamnet") if args.model else None
+    if args.text and model:
+        query = _by_text(args, model, threshold, {})
+        query.require_fit(model)
+        if said := not_trained(model, query):
+            print(said, file=sys.stderr)
+    elif args.text:  # of all sounds, whatever a model knows
+        encoder = TextEncoder(args.text_encoder) if args.text_encoder else None
+        print("\n".join(map(str, _found(args, encoder))))
+    if args.text and not _gives_recordings(args):
+        return
+    recordings = _not_separated_before(input_files(args), args.out or "separated")
+    model = model or _open(args, "yamnet")
+    failed = for_each(recordings, lambda one: print(heard(model, one.path, threshold)))
+    if failed:
+        raise UserError(f"{failed} of {counted(len(recordings), 'recording')} could not be read")
+
+
+def _open(args: argparse.Namespace, default: str):
+    """Opens the model, or the default one in the package, which `args` then names."""
+    from uss_jax.bundles.model import Model
+    from uss_jax.bundles.packaged import PACKAGED
+
+    place = args.model or PACKAGED[default]  # whatever the working directory holds
+    args.model = args.model or default
+    if args.model == "demo":
+        print(_DEMONSTRATION, file=sys.stderr)
+    args.precision = args.precision or HIGHEST
+    return Model(place, args.precision)
+
+
+def _gives_recordings(args: argparse.Namespace) -> bool:
+    return bool(args.audio or args.files_from)
 
 
 def _not_separated_before(recordings: list, out: str) -> list:
@@ -265,6 +293,10 @@ def _refuse_idle_options(args: argparse.Namespace) -> None:
             "sum_to_mixture",
         )
         refuse_idle(args, asking, "with --dry-run, which prints all classes heard")
+        refuse_idle(args, ("format", "blocks", "overwrite"), "with --dry-run, which writes nothing")
+        if args.text and not _gives_recordings(args):
+            of_recordings = ("threshold", "precision", "out")
+            refuse_idle(args, of_recordings, "with --dry-run and --text, without recordings")
     if args.query:
         refuse_idle(args, ("threshold",), "with --query, which is separated everywhere")
         refuse_idle(args, ("without",), "with --query, whose vectors are not made of classes")
@@ -307,7 +339,7 @@ def _by_text(args: argparse.Namespace, model, threshold: float, asked: dict[str,
     encoder = TextEncoder(args.text_encoder) if args.text_encoder else None
     asked["text_encoder"] = args.text_encoder
     if encoder and model.query.module.takes.texts and not args.without:
-        idle = ("threshold", "nearest", "similarity")
+        idle = ("nearest", "similarity") if args.dry_run else ("threshold", "nearest", "similarity")
         refuse_idle(args, idle, "with a text's own vector, which is separated everywhere")
         found, vectors = vectors_of_texts(model, encoder, args.text)
         how = made_of(model)

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import tempfile
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from uss_jax.audio.files import CutOff, audio_format, read_mono, truncation
 from uss_jax.audio.in_memory import flac_bytes
 from uss_jax.data.encodings import to_int16
 from uss_jax.data.tf_example import serialise
+from uss_jax.disk.atomic import full, is_full
 from uss_jax.disk.opening import absence
 from uss_jax.errors import UserError
 
@@ -94,6 +96,8 @@ def prepare_clip(
     except _LeftOut as error:
         return Skipped(error.kind, str(error))
     except UserError as error:
+        if is_full(error):  # of decoded recordings: the next ones would be left out too
+            raise UserError(full(tempfile.gettempdir())) from error
         return Skipped("cut off" if isinstance(error, CutOff) else "unreadable", str(error))
     samples = to_int16(waveform)
     audio = flac_bytes(samples, settings.sample_rate) if settings.encoding == "flac" else samples

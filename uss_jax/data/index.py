@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import re
 import struct
 
 import numpy as np
@@ -117,6 +118,16 @@ _MOST_SAMPLES_A_BYTE = 8192
 def index_name(split: str) -> str:
     """Returns the file name of a split's index."""
     return f"index-{split}.npz"
+
+
+def indexed_splits(folder: Folder) -> set[str]:
+    """Returns the splits that have an index in a folder, which need not exist."""
+    try:
+        names = folder.sizes()
+    except OSError:
+        return set()
+    found = (re.fullmatch(r"index-(.+)\.npz", name) for name in names)
+    return {match[1] for match in found if match}
 
 
 def frame_stamp(offset: int, length: int, payload: bytes) -> bytes:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import hashlib
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import signal
 import sys
@@ -78,33 +79,43 @@ def _index_shards(jobs: list[_Job], workers: int, progress: Callable[[], object]
     # its workers prints a traceback.
     cancel = True
     try:
-        with _interrupt_ignored():  # inherited by workers that start here
+        with _interrupt_held():
             done = [pool.submit(_index_shard, *job) for job in jobs]
         for future in done:
             future.result()
             progress()
     except KeyboardInterrupt:
         cancel = False
+        for worker in multiprocessing.active_children():  # one that still starts would complain
+            worker.kill()
         raise
     finally:
         pool.shutdown(wait=False, cancel_futures=cancel)
 
 
 @contextlib.contextmanager
-def _interrupt_ignored() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _interrupt_held() -> Iterator[None]:
+    """Holds Ctrl-C back until the end of the block, and in processes that start in it."""
+    multiprocessing.resource_tracker.ensure_running()  # in the block it would let Ctrl-C through
+    pressed, before = [], None
+    if threading.current_thread() is threading.main_thread():  # others cannot set handlers
+        # The mask holds nothing back from other threads, which hand it to the main thread.
+        before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _die_of_interrupt() -> None:
     """Makes Ctrl-C, which reaches all processes, end a worker without a traceback."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _index_shard(directory: str, shard: str, part: str, schema: Schema | None) -> None:

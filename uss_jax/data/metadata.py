@@ -5,18 +5,22 @@ features.json       the schema, with the class names in labels.labels.txt
 metadata.json       {"sample_rate": 32000, "encoding": "pcm_s16le"}, or another encoding
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import tempfile
+from collections.abc import Collection
 from typing import Any
 
 from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
 from uss_jax.data.encodings import ENCODINGS
+from uss_jax.data.index import indexed_splits
 from uss_jax.data.shards import WRITTEN
 from uss_jax.data.storage import Folder, open_folder, versions_below
 from uss_jax.disk.atomic import move
 from uss_jax.disk.checked_json import Rule, list_of, read_json, record, text, whole
+from uss_jax.disk.lock import in_turn
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 
@@ -56,18 +60,48 @@ def _format(directory: str | os.PathLike) -> tuple[int, str]:
 
 def check_format(directory: pathlib.Path, split: str, sample_rate: int, encoding: str) -> None:
     """Raises a UserError if a split's sampling rate or encoding differs from the other splits'."""
-    info = _read(open_folder(directory), _INFO, _SPLITS) or {}
-    others = [other["name"] for other in info.get("splits", []) if other["name"] != split]
-    if others and (there := read_sample_rate(directory)) != sample_rate:
-        raise UserError(
-            f"{directory} already has {', '.join(others)} at {there} Hz; give {split} a different "
-            f"--version, or --sample-rate {there}"
-        )
-    if others and (there := read_encoding(directory)) != encoding:
-        raise UserError(
-            f"{directory} already has {', '.join(others)} encoded as {there}; give {split} a "
-            f"different --version, or --encoding {there}"
-        )
+    folder = open_folder(directory)
+    info = _read(folder, _INFO, _SPLITS) or {}
+    others = {other["name"] for other in info.get("splits", [])} | indexed_splits(folder)
+    remedy = f"give {split} a different --version, or {{option}} {{there}}"
+    _require_format(directory, others - {split}, sample_rate, encoding, remedy)
+
+
+def check_indexed_format(
+    directory: str | os.PathLike, replaced: Collection[str], sample_rate: int, encoding: str
+) -> None:
+    """Raises a UserError if a sampling rate or encoding differs from that of the indexed splits.
+
+    Args:
+      directory: directory of the shards.
+      replaced: splits that are not compared, since their index is being written.
+      sample_rate: sampling rate, in Hz.
+      encoding: encoding of the samples.
+    """
+    others = indexed_splits(open_folder(directory)).difference(replaced)
+    remedy = "put records that differ in a folder of their own"
+    _require_format(directory, others, sample_rate, encoding, remedy)
+
+
+def _require_format(
+    directory: str | os.PathLike, others: set[str], sample_rate: int, encoding: str, remedy: str
+) -> None:
+    """Compares with what metadata.json says of the other splits.
+
+    `remedy` may name {there}, the rate or encoding of these, and its {option} of `prepare`.
+    """
+    if not others:
+        return
+    there_rate, there_encoding = _format(directory)
+    for option, words, wanted, there in (
+        ("--sample-rate", "at {} Hz", sample_rate, there_rate),
+        ("--encoding", "encoded as {}", encoding, there_encoding),
+    ):
+        if wanted != there:
+            raise UserError(
+                f"{directory} already has {', '.join(sorted(others))} {words.format(there)}; "
+                f"{remedy.format(option=option, there=there)}"
+            )
 
 
 def write_metadata(
@@ -117,6 +151,16 @@ def write_metadata(
 def write_format(directory: str | os.PathLike, sample_rate: int, encoding: str) -> None:
     """Writes the sampling rate and encoding of a directory's records to metadata.json."""
     _write(open_folder(directory), _OURS, {"sample_rate": sample_rate, "encoding": encoding})
+
+
+def enter_indexed_format(
+    directory: str | os.PathLike, replaced: Collection[str], sample_rate: int, encoding: str
+) -> None:
+    """Does `check_indexed_format`, then `write_format`; on a local disk, one process at a time."""
+    local = "://" not in os.fspath(directory)
+    with in_turn(directory) if local else contextlib.nullcontext():
+        check_indexed_format(directory, replaced, sample_rate, encoding)
+        write_format(directory, sample_rate, encoding)
 
 
 def tfds_features(sample_rate: int, encoding: str) -> Any:

@@ -28,6 +28,9 @@ from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 
 _FAR = 2**44
+# Clips drawn in place of a damaged one, at least. A class whose only clip is damaged is drawn as
+# often as others, so that in a small data set many draws in a row may be of that clip.
+_LEAST_ATTEMPTS = 1000
 _DRAWN_AT_ONCE = 256  # positions; drawing them takes a few milliseconds
 _BLOCKS_KEPT = 4  # enough, as threads are at most a few steps apart
 # Columns of a batch that belong to a place in the order; all others belong to the clip drawn there.
@@ -166,7 +169,7 @@ class _MakeBatch:
         attempt = 0
         while damaged:
             attempt += 1
-            if attempt > len(self.reader.index):  # there is nothing to replace them by
+            if attempt > max(len(self.reader.index), _LEAST_ATTEMPTS):  # nothing is left
                 raise next(iter(damaged.values()))
             for row, error in damaged.items():
                 self.corrupt.note(int(drawn["record"][row]), error)

@@ -76,8 +76,14 @@ def read_schema(path: str | os.PathLike) -> dict[str, Any]:
     """
     try:
         with open(path, "rb", opener=at_once) as file:
-            return read_json(file, _RULE)
+            found = read_json(file, _RULE)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); give a JSON file") from None
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
+    if "split" in found and "shards" not in found:
+        raise UserError(
+            f"{path}: split has no effect without shards, since the names of shards tell their "
+            "splits; leave it out or add shards"
+        )
+    return found

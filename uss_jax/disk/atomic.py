@@ -95,9 +95,11 @@ def _temporary(path: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
 
 
 def is_full(error: Exception) -> bool:
-    """Returns whether an error reports a full disk or an exceeded quota."""
+    """Returns whether an error, or what it was raised from, is a full disk or exceeded quota."""
     said = str(error)  # libraries raise their own exception types, but keep this text
-    return getattr(error, "errno", None) in _FULL or any(os.strerror(x) in said for x in _FULL)
+    if getattr(error, "errno", None) in _FULL or any(os.strerror(x) in said for x in _FULL):
+        return True
+    return isinstance(error.__cause__, Exception) and is_full(error.__cause__)
 
 
 def full(path: str | os.PathLike | None) -> str:

@@ -47,7 +47,7 @@ def file_vectors(
     """Averages the conditions of each file of each label over its segments.
 
     As in the reference, a short last segment is repeated to full length. Silent files are skipped.
-    Empty for a model with one-hot conditions, which do not depend on a recording.
+    Empty for a model whose conditions are not made of recordings.
 
     Args:
       model: computes the conditions.

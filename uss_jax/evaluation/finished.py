@@ -50,15 +50,21 @@ class Finished:
         digest = hashlib.sha256(uss_jax.__version__.encode())
         for part in identity:
             digest.update(part)
-        lines = self._path.read_text().split("\n") if self._path.is_file() else []
-        lines = lines[:-1]  # an incomplete last line is dropped
         header = json.dumps({"run": digest.hexdigest()})
+        lines = _lines(self._path)
         if lines[:1] != [header]:
-            lines = [header]
-        self.done = dict(json.loads(line) for line in lines[1:])
+            lines = []
+        kept = [header]
+        for line in lines[1:]:
+            try:
+                key, found = json.loads(line)
+                self.done[key] = found
+            except (ValueError, TypeError):  # no such pair: a power cut has damaged the rest
+                break
+            kept.append(line)
         if jax.process_index() == 0:  # other hosts read the old file or the new one, both whole
             with replacing(self._path, flush=False) as temporary:
-                temporary.write_text("\n".join(lines) + "\n")
+                temporary.write_text("\n".join(kept) + "\n")
 
     def add(self, key: Hashable, found: Any) -> None:
         """Stores the metrics of one key: nested dictionaries of numbers and arrays."""
@@ -66,3 +72,11 @@ class Finished:
         if self._path is not None and jax.process_index() == 0:
             with self._path.open("a") as file:
                 file.write(json.dumps([key, found], default=lambda array: array.tolist()) + "\n")
+
+
+def _lines(path: pathlib.Path) -> list[str]:
+    """Returns the lines of a file without an incomplete last one; none if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    except UnicodeDecodeError:
+        return []

@@ -78,21 +78,25 @@ def name_of_examples(path: str | os.PathLike) -> str:
     return path.name if path.is_dir() else path.stem
 
 
-def vector_of_recordings(model: Model, path: str | os.PathLike) -> Float32[np.ndarray, " d"]:
+def vector_of_recordings(
+    model: Model, path: str | os.PathLike, remedy: str | None = None
+) -> Float32[np.ndarray, " d"]:
     """Averages `recording_vector` over recordings without silence, as bytedance/uss queries.
 
     Args:
       model: model whose condition is computed from recordings.
       path: a recording or a folder of them; silent recordings are skipped.
+      remedy: what to give if the model takes none, for the message; None: what `separate` offers.
 
     Raises:
       UserError: the model's condition is one-hot, or nothing sounds in the recordings.
     """
     takes = model.query.module.takes
     if not takes.recordings:
+        remedy = remedy or f"give --classes{' or --text' if takes.texts else ''} instead of --query"
         raise UserError(
             f"{model.path} takes classes{' and texts' if takes.texts else ''}, not recordings; "
-            f"give --classes{' or --text' if takes.texts else ''} instead of --query"
+            f"{remedy}"
         )
     vectors = []
     for file in _recordings(pathlib.Path(path)):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from uss_jax.audio.files import AUDIO_SUFFIXES, find_recordings
 from uss_jax.disk.opening import at_once
-from uss_jax.errors import UserError, counted
+from uss_jax.errors import UserError, counted, one_line
 from uss_jax.separation.names import file_name
 
 _OTHERS_NAMED = 3
@@ -112,7 +112,7 @@ def _recordings_at(path: pathlib.Path) -> list[pathlib.Path]:
         suffixes = ", ".join(sorted(AUDIO_SUFFIXES))
         raise UserError(f"{path} is a folder without audio files ({suffixes})")
     if others:
-        print(f"{path}: {_passed_over(others)}")
+        print(one_line(f"{path}: {_passed_over(others)}"))
     return below
 
 

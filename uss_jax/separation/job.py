@@ -101,16 +101,16 @@ def separate_all(
 
     def separate(recording: InputFile) -> None:
         nonlocal unheard, earlier
-        name = one_line(str(recording.path))
         folder = taken.folder_of(recording)
         digest = _digest_of_recording(run, recording.path)
         facts = finished_facts(folder, digest)
         if facts is None:
             facts = _separate_one(separator, recording.path, folder, query, settings, digest)
-            print(f"{name}: {_written(facts, separator)} in {folder}, see report.html")
+            done = f"{_written(facts, separator)} in {folder}, see report.html"
         else:
-            print(f"{name}: done earlier, in {folder}")
+            done = f"done earlier, in {folder}"
             earlier += 1
+        print(one_line(f"{recording.path}: {done}"))
         for remark in _remarks(facts):
             print(f"  {remark}")
         unheard += any(not_heard(sound, facts) for sound in _asked_for(facts))
@@ -120,7 +120,10 @@ def separate_all(
 
 
 def for_each(recordings: Sequence[InputFile], act: Callable[[InputFile], None]) -> int:
-    """Calls `act` on each recording, reports failures and returns their number."""
+    """Calls `act` on each recording, reports failures and returns their number.
+
+    A full disk is raised: no other recording could be written either.
+    """
     failed = 0
     for recording in recordings:
         try:
@@ -128,7 +131,7 @@ def for_each(recordings: Sequence[InputFile], act: Callable[[InputFile], None]) 
         except BrokenPipeError:
             raise
         except (UserError, OSError) as error:
-            if isinstance(error, OSError) and is_full(error):
+            if is_full(error):
                 raise
             print(f"uss-jax: {one_line(str(error))}", file=sys.stderr)
             failed += 1
@@ -269,7 +272,10 @@ def heard(model: Model, path: pathlib.Path, threshold: float) -> str:
     width = -(-len(probabilities) // _MOST_MARKS)
     reached = np.maximum.reduceat(probabilities, np.arange(0, len(probabilities), width))
     seconds = width * model.segment_samples / model.sample_rate
-    lines = [f"{path}: {form.samples / form.sample_rate:.1f} s"]
+    title = f"{one_line(str(path))}: {form.samples / form.sample_rate:.1f} s"
+    if cut := truncation(path, decode=False):  # of a FLAC file, reading it has told
+        title += f" (the recording is cut off: {cut})"
+    lines = [title]
     found = classes_heard(probabilities, threshold)
     for k in found[:_HEARD_SHOWN]:
         marks = "".join("#" if p >= threshold else "." for p in reached[:, k])

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32
 from tqdm import tqdm
 
 from uss_jax.audio.files import Format, audio_format, read_blocks, writing_audio
@@ -42,8 +42,9 @@ class Settings:
         share one mask, unless the net takes several at once. Not applied to waveforms.
       residual: also write the mixture minus the sum of the estimates.
       only_residual: write nothing else; its name is "without" and the names of the targets.
-      sum_to_mixture: divide the residual equally among the estimates, so that they add up to the
-        mixture (mixture consistency, arXiv:1811.08521).
+      sum_to_mixture: divide the residual equally among the estimates of sounds that are active in
+        any segment, so that they add up to the mixture (mixture consistency, arXiv:1811.08521). If
+        none is, all estimates are silent.
       suffix: ".wav" or ".flac".
       subtype: libsndfile's name of the sample format.
       overwrite: replace existing files.
@@ -163,7 +164,7 @@ class Separator:
         missing = max(rows.shape[1] - back.shape[2], 0)
         back = np.pad(back[:, :, : rows.shape[1]], ((0, 0), (0, 0), (0, missing)))
         if self.settings.sum_to_mixture:
-            back = consistent(back, rows)
+            back = consistent(back, rows, _heard(targets))
         return {t.name: b.reshape(given.shape) for t, b in zip(targets, back, strict=True)}
 
     def find_targets(
@@ -324,12 +325,16 @@ class Separator:
             pieces = resample_blocks(pieces, rate, plan.form.sample_rate)
         for mixture, estimates in _beside(plan.recorded(), pieces, len(targets)):
             if self.settings.sum_to_mixture:
-                estimates = consistent(estimates, mixture)
+                estimates = consistent(estimates, mixture, _heard(targets))
             if self.settings.residual or self.settings.only_residual:
                 left = (mixture - estimates.sum(axis=0))[None]
                 kept = estimates[: 0 if self.settings.only_residual else None]
                 estimates = np.concatenate([kept, left])
             yield mixture, estimates
+
+
+def _heard(targets: Sequence[Target]) -> Bool[np.ndarray, " n"]:
+    return np.array([target.active.any() for target in targets], bool)
 
 
 def without_name(names: Sequence[str]) -> str:

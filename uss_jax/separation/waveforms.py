@@ -7,7 +7,7 @@ import numbers
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32
 
 from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
 from uss_jax.audio.files import check_scale
@@ -65,9 +65,15 @@ def require_rate(sample_rate: Any) -> int:
 
 
 def consistent(
-    estimates: Float32[np.ndarray, "n c t"], mixture: Float32[np.ndarray, "c t"]
+    estimates: Float32[np.ndarray, "n c t"],
+    mixture: Float32[np.ndarray, "c t"],
+    heard: Bool[np.ndarray, " n"],
 ) -> Float32[np.ndarray, "n c t"]:
-    """Adds an equal share of the residual to each estimate, so that they sum to the mixture."""
-    if not len(estimates):
+    """Adds an equal share of the residual to each heard estimate, so that they sum to the mixture.
+
+    The others, which are silent, stay so; if none is heard, all are returned as they are.
+    """
+    if not heard.any():
         return estimates
-    return estimates + (mixture - estimates.sum(axis=0)) / np.float32(len(estimates))
+    share = (mixture - estimates.sum(axis=0)) / np.float32(heard.sum())
+    return estimates + share * heard[:, None, None].astype(np.float32)

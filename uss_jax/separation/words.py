@@ -27,6 +27,8 @@ from uss_jax.separation.ranking import (
     telling,
 )
 
+# Option of `uss-jax separate` that asks for a class by its name.
+BY_CLASSES = "--classes"
 LONGEST_TEXT = 1000  # characters; an encoder reads about as many
 # Lowest similarities of a node that is asked for, by default.
 LEAST_OF_WORDS, LEAST_OF_VECTORS = 0.3, 0.5
@@ -90,7 +92,7 @@ def require_same_encoder(model: Model, encoder: TextEncoder) -> None:
 
 
 def vectors_of_texts(
-    model: Model, encoder: TextEncoder, texts: Sequence[str]
+    model: Model, encoder: TextEncoder, texts: Sequence[str], by: str = BY_CLASSES
 ) -> tuple[list[Found], Float[np.ndarray, "n d"]]:
     """Returns the nodes nearest to texts, and the conditions that their sentence vectors make.
 
@@ -98,6 +100,7 @@ def vectors_of_texts(
       model: a model that takes texts.
       encoder: its sentence encoder.
       texts: descriptions of sounds, in English; they need not be near any node.
+      by: option that asks for a class by its name, for messages.
 
     Raises:
       UserError: a text is unusable or given twice, or the encoder is not that of the model.
@@ -107,7 +110,7 @@ def vectors_of_texts(
     vectors, found = encoder.encode(texts), []
     mids = {load_ontology().class_mids[k] for k in model.query.module.named}
     for text, matches in zip(texts, rankings_by(encoder, texts, vectors), strict=True):
-        _require_sense(text, matches, encoder)
+        _require_sense(text, matches, encoder, by)
         taken = [match for match in matches if not mids or match.mid in mids]
         found.append(Found(text, taken[:_SHOWN], []))
     return found, model.of_texts(vectors)
@@ -128,19 +131,21 @@ def classes_of(model: Model) -> dict[str, tuple[int, ...]]:
 
 
 def conditions_of_texts(
-    model: Model, encoder: TextEncoder | None, texts: Sequence[str]
+    model: Model, encoder: TextEncoder | None, texts: Sequence[str], by: str
 ) -> tuple[dict[str, Float[np.ndarray, "d"]], str]:
     """Returns a condition for each text, by the name of its sound, and how they are made.
+
+    `by` is the option that asks for a class by its name, for messages.
 
     Raises:
       UserError: a text cannot be asked with, or the model's conditions cannot be made of one.
     """
     takes = model.query.module.takes
     if takes.texts and encoder is not None:
-        found, vectors = vectors_of_texts(model, encoder, texts)
+        found, vectors = vectors_of_texts(model, encoder, texts, by)
         how = made_of(model)
     elif takes.classes:
-        found = find_texts(texts, encoder, **classes_of(model))
+        found = find_texts(texts, encoder, **classes_of(model), by=by)
         vectors = model.of_classes(indicators([one.class_indexes for one in found]))
         how = "the classes of the nodes nearest to texts"
     elif takes.probabilities:
@@ -160,6 +165,7 @@ def find_texts(
     most: int = 1,
     unknown: Collection[int] = (),
     trained: Collection[int] = (),
+    by: str = BY_CLASSES,
 ) -> list[Found]:
     """Finds the nodes that texts ask for.
 
@@ -171,13 +177,14 @@ def find_texts(
       unknown: classes that the model has no output for; nodes of these alone are passed over.
       trained: classes that the model was trained on; others are asked for only where none of these
         is near. () for all.
+      by: option that asks for a class by its name, for messages.
 
     Raises:
       UserError: a text is unusable, given twice, or near to nothing.
     """
     texts = _checked(texts)
     return [
-        ask(text, matches, encoder, least, most, unknown, trained)
+        ask(text, matches, encoder, least, most, unknown, trained, by)
         for text, matches in zip(texts, rankings(texts, encoder), strict=True)
     ]
 
@@ -190,13 +197,14 @@ def ask(
     most: int = 1,
     unknown: Collection[int] = (),
     trained: Collection[int] = (),
+    by: str = BY_CLASSES,
 ) -> Found:
     """Returns what a text asks for, given the ranking of all nodes; as in `find_texts`."""
     if encoder is not None:
-        _require_sense(text, matches, encoder)
+        _require_sense(text, matches, encoder, by)
     if least is None:
         least = LEAST_OF_WORDS if encoder is None else LEAST_OF_VECTORS
-    asked = chosen(text, matches, least, most, unknown, trained)
+    asked = chosen(text, matches, least, most, unknown, trained, by)
     return Found(text, matches[: max(_SHOWN, most)], asked)
 
 
@@ -209,10 +217,10 @@ def _checked(texts: Sequence[str]) -> list[str]:
     return texts
 
 
-def _require_sense(text: str, matches: list[Match], encoder: TextEncoder) -> None:
+def _require_sense(text: str, matches: list[Match], encoder: TextEncoder, by: str) -> None:
     """Raises a UserError if the encoder does not understand a text, or if it means silence."""
     if matches[0].similarity < _CERTAIN:
-        _require_known(text, encoder)
+        _require_known(text, encoder, by)
     if matches[0].mid == _SILENCE and matches[0].similarity >= LEAST_OF_VECTORS:
         raise _silent(text)
 
@@ -256,6 +264,7 @@ def chosen(
     most: int,
     unknown: Collection[int] = (),
     trained: Collection[int] = (),
+    by: str = BY_CLASSES,
 ) -> list[Match]:
     """Returns the nodes that a text asks for: the best, and others as near as `least`.
 
@@ -267,6 +276,7 @@ def chosen(
       unknown: classes that the model has no output for; nodes of these alone are passed over.
       trained: classes that the model was trained on; others are asked for only where none of these
         is near. () for all.
+      by: option that asks for a class by its name, for messages.
 
     Raises:
       UserError: no node is near enough, or there is no class below the nearest, or it is silence.
@@ -283,12 +293,12 @@ def chosen(
     if matches and matches[0].similarity >= least and not classes(matches[0]):
         raise UserError(
             f'"{_short(text)}" is nearest to "{matches[0].name}", which is no class and has none '
-            f"below it; the nearest that can be asked for: {nearest}; give one with --classes"
+            f"below it; the nearest that can be asked for: {nearest}; give one with {by}"
         )
     if not near:
         raise UserError(
             f'nothing in the ontology is near "{_short(text)}"; the nearest: {nearest}; say it in '
-            "other words, in English, or give --classes"
+            f"other words, in English, or give {by}"
         )
     if near[0].mid == _SILENCE:
         raise _silent(text)
@@ -300,7 +310,7 @@ def _silent(text: str) -> UserError:
     return UserError(f'"{_short(text)}" is silence, which cannot be separated; describe a sound')
 
 
-def _require_known(text: str, encoder: TextEncoder) -> None:
+def _require_known(text: str, encoder: TextEncoder, by: str) -> None:
     """Raises a UserError unless the encoder knows at least half of the words that tell of a sound.
 
     Vectors of other languages and of nonsense are as near to some node as those of English.
@@ -310,7 +320,7 @@ def _require_known(text: str, encoder: TextEncoder) -> None:
     if 2 * len(strange) > len(words):
         raise UserError(
             f"the sentence encoder does not know {', '.join(map(repr, strange[:5]))} of "
-            f'"{_short(text)}"; say it in other words, in English, or give --classes'
+            f'"{_short(text)}"; say it in other words, in English, or give {by}'
         )
 
 

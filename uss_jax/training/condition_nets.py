@@ -85,8 +85,7 @@ def load_condition_nets(
     detects = settings.anchors.source == "device"
     if detects or (table is not None and settings.sed_bundle):
         sed, frozen["sed"] = _source_bundle(settings, workdir, "sed").sed()
-        _check_net(sed, "sed", settings)
-        _check_rate(sed.sample_rate, settings, "sed_bundle")
+        _require_suitable(sed, "sed", settings)
         if table is not None:
             _require_detector_of(table, frozen["sed"], settings)
         _keep(workdir, "sed", frozen["sed"])
@@ -99,10 +98,9 @@ def load_condition_nets(
         goes_on = bundle.path == workdir
         source, variables = bundle.query(bundle.frozen_or_zeros if goes_on else None)
         if source.tagger is None:
-            raise UserError(f"{bundle.path} has no tagging net: its conditions are {source.kind}")
-        _check_net(source.tagger, "query", settings)
+            raise _no_tagger(bundle, source.kind)
+        _require_suitable(source.tagger, "query", settings)
         model = nets.fields_of(source.tagger)
-        _check_rate(source.tagger.sample_rate, settings, "query_bundle")
         tagger = {item: {"tagger": variables[item]["tagger"]} for item in variables}
     query = nets.build_query({**settings.query_fields, **trains_on}, model)
     if conditions is not None:
@@ -127,23 +125,32 @@ def shapes_of_condition_nets(settings: SeparatorSettings) -> ConditionNets:
     """Returns what `load_condition_nets` returns, with shapes instead of arrays.
 
     A net without a bundle gets the published architecture named by `sed_net` or `query_net`.
+
+    Raises:
+      UserError: a bundle is missing or unsuitable.
     """
 
     def model(part: str) -> dict[str, Any]:
         location = getattr(settings, f"{part}_bundle")
-        if location:
-            return read_bundle(location).at_sample_rate(settings.sample_rate).config[part]["model"]
-        return {"net": getattr(settings, f"{part}_net"), "sample_rate": settings.sample_rate}
+        if not location:
+            return {"net": getattr(settings, f"{part}_net"), "sample_rate": settings.sample_rate}
+        bundle = read_bundle(location).at_sample_rate(settings.sample_rate)
+        section = bundle.section(part)
+        if not section.get("model"):
+            raise _no_tagger(bundle, section.get("kind", "soft"))
+        return section["model"]
 
     sed, frozen = None, {}
     detects = settings.anchors.source == "device"
     if detects:
         sed = nets.build_sed(model("sed"))
+        _require_suitable(sed, "sed", settings)
         frozen["sed"] = nets.layout(sed)
     has_tagger = KINDS[settings.query["kind"]].recordings
     query = nets.build_query(settings.query_fields, model("query") if has_tagger else None)
     tagger, trained = ({"params": {}, "batch_stats": {}} for _ in range(2))
     if has_tagger:
+        _require_suitable(query.tagger, "query", settings)
         tagger = {name: {"tagger": tree} for name, tree in nets.layout(query.tagger).items()}
     if query.finetune:
         tagger, trained = trained, tagger
@@ -205,17 +212,20 @@ def _keep(workdir: pathlib.Path, part: str, variables: dict[str, Any]) -> None:
         save_tree(workdir / "frozen" / part, variables)
 
 
-def _check_net(net: TaggingNet, part: str, settings: SeparatorSettings) -> None:
+def _no_tagger(bundle: Bundle, kind: str) -> UserError:
+    return UserError(f"{bundle.path} has no tagging net: its conditions are {kind}")
+
+
+def _require_suitable(net: TaggingNet, part: str, settings: SeparatorSettings) -> None:
+    """Raises a UserError if a net is another, or of another sampling rate, than the config says."""
     found, wanted = nets.fields_of(net)["net"], getattr(settings, f"{part}_net")
     if found != wanted and getattr(settings, f"{part}_bundle") not in PACKAGED:
         raise UserError(
             f"config.{part}_bundle holds the net {found}, config.{part}_net is {wanted}; give "
             f"another bundle or --config.{part}_net={found}"
         )
-
-
-def _check_rate(found: int, settings: SeparatorSettings, name: str) -> None:
-    if found != settings.sample_rate:
+    if net.sample_rate != settings.sample_rate:
         raise UserError(
-            f"config.{name} is a net for {found} Hz, config.sample_rate is {settings.sample_rate}"
+            f"config.{part}_bundle is a net for {net.sample_rate} Hz, config.sample_rate is "
+            f"{settings.sample_rate}"
         )

@@ -6,7 +6,7 @@ Letters: `n` pairs, `b` batch, `d` width of the condition.
 import concurrent.futures
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -49,7 +49,8 @@ def make_evaluation(
     With the name of another query before them, such as `average_sdri`, they use its condition, over
     the pairs that have one. `half_sdri` is the SDRi of half the mixture, a baseline without a
     model. `seconds` is the time taken. Pairs with a silent source have no SDRi and are left out of
-    its medians; `silent` is their number, if any.
+    its medians; `silent` is their number, if any. `not_finite` is the number of pairs with an
+    estimate that is NaN or infinite, if any; the metrics of the query that gave it are NaN.
 
     Args:
       separator, query: the nets.
@@ -84,10 +85,7 @@ def make_evaluation(
         values = {
             name: np.concatenate([part[name] for part in parts])[: len(pairs)] for name in parts[0]
         }
-        means = {name: _mean_of_medians(of, classes) for name, of in values.items()}
-        if silent := int(np.isnan(values["half_sdri"]).sum()):
-            means["silent"] = silent
-        return {**means, "seconds": time.monotonic() - began}
+        return {**_means(values, asked, classes), "seconds": time.monotonic() - began}
 
     return evaluate
 
@@ -163,8 +161,29 @@ def _read(
     return read
 
 
+def _means(
+    values: Mapping[str, Float[np.ndarray, " n"]], asked: Asked, classes: np.ndarray
+) -> dict[str, float]:
+    """Averages metrics over the pairs that have them; counts silent pairs and wrong estimates.
+
+    An estimate that is NaN or infinite is not left out: the average would then be of the pairs that
+    suit the model.
+    """
+    half = values["half_sdri"]  # owes nothing to the model
+    heard, wrong = np.isfinite(half), np.zeros(len(half), bool)
+    means = {}
+    for query in ("", *asked.names):
+        exists, prefix = asked.exists(query, len(classes)), query and f"{query}_"
+        for name in (*_SHOWN, "l1"):
+            of, there = values[prefix + name], exists if name == "l1" else exists & heard
+            means[prefix + name] = _mean_of_medians(of[there], classes[there])
+            wrong |= there & ~np.isfinite(of)
+    means["half_sdri"] = _mean_of_medians(half[heard], classes[heard])
+    counts = {"silent": float((~heard).sum()), "not_finite": float(wrong.sum())}
+    return means | {name: count for name, count in counts.items() if count}
+
+
 def _mean_of_medians(values: Float[np.ndarray, " n"], classes: np.ndarray) -> float:
-    there = np.isfinite(values)
-    if not there.any():
+    if not values.size or not np.isfinite(values).all():
         return float("nan")
-    return float(np.mean(list(class_medians(values[there], classes[there]).values())))
+    return float(np.mean(list(class_medians(values, classes).values())))

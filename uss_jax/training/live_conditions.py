@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from uss_jax.bundles.bundle import net_hash
 from uss_jax.bundles.model import Model
@@ -64,6 +64,14 @@ class Asked:
         """Names of the queries."""
         rest = {CLASS: self.class_alone, TEXT: self.named, SHUFFLED: self.others is not None}
         return [*self.vectors, *(name for name, there in rest.items() if there)]
+
+    def exists(self, name: str, pairs: int) -> Bool[np.ndarray, " n"]:
+        """Returns which of so many pairs have the condition of a query; "" is the clean source."""
+        if name in self.vectors:
+            return np.isfinite(self.vectors[name]).all(axis=1)
+        if name == SHUFFLED:
+            return self.others >= 0
+        return np.ones(pairs, bool)
 
 
 def other_pairs(pairs: Sequence[Pair], sample_rate: int, threads: int) -> Int[np.ndarray, " n"]:

@@ -169,7 +169,7 @@ def _set_aside(
 def _require_same_data(
     saved: Mapping[str, Any], position: Mapping[str, Any], index: RecordIndex
 ) -> None:
-    """Raises a UserError if seed, batch size, records, frozen nets or anchors have changed."""
+    """Raises a UserError if seed, batch size, records, anchors or frozen nets have changed."""
     for key in ("seed", "global_batch"):
         if saved[key] != position[key]:
             raise UserError(
@@ -180,16 +180,17 @@ def _require_same_data(
         raise UserError(
             "the records have changed since this run was started; start in a new workdir"
         )
+    # Before the nets, of which another source may need others.
+    if saved.get("anchors_digest") != position.get("anchors_digest"):
+        raise UserError(
+            "this run was started with another anchor source or table; resume with config.anchors "
+            "as it was or start in a new workdir"
+        )
     # Missing from checkpoints of older versions.
     if saved.get("frozen_digest", position.get("frozen_digest")) != position.get("frozen_digest"):
         raise UserError(
             "the nets in the workdir's folder `frozen` are not those that this run was started "
             "with; copy them back or start in a new workdir"
-        )
-    if saved.get("anchors_digest") != position.get("anchors_digest"):
-        raise UserError(
-            "this run was started with another anchor source or table; resume with config.anchors "
-            "as it was or start in a new workdir"
         )
     if saved.get("asked_digest") != position.get("asked_digest"):
         raise UserError(

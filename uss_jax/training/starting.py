@@ -13,14 +13,13 @@ from uss_jax.devices.hosts import say
 from uss_jax.errors import UserError, counted
 from uss_jax.training.state import TrainState
 
-# Nets of a state by their names in its trees, and the parts of a bundle that they start from: the
-# first that it holds. PANNs' Cnn14 is a query net alone.
+# Nets of a state by their names in its trees, and the parts of a bundle that they start from.
 _PARTS = {
-    "separator": ("separator",),
-    "query/adaptor": ("adaptor",),
-    "query/text_adaptor": ("text_adaptor",),
-    "query/tagger": ("query",),
-    "tagger": ("sed", "query"),
+    "separator": "separator",
+    "query/adaptor": "adaptor",
+    "query/text_adaptor": "text_adaptor",
+    "query/tagger": "query",
+    "tagger": "sed",
 }
 # Fields that say how a net computes or trains, not what it computes.
 _FREE = ("dtype", "one_class_share", "dropout", "finetune", *nets.TRAINS_ON)
@@ -95,13 +94,14 @@ def _differences(
     """Yields what differs between a model's nets and those of a run, in words."""
     stored, wanted = nets.completed(bundle.config), nets.completed(wanted)
     part = "separator" if wanted["kind"] == "separator" else "sed"
-    if part == "sed" and part not in stored and stored.get("query", {}).get("model"):
-        stored["sed"] = {"model": stored["query"]["model"]}
-    if part not in stored:
+    source = _source(bundle, part)
+    if not bundle.holds(source):
         raise UserError(
             f"config.init_from={bundle.path} has no {part}, from which a {wanted['kind']} starts; "
             "give another"
         )
+    if source != part:
+        stored[part] = {"model": stored[source]["model"]}
     with_query = part == "separator" and "query" in stored
     for name in ("sample_rate", part, *(["query"] if with_query else [])):
         found = nets.differences(stored.get(name), wanted.get(name), name, _FREE)
@@ -123,12 +123,17 @@ def _differences(
             yield "the vectors of the classes' names, so that texts mean something else"
 
 
+def _source(bundle: Bundle, part: str) -> str:
+    """Returns the part that a net starts from: PANNs' Cnn14, a detector's, is a query net alone."""
+    return "query" if part == "sed" and not bundle.holds("sed") else part
+
+
 def _stored(bundle: Bundle, wanted: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
     """Reads the parts of a model that a state has, flat and by the state's names."""
     trees: dict[str, dict[str, np.ndarray]] = {"params": {}, "batch_stats": {}}
-    for prefix, parts in _PARTS.items():
-        part = next(filter(bundle.holds, parts), None)
-        if part and any(name.startswith(f"{prefix}/") for name in wanted):
+    for prefix, part in _PARTS.items():
+        part = _source(bundle, part)
+        if bundle.holds(part) and any(name.startswith(f"{prefix}/") for name in wanted):
             variables = bundle.variables(part)
             for tree, found in trees.items():
                 flat = by_path(variables.get(tree, {}))

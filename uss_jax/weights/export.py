@@ -31,7 +31,7 @@ from uss_jax.bundles.bundle import (
     write_bundle,
 )
 from uss_jax.bundles.card import CARD, read_card
-from uss_jax.bundles.checkpoints import latest_step, save_tree
+from uss_jax.bundles.checkpoints import save_tree
 from uss_jax.bundles.tensors import PARTS_FILE, read_tensors, write_tensors
 from uss_jax.devices.mesh import lay_out, make_mesh
 from uss_jax.devices.precision import HIGHEST, at_precision, check_precision
@@ -182,9 +182,8 @@ def _packaged(parts: Mapping[str, Variables]) -> dict[str, str]:
 
 
 def _config(bundle: Bundle) -> dict[str, Any]:
-    """Returns the bundle's config, with the latest step if it is a workdir."""
-    step = latest_step(bundle.path / "checkpoints")
-    return bundle.config if step is None else {**bundle.config, "step": step}
+    """Returns the bundle's config, with the step of its parameters if it is a workdir."""
+    return bundle.config if bundle.step is None else {**bundle.config, "step": bundle.step}
 
 
 def _rate(bundle: Bundle) -> int:

@@ -17,6 +17,7 @@ museval needs ffmpeg.
 Letters: `c` channels, `t` samples.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -24,10 +25,10 @@ import numpy as np
 from jaxtyping import Float32
 from tqdm import tqdm
 
-from uss_jax.audio.files import read_audio
+from uss_jax.audio.files import Format, audio_format, read_audio
 from uss_jax.audio.resampling import resample
 from uss_jax.bundles.model import Model
-from uss_jax.errors import UserError
+from uss_jax.errors import UserError, counted
 from uss_jax.evaluation.averages import Averages, file_averages
 from uss_jax.evaluation.finished import Finished, unfinished_beside
 from uss_jax.evaluation.rows import MIXTURE
@@ -42,7 +43,7 @@ _NAME = "MUSDB18-HQ"
 def run(model: Model, data: str, out: str, *, legacy: bool) -> tuple[Results, str]:
     """Evaluates separation on the songs of the test split."""
     folder = pathlib.Path(data)
-    songs(folder, "test")
+    _test_songs(folder)
     averages = stem_averages(model, folder)
     rows = score_songs(model, folder, averages, unfinished_beside(out), legacy=legacy)
     figures = ("sdr", "sdri", *(("legacy_sdr", "legacy_sdri") if legacy else ()))
@@ -69,6 +70,34 @@ def songs(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
     return found
 
 
+def _test_songs(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the song folders of the test split, whose stems can be compared with estimates.
+
+    Raises:
+      UserError: files are missing, or a stem differs from its mixture in sampling rate, channels or
+        length.
+    """
+    found = songs(folder, "test")
+    for song in found:
+        mixture = audio_format(song / "mixture.wav")
+        for stem in STEMS:
+            path = song / f"{stem}.wav"
+            form = audio_format(path)
+            longer = abs(form.samples - mixture.samples)
+            alike = form == dataclasses.replace(mixture, samples=form.samples)
+            if not alike or longer > mixture.sample_rate // 100:
+                raise UserError(
+                    f"{path} has {_words(form)}, its mixture.wav {_words(mixture)}; unpack {_NAME} "
+                    "again"
+                )
+    return found
+
+
+def _words(form: Format) -> str:
+    channels = counted(form.channels, "channel")
+    return f"{channels} at {form.sample_rate} Hz, {form.samples / form.sample_rate:.2f} s"
+
+
 def stem_averages(model: Model, folder: pathlib.Path) -> Averages:
     """Averages each stem's condition over the training songs, silence removed, as published."""
     train = songs(folder, "train")
@@ -93,7 +122,7 @@ def score_songs(
       unfinished: file that stores the metrics of finished songs, to resume an interrupted run.
       legacy: whether to add the published metrics.
     """
-    test = songs(folder, "test")
+    test = _test_songs(folder)
     files = [song / f"{stem}.wav" for song in test for stem in ("mixture", *STEMS)]
     about = identity(model, averages, f"legacy: {legacy}", [str(song) for song in test], files)
     finished = Finished(unfinished, about)
@@ -110,6 +139,9 @@ def _score_song(
     """Returns "row/stem" -> metric -> median over the song's windows."""
     mixture, rate = read_audio(song / "mixture.wav")
     sources = {stem: read_audio(song / f"{stem}.wav")[0] for stem in STEMS}
+    length = min(side.shape[1] for side in (mixture, *sources.values()))
+    mixture = mixture[:, :length]
+    sources = {stem: source[:, :length] for stem, source in sources.items()}
     alone = {
         stem: resample(source.mean(axis=0), rate, model.sample_rate)
         for stem, source in sources.items()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from uss_jax.audio.files import audio_format, read_mono, write_wav
+from uss_jax.audio.files import audio_format, read_alike, read_mono, write_wav
 from uss_jax.audio.picture import write_picture
 from uss_jax.audio.resampling import resampled_length
 from uss_jax.bundles.model import Model
@@ -34,7 +34,7 @@ from uss_jax.evaluation.suite import Results
 from uss_jax.evaluation.summary import report
 from uss_jax.evaluation.wording import how_asked, read_wording
 from uss_jax.ontology import load_ontology, whole_number
-from uss_jax.separation.banks import require_npz, write_bank
+from uss_jax.separation.banks import load_bank, require_npz, write_bank
 from uss_jax.separation.names import file_name
 
 # Cutting and resampling may differ by a frame between programs; a larger difference is an error.
@@ -76,8 +76,14 @@ def run(
         raise UserError(
             "--bank stores averages over training clips; give --train-records or --train-pairs too"
         )
+    if train_pairs and not model.query.module.takes.recordings:
+        raise UserError(
+            f"--train-pairs averages conditions of recordings, and those of {model.path} "
+            f"({model.query.module.kind}) are not made of any; leave it out"
+        )
+    how_made = f"averaged over {train_records or train_pairs}"
     if bank:
-        require_npz(bank)
+        _require_replaceable(bank, how_made)
     if examples and not out_dir:
         raise UserError("--examples needs --out-dir, the folder to write them to")
     wording = read_wording(model, text_encoder, texts)
@@ -93,6 +99,11 @@ def run(
         how = {"train_pairs": train_pairs}
         vectors = file_vectors(model, sources_by_class(train_pairs), without_silence=False)
     averages = averaged(vectors)
+    if bank and not averages:
+        raise UserError(
+            f"--bank {bank} would be empty: {train_records or train_pairs} has no sound of a class "
+            "of these pairs; give other training clips, or leave --bank out"
+        )
     figures, rows = score(
         model,
         pairs,
@@ -106,9 +117,11 @@ def run(
     text = [table, *filter(None, [remark, left_out(rows, len(pairs))])]
     if absent := [row_of(count) for count in recordings if row_of(count) not in rows]:
         text.append(f"no row of {', '.join(absent)}: no class of these pairs has so many vectors")
-    if averages and bank:
-        stored = bank_of_averages(model, averages, f"averaged over {train_records or train_pairs}")
-        write_bank(bank, stored)
+    if recordings and not model.query.module.takes.recordings:
+        kind = model.query.module.kind
+        text.append(f"conditions of the kind {kind} are those of classes, whatever the recordings")
+    if bank:
+        write_bank(bank, bank_of_averages(model, averages, how_made))
         text.append(f"{bank}: vectors of {counted(len(averages), 'class', 'classes')}")
     if examples and out_dir:
         pictures = write_examples(model, pairs, figures, rows, examples, out_dir)
@@ -117,6 +130,22 @@ def run(
         how["recordings"] = list(recordings)
     how |= how_asked(text_encoder, texts)
     return {**results, "how": how}, "\n\n".join(text)
+
+
+def _require_replaceable(bank: str, how: str) -> None:
+    """Raises a UserError unless a bank's file is new, or a bank that was made in the same way.
+
+    The same command again, as after a stop, replaces what it wrote.
+    """
+    require_npz(bank)
+    if not os.path.lexists(bank):
+        return
+    try:
+        made_alike = load_bank(bank).how == how
+    except UserError:
+        made_alike = False
+    if not made_alike:
+        raise UserError(f"{bank} exists and is not a bank {how}; give --bank another name")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,8 +198,11 @@ class Pair:
         return min(lengths)
 
     def read(self, side: str, sample_rate: int) -> Float[np.ndarray, " _"]:
-        """Reads the "mixture" or the "source", in mono."""
-        return read_mono(getattr(self, side), sample_rate)
+        """Reads the "mixture" or the "source", in mono: the same channels of both."""
+        if audio_format(getattr(self, side)).channels == 1:
+            return read_mono(getattr(self, side), sample_rate)
+        source, mixture = read_alike((self.source, self.mixture), sample_rate)
+        return source if side == "source" else mixture
 
 
 def find_pairs(directory: str | os.PathLike) -> list[Pair]:

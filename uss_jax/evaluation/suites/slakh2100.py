@@ -87,9 +87,19 @@ def items(folder: pathlib.Path, split: str, *, by: str = "plugin") -> list[Windo
 
 def _stems(path: pathlib.Path) -> Mapping[str, Mapping[str, Any]]:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))["stems"]
+        stems = yaml.safe_load(path.read_text(encoding="utf-8"))["stems"]
+        if not isinstance(stems, Mapping) or not all(map(_is_stem, stems.values())):
+            raise TypeError("stems is no mapping from names to mappings")
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{path} has no readable list of stems; unpack the track again") from error
+    return stems
+
+
+def _is_stem(about: Any) -> bool:
+    """Returns whether an entry holds names, which may be absent, as texts."""
+    if not isinstance(about, Mapping):
+        return False
+    return all(isinstance(about.get(key) or "", str) for key in NAMES.values())
 
 
 def _windows(source: pathlib.Path, mixture: pathlib.Path, label: str, by: str) -> list[Window]:

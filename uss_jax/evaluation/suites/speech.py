@@ -9,6 +9,8 @@ Letters: `t` samples, `n` frames, `w` samples of a frame, `k` critical bands, `p
 prediction.
 """
 
+import contextlib
+
 import numpy as np
 from jaxtyping import Float
 
@@ -42,13 +44,17 @@ Wave = Float[np.ndarray, " t"]
 def speech_figures(clean: Wave, estimate: Wave) -> dict[str, float]:
     """Computes PESQ (1..4.64), SSNR (dB), CSIG, CBAK and COVL (1..5) of an estimate.
 
-    All are NaN if the clean speech is silent.
+    All are NaN if the clean speech is silent or shorter than 37.5 ms. PESQ, and the composites that
+    are made of it, are NaN if PESQ finds no speech in a side, or if they are shorter than 1/4 s.
     """
     pesq = require_package("pesq", "PESQ")
-    if is_silent(clean):
+    if is_silent(clean) or len(clean) < _FRAME + _STEP:
         return dict.fromkeys(("pesq", "ssnr", "csig", "cbak", "covl"), float("nan"))
     clean, estimate = clean.astype(np.float64), estimate.astype(np.float64)
-    quality = float(pesq.pesq(RATE, clean, estimate, "wb"))
+    quality = float("nan")
+    if not is_silent(estimate):  # of which pesq makes a NaN, then a ValueError
+        with contextlib.suppress(pesq.BufferTooShortError, pesq.NoUtterancesError):
+            quality = float(pesq.pesq(RATE, clean, estimate, "wb"))
     snr, likelihood = segmental_snr(clean, estimate), log_likelihood_ratio(clean, estimate)
     slope = weighted_spectral_slope(clean, estimate)
     composites = {

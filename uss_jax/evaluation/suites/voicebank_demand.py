@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
-from uss_jax.audio.files import read_mono
+from uss_jax.audio.files import read_alike
 from uss_jax.audio.resampling import resample
 from uss_jax.bundles.model import Model
 from uss_jax.errors import UserError
@@ -49,6 +49,9 @@ def run(model: Model, data: str, out: str, *, blocks: str) -> tuple[Results, str
     figures = ("pesq", "ssnr", "csig", "cbak", "covl")
     cells = [(row["query"], *(row[figure] for figure in figures)) for row in rows]
     explanation = "medians over sentences, as published; means are in the JSON file; SSNR in dB"
+    if absent := {row["query"]: row["without_pesq"] for row in rows if row["without_pesq"]}:
+        counts = ", ".join(f"{number} of {query}" for query, number in absent.items())
+        explanation += f"; sentences without PESQ, in which it hears no speech, left out: {counts}"
     results, text = report(model, out, rows, ("", *figures), cells, explanation)
     return {**results, "how": {"blocks": blocks}}, text
 
@@ -121,7 +124,7 @@ def _score_sentence(
 ) -> dict[str, Values]:
     """Returns row -> metrics."""
     rate = model.sample_rate
-    source, mixture = read_mono(clean, rate), read_mono(noisy, rate)
+    source, mixture = read_alike((clean, noisy), rate)
     if abs(len(source) - len(mixture)) > rate // 100:
         raise UserError(f"{clean} and {noisy} differ in length; unpack {_NAME} again")
     length = min(len(source), len(mixture))
@@ -153,6 +156,8 @@ def _summary(per_sentence: Sequence[dict[str, Values]]) -> list[dict[str, object
                 figures[name], figures[f"{name}_mean"] = _middle(of)
         of_noisy = [list(sentence[MIXTURE].values()) for sentence in per_sentence]
         figures["silent"] = int(np.isnan(of_noisy).all(axis=1).sum())
+        absent = np.isnan([list(sentence[row].values()) for sentence in per_sentence])
+        figures["without_pesq"] = int((absent.any(axis=1) & ~absent.all(axis=1)).sum())
         summaries.append(figures)
     return summaries
 

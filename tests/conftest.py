@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import signal
+import subprocess
 import tempfile
 
 import jax
@@ -12,8 +13,11 @@ import pytest
 
 from tests.golden import ways
 from uss_jax.cli import compiling
+from uss_jax.devices import cpu
+from uss_jax.devices.mesh import make_mesh
 
 jax.config.update("jax_num_cpu_devices", 8)
+cpu._compile_sooner()  # as every command does
 
 # Machines are shared: how long something takes says nothing of the code. Standard error then holds
 # no line about a program that compiled for seconds, and no example is too slow.
@@ -21,10 +25,23 @@ compiling._PATIENCE_SECONDS = 3600.0
 with contextlib.suppress(ModuleNotFoundError):  # golden tests run without it
     import hypothesis
 
-    hypothesis.settings.register_profile("shared machine", deadline=None)
+    # The same examples each time, and no record of them in the checkout.
+    hypothesis.settings.register_profile(
+        "shared machine", deadline=None, derandomize=True, database=None
+    )
     hypothesis.settings.load_profile("shared machine")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+# The files that take longest: begun first, so that no process is left alone with one at the end.
+LONGEST = (
+    *("training/test_run", "devices/test_mesh", "devices/test_hosts", "devices/test_watch"),
+    *("training/test_separation_step_golden", "separation/test_golden_inference"),
+    *("training/test_starting", "models/test_separator", "training/test_texts"),
+    *("tests/test_ablations", "devices/test_precision", "training/test_asking"),
+    *("training/test_either_tagging_net", "training/test_learning"),
+)
+# A process that holds more forgets the programs of the files before.
+_MOST_BYTES = 2.5e9
 
 
 def pytest_addoption(parser):
@@ -46,9 +63,9 @@ def _share_programs(config):
     folder = tempfile.mkdtemp(prefix="uss-jax-programs-")
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def pytest_configure(config):
@@ -61,28 +78,76 @@ def pytest_configure(config):
     jax.config.update("jax_default_matmul_precision", way.precision)
 
 
+def pytest_collection_modifyitems(items):
+    rank = {name: at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(f"{item.path.parent.name}/{item.path.stem}", len(rank)))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def programs_of_one_file(request):
     """Unoptimised programs for a file with QUICK_COMPILATION, its fixtures included.
 
-    Compiled programs of other files only fill the memory.
+    The next file takes what is compiled already, unless that is compiled otherwise, may be of
+    functions that were replaced, or fills the memory.
     """
-    _compile_quickly(getattr(request.module, "QUICK_COMPILATION", False))
+    quick = getattr(request.module, "QUICK_COMPILATION", False)
+    if quick != jax.config.values["jax_disable_most_optimizations"]:
+        jax.clear_caches()
+    _compile_quickly(quick)
     yield
-    _compile_quickly(False)
-    jax.clear_caches()
+    tests = [item for item in request.session.items if item.path == request.path]
+    fixtures = {name for test in tests for name in test.fixturenames}
+    golden = any(test.get_closest_marker("golden") for test in tests)
+    if golden or fixtures & {"quick_compilation", "monkeypatch"} or _bytes_used() > _MOST_BYTES:
+        jax.clear_caches()
+
+
+def _bytes_used():
+    """The memory that this process holds."""
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture
 def quick_compilation():
     """Unoptimised programs: for whole runs of a few steps, which would mostly compile."""
+    was = jax.config.values["jax_disable_most_optimizations"]
     _compile_quickly(True)
     yield
-    _compile_quickly(False)
+    _compile_quickly(was)
 
 
 def _compile_quickly(quick):
     jax.config.update("jax_disable_most_optimizations", quick)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Training in this process on one device of the eight: there is less to compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in ("separator", "tagger"):  # by name: golden tests run without their packages
+            name = f"uss_jax.training.train_{kind}.make_mesh"
+            patch.setattr(name, lambda: make_mesh(jax.devices()[:1]))
+        yield
+
+
+@pytest.fixture
+def start():
+    """Starts processes, as Popen does, in sessions of their own; none outlives the test."""
+    with contextlib.ExitStack() as ends:
+
+        def popen(words, **options):
+            process = subprocess.Popen(words, start_new_session=True, **options)
+            ends.enter_context(process)  # closes its pipes
+            ends.callback(_end, process)
+            return process
+
+        yield popen
+
+
+def _end(process):
+    with contextlib.suppress(ProcessLookupError):  # nothing is left of it
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")

@@ -6,18 +6,17 @@ import math
 import re
 import runpy
 
-import jax
 import pytest
 
-import uss_jax.training.train_separator
 from tests.tiny import CONFIGS, train_words, write_place
 from uss_jax.bundles.nets import build_separator
 from uss_jax.cli.config import load_config
 from uss_jax.cli.main import main
-from uss_jax.devices.mesh import make_mesh
 from uss_jax.errors import UserError
 from uss_jax.models.bandsplit import mel_bands
 from uss_jax.training.asking import MINED, SOURCES, check_shares
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 _MODULE = runpy.run_path(str(CONFIGS / "ablations.py"))
 ABLATIONS, BAND_SPLIT = _MODULE["ABLATIONS"], _MODULE["BAND_SPLIT"]
@@ -61,11 +60,7 @@ def _shrunk(names):
 
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("names", _groups(), ids="+".join)
-def test_ablations_take_a_step(place, tmp_path, names, capsys, monkeypatch):
-    # One device: less to compile than for eight.
-    monkeypatch.setattr(
-        uss_jax.training.train_separator, "make_mesh", lambda: make_mesh(jax.devices()[:1])
-    )
+def test_ablations_take_a_step(place, tmp_path, names, capsys):
     leaves = _shrunk(names)
     words = train_words("ablations.py", place, tmp_path / "run", leaves)
     assert main(words) == 0, capsys.readouterr().err

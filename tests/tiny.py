@@ -4,10 +4,14 @@ Files are written with packages that a machine with a GPU may lack. They are imp
 so that tests of nets alone run there.
 """
 
+import atexit
 import functools
+import hashlib
 import json
 import math
 import pathlib
+import shutil
+import tempfile
 
 import jax
 import numpy as np
@@ -48,8 +52,6 @@ WIDTHS |= {"text": 384, "text_or_audio": 7}
 
 def random_variables(net, *shapes, seed=0):
     """Random variables of a net; drawn by numpy, since compiling the nets' own takes long."""
-    inputs = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
-    tree = jax.eval_shape(net.init, jax.random.key(0), *inputs)
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -59,7 +61,14 @@ def random_variables(net, *shapes, seed=0):
         fan_in = np.prod(leaf.shape[:-1]) if name == "kernel" else 100
         return (rng.standard_normal(leaf.shape) / np.sqrt(fan_in)).astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, tree)
+    return jax.tree_util.tree_map_with_path(draw, shapes_of(net, shapes))
+
+
+@functools.cache
+def shapes_of(net, shapes):
+    """Shapes of a net's variables, for float32 inputs of the shapes; traced once in a process."""
+    inputs = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+    return jax.eval_shape(net.init, jax.random.key(0), *inputs)
 
 
 def tagger_variables(seed=0, net=TAGGER):
@@ -74,14 +83,21 @@ def tagger_variables(seed=0, net=TAGGER):
 
 def write_tagger(path, seed=0, net=TAGGER) -> pathlib.Path:
     """A tagger bundle with query net and detector of the same variables."""
-    variables = tagger_variables(seed, net)
     model = {"model": fields_of(net)}
-    _write(path, "tagger", {"query": model, "sed": model}, {"query": variables, "sed": variables})
-    return pathlib.Path(path)
+
+    def write(path):
+        parts = dict.fromkeys(("query", "sed"), tagger_variables(seed, net))
+        _write(path, "tagger", {"query": model, "sed": model}, parts)
+
+    return _copy(path, write, "tagger", type(net).__name__, model, seed)
 
 
 def write_separator(path, kind="soft", seed=0) -> pathlib.Path:
     """A separator bundle with query net and detector."""
+    return _copy(path, lambda path: _write_separator(path, kind, seed), "separator", kind, seed)
+
+
+def _write_separator(path, kind, seed):
     separator = ResUNet(n_fft=128, hop_samples=64, channels=(4, 4), condition_width=WIDTHS[kind])
     model = fields_of(TAGGER)
     asked = KINDS[kind]
@@ -100,13 +116,38 @@ def write_separator(path, kind="soft", seed=0) -> pathlib.Path:
         parts["query"] = variables
     parts |= {name: {"params": tree} for name, tree in parts_of_query(query, seed).items()}
     _write(path, "separator", sections, parts)
-    return pathlib.Path(path)
+
+
+def _copy(path, write, *made_of) -> pathlib.Path:
+    """Copies the bundle that `write` makes; it is written once in a process, which flushes files.
+
+    Args:
+      path: folder to create; `write` refuses one that exists.
+      write: takes the folder.
+      made_of: what tells the bundle from others.
+    """
+    path = pathlib.Path(path)
+    if path.exists():
+        write(path)
+    original = _originals() / hashlib.sha256(repr(made_of).encode()).hexdigest()
+    if not original.exists():
+        write(original)
+    return shutil.copytree(original, path)
+
+
+@functools.cache
+def _originals() -> pathlib.Path:
+    """The folder of the bundles that this process has written; it goes with the process."""
+    folder = tempfile.mkdtemp(prefix="uss-jax-bundles-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return pathlib.Path(folder)
 
 
 def parts_of_query(section, seed=0):
     """Random adaptors, and the names in the package, of a query net's section."""
     net = build_query({k: v for k, v in section.items() if k != "model"}, section["model"])
-    parts = jax.tree.map(np.asarray, init_adaptors(net, jax.random.key(seed)))
+    draw = quick_jit(functools.partial(init_adaptors, net))
+    parts = jax.tree.map(np.asarray, draw(jax.random.key(seed)))
     if net.takes.texts:
         parts["names"] = {"names": load_node_vectors().of_classes()}
     return parts

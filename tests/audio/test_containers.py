@@ -90,3 +90,22 @@ def test_files_written_into_a_pipe_are_read_whole(tmp_path):
         )
         assert audio_format(path).samples == SECONDS * RATE
         assert truncation(path) is None
+
+
+def test_chunks_after_no_samples_are_not_taken_for_samples(tmp_path):
+    """An empty file of a recorder that tags its files is none that was written to a pipe."""
+    path = tmp_path / "empty.wav"
+    soundfile.write(path, np.zeros(0), RATE)
+    empty = path.read_bytes()
+    empty = empty[: empty.index(b"data") + 8]
+    for after in (b"iXML\6\0\0\0<BWF/>", b"LIST\4\0\0\0INFOid3 \3\0\0\0ID3\0", b"id3 \3\0\0\0ID3"):
+        data = empty + after
+        path.write_bytes(data[:4] + struct.pack("<I", len(data) - 8) + data[8:])
+        with pytest.raises(UserError, match="holds no samples"):
+            read_audio(path)
+        # With a length that nobody has put in, they are what they were.
+        path.write_bytes(data[:4] + bytes(4) + data[8:])
+        assert read_audio(path)[0].shape == (1, len(after) // 2)
+    silence = empty[:4] + struct.pack("<I", len(empty) + 8) + empty[8:] + bytes(16)
+    path.write_bytes(silence)
+    assert read_audio(path)[0].shape == (1, 8)

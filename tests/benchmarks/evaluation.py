@@ -67,13 +67,13 @@ def write_inputs(place: pathlib.Path, pairs: int) -> None:
 def work(place: pathlib.Path) -> None:
     """Our contender: as the command does, for every line it reads."""
     from uss_jax.bundles.model import Model
-    from uss_jax.devices.memory import keep_freed_memory
+    from uss_jax.devices.cpu import tune_for_cpu
     from uss_jax.devices.mesh import one_device_per_core
     from uss_jax.evaluation.rows import ORACLE
     from uss_jax.evaluation.scoring import score
     from uss_jax.evaluation.suites.pairs import find_pairs
 
-    keep_freed_memory()
+    tune_for_cpu()
     one_device_per_core()
     model = Model(place / "bundle")
     print(json.dumps("ready"), flush=True)

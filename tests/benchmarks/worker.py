@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from uss_jax.devices.memory import keep_freed_memory
+from uss_jax.devices.cpu import tune_for_cpu
 
 SAMPLES = {"separate": 64000, "train": 64000, "tag": 320000, "long": 960000}
 BLOCK = 64000
@@ -154,7 +154,7 @@ def main() -> None:
     job, framework, core = sys.argv[1:]
     os.sched_setaffinity(0, {int(core)})
     if framework == "jax":
-        keep_freed_memory()  # as every command does
+        tune_for_cpu()  # as every command does
     run = (jax_job if framework == "jax" else torch_job)(job)
     run()
     # The second run still allocates. Its result tells whether the contenders agree: in training it

@@ -269,6 +269,36 @@ def test_the_latest_step_is_known_whatever_its_notes_hold(tmp_path):
     assert latest_step(tmp_path / "c") == 5
 
 
+@pytest.mark.parametrize("malformed", [False, True])
+def test_a_note_that_another_host_removes_first_does_no_harm(tmp_path, monkeypatch, malformed):
+    note = _write(tmp_path / "c", 5) / "5" / "_CHECKPOINT_METADATA"
+    read = pathlib.Path.read_bytes
+
+    def removed_meanwhile(path):
+        if path != note:
+            return read(path)
+        if malformed:
+            note.unlink()
+            return b"[]"
+        note.unlink(missing_ok=True)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(note))
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", removed_meanwhile)
+    with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+        restored = restore_state(checkpoints, 5, _state(seed=1))
+    assert not note.exists()
+    jax.tree.map(np.testing.assert_array_equal, restored.params, _state().params)
+
+
+@pytest.mark.parametrize("keep", [2, None])
+def test_a_note_that_cannot_be_read_is_a_sentence(tmp_path, keep):
+    note = _write(tmp_path / "c", 5) / "5" / "_CHECKPOINT_METADATA"
+    note.unlink()
+    note.mkdir()
+    with pytest.raises(DamagedCheckpoint, match=r"c/5 is damaged \(_CHECKPOINT_METADATA cannot be"):
+        Checkpoints(tmp_path / "c", keep=keep)
+
+
 def test_what_was_copied_wrongly_from_the_devices_is_found(tmp_path):
     # Another number than the fingerprint was taken of, as from a host's faulty memory.
     _write(tmp_path / "c", 5)

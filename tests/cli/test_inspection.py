@@ -12,6 +12,8 @@ from uss_jax.bundles.checkpoints import load_tree, save_tree
 from uss_jax.cli import inspection
 from uss_jax.cli.inspection import inspect
 from uss_jax.cli.main import main
+from uss_jax.data.indexing import build_index
+from uss_jax.data.schema import Schema
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
 from uss_jax.separation.banks import Bank, write_bank
@@ -124,6 +126,16 @@ def test_the_classes_and_lengths_of_records_are_shown(tmp_path):
     shown = "; ".join(f"{names[k]} (1)" for k in range(11, 19))
     assert lines[-2] == f"    with the fewest: {shown}"
     assert lines[-1] == "    20 classes with clips, 507 of 527 without"
+
+
+def test_a_split_whose_shards_have_names_of_their_own_is_shown(tmp_path):
+    write_records(tmp_path, "test", [("a", noise(1, 0.5), [0])])
+    write_records(tmp_path / "other", "dev", [("b", noise(2, 0.5), [3]), ("c", noise(3, 1), [3])])
+    (tmp_path / "other" / "toy-dev.tfrecord-00000-of-00001").rename(tmp_path / "lab.tfrecord")
+    build_index(tmp_path, "train", Schema(sample_rate=RATE, shards="*.tfrecord", split="train"))
+    text = "\n".join(inspect(tmp_path))
+    assert "  test: 1 clip, 0.5 s, 1 label" in text
+    assert "  train: 2 clips, 1.5 s, 2 labels of 1 class, 1 shard, index" in text
 
 
 def test_records_tables_and_banks(tmp_path):

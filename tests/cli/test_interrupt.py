@@ -7,6 +7,8 @@ import time
 
 import pytest
 
+from tests.tiny import CONFIGS
+
 # Of each the way in which the main thread cannot hear of Ctrl-C at once.
 DEAF = {
     "a compiler": "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)",
@@ -60,18 +62,18 @@ def _ended(process: int) -> bool:
     + [("a compiler", signal.SIGTERM, "terminated")],
 )
 def test_a_signal_ends_the_process_with_a_word_and_nothing_half_written(
-    tmp_path, deaf, number, word
+    tmp_path, start, deaf, number, word
 ):
     body = textwrap.indent(textwrap.dedent(DEAF[deaf]), " " * 8)
     (tmp_path / "program.py").write_text(PROGRAM.format(deaf=body))
     out = tmp_path / "out"
     out.mkdir()
-    process = subprocess.Popen(
+    process = start(
         [sys.executable, tmp_path / "program.py", out],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        env={**os.environ, "PYTHONPATH": str(CONFIGS.parent)},
     )
     child = int(process.stdout.readline())
     time.sleep(0.3)
@@ -87,7 +89,7 @@ def test_a_signal_ends_the_process_with_a_word_and_nothing_half_written(
     assert _ended(child)
 
 
-def test_a_second_ctrl_c_does_not_wait(tmp_path):
+def test_a_second_ctrl_c_does_not_wait(start):
     program = """
 import time
 from uss_jax.cli.interrupt import end_on_interrupt
@@ -101,8 +103,12 @@ while True:
     except KeyboardInterrupt:
         said = "heard"
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    process = start(
+        [sys.executable, "-c", program],
+        cwd=CONFIGS.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)

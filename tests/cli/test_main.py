@@ -74,6 +74,8 @@ def test_a_tilde_in_a_path_is_the_home_folder(command, monkeypatch):
         ([], 2, "", "required: COMMAND"),
         (["train-tagger"], 2, "", "required: --config, --workdir"),
         (["train", "--config", "x", "--workdir", "y", "--steps", "3"], 2, "", "--steps"),
+        (["inspect", "x", "--config.seed=3"], 2, "", "unrecognized arguments: --config.seed=3"),
+        (["query", "list", "x", "--config.a"], 2, "", "unrecognized arguments: --config.a"),
     ],
 )
 def test_wrong_words_end_with_status_2_and_the_usage(words, status, out, err, capsys):
@@ -103,6 +105,14 @@ def test_status_is_0_only_on_success(monkeypatch, capsys, raised, status, said):
     words = ["train", "--config", "c", "--config.a=1", "--workdir", "w"]
     assert cli.main(words) == status
     assert capsys.readouterr().err == said
+
+
+def test_options_of_a_pipeline_may_begin_as_keys_of_a_config_do(monkeypatch):
+    given = []
+    monkeypatch.setattr("uss_jax.cli.prepare.run", lambda args: given.extend(args.beam_options))
+    words = ["--audio=a", "--labels=l", "--out=o", "--name=n", "--version=1.0.0", "--split=s"]
+    assert cli.main(["prepare", *words, "--engine", "beam", "--", "--config.file=x"]) == 0
+    assert given == ["--config.file=x"]
 
 
 def test_our_own_mistakes_keep_their_traceback(monkeypatch):

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,8 @@ from uss_jax.bundles.bundle import write_bundle
 from uss_jax.bundles.nets import fields_of
 from uss_jax.cli.main import main
 from uss_jax.models.tagging import as_detector
+
+QUICK_COMPILATION = True
 
 
 def _tagger(path, bias):
@@ -38,3 +42,52 @@ def test_scores_no_better_than_chance_are_told(tmp_path, capsys, bias, told):
     said = capsys.readouterr()
     assert "median score 0." in said.out
     assert ("the anchors are little better than random ones" in said.err) == told
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        *(
+            (["--show", "a", option, value], f"{option} has no effect with --show, which mines")
+            for option, value in (
+                *(("--candidates", "4"), ("--clip-seconds", "2"), ("--min-dbfs", "-60")),
+                *(("--rule", "uss"), ("--batch", "16"), ("--threads", "4")),
+                *(("--host", "0"), ("--hosts", "1"), ("--query", "b")),
+            )
+        ),
+        (["--show", "a", "--picture", "{here}"], "exists; remove it or give another --picture"),
+        (["--host", "1"], "--host 1 is not between 0 and 0"),
+    ],
+)
+def test_options_that_do_not_suit_each_other_are_said_before_anything(
+    tmp_path, capsys, words, said
+):
+    words = [word.format(here=tmp_path) for word in words]
+    required = ["--records", "nowhere", "--sed", "nothing", "--out", str(tmp_path / "t.npz")]
+    assert main(["mine", *required, *words]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_clips_are_not_cut_to_less_than_a_segment(tmp_path, capsys):
+    tiny.write_records(tmp_path / "records", "train", [("a", tiny.tone(300, 0.8), [0])])
+    tagger = tiny.write_tagger(tmp_path / "tagger")
+    words = ["mine", "--records", tmp_path / "records", "--sed", tagger, "--out"]
+    words += [tmp_path / "t.npz", "--clip-seconds", 0.25]
+    assert main([str(word) for word in words]) == 1
+    said = "--clip-seconds 0.25 is less than a segment of this detector; give at least 0.5"
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "t.npz").exists()
+
+
+def test_a_table_of_another_segment_length_names_the_detector(tmp_path, capsys):
+    tiny.write_records(tmp_path / "records", "train", [("a", tiny.tone(300, 1.2), [0])])
+    tagger = tiny.write_tagger(tmp_path / "tagger")
+    words = ["mine", "--records", tmp_path / "records", "--sed", tagger]
+    words = [str(word) for word in (*words, "--out", tmp_path / "t.npz")]
+    assert main([*words, "--batch", "1"]) == 0
+    config = json.loads((tagger / "config.json").read_text())
+    (tagger / "config.json").write_text(json.dumps({**config, "segment_seconds": 1.0}))
+    capsys.readouterr()
+    assert main([*words, "--show", "a"]) == 1
+    said = f"t.npz has anchors of 4000 samples, {tagger} asks for 8000; give the --sed that it was"
+    assert said in capsys.readouterr().err

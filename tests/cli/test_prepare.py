@@ -66,24 +66,26 @@ def test_left_out_clips_are_pointed_at(collection, capsys):
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "out", "said"),
     [
-        ({"labels": "none.csv"}, "none.csv cannot be read"),
-        ({"audio": "nowhere"}, "nowhere is not a folder"),
-        ({"version": "one"}, '--version cannot be "one"'),
+        ({"labels": "none.csv"}, "", "none.csv cannot be read"),
+        ({"audio": "nowhere"}, "", "nowhere is not a folder"),
+        ({"version": "one"}, "{labels}: 2 clips for split train\n", '--version cannot be "one"'),
     ],
 )
-def test_errors_are_one_sentence_and_status_1(collection, changed, said):
-    ran = subprocess.run(
-        [sys.executable, "-m", "uss_jax.cli.main", "prepare", *_arguments(collection, **changed)],
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 1
-    assert ran.stdout == "" or "2 clips" in ran.stdout
-    assert said in ran.stderr
-    assert ran.stderr.count("\n") == 1
+def test_errors_are_one_sentence_and_status_1(collection, capsys, changed, out, said):
+    words = ["prepare", *_arguments(collection, **changed)]
+    assert main(words) == 1
+    printed = capsys.readouterr()
+    assert printed.out == out.format(labels=collection / "labels.csv")
+    assert said in printed.err
+    assert printed.err.count("\n") == 1
     assert not (collection.parent / "data sets").exists()
+    if "labels" not in changed:
+        return
+    command = [sys.executable, "-m", "uss_jax.cli.main", *words]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (1, printed.out, printed.err)
 
 
 def test_numbers_that_make_no_sense_are_refused(collection, capsys):
@@ -97,6 +99,12 @@ def test_numbers_that_make_no_sense_are_refused(collection, capsys):
         said = capsys.readouterr().err
         assert f"expected a {'number' if 'seconds' in option else 'whole number'} from" in said
         assert len(said) < 3000
+
+
+def test_threads_with_beam_are_refused(collection, capsys):
+    words = [*_arguments(collection), "--engine", "beam", "--workers", "4"]
+    assert main(["prepare", *words]) == 1
+    assert "--workers has no effect with --engine beam" in capsys.readouterr().err
 
 
 def test_index_of_a_folder_without_shards_is_an_error(tmp_path, capsys):
@@ -188,26 +196,29 @@ def test_the_folder_without_its_version_is_pointed_to(collection, capsys):
 
 
 @pytest.mark.long
-def test_ctrl_c_while_processes_index_prints_no_traceback(tmp_path):
+@pytest.mark.parametrize("moment", ["they start", "they read"])
+def test_ctrl_c_while_processes_index_prints_no_traceback(tmp_path, start, moment):
+    # Links to one shard: minutes of work.
     samples = np.random.default_rng(0).integers(-9999, 9999, 4_000_000).astype(np.int16)
-    for number in range(8):
-        shard = tmp_path / f"toy-train.tfrecord-{number:05d}-of-00008"
-        with RecordWriter(shard) as writer:
-            for at in range(8):
-                writer.write(serialise(b"%d.%d" % (number, at), samples, [at]))
+    name = "toy-train.tfrecord-{:05d}-of-01000"
+    with RecordWriter(tmp_path / name.format(0)) as writer:
+        for at in range(8):
+            writer.write(serialise(b"%d" % at, samples, [at]))
+    for number in range(1, 1000):
+        os.link(tmp_path / name.format(0), tmp_path / name.format(number))
     (tmp_path / "metadata.json").write_text('{"sample_rate": 8000, "encoding": "pcm_s16le"}')
-    for seconds in (0.0, 2.0):
-        run = subprocess.Popen(
-            [sys.executable, "-m", "uss_jax.cli.main", "index", str(tmp_path), "--workers", "2"],
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        children = pathlib.Path(f"/proc/{run.pid}/task/{run.pid}/children")
-        while run.poll() is None and len(children.read_text().split()) < 2:
-            time.sleep(0.01)
-        time.sleep(seconds)
-        os.killpg(run.pid, signal.SIGINT)  # as a terminal does
-        said = run.communicate(timeout=60)[1]
-        assert "Traceback" not in said
-        assert run.returncode in (130, -signal.SIGINT, 0)
+    words = [sys.executable, "-m", "uss_jax.cli.main", "index", str(tmp_path), "--workers", "2"]
+    run = start(words, stderr=subprocess.PIPE, text=True)
+    children = pathlib.Path(f"/proc/{run.pid}/task/{run.pid}/children")
+
+    def there():
+        if moment == "they start":
+            return len(children.read_text().split()) >= 2
+        return list(tmp_path.glob(".shards-of-train/*.npz"))
+
+    while run.poll() is None and not there():
+        time.sleep(0.01)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+    said = run.communicate(timeout=60)[1]
+    assert "Traceback" not in said
+    assert run.returncode in (130, -signal.SIGINT)

@@ -12,6 +12,8 @@ from uss_jax.bundles.nets import fields_of
 from uss_jax.cli.main import main
 from uss_jax.models.resunet import ResUNet
 
+QUICK_COMPILATION = True
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -97,3 +99,15 @@ def test_levels_classes_and_mining_with_htsat(place, tmp_path):
     assert main([*mine, "--sed", str(place / "htsat"), "--candidates", "1"]) == 0
     with np.load(table) as stored:
         assert stored["begin_sample"].shape == (3, 1)
+
+
+def test_what_is_advised_are_options_that_the_command_has(place, tmp_path, capsys):
+    model = ["--model", str(tiny.write_separator(tmp_path / "one_hot", "one_hot"))]
+    bank = str(tmp_path / "bank.npz")
+    assert main(["query", "make", bank, str(place / "bell"), *model]) == 1
+    assert "takes classes, not recordings; give --text instead of fold" in capsys.readouterr().err
+    assert main(["query", "make", bank, "--text", "xyzzy plugh", *model]) == 1
+    assert "in other words, in English, or give --text NAME" in capsys.readouterr().err
+    words = ["separate", str(place / "street.wav"), *model, "--query", str(place / "bell")]
+    assert main(words) == 1
+    assert "give --classes instead of --query" in capsys.readouterr().err

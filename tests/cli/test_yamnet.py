@@ -12,6 +12,7 @@ from uss_jax.cli.main import main
 from uss_jax.ontology import load_ontology
 
 QUICK_COMPILATION = True
+pytestmark = pytest.mark.usefixtures("one_device")
 
 MAN, SPEECH, BEEP, NOISE = (
     load_ontology().resolve(name)

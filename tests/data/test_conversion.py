@@ -1,5 +1,8 @@
+import contextlib
 import dataclasses
+import errno
 import os
+import tempfile
 
 import pytest
 import soundfile
@@ -8,6 +11,7 @@ from tests.data.toy import SETTINGS, toy_noise
 from uss_jax.audio import mended
 from uss_jax.data.conversion import Skipped, prepare_clip
 from uss_jax.data.tf_example import parse
+from uss_jax.errors import UserError
 
 
 def test_16_bit_samples_at_the_same_rate_come_through_unchanged(audio):
@@ -22,6 +26,24 @@ def test_long_clips_keep_their_beginning_and_short_ones_their_length(audio):
     assert long.audio == whole[:8000].tobytes()
     short = parse(prepare_clip(audio / "stereo.wav", "a", (0,), SETTINGS).data)
     assert len(short.audio) == 2 * 800
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        mended.FfmpegFailed("Error writing trailer: No space left on device"),
+    ],
+)
+def test_a_full_folder_of_temporary_files_leaves_no_clip_out(audio, monkeypatch, error):
+    @contextlib.contextmanager
+    def opened(path):
+        raise error
+        yield
+
+    monkeypatch.setattr(mended, "opened", opened)
+    with pytest.raises(UserError, match=f"no space is left to write {tempfile.gettempdir()}; free"):
+        prepare_clip(audio / "3.wav", "3.wav", (7,), SETTINGS)
 
 
 @pytest.mark.parametrize(

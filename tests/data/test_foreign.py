@@ -8,7 +8,7 @@ from tests.data.test_encodings import SAMPLES, STORED
 from uss_jax.cli.main import main
 from uss_jax.data.index import load_index
 from uss_jax.data.indexing import build_index
-from uss_jax.data.metadata import read_sample_rate
+from uss_jax.data.metadata import check_format, read_sample_rate
 from uss_jax.data.reader import ClipReader
 from uss_jax.data.schema import Schema
 from uss_jax.data.tf_example import guess_schema, parse
@@ -203,3 +203,45 @@ def test_a_pattern_without_files_and_a_missing_schema_are_said(tmp_path, capsys)
     assert 'give a --schema with "shards"' in capsys.readouterr().err
     assert _index(directory, "--schema", _schema(tmp_path / "s.json", shards="*.rec")) == 1
     assert "has no files that match the schema's pattern '*.rec'" in capsys.readouterr().err
+
+
+def test_a_split_of_another_rate_or_encoding_beside_others_is_refused(tmp_path, capsys):
+    directory = _write(tmp_path / "lab")
+    assert _index(directory, "--schema", _schema(tmp_path / "s.json")) == 0
+    _write(directory, names=("extra-1.rec",))
+    extra = {"shards": "extra*", "split": "extra"}
+    other = _schema(tmp_path / "extra.json", **extra, sample_rate=16000)
+    assert _index(directory, "--schema", other) == 1
+    said = capsys.readouterr().err
+    assert "lab already has train at 8000 Hz; put records that differ in a folder of" in said
+    assert read_sample_rate(directory) == 8000
+    assert not (directory / "index-extra.npz").exists()
+    _write(directory, "flac", names=("extra-1.rec",))
+    assert _index(directory, "--schema", _schema(tmp_path / "extra.json", **extra)) == 1
+    assert "already has train encoded as float; put records" in capsys.readouterr().err
+    _write(directory, names=("extra-1.rec",))
+    assert _index(directory, "--schema", _schema(tmp_path / "extra.json", **extra)) == 0
+    # Alone, or all at once, splits may get another rate.
+    assert _index(_write(tmp_path / "alone"), "--schema", _schema(tmp_path / "s.json")) == 0
+    corrected = _schema(tmp_path / "s.json", sample_rate=16000)
+    assert _index(tmp_path / "alone", "--schema", corrected) == 0
+    assert read_sample_rate(tmp_path / "alone") == 16000
+
+
+def test_all_splits_of_a_folder_may_get_another_rate_at_once(tmp_path):
+    names = [f"lab-{split}.tfrecord-00000-of-00001" for split in ("eval", "train")]
+    directory = _write(tmp_path / "lab", names=names)
+    schema = tmp_path / "s.json"
+    for rate in (8000, 16000):
+        schema.write_text(json.dumps({"sample_rate": rate}))
+        assert _index(directory, "--schema", schema) == 0
+        assert read_sample_rate(directory) == rate
+
+
+def test_prepared_records_beside_indexed_ones_of_another_rate_are_refused(tmp_path):
+    directory = _write(tmp_path / "lab")
+    assert _index(directory, "--schema", _schema(tmp_path / "s.json", encoding="float")) == 0
+    said = "already has train at 8000 Hz; give test a different --version, or --sample-rate 8000"
+    with pytest.raises(UserError, match=said):
+        check_format(directory, "test", 16000, "float")
+    check_format(directory, "test", 8000, "float")

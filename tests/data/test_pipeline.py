@@ -199,3 +199,34 @@ def test_a_corrupt_record_is_a_sentence_with_shard_and_byte_at_its_step(
     begin = int(index.record_offset[record]) - 12
     with pytest.raises(UserError, match=f"00001-of-00002: the record at byte {begin} has a wrong"):
         next(feed)
+
+
+def test_a_damaged_clip_may_be_drawn_often_before_another(tmp_path):
+    """As the only clip of one class of two is: more often in a row than there are clips."""
+    with RecordWriter(tmp_path / "toy-train.tfrecord-00000-of-00001") as writer:
+        for record in range(2):
+            writer.write(serialise(b"%d" % record, _samples(1), [record]))
+    index = build_index(tmp_path, "train")
+    shard = tmp_path / str(index.shards[0])
+    data = bytearray(shard.read_bytes())
+    data[int(index.audio_offset[0])] ^= 1
+    shard.write_bytes(data)
+
+    class Late:
+        def __init__(self, attempts):
+            self.attempts = attempts
+
+        def draw(self, positions):
+            record = (positions // pipeline._FAR >= self.attempts).astype(np.int64)
+            return record, record
+
+    def records(attempts):
+        reader = ClipReader(tmp_path, index)
+        where = {"start_step": 0, "stop_step": 1, "batch_size": 2, "clip_samples": CLIP_SAMPLES}
+        (batch,) = batches(reader, Late(attempts), **where, max_corrupt=1)
+        return batch["record"].tolist()
+
+    for attempts in (1, 3, 50):
+        assert records(attempts) == [1, 1]
+    with pytest.raises(UserError, match="00000-of-00001: the record at byte 0 has a wrong"):
+        records(np.inf)

@@ -1,6 +1,7 @@
 """A run that is killed goes on with the batches it would have had, on any number of hosts."""
 
 import hashlib
+import pathlib
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from uss_jax.data.tfrecord import RecordWriter
 from uss_jax.errors import UserError
 
 BATCH, GROUP, SEGMENT = 32, 8, 40
+ROOT = pathlib.Path(__file__).parents[2]
 # What a run reads, step by step, until it is killed.
 PROGRAM = """
 import sys
@@ -92,15 +94,13 @@ def digest(parts):
 
 @pytest.mark.long
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_killed_in_the_middle_goes_on_with_the_same_batches(directory, workers):
+def test_a_run_killed_in_the_middle_goes_on_with_the_same_batches(directory, start, workers):
     words = [sys.executable, "-c", PROGRAM, str(directory), str(workers)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as killed:
-        try:
-            before = [killed.stdout.readline().strip() for _ in range(5)]
-            killed.send_signal(signal.SIGKILL)
-            before += killed.stdout.read().split()
-        finally:
-            killed.kill()
+    killed = start(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    before = [killed.stdout.readline().strip() for _ in range(5)]
+    killed.send_signal(signal.SIGKILL)
+    before += killed.stdout.read().split()
+    killed.wait()
     assert killed.returncode == -signal.SIGKILL
     before = before[:20]
     whole = [digest([batch]) for batch in feed(directory, 0, len(before) + 3)]

@@ -19,6 +19,7 @@ from uss_jax.errors import UserError
         ('{"split": ""}', "split is '', expected letters, digits"),
         ('{"split": "a\\nb"}', r"split is 'a\\nb', expected letters, digits"),
         ('{"split": "%s"}' % ("x" * 300), "expected letters, digits"),
+        ('{"split": "test"}', "split has no effect without shards"),
         ('{"id": ""}', "id is '', expected 1 to 200 printable characters"),
         ('{"id": "%s"}' % ("x" * 10**6), "expected 1 to 200 printable characters"),
         ('{"id": "\\ud800"}', "expected 1 to 200 printable characters"),

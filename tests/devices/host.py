@@ -1,8 +1,11 @@
-"""A process of a run whose training is as told: python -m tests.devices.host WORKDIR WHAT WHAT
+"""A process of a run whose training is as told: python -m tests.devices.host
 
-The words say what processes 0 and 1 do in place of training. Limits are short.
+It imports, then waits for a line of JSON: `environment`, and `words`, which are WORKDIR WHAT WHAT.
+These say what processes 0 and 1 do in place of training; a third, `patient` or `alone`, is for
+both. Limits are short. If its standard input is closed before, it ends.
 """
 
+import json
 import os
 import sys
 import threading
@@ -18,9 +21,6 @@ from uss_jax.errors import UserError
 
 watch.LOST_SECONDS, watch._SUSPECT_SECONDS = 6.0, 3.0
 watch._BEAT_SECONDS, watch._GRACE_SECONDS = 0.3, 1.0
-WORKDIR, *WHATS = sys.argv[1:]
-if "alone" in WHATS:
-    hosts._JOIN_SECONDS = 2.0
 
 
 def _train(config, workdir):
@@ -46,6 +46,15 @@ def _train(config, workdir):
 uss_jax.training.train_separator.train_separator = _train
 
 if __name__ == "__main__":
+    about = json.loads(sys.stdin.readline() or "null")
+    if about is None:
+        sys.exit()
+    os.environ.update(about["environment"])  # nothing of it is read by an import
+    WORKDIR, *WHATS = about["words"]
+    if "alone" in WHATS:
+        hosts._JOIN_SECONDS = 2.0
+    if "patient" in WHATS:  # what waits for another host then waits too long
+        watch._SUSPECT_SECONDS = watch._GRACE_SECONDS = 60.0
     # As users start it: without `end_on_interrupt`, a SIGINT just before the main thread waits for
     # a lock would be handled only when the wait is over.
     config = str(CONFIGS / "resunet30.py")

@@ -23,6 +23,20 @@ from uss_jax.errors import UserError
 from uss_jax.training.throughput import read_ledger
 
 LIGHT = {"anchors.source": "random", "query.kind": "one_hot"}
+# In place of Python: `uss-jax` with short limits after a loss; test_watch is about the limits.
+PYTHON = """#!/bin/sh
+if [ "$1 $2" = "-m uss_jax.cli.main" ]; then
+    shift 2
+    exec "{python}" -c '
+from uss_jax.cli.main import command
+from uss_jax.devices import watch
+
+watch._SUSPECT_SECONDS, watch._BEAT_SECONDS, watch._GRACE_SECONDS = 4.0, 0.5, 2.0
+command()
+' "$@"
+fi
+exec "{python}" "$@"
+"""
 
 
 @pytest.fixture(scope="module")
@@ -31,26 +45,30 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def start(start, cache, tmp_path):
     """Starts `uss-jax` words on so many processes that share the devices and compile once."""
+    python = tmp_path / "python"
+    python.write_text(PYTHON.format(python=sys.executable))
+    python.chmod(0o755)
     environment = {
         **os.environ,
-        "PYTHON": sys.executable,
+        "PYTHON": str(python),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
     }
-
-    def start(words, hosts, devices=4):
-        return subprocess.Popen(
-            ["bash", "launch/local.sh", str(hosts), *words],
-            cwd=CONFIGS.parent,
-            env={**environment, "JAX_NUM_CPU_DEVICES": str(devices // hosts)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    return start
+    return lambda words, hosts, devices=4: start(
+        ["bash", "launch/local.sh", str(hosts), *words],
+        cwd=CONFIGS.parent,
+        env={**environment, "JAX_NUM_CPU_DEVICES": str(devices // hosts)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def _printed(process):
@@ -62,6 +80,16 @@ def _printed(process):
 def _metrics(workdir, name="loss"):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return np.array([[line["step"], line[name]] for line in lines if name in line])
+
+
+def _params(workdir, step):
+    with Checkpoints(workdir / "checkpoints", keep=None) as checkpoints:
+        return checkpoints.read(step, "params")
+
+
+def _distance(one, other):
+    squares = jax.tree.map(lambda a, b: np.sum(np.square(a - b)), one, other)
+    return np.sqrt(sum(jax.tree.leaves(squares)))
 
 
 def _wait(started, condition):
@@ -87,6 +115,7 @@ def test_two_hosts_train_as_one_and_one_goes_on_alone(place, start, tmp_path):
     changed |= {"query.table": tmp_path / "anchors.conditions"}
     changed |= {"query.source.own": 0.5, "query.source.mean": 0.5}
     changed |= {"eval.pairs": tmp_path / "pairs", "eval.every_steps": 2}
+    changed["schedule.learning_rate"] = 1e-2  # of which the warm-up takes a thousandth
     words = lambda name, steps: train_words(  # noqa: E731
         "resunet30.py", place, tmp_path / name, {**changed, "total_steps": steps}
     )
@@ -98,14 +127,17 @@ def test_two_hosts_train_as_one_and_one_goes_on_alone(place, start, tmp_path):
 
     # Sums in another order, in float32.
     np.testing.assert_allclose(_metrics(tmp_path / "two"), _metrics(tmp_path / "one"), rtol=1e-4)
+    norms = [_metrics(tmp_path / name, "grad_norm") for name in ("two", "one")]
+    np.testing.assert_allclose(*norms, rtol=1e-3)
     sdri = [_metrics(tmp_path / name, "eval/sdri") for name in ("two", "one")]
     np.testing.assert_allclose(*sdri, atol=1e-3)
     assert sdri[0][:, 0].tolist() == [2, 4]
-    params = []
-    for name in ("one", "two"):
-        with Checkpoints(tmp_path / name / "checkpoints", keep=None) as checkpoints:
-            params.append(checkpoints.read(4, "params"))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *params)
+    early, one, two = (
+        _params(tmp_path / name, step) for name, step in (("one", 2), ("one", 4), ("two", 4))
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), one, two)
+    # A gradient that is zero but for rounding moves its parameter anywhere: few, all by the rate.
+    assert _distance(one, two) < 0.1 * _distance(one, early)
 
 
 @pytest.mark.long
@@ -113,7 +145,7 @@ def test_sigterm_to_one_host_stops_all_after_the_same_step_saved(place, start, t
     """The host that does not write gets it."""
     changed = {**LIGHT, "total_steps": 100_000, "checkpoint_every_steps": 100_000}
     workdir = tmp_path / "run"
-    started = start(train_words("resunet30.py", place, workdir, changed), hosts=2)
+    started = start(train_words("resunet30.py", place, workdir, changed), hosts=2, devices=2)
     metrics = workdir / "metrics.jsonl"
     _wait(started, lambda: metrics.exists() and metrics.stat().st_size)
     os.kill(_hosts(started)[1], signal.SIGTERM)
@@ -134,7 +166,7 @@ def test_a_killed_host_ends_the_other_which_tells_of_the_last_checkpoint(
     One device each: after a loss, the devices of one process may get out of step with each other,
     and gloo, which serves CPUs only, then aborts the process.
     """
-    changed = {**LIGHT, "total_steps": 100_000, "checkpoint_every_steps": 1}
+    changed = {**LIGHT, "total_steps": 100_000, "checkpoint_every_steps": 1 if saved else 100_000}
     workdir = tmp_path / "run"
     started = start(train_words("resunet30.py", place, workdir, changed), hosts=2, devices=2)
     seen = workdir / "checkpoints" / "1" if saved else workdir / "config.json"
@@ -143,6 +175,7 @@ def test_a_killed_host_ends_the_other_which_tells_of_the_last_checkpoint(
     err = started.communicate(timeout=90)[1]
     told = [line for line in err.splitlines() if line.startswith("uss-jax:")]
     step = latest_step(workdir / "checkpoints")
+    assert (step is None) == (not saved)
     then = f"the last checkpoint is step {step}: the same command resumes from there"
     if step is None:
         then = "there is no checkpoint yet: the same command starts from the beginning"

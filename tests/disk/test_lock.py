@@ -1,6 +1,5 @@
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 
@@ -22,18 +21,10 @@ with only_one(sys.argv[1], "wait"):
 
 
 @pytest.fixture
-def holder(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, tmp_path],
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def holder(tmp_path, start):
+    process = start([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
-    yield process
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    return process
 
 
 def test_another_process_is_refused_and_told_who_has_it(tmp_path, holder):
@@ -63,7 +54,7 @@ def test_what_was_in_the_file_does_not_matter(tmp_path):
         pass
 
 
-def test_processes_take_turns(tmp_path):
+def test_processes_take_turns(tmp_path, start):
     program = """
 import sys
 from uss_jax.disk.lock import in_turn
@@ -75,7 +66,7 @@ for _ in range(50):
 """
     (tmp_path / "count").write_text("0")
     words = [sys.executable, "-c", program, tmp_path]
-    for process in [subprocess.Popen(words) for _ in range(3)]:
+    for process in [start(words) for _ in range(3)]:
         assert process.wait() == 0
     assert (tmp_path / "count").read_text() == "150"
     assert [path.name for path in tmp_path.iterdir()] == ["count"]

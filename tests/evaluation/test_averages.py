@@ -8,6 +8,8 @@ from uss_jax.data.index import load_index
 from uss_jax.data.reader import ClipReader
 from uss_jax.evaluation.averages import class_averages, file_averages
 
+QUICK_COMPILATION = True
+
 
 def test_averages_of_files_are_per_file_then_over_files(place, tmp_path):
     model = Model(place / "embedding")

@@ -118,6 +118,23 @@ def test_a_table_has_a_name_of_its_own(runs, capsys):
     assert (runs / "a" / "pairs.json").read_bytes() == results
 
 
+def test_only_a_table_of_an_earlier_comparison_is_replaced(runs, capsys):
+    words = ["compare", str(runs / "a"), "--out"]
+    (runs / "README.md").write_text("# Mine\n")
+    (runs / "folder.md").mkdir()
+    (runs / "link.md").symlink_to(runs / "nothing")
+    for name in ("README.md", "folder.md", "link.md"):
+        assert main([*words, str(runs / name)]) == 1
+        printed = capsys.readouterr()
+        assert f"{name} exists and is no table of this command; give another" in printed.err
+        assert printed.out == ""
+    assert (runs / "README.md").read_text() == "# Mine\n"
+    for value in (7.0, 6.25):
+        _write(runs / "a" / "pairs.json", "pairs", oracle={"group": "all", "sdri": value})
+        assert main([*words, str(runs / "table.md")]) == 0
+        assert f"| oracle | {value:.2f} |" in (runs / "table.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -22,6 +22,8 @@ from uss_jax.evaluation.make_pairs import (
 )
 from uss_jax.ontology import load_ontology
 
+QUICK_COMPILATION = True
+
 SPEECH, DOG, BARK, PIANO = (load_ontology().resolve(n) for n in ("Speech", "Dog", "Bark", "Piano"))
 _CSR = ("label_row", "label_class")
 CLIPS = [

@@ -8,6 +8,8 @@ from uss_jax.evaluation.rows import CLASS, SHUFFLED, unrelated_items
 from uss_jax.evaluation.scoring import score
 from uss_jax.evaluation.suites.pairs import find_pairs
 
+QUICK_COMPILATION = True
+
 
 def test_a_class_vector_is_the_probability_of_the_class_in_the_mixture(place):
     model, pairs = Model(place / "soft"), find_pairs(place / "pairs")

@@ -10,6 +10,8 @@ from tests.evaluation.tones import evaluate_pairs
 from uss_jax.cli.main import main
 from uss_jax.evaluation import run
 
+QUICK_COMPILATION = True
+
 
 @pytest.mark.parametrize("out", ["results", "results.csv", "run.v1", ".json"])
 def test_results_are_json_so_that_no_file_beside_takes_their_place(place, tmp_path, out, capsys):

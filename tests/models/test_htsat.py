@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.tiny import TINY_HTSAT, random_variables
+from tests.tiny import TINY_HTSAT, quick_jit, random_variables
 from uss_jax.models import htsat
 from uss_jax.models.htsat import (
     HTSAT,
@@ -16,7 +16,6 @@ from uss_jax.models.htsat import (
 
 TINY = TINY_HTSAT.clone(classes=5)
 CAPACITY = 256  # frames of its image
-QUICKLY = {"xla_backend_optimization_level": 0}  # what runs a few times only
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ def noise(samples, batch=1, seed=0):
 
 
 def quickly(net):
-    return jax.jit(net.apply, compiler_options=QUICKLY)
+    return quick_jit(net.apply)
 
 
 def test_published_size_is_the_default():
@@ -208,7 +207,7 @@ def test_training_drops_blocks_at_random_and_updates_statistics(variables):
             mutable=["batch_stats"],
         )
 
-    run = jax.jit(run, compiler_options=QUICKLY)
+    run = quick_jit(run)
     (first, updates), (again, _), (other, _) = run(0), run(0), run(1)
     np.testing.assert_array_equal(first["embedding"], again["embedding"])
     assert np.abs(first["embedding"] - other["embedding"]).max() > 1e-3

@@ -15,6 +15,7 @@ from uss_jax.cli.inspection import inspect
 from uss_jax.cli.main import main
 
 QUICK_COMPILATION = True
+pytestmark = pytest.mark.usefixtures("one_device")
 
 CONFIG = f"""
 import runpy
@@ -80,14 +81,14 @@ def test_it_trains_is_measured_separates_and_is_exported(tmp_path, monkeypatch, 
     place, run, out = write_place(tmp_path), tmp_path / "run", str(tmp_path / "pairs.json")
     write_pairs(tmp_path / "pairs", [1, 300])
     (tmp_path / "other.py").write_text(CONFIG.replace("SEPARATOR", repr(separator)))
-    changed = {"eval.pairs": tmp_path / "pairs", "eval.every_steps": 2, "total_steps": 4}
+    changed = {"eval.pairs": tmp_path / "pairs", "eval.every_steps": 2, "total_steps": 2}
     stereo = separator["audio_channels"] == 2
     changed |= {"mixing.pan": 1.0} if stereo else {}
     words = train_words(str(tmp_path / "other.py"), place, run, changed)
     words = [word for word in words if not word.startswith("--config.separator.")]
     assert main(words) == 0
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["step"] == 4
+    assert lines[-1]["step"] == 2
     assert np.isfinite(lines[-1]["eval/sdri"])
 
     model = ["--model", str(run)]

@@ -13,6 +13,8 @@ from uss_jax.models.cnn14 import Cnn14, Cnn14DecisionLevelMax
 from uss_jax.models.htsat import HTSAT
 from uss_jax.models.tagging import TaggingNet
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.mark.parametrize("net", [Cnn14(), Cnn14DecisionLevelMax(), HTSAT()])
 def test_every_tagging_net_keeps_the_protocol(net):

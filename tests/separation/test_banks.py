@@ -9,6 +9,8 @@ from uss_jax.cli.main import main
 from uss_jax.errors import UserError
 from uss_jax.separation.banks import Bank, load_bank, write_bank
 
+QUICK_COMPILATION = True
+
 
 def bank(*names):
     return Bank(names, np.ones((len(names), 3), np.float32), "embedding", "hash")

@@ -8,16 +8,16 @@ import pytest
 
 from tests.golden.compare import relative_error, stored
 from tests.golden.inputs import make_signal, query_signal
-from tests.golden.weights import build_state_dict
+from tests.golden.nets import golden_separator, golden_tagger
 from uss_jax.audio.files import write_wav
 from uss_jax.bundles import model as model_module
 from uss_jax.bundles.bundle import Bundle
 from uss_jax.bundles.model import Model
+from uss_jax.bundles.nets import fields_of
 from uss_jax.separation.example_vectors import remove_silence, vector_of_recordings
 from uss_jax.separation.queries import Classes, Vectors, level_sets
 from uss_jax.separation.recordings import Separator, Settings
 from uss_jax.separation.windows import tag_segments
-from uss_jax.weights.lightning import convert_lightning
 
 pytestmark = pytest.mark.golden
 
@@ -30,18 +30,22 @@ class MemoryBundle(Bundle):
     """A converted checkpoint that was not written to disk."""
 
     def variables(self, part):
-        return self.config["parts"][part].variables
+        return self.config["parts"][part]
 
 
 def separator_of(layout, kind, monkeypatch):
-    parts = convert_lightning(build_state_dict(layout, "dev"))
+    (separator, separator_variables), (tagger, tagger_variables) = (
+        golden_separator(layout),
+        golden_tagger("cnn14"),
+    )
     config = {
         "kind": "separator",
         "sample_rate": RATE,
         "segment_seconds": 2.0,
-        "separator": parts["separator"].fields,
-        "query": {"kind": kind, "model": parts["query"].fields},
-        "parts": parts,
+        # Float32 in every way of computing, as the reference's numbers are compared.
+        "separator": fields_of(separator.clone(dtype="float32")),
+        "query": {"kind": kind, "model": fields_of(tagger.clone(dtype="float32"))},
+        "parts": {"separator": separator_variables, "query": tagger_variables},
     }
     bundle = MemoryBundle(pathlib.Path("golden"), config)
     monkeypatch.setattr(model_module, "read_bundle", lambda path: bundle)
@@ -80,7 +84,7 @@ def test_silence_is_removed_as_by_the_reference(golden, reference):
 @pytest.mark.long
 def test_soft_conditions(reference, tmp_path, monkeypatch):
     arrays, facts = reference
-    separator = separator_of("lit_separation_cond527", "soft", monkeypatch)
+    separator = separator_of("resunet30_cond527", "soft", monkeypatch)
     mixture = make_signal("dev/inference", facts["samples"])
 
     probabilities = tag_segments(separator.model, [mixture[None]])
@@ -132,7 +136,7 @@ def test_soft_conditions(reference, tmp_path, monkeypatch):
 @pytest.mark.long
 def test_embedding_conditions(reference, tmp_path, monkeypatch):
     arrays, facts = reference
-    separator = separator_of("lit_separation_cond2048", "embedding", monkeypatch)
+    separator = separator_of("resunet30_cond2048", "embedding", monkeypatch)
     write_queries(tmp_path, facts)
     vector = vector_of_recordings(separator.model, tmp_path)
     assert relative_error(arrays, "query_emb2048_remove_sil_1", vector) < 1e-4

@@ -59,6 +59,16 @@ def test_what_is_passed_over_is_named(recordings, capsys):
     assert said == f"{recordings}: skipped 1 file that is not an audio file (notes.txt)\n"
 
 
+def test_a_name_of_two_lines_is_printed_on_one(recordings, capsys):
+    folder = recordings.rename(recordings.with_name("two\nlines"))
+    (folder / "more\nnotes.txt").touch()
+    assert len(find_input_files([str(folder)])) == 3
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.endswith(
+        r"two\nlines: skipped 2 files that are not audio files (more\nnotes.txt, notes.txt)"
+    )
+
+
 def test_lists_of_recordings(recordings, monkeypatch, tmp_path):
     monkeypatch.chdir(recordings)
     (tmp_path / "list").write_bytes(b"b.flac\r\n\nmore\n\xff.wav\n")
@@ -115,3 +125,14 @@ def test_a_folder_that_cannot_be_read_is_named(recordings, monkeypatch, capsys):
     assert places([str(recordings)]) == ["recordings/a", "recordings/b"]
     said = capsys.readouterr().err
     assert said == f"passed over {recordings / 'more'}: it cannot be read (Permission denied)\n"
+
+
+def test_links_into_a_linked_folder_are_followed_once(recordings, tmp_path):
+    (tmp_path / "elsewhere" / "sub").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "c.wav").touch()
+    (tmp_path / "elsewhere" / "sub" / "d.wav").touch()
+    links = {"inner": "elsewhere/sub", "outer": "elsewhere", "x_inner": "elsewhere/sub"}
+    for link, target in links.items():
+        (recordings / link).symlink_to(tmp_path / target)
+    found = [str(one.path.relative_to(recordings)) for one in find_input_files([str(recordings)])]
+    assert found == ["a.wav", "b.flac", "inner/d.wav", "more/a.wav", "outer/c.wav"]

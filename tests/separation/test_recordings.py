@@ -11,6 +11,8 @@ from uss_jax.separation.queries import Classes, Vectors
 from uss_jax.separation.recordings import RESIDUAL, Separator, Settings
 from uss_jax.separation.waveforms import consistent
 
+QUICK_COMPILATION = True
+
 
 def vectors(model, number=2):
     width = model.separator.module.condition_width
@@ -91,7 +93,9 @@ def test_estimates_that_sum_to_the_mixture(model, tmp_path):
     made = separator.separate_file(path, tmp_path / "out", vectors(model, 3))
     total = sum(soundfile.read(f, dtype="float32", always_2d=True)[0] for f in made.files.values())
     np.testing.assert_allclose(total, mixture, atol=1e-6)
-    alone = consistent(np.zeros((1, 1, 5), np.float32), np.ones((1, 5), np.float32))
+    alone = consistent(
+        np.zeros((1, 1, 5), np.float32), np.ones((1, 5), np.float32), np.ones(1, bool)
+    )
     np.testing.assert_array_equal(alone, np.ones((1, 1, 5)))
 
 
@@ -188,3 +192,28 @@ def test_flac_of_many_channels_is_refused_before_anything_is_written(model, tmp_
     with pytest.raises(UserError, match="has 16 channels, a FLAC file holds 8; give --format wav"):
         separator.separate_file(path, tmp_path / "out", vectors(model, 1))
     assert not (tmp_path / "out").exists()
+
+
+def test_only_sounds_that_are_heard_share_the_residual(model, tmp_path):
+    path = recording(tmp_path / "in.wav")
+    mixture, _ = soundfile.read(path, dtype="float32")
+    heard, unheard = Classes({"a": (0,), "b": (137,)}, 0.0), Classes({"c": (1,)}, 1.0)
+
+    class Both(Classes):
+        def targets(self, model, probabilities):
+            return [query.targets(model, probabilities)[0] for query in (unheard, heard)] + (
+                heard.targets(model, probabilities)[1:]
+            )
+
+    separator = Separator(model, Settings(sum_to_mixture=True))
+    both = Both({**unheard.sets, **heard.sets})
+    made = separator.separate_file(path, tmp_path / "out", both)
+    sounds = {n: soundfile.read(f, dtype="float32")[0] for n, f in made.files.items()}
+    assert not sounds["c"].any()
+    assert sounds["a"].any()
+    np.testing.assert_allclose(sounds["a"] + sounds["b"], mixture, atol=1e-6)
+    of_waveform = separator.separate(mixture, tiny.RATE, both)
+    np.testing.assert_allclose(of_waveform["a"], sounds["a"], atol=2e-6)
+    assert not of_waveform["c"].any()
+    nothing = separator.separate(mixture, tiny.RATE, unheard)
+    assert not nothing["c"].any()

@@ -18,6 +18,8 @@ from uss_jax.ontology import load_ontology
 from uss_jax.separation.ranking import Match, rank, rank_by_words
 from uss_jax.separation.words import find_texts
 
+QUICK_COMPILATION = True
+
 PHRASES = pathlib.Path(__file__).with_name("phrases.csv")
 
 
@@ -83,7 +85,9 @@ def _places(either):
 def test_everyday_phrases_find_their_node(either):
     """The 60 phrases were written before any ranking; README tells these figures."""
     first, three = _places(either)
-    assert (first, three) >= ((26, 32) if either is None else (36, 43))
+    least_first, least_three = (26, 32) if either is None else (36, 43)
+    assert first >= least_first
+    assert three >= least_three
 
 
 def test_words_find_names_in_other_forms():
@@ -224,3 +228,34 @@ def test_misused_options_of_texts_are_said(bundle, recordings, capsys, words, sa
     audio = str(recordings / "a.wav")
     assert main(["separate", audio, "--model", bundle, *words]) == 1
     assert said in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_the_model_would_be_asked(tmp_path, capsys):
+    path = write_separator(tmp_path / "bundle", "soft")
+    config = json.loads((path / "config.json").read_text())
+    config["query"]["trained"] = [int(load_ontology().resolve("Growling"))]
+    (path / "config.json").write_text(json.dumps(config))
+    words = ["separate", "--dry-run", "--text", "a dog growls"]
+    assert main([*words, "--model", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert '"a dog growls" asks for "Growling"' in said
+    assert said.endswith("asked with the classes of these nodes\n")
+    config["query"]["trained"] = [int(load_ontology().resolve("Dog"))]
+    (path / "config.json").write_text(json.dumps(config))
+    assert main([*words, "--model", str(path)]) == 0
+    assert '"a dog growls" asks for "Dog"' in capsys.readouterr().out
+    assert main([*words, "--model", str(write_separator(tmp_path / "of_sounds", "embedding"))]) == 1
+    assert "takes embeddings of example recordings, not classes" in capsys.readouterr().err
+    assert main([*words, "--model", "yamnet"]) == 0
+
+
+def test_a_dry_run_says_that_a_model_of_texts_is_asked_with_their_vectors(tmp_path, capsys):
+    path = write_separator(tmp_path / "bundle", "text")
+    words = ["separate", "--dry-run", "--model", str(path), "--text", "a puppy whines"]
+    words += ["--text-encoder", str(real_folder())]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert said.startswith('"a puppy whines" is nearest to ')
+    assert said.endswith("asked with sentence vectors of texts\n")
+    assert main([*words, "--nearest", "2"]) == 1
+    assert "--nearest has no effect with a text's own vector" in capsys.readouterr().err

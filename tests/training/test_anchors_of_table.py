@@ -34,6 +34,8 @@ from uss_jax.data.prepare import prepare
 from uss_jax.data.reader import ClipReader
 from uss_jax.training.augment import at_other_speed
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 DEMO = pathlib.Path(uss_jax.__file__).parent / "assets" / "demo"
 LENGTH = 5 * SEGMENT
 SED = Net(build_sed(fields_of(TAGGER)), tagger_variables())
@@ -205,6 +207,11 @@ def test_a_clips_anchors_are_drawn(place, tmp_path, capsys):
     words = ["mine", "--records", place / "records", "--sed", place / "tagger"]
     words += ["--out", place / "anchors.npz", "--picture", tmp_path / "a.png", "--show"]
     assert main([str(word) for word in [*words, "tone2"]]) == 0
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    picture = (tmp_path / "a.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert main([str(word) for word in [*words, "tone1"]]) == 1
+    assert "a.png exists; remove it or give another --picture" in capsys.readouterr().err
+    assert (tmp_path / "a.png").read_bytes() == picture
+    (tmp_path / "a.png").unlink()
     assert main([str(word) for word in [*words, "nothing"]]) == 1
     assert 'no clip of these records has the id "nothing"' in capsys.readouterr().err

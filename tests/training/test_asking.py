@@ -45,6 +45,8 @@ from uss_jax.training.losses import l1_waveform
 from uss_jax.training.separation_step import Anchoring, Nets, make_separation_step
 from uss_jax.training.state import create_state
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 # Class 0 has four clips of two sessions, class 1 two clips of one session, class 2 one clip.
 CLASSES = {"a0": [0], "a1": [0, 1], "b0": [0], "b1": [0], "a2": [1], "c0": [2]}
 MANY = np.arange(4000)

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import pathlib
 import runpy
 
 import jax
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.tiny import (
+    CONFIGS,
     ONE_BLOCK,
     RATE,
     SEGMENT,
@@ -23,6 +23,7 @@ from tests.tiny import (
     tagger_variables,
     tone,
     write_records,
+    write_tagger,
 )
 from uss_jax.anchors.find import find_anchors
 from uss_jax.audio.files import write_wav
@@ -35,7 +36,12 @@ from uss_jax.data.reader import ClipReader
 from uss_jax.devices.mesh import make_mesh
 from uss_jax.errors import UserError
 from uss_jax.evaluation.clips import anchors_of_clips
-from uss_jax.evaluation.suites.planted import evaluate_planted, format_planted, plant
+from uss_jax.evaluation.suites.planted import (
+    BACKGROUNDS,
+    evaluate_planted,
+    format_planted,
+    plant,
+)
 from uss_jax.evaluation.suites.tagging import evaluate_tagging
 from uss_jax.models.resunet import ResUNet
 from uss_jax.separation.example_vectors import vector_of_recordings
@@ -52,21 +58,9 @@ from uss_jax.training.train_tagger import train_tagger
 
 QUICK_COMPILATION = True
 
-CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 NETS = {"cnn14": TAGGER, "htsat": TINY_HTSAT, "yamnet": TINY_YAMNET}
 LOW, HIGH = 10, 400  # two classes
 CLIPS, CLIP_SECONDS = 16, 2.0
-QUICKLY = {"xla_backend_optimization_level": 0}  # what runs a few times only
-
-
-def write_tagger(path, net):
-    model = {"model": fields_of(net)}
-    config = {"kind": "tagger", "sample_rate": RATE, "segment_seconds": SEGMENT_SECONDS}
-    variables = tagger_variables(net=net)
-    write_bundle(
-        path, {**config, "query": model, "sed": model}, {"query": variables, "sed": variables}
-    )
-    return path
 
 
 def sounds():
@@ -89,7 +83,7 @@ def records(tmp_path_factory):
 @pytest.fixture(scope="module", params=list(TAGGERS))
 def bundle(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("bundles") / request.param
-    return write_tagger(path, NETS[request.param])
+    return write_tagger(path, net=NETS[request.param])
 
 
 @pytest.fixture(params=list(TAGGERS))
@@ -98,7 +92,7 @@ def name(request):
 
 
 def test_a_bundle_says_which_net_it_holds(tmp_path, name):
-    opened = read_bundle(write_tagger(tmp_path / "bundle", NETS[name]))
+    opened = read_bundle(write_tagger(tmp_path / "bundle", net=NETS[name]))
     assert opened.config["query"]["model"]["net"] == name
     assert type(opened.query()[0].tagger) is TAGGERS[name]["query"]
     assert type(opened.sed()[0]) is TAGGERS[name]["sed"]
@@ -117,11 +111,23 @@ def test_records_are_tagged_and_mined(bundle, records):
     assert anchors.begin_sample.max() <= CLIP_SECONDS * RATE - SEGMENT
 
 
-def test_planted_events_are_looked_for(bundle, records):
-    reader = ClipReader(records, load_index(records, "train"))
+def test_planted_events_are_looked_for(bundle, tmp_path):
+    """They are shorter than a segment, so that an anchor can contain them."""
+    clips = [(f"clip{i}", tone(300 + 400 * i, 0.3), [i]) for i in range(4)]
+    reader = ClipReader(tmp_path, write_records(tmp_path, "train", clips))
     rows = evaluate_planted(Model(bundle), reader, clips=8, seed=0)
     assert len(rows) == 9
     assert all(0 <= row["contain"] <= 1 for row in rows)
+    contain = {(row["background"], row["anchors"]): row["contain"] for row in rows}
+    # In silence, a clip's energy is the event's.
+    planted = plant(reader, "silence", sample_rate=RATE, clips=8, seed=0)
+    energy = np.square(planted.audio, dtype=np.float64)
+    places = range(0, energy.shape[1] - SEGMENT + 1, RATE // 100)
+    inside = np.array([energy[:, at : at + SEGMENT].sum(axis=1) for at in places])
+    share = np.mean(inside >= 0.9 * energy.sum(axis=1))
+    assert contain["silence", "all places"] == pytest.approx(share)
+    found = any(contain[name, "mined"] > contain[name, "all places"] for name in BACKGROUNDS)
+    assert found or bundle.name == "yamnet"  # one of its frames is longer than a segment
 
 
 def test_silent_recordings_are_not_planted(bundle, records, tmp_path):
@@ -183,7 +189,7 @@ def test_a_separator_steps_with_it_as_query_net_and_detector(name):
         "samples": np.full(4, CLIP_SECONDS * RATE, np.int32),
         "class_index": np.array([LOW, HIGH, LOW, HIGH]),
     }
-    step = jax.jit(step, compiler_options=QUICKLY)
+    step = quick_jit(step)
     losses = []
     for _ in range(5):
         state, metrics = step(state, frozen, batch, jax.random.key(0))
@@ -194,7 +200,7 @@ def test_a_separator_steps_with_it_as_query_net_and_detector(name):
 
 @pytest.mark.long
 def test_a_separator_trains_by_the_shipped_config_with_htsat(records, tmp_path):
-    bundle = str(write_tagger(tmp_path / "htsat", ONE_BLOCK))
+    bundle = str(write_tagger(tmp_path / "htsat", net=ONE_BLOCK))
     config = shipped("resunet30.py", "condition=embedding,query=htsat,sed=htsat")
     config.total_steps = 1
     config.global_batch = 8
@@ -284,7 +290,7 @@ def test_htsat_learns_to_tell_two_sounds_from_noise():
     step = make_tagging_step(
         net, optimizer, outputs=("clipwise",), mixup_alpha=None, spec_augment_stripes=None
     )
-    step = jax.jit(step, compiler_options=QUICKLY)
+    step = quick_jit(step)
     fresh = tagger_variables(net=net)
     state = create_state({"tagger": fresh["params"]}, {"tagger": fresh["batch_stats"]}, optimizer)
     _, waveforms, labels = zip(*sounds(), strict=True)

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +54,7 @@ def test_what_is_a_spike(norm, median, ratio, expected):
     assert is_spike(jnp.float32(norm), jnp.float32(median), ratio) == expected
 
 
+@functools.cache
 def spiked(ratio):
     """States and metrics of 12 ordinary steps, one on an absurdly loud batch, and 2 more."""
     loud = _batch(50)
@@ -88,7 +91,5 @@ def test_without_a_limit_every_finite_gradient_is_taken():
 
 
 def test_a_limit_changes_nothing_where_no_gradient_is_absurd():
-    runs = [
-        _run(_made(max_norm_ratio=ratio), *map(_batch, range(12)))[0][-1] for ratio in (0.0, 100.0)
-    ]
-    jax.tree.map(np.testing.assert_array_equal, *runs)
+    before_the_spike = [spiked(ratio)[0][12] for ratio in (0.0, 100.0)]
+    jax.tree.map(np.testing.assert_array_equal, *before_the_spike)

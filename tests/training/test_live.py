@@ -49,7 +49,7 @@ ROWS = {
 
 
 @pytest.mark.long
-def test_a_run_evaluates_itself_as_evaluate_does(tmp_path, quick_compilation):
+def test_a_run_evaluates_itself_as_evaluate_does(tmp_path):
     place = write_place(tmp_path / "place")
     write_pairs(tmp_path / "pairs", CLASSES)
     pairs = find_pairs(tmp_path / "pairs")
@@ -151,6 +151,34 @@ def test_each_query_asks_with_its_own_conditions(tmp_path):
     assert figures["shuffled_l1"] == pytest.approx(l1(classes[others], [1]), rel=1e-5)
     assert figures["recordings_1_l1"] == pytest.approx(l1(np.arange(len(pairs)), [3]), rel=1e-5)
     assert (classes[others] != classes).all()
+
+
+def test_an_estimate_that_is_no_number_is_not_left_out(tmp_path):
+    """`evaluate pairs` refuses such a checkpoint; a mean of the other pairs would hide it."""
+    write_pairs(tmp_path, [3, 5, 5, 7])
+    pairs = find_pairs(tmp_path)
+    write_wav(pairs[3].source, 0 * tone(300, 0.5)[None], RATE)
+    vectors = np.eye(527, dtype=np.float32)[[3, 5, 5, 7]]
+    vectors[0] = np.nan  # this pair has no such condition
+    asked = {"recordings_1": vectors, "average": vectors.copy()}
+    asked["recordings_1"][1] *= np.float32(3e38)
+    evaluate = make_evaluation(
+        Echo(),
+        QueryNet(None, "one_hot"),
+        {},
+        pairs,
+        Asked(asked),
+        mesh=make_mesh(),
+        sample_rate=RATE,
+        batch_size=8,
+        threads=1,
+    )
+    nothing = {"separator": {}, "query": {}}
+    figures = evaluate(TrainState(0, nothing, nothing, ()))
+    assert (figures["silent"], figures["not_finite"]) == (1, 1)
+    for name in ("sdri", "si_sdri", "l1", "average_sdri", "average_l1", "half_sdri"):
+        assert np.isfinite(figures[name]), name
+    assert np.isnan(figures["recordings_1_sdri"])
 
 
 def test_a_silent_source_is_not_asked_with(tmp_path):

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from tests.tiny import RATE, tagger_variables, train_words, write_place
+from tests.tiny import RATE, tagger_variables, train_words, write_place, write_separator
+from uss_jax.bundles.bundle import read_bundle, write_bundle
 from uss_jax.bundles.nets import layout
 from uss_jax.cli.main import main
 from uss_jax.models.resunet import ResUNet
@@ -67,3 +68,22 @@ def test_a_dry_run_with_mined_conditions_leaves_the_query_net_out_of_the_step(
     assert both[0] - mined[0] == pytest.approx(8 / 1e6, abs=2e-6)
     assert mined[1] < online[1]
     assert both[1] == pytest.approx(online[1], rel=1e-3)
+
+
+def test_a_dry_run_refuses_the_bundles_that_a_run_refuses(place, tmp_path, capsys):
+    config = {k: v for k, v in read_bundle(place / "tagger").config.items() if k != "hashes"}
+    for part, other in (("sed", "query"), ("query", "sed")):
+        alone = {name: of for name, of in config.items() if name != other}
+        write_bundle(tmp_path / part, alone, {part: tagger_variables()})
+    by_names = write_separator(tmp_path / "by_names", "one_hot")
+    for changed, said in (
+        ({"sed_bundle": tmp_path / "query"}, "query has no sed; it is a tagger bundle"),
+        ({"query_bundle": tmp_path / "sed"}, "sed has no query; it is a tagger bundle"),
+        ({"query_bundle": by_names}, "has no tagging net: its conditions are one_hot"),
+        ({"sed_net": "htsat"}, "sed_bundle holds the net cnn14, config.sed_net is htsat"),
+        ({"sample_rate": 16000}, "config.sed_bundle is a net for 8000 Hz, config.sample_rate is"),
+    ):
+        words = train_words("resunet30.py", place, tmp_path / "run", changed)
+        del words[words.index("--workdir") : words.index("--workdir") + 2]
+        assert main([*words, "--dry-run"]) == 1
+        assert said in capsys.readouterr().err

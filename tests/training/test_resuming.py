@@ -26,6 +26,19 @@ def test_records_of_other_labels_are_not_resumed(tmp_path):
         resuming._require_same_data(position, now, relabelled)
 
 
+def test_another_anchor_source_is_not_taken_for_damaged_nets(tmp_path):
+    """The step runs no detector with a table, so that its frozen nets differ too."""
+    index = write_records(tmp_path / "records", "train", [("a", noise(1, 0.9), [72, 3])])
+    position = {"seed": 1, "global_batch": 8, "index_digest": index.digest}
+    device = {**position, "frozen_digest": "with detector"}
+    table = {**position, "frozen_digest": "without", "anchors_digest": "of a table"}
+    for saved, now in ((device, table), (table, device)):
+        with pytest.raises(UserError, match="started with another anchor source or table"):
+            resuming._require_same_data(saved, now, index)
+    with pytest.raises(UserError, match="the nets in the workdir's folder `frozen` are not"):
+        resuming._require_same_data(device, {**device, "frozen_digest": "damaged"}, index)
+
+
 OLD = {"anchors": {"min_dbfs": -60.0}, "mixing": {"sources": 2}, "data": {"class_weights": None}}
 
 

@@ -29,6 +29,7 @@ from uss_jax.cli.main import main
 from uss_jax.training import records
 
 QUICK_COMPILATION = True
+OPEN = {"anchors.source": "random", "query.kind": "one_hot"}  # needs no other net
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,6 @@ def _require_same_run(found, wanted, steps):
 @pytest.fixture(scope="module")
 def whole(place, tmp_path_factory):
     """Workdir of a separator's run of four steps."""
-    jax.config.update("jax_disable_most_optimizations", True)
     workdir = tmp_path_factory.mktemp("whole") / "run"
     assert main(train_words("resunet30.py", place, workdir)) == 0
     return workdir
@@ -101,11 +101,13 @@ def test_an_interrupted_run_goes_on_bit_exactly(
     _require_same_run(tmp_path / "broken", whole, steps=4)
 
 
-def test_a_finished_run_has_nothing_to_do(place, whole, capsys):
-    before = (whole / "metrics.jsonl").read_bytes()
-    assert main(train_words("resunet30.py", place, whole)) == 0
+def test_a_finished_run_has_nothing_to_do(place, whole, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    before = (workdir / "metrics.jsonl").read_bytes()
+    assert main(train_words("resunet30.py", place, workdir)) == 0
     assert "resuming after step 4" in capsys.readouterr().out
-    assert (whole / "metrics.jsonl").read_bytes() == before
+    assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -166,6 +168,7 @@ def test_a_run_with_adaptors_goes_on_from_the_checkpoint_before_a_damaged_one(
 ):
     """Its query net trains, so that the damaged checkpoint is not read for it either."""
     changed = {"query.adaptor_width": 6, "query.adaptor_hidden": 8, "total_steps": 2}
+    changed["anchors.source"] = "random"
     words = train_words("resunet30.py", place, tmp_path, {**changed, "checkpoint_every_steps": 1})
     assert main(words) == 0
     saved, _ = _state(tmp_path, 2)
@@ -224,16 +227,22 @@ def test_changed_frozen_nets_are_refused(place, whole, tmp_path, capsys):
 
 
 def test_changed_records_are_refused(whole, place, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
     write_records(tmp_path / "records", "train", [("other", noise(9, 1.0), [3])])
     changed = {"data.records": tmp_path / "records", "total_steps": 6}
-    assert main(train_words("resunet30.py", place, whole, changed)) == 1
+    assert main(train_words("resunet30.py", place, workdir, changed)) == 1
     assert "the records have changed since this run was started" in capsys.readouterr().err
 
 
-def test_a_resumed_run_needs_its_source_bundles_no_longer(whole, place, interrupt, capsys):
+def test_a_resumed_run_needs_its_source_bundles_no_longer(
+    whole, place, tmp_path, interrupt, capsys
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
     interrupt(0)
     changed = {"sed_bundle": "nowhere", "query_bundle": "", "total_steps": 6}
-    assert main(train_words("resunet30.py", place, whole, changed)) == 130
+    assert main(train_words("resunet30.py", place, workdir, changed)) == 130
     assert "resuming after step 4" in capsys.readouterr().out
 
 
@@ -263,13 +272,15 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def _start(words, cache):
+@pytest.fixture
+def start(start, tmp_path):
+    """Starts the program with these words; its processes share compiled programs."""
     environment = {
         **os.environ,
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
     }
-    return subprocess.Popen(
+    return lambda words: start(
         [sys.executable, "-c", PROGRAM, *words],
         cwd=CONFIGS.parent,
         env=environment,
@@ -300,14 +311,15 @@ def _stop_while(process, condition):
 
 
 @pytest.mark.long
-def test_a_killed_run_goes_on_bit_exactly(place, tmp_path):
+def test_a_killed_run_goes_on_bit_exactly(place, tmp_path, start):
     """Kills in a checkpoint's writing and at any moment; USS_JAX_KILL_SEED repeats a choice.
 
-    With anchors of a table, worker processes, a moving average, and steps that are skipped.
-    USS_JAX_KILLS asks for more kills than CI has time for.
+    With anchors of a table, a worker process, a moving average, and steps that are skipped.
+    USS_JAX_KILLS asks for more kills than CI has time for, at other moments each time.
     """
     kills = int(os.environ.get("USS_JAX_KILLS", 2))
-    seed = int(os.environ.get("USS_JAX_KILL_SEED", random.randrange(1000)))
+    chosen = random.randrange(1000) if "USS_JAX_KILLS" in os.environ else 0
+    seed = int(os.environ.get("USS_JAX_KILL_SEED", chosen))
     moments = random.Random(seed)
     table = tmp_path / "anchors.npz"
     mining = ["mine", "--records", place / "records", "--sed", place / "tagger", "--out", table]
@@ -315,14 +327,14 @@ def test_a_killed_run_goes_on_bit_exactly(place, tmp_path):
     changed = {"anchors.source": "table", "anchors.table": table, "query.kind": "one_hot"}
     steps = 20 * kills
     changed |= {"total_steps": steps, "checkpoint_every_steps": 2, "keep_checkpoints": 2}
-    changed |= {"ema_decay": 0.9, "data.workers": 2}
+    changed |= {"ema_decay": 0.9, "data.workers": 1}
     command = lambda name: train_words("resunet30.py", place, tmp_path / name, changed)  # noqa: E731
     killed = tmp_path / "killed"
     half_written = lambda: list((killed / "checkpoints").glob("*tmp*"))  # noqa: E731
     lines, whole = 0, None
     for in_writing in itertools.islice(itertools.cycle((True, False)), kills):
         lines = moments.randrange(lines + 1, lines + 15)
-        process = _start(command("killed"), tmp_path / "cache")
+        process = start(command("killed"))
         _wait(process, lambda lines=lines: _count_lines(killed) >= lines)
         if in_writing:
             _stop_while(process, half_written)
@@ -332,9 +344,9 @@ def test_a_killed_run_goes_on_bit_exactly(place, tmp_path):
         _, errors = process.communicate()
         assert process.returncode == -signal.SIGKILL, errors
         assert half_written() or not in_writing
-        whole = whole or _start(command("whole"), tmp_path / "cache")  # compiled by now
+        whole = whole or start(command("whole"))  # compiled by now
         print(f"seed {seed}: killed after {_count_lines(killed)} reports, {half_written()}")
-    for process in (whole, _start(command("killed"), tmp_path / "cache")):
+    for process in (whole, start(command("killed"))):
         error = process.communicate()[1]
         assert process.returncode == 0, error
     _require_same_run(killed, tmp_path / "whole", steps=steps)
@@ -345,36 +357,36 @@ def test_a_killed_run_goes_on_bit_exactly(place, tmp_path):
 
 def test_a_run_goes_on_at_another_precision_and_says_so(place, tmp_path, capsys):
     config, run_folder = "resunet30.py", tmp_path / "run"
-    changed = {"precision": "highest", "total_steps": 1}
+    changed = {**OPEN, "precision": "highest", "total_steps": 1}
     assert main(train_words(config, place, run_folder, changed)) == 0
     assert json.loads((run_folder / "config.json").read_text())["training"]["precision"]
     capsys.readouterr()
     assert main(train_words(config, place, run_folder, {**changed, "total_steps": 2})) == 0
     assert "config.precision" not in capsys.readouterr().out
-    assert main(train_words(config, place, run_folder, {"total_steps": 3})) == 0
+    assert main(train_words(config, place, run_folder, {**OPEN, "total_steps": 3})) == 0
     said = "config.precision is default from here on; up to here it was highest"
     assert said in capsys.readouterr().out
 
 
-def test_a_run_from_before_there_were_these_fields_goes_on(place, tmp_path, capsys):
+def test_a_run_from_before_there_were_these_fields_goes_on(place, whole, tmp_path, capsys):
     run = tmp_path / "run"
-    assert main(train_words("resunet30.py", place, run, {"total_steps": 1})) == 0
+    shutil.copytree(whole, run)
     saved = json.loads((run / "config.json").read_text())
     for section, key in (("separator", "condition_norm"), ("query", "one_class_share")):
         assert saved[section].pop(key) == saved["training"][section].pop(key) == 0
     (run / "config.json").write_text(json.dumps(saved))
-    assert main(train_words("resunet30.py", place, run, {"total_steps": 2})) == 0
-    assert "resuming after step 1" in capsys.readouterr().out
+    assert main(train_words("resunet30.py", place, run, {"total_steps": 5})) == 0
+    assert "resuming after step 4" in capsys.readouterr().out
     saved["query"]["one_class_share"] = 0.5
     (run / "config.json").write_text(json.dumps(saved))
-    assert main(train_words("resunet30.py", place, run, {"total_steps": 3})) == 1
+    assert main(train_words("resunet30.py", place, run, {"total_steps": 6})) == 1
     assert "started with query.one_class_share=0.5, not 0.0" in capsys.readouterr().err
 
 
 def test_runs_and_configs_from_before_there_was_a_precision_go_on(
     place, tmp_path, capsys, monkeypatch
 ):
-    words = train_words("resunet30.py", place, tmp_path / "run", {"total_steps": 1})
+    words = train_words("resunet30.py", place, tmp_path / "run", {**OPEN, "total_steps": 1})
     config = tmp_path / "own.py"  # as somebody may have written it
     config.write_text(
         f"import runpy\nget_config = runpy.run_path({str(CONFIGS / 'resunet30.py')!r})"
@@ -385,7 +397,7 @@ def test_runs_and_configs_from_before_there_was_a_precision_go_on(
     assert main(words) == 0
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert "precision" not in saved["training"]
-    words = train_words("resunet30.py", place, tmp_path / "run", {"total_steps": 2})
+    words = train_words("resunet30.py", place, tmp_path / "run", {**OPEN, "total_steps": 2})
     assert main(words) == 0
     said = capsys.readouterr().out
     assert "resuming after step 1" in said

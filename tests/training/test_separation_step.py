@@ -122,8 +122,7 @@ def test_so_many_items_are_silent_as_asked_for():
 
 
 def test_sdri_of_a_step_is_that_of_items_with_a_sound():
-    _, _, metrics = _heard(silent_share=1.0)
-    asked, target, _ = _heard(silent_share=1.0)
+    asked, target, metrics = _heard(silent_share=1.0)
     batch = _batch()
     groups = batch["audio"].reshape(-1, GROUP, SEGMENT)
     powers = np.mean(groups**2, axis=2)[:, :, None]

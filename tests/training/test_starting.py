@@ -9,8 +9,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from tests.tiny import (
+    RATE,
     TAGGER,
     finish_run,
+    parts_of_query,
     tagger_variables,
     train_words,
     write_place,
@@ -20,12 +22,14 @@ from tests.tiny import (
 from uss_jax.bundles.bundle import read_bundle, write_bundle
 from uss_jax.bundles.nets import fields_of
 from uss_jax.cli.main import main
-from uss_jax.training import run
+from uss_jax.training import run, starting
 from uss_jax.weights.torch import state_dict_of
 
 QUICK_COMPILATION = True
+pytestmark = pytest.mark.usefixtures("one_device")
 
-ADAPTOR = {"query.kind": "embedding", "query.adaptor_width": 9, "query.adaptor_hidden": 7}
+ADAPTOR = {"query__kind": "embedding", "query__adaptor_width": 9, "query__adaptor_hidden": 7}
+ADAPTOR["anchors__source"] = "random"
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +37,16 @@ def place(tmp_path_factory):
     return write_place(tmp_path_factory.mktemp("place"))
 
 
-def _start(place, workdir, location, config="resunet30.py", **changed):
-    """Saves the first state, without training; returns the status and the workdir's variables."""
+def _start(place, workdir, location, config="resunet30.py", perturb=False, **changed):
+    """Saves the first state, without training; returns the status and the workdir's variables.
+
+    `perturb` adds 1e-3 to what trains of the query net, so that it is no fresh one.
+    """
 
     def save(step, state, *_, checkpoints, position, **__):
+        if perturb:
+            query = jax.tree.map(lambda x: x + 1e-3, state.params["query"])
+            state = state.replace(params={**state.params, "query": query})
         checkpoints.save(1, state.parts(), position(1))
 
     changed = {name.replace("__", "."): value for name, value in changed.items()}
@@ -63,7 +73,7 @@ def trained(place, tmp_path_factory):
 
 @pytest.mark.long
 def test_a_run_starts_from_another_ones_average(place, trained, tmp_path, capsys):
-    status, variables = _start(place, tmp_path / "run", trained, ema_decay=0.9)
+    status, variables = _start(place, tmp_path / "run", trained, ema_decay=0.5)
     assert status == 0
     said = capsys.readouterr().out
     arrays = len(jax.tree.leaves(read_bundle(trained).variables("separator")))
@@ -74,7 +84,7 @@ def test_a_run_starts_from_another_ones_average(place, trained, tmp_path, capsys
         np.testing.assert_array_equal(value, wanted[name])
     assert any((wanted[name] != newest[name]).any() for name in wanted)
     # Resuming does not start again, whatever has become of the model.
-    words = {"init_from": tmp_path / "gone", "total_steps": 2, "ema_decay": 0.9}
+    words = {"init_from": tmp_path / "gone", "total_steps": 2, "ema_decay": 0.5}
     assert main(train_words("resunet30.py", place, tmp_path / "run", words)) == 0
     assert "resuming after step 1" in capsys.readouterr().out
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
@@ -106,20 +116,24 @@ def test_a_bundle_with_another_head_gives_the_rest(place, trained, tmp_path, cap
 
 @pytest.mark.long
 def test_an_adaptor_is_taken_too(place, tmp_path, capsys):
-    finish_run("resunet30.py", place, tmp_path / "first", ADAPTOR)
-    changed = {name.replace(".", "__"): value for name, value in ADAPTOR.items()}
-    assert _start(place, tmp_path / "run", tmp_path / "first", **changed)[0] == 0
+    assert _start(place, tmp_path / "first", "", perturb=True, **ADAPTOR)[0] == 0
+    assert _start(place, tmp_path / "run", tmp_path / "first", **ADAPTOR)[0] == 0
     first, again = (
-        flatten_dict(read_bundle(tmp_path / name).variables("adaptor")) for name in ("first", "run")
+        _flat(read_bundle(tmp_path / name).variables("adaptor")) for name in ("first", "run")
     )
+    config = read_bundle(tmp_path / "run").config
+    fresh = parts_of_query(config["query"], config["training"]["seed"])["adaptor"]
+    fresh = flatten_dict(fresh, sep="/")
     for name, value in first.items():
         np.testing.assert_array_equal(again[name], value)
+        np.testing.assert_allclose(value, fresh[name] + 1e-3, atol=1e-6)
 
 
 @pytest.mark.long
 def test_a_trained_query_net_is_taken_too(place, tmp_path):
-    finish_run("resunet30.py", place, tmp_path / "first", {"query.finetune": True})
-    assert _start(place, tmp_path / "run", tmp_path / "first", query__finetune=True)[0] == 0
+    changed = {"anchors__source": "random", "query__finetune": True}
+    assert _start(place, tmp_path / "first", "", perturb=True, **changed)[0] == 0
+    assert _start(place, tmp_path / "run", tmp_path / "first", **changed)[0] == 0
     first, again, given = (
         _flat(read_bundle(path).variables("query"))
         for path in (tmp_path / "first", tmp_path / "run", place / "tagger")
@@ -179,9 +193,8 @@ def test_what_does_not_fit_is_said(place, tmp_path, capsys):
         (tmp_path / "fewer", {}, "no array of its shape for separator/after_conv, separator/bn0, "),
         (tmp_path / "fewer", {}, "and 3 more (28 arrays); take what fits"),
     ):
-        status, _ = _start(
-            place, tmp_path / "run", location, **{"query__kind": "one_hot", **changed}
-        )
+        changed = {"anchors__source": "random", "query__kind": "one_hot", **changed}
+        status, _ = _start(place, tmp_path / "run", location, **changed)
         assert status == 1
         assert said in capsys.readouterr().err
         assert not list((tmp_path / "run").glob("checkpoints/*"))
@@ -198,3 +211,19 @@ def test_a_separator_of_other_conditions_is_said(place, tmp_path, capsys):
         status, _ = _start(place, tmp_path / "run", bundle, **changed)
         assert status == 1
         assert said in capsys.readouterr().err
+
+
+def test_a_tagger_starts_from_the_query_net_of_a_bundle_without_detector(tmp_path):
+    model, variables = {"model": fields_of(TAGGER)}, tagger_variables()
+    about = {"kind": "tagger", "sample_rate": RATE, "segment_seconds": 0.5, "sed": model}
+    query_alone = {**about, "query": model}
+    del query_alone["sed"]
+    write_bundle(tmp_path / "alone", query_alone, {"query": variables})
+    bundle = read_bundle(tmp_path / "alone")
+    assert not list(starting._differences(bundle, about, {}))
+    wider = {**about, "sed": {"model": {**model["model"], "mel_bins": 32}}}
+    assert list(starting._differences(bundle, wider, {})) == ["sed.model.mel_bins=16, not 32"]
+    found = starting._stored(bundle, {"tagger/fc1/kernel": None})["params"]
+    for name, value in _flat(variables).items():
+        np.testing.assert_array_equal(found.pop(f"tagger/{name}"), value)
+    assert not found

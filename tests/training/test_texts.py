@@ -35,6 +35,9 @@ from uss_jax.models.query import nearest_names
 from uss_jax.ontology import load_ontology
 from uss_jax.training.texts import NAMED_AS, Texts, load_texts
 
+QUICK_COMPILATION = True
+pytestmark = pytest.mark.usefixtures("one_device")
+
 TEXT = {"query.kind": "text", "anchors.source": "random"}
 EITHER = {**TEXT, "query.kind": "text_or_audio"}
 EITHER |= {"query.adaptor_width": 6, "query.adaptor_hidden": 8}
@@ -45,6 +48,11 @@ DOG = load_ontology().class_names.index("Dog")
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     return write_place(tmp_path_factory.mktemp("train"))
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return TextEncoder(real_folder())
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -66,14 +74,14 @@ def recording(tmp_path_factory):
     return path
 
 
-def test_the_encoder_gives_the_names_in_every_template(monkeypatch):
+def test_the_encoder_gives_the_names_in_every_template(encoder, monkeypatch):
     folder = str(real_folder())
     monkeypatch.setattr("uss_jax.training.texts.NAMED_AS", NAMED_AS[:2])
     bare, phrased = load_texts("", 1.0), load_texts(folder, 1.0)
     assert bare.names.shape == (527, 1, 384)
     assert phrased.names.shape == (527, 2, 384)
     np.testing.assert_allclose(phrased.names[:, 0], bare.names[:, 0], atol=5e-4)  # float16
-    wanted = TextEncoder(folder).encode(["the sound of dog"])
+    wanted = encoder.encode(["the sound of dog"])
     np.testing.assert_allclose(phrased.names[DOG, 1], wanted[0], atol=1e-6)
     assert bare.digest != phrased.digest
 
@@ -128,7 +136,7 @@ def test_names_stay_and_other_vectors_become_a_mean_of_names():
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_trains_with_texts_and_resumes(place, tmp_path, capsys, kind, quick_compilation):
+def test_a_run_trains_with_texts_and_resumes(place, encoder, tmp_path, capsys, kind):
     model = finish_run("resunet30.py", place, tmp_path / "run", KINDS[kind])
     names = load_node_vectors().of_classes()
     np.testing.assert_array_equal(model.query.variables["params"]["names"], names)
@@ -139,7 +147,7 @@ def test_a_run_trains_with_texts_and_resumes(place, tmp_path, capsys, kind, quic
         )
 
     if kind == "text":
-        _is_asked_with_the_names_nearest(place, tmp_path, model, capsys)
+        _is_asked_with_the_names_nearest(place, encoder, tmp_path, model, capsys)
         return
     longer = {**EITHER, "total_steps": 3}
     other = {**longer, "query.text_share": 1}
@@ -154,7 +162,7 @@ def test_a_run_trains_with_texts_and_resumes(place, tmp_path, capsys, kind, quic
     assert json.loads(path.read_text())["query"]["trained"] == trained
 
 
-def _is_asked_with_the_names_nearest(place, folder, model, capsys):
+def _is_asked_with_the_names_nearest(place, encoder, folder, model, capsys):
     """A model that was trained by names alone is asked with those nearest to a text."""
     named = model.query.module.trained
     assert model.query.module.by_names
@@ -162,8 +170,7 @@ def _is_asked_with_the_names_nearest(place, folder, model, capsys):
     config = json.loads((folder / "run" / "config.json").read_text())
     assert config["query"]["trained"] == list(named)
 
-    encoder = str(real_folder())
-    vector = TextEncoder(encoder).encode(["a puppy whines"])
+    vector = encoder.encode(["a puppy whines"])
     names = load_node_vectors().of_classes()[list(named)]
     wanted = nearest_names(jnp.asarray(vector), jnp.asarray(names))
     np.testing.assert_allclose(model.of_texts(vector), wanted, atol=1e-6)
@@ -171,7 +178,8 @@ def _is_asked_with_the_names_nearest(place, folder, model, capsys):
 
     soundfile.write(folder / "street.wav", tone(500, 1.2), RATE)
     words = ["separate", str(folder / "street.wav"), "--model", str(folder / "run")]
-    words += ["--text", "a puppy whines", "--text-encoder", encoder, "--out", str(folder / "out")]
+    words += ["--text", "a puppy whines", "--text-encoder", str(real_folder())]
+    words += ["--out", str(folder / "out")]
     assert main(words) == 0
     said = capsys.readouterr().out
     assert "asked with sentence vectors of the trained names nearest to texts" in said
@@ -217,15 +225,15 @@ def test_text_is_a_row_of_an_evaluation(either, tmp_path):
     assert found["how"]["text_encoder"] == str(real_folder())
 
 
-def test_items_of_a_label_take_its_texts_in_turn(tmp_path):
+def test_items_of_a_label_take_its_texts_in_turn(encoder, tmp_path):
     write_pairs(tmp_path / "pairs", [DOG, DOG, DOG, 0])
-    wording = Wording(TextEncoder(real_folder()), {"Dog": ["woof", "a hound barks"]})
+    wording = Wording(encoder, {"Dog": ["woof", "a hound barks"]})
     asked = wording.of(find_pairs(tmp_path / "pairs"))
     assert asked == ["speech", "woof", "a hound barks", "woof"]
 
 
 @pytest.mark.parametrize("kind", ["soft", "one_hot", "embedding"])
-def test_other_models_are_asked_for_the_classes_of_a_text(kind, tmp_path):
+def test_other_models_are_asked_for_the_classes_of_a_text(kind, encoder, tmp_path):
     """The text row of a class's own name is the row of the class; embeddings have none."""
     write_pairs(tmp_path / "pairs", [DOG, 0])
     model = Model(write_separator(tmp_path / kind, kind))
@@ -233,7 +241,7 @@ def test_other_models_are_asked_for_the_classes_of_a_text(kind, tmp_path):
         with pytest.raises(UserError, match="takes recordings only; leave out --text-encoder"):
             read_wording(model, str(real_folder()), None)
         return
-    wording = Wording(TextEncoder(real_folder()), {"Speech": ["zxqv"]})
+    wording = Wording(encoder, {"Speech": ["zxqv"]})
     pairs = find_pairs(tmp_path / "pairs")
     assert wording.remark(pairs) == "--texts has none for 1 label of 2, asked by name, such as Dog"
     _, rows = score(model, pairs, wording=wording)

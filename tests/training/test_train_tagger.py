@@ -10,6 +10,8 @@ from tests.tiny import CONFIGS, finish_run, noise, tone, train_words, write_plac
 from uss_jax.bundles.model import Model
 from uss_jax.cli.main import main
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

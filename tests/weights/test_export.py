@@ -169,6 +169,22 @@ def test_a_run_gives_its_average_or_its_last_parameters(bundle, tmp_path):
     assert "checkpoints" not in [path.name for path in (tmp_path / "last").iterdir()]
 
 
+def test_the_step_is_that_of_the_parameters_while_the_run_goes_on(tmp_path):
+    run = tmp_path / "run"
+    config = {"format_version": 1, "kind": "separator", "sample_rate": RATE, "segment_seconds": 0.5}
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({**config, "separator": {}}))
+    state = create_state({"separator": {"a": np.ones(3, np.float32)}}, {}, optax.sgd(0.1))
+    with Checkpoints(run / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(7, state.parts(), {})
+        checkpoints.wait()
+        opened = read_bundle(run)
+        assert opened.variables("separator")["params"]["a"].tolist() == [1, 1, 1]
+        checkpoints.save(8, state.parts(), {})
+    assert export._config(opened)["step"] == 7
+    assert export._config(read_bundle(run))["step"] == 8
+
+
 def test_stablehlo_runs_without_this_package(bundle, tmp_path):
     assert _export(bundle, "stablehlo", tmp_path / "out", "--window-seconds", "0.75") == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [

@@ -1,11 +1,11 @@
 """Small nets with random variables, and comparisons of trees, for tests of conversions."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from tests.golden.weights import fixed_buffer
+from tests.tiny import shapes_of
 from uss_jax.models.cnn14 import Cnn14
 from uss_jax.models.resunet import ResUNet
 
@@ -31,10 +31,10 @@ SEPARATOR_FIELDS = dict(
 
 def all_random(module, *shapes, seed=0):
     """Variables of a module with random numbers everywhere."""
-    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    tree = jax.eval_shape(module.init, jax.random.key(0), *inputs)
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), tree)
+    return jax.tree.map(
+        lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes_of(module, shapes)
+    )
 
 
 def tagger_variables(fields=TAGGER_FIELDS, seed=0):

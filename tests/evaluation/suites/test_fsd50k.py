@@ -15,6 +15,8 @@ from uss_jax.evaluation.rows import AVERAGE, ORACLE
 from uss_jax.evaluation.suites import fsd50k, mixing
 from uss_jax.ontology import load_ontology
 
+QUICK_COMPILATION = True
+
 
 def test_fsd50k_asks_for_the_first_label_or_for_all(sets, tmp_path, monkeypatch):
     monkeypatch.setattr(mixing, "PER_CLASS", 2)

@@ -12,6 +12,8 @@ from uss_jax.errors import UserError
 from uss_jax.evaluation.rows import AVERAGE, CLASS, ORACLE
 from uss_jax.evaluation.suites import fsdkaggle2018, mixing
 
+QUICK_COMPILATION = True
+
 
 def test_fsdkaggle2018(sets, tmp_path, monkeypatch):
     monkeypatch.setattr(mixing, "PER_CLASS", 4)

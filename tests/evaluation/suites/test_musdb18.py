@@ -1,3 +1,5 @@
+import contextlib
+import io
 import json
 import shutil
 import sys
@@ -25,6 +27,8 @@ from uss_jax.separation.example_vectors import recording_vector
 from uss_jax.separation.queries import Vectors
 from uss_jax.separation.recordings import Separator
 
+QUICK_COMPILATION = True
+
 # museval comes from another time of numpy and of setuptools.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -46,10 +50,18 @@ def test_the_sdr_is_museval_s(sets, monkeypatch):
     assert np.isnan(musdb18.median_sdr(source.T, 0 * source.T, rate))
 
 
-def test_musdb18(sets, tmp_path, capsys):
-    assert run_suite(sets, "musdb18", tmp_path / "r.json", "--legacy") == 0
-    assert "drums sdr" in capsys.readouterr().out
-    results = json.loads((tmp_path / "r.json").read_text())
+@pytest.fixture(scope="module")
+def evaluated(sets, tmp_path_factory):
+    """The results, legacy figures among them, and what was printed."""
+    out = tmp_path_factory.mktemp("evaluated") / "r.json"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert run_suite(sets, "musdb18", out, "--legacy") == 0
+    return json.loads(out.read_text()), printed.getvalue()
+
+
+def test_musdb18(sets, evaluated):
+    results, printed = evaluated
+    assert "drums sdr" in printed
     rows = {row["query"]: row for row in results["rows"]}
     assert set(rows) == {ORACLE, AVERAGE, HALF, MIXTURE}
     model, folder = Model(sets / "soft"), sets / "musdb18"
@@ -79,10 +91,9 @@ def test_musdb18(sets, tmp_path, capsys):
     assert rows[MIXTURE].get("legacy_sdri") is None
 
 
-def test_musdb18_s_legacy_figures_are_the_published_rule(sets, tmp_path):
+def test_musdb18_s_legacy_figures_are_the_published_rule(sets, evaluated):
     # Files as one channel at the model's rate; the estimate taken for the reference.
-    assert run_suite(sets, "musdb18", tmp_path / "r.json", "--legacy") == 0
-    results = json.loads((tmp_path / "r.json").read_text())
+    results, _ = evaluated
     row = next(row for row in results["rows"] if row["query"] == AVERAGE)
     model, folder = Model(sets / "soft"), sets / "musdb18"
     of_stems = {"legacy_sdr": [], "legacy_sdri": []}
@@ -151,3 +162,39 @@ def test_what_is_missing_is_named(tmp_path):
     (imitations.musdb18(tmp_path) / "test" / "b" / "bass.wav").unlink()
     with pytest.raises(UserError, match=r"MUSDB18-HQ lacks 1 of its 10 files: .*b/bass\.wav"):
         musdb18.songs(tmp_path, "test")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda x, rate: (x[:, :1], rate),
+            r"has 1 channel at 8000 Hz, 4\.00 s, its mixture\.wav 2 ",
+        ),
+        (
+            lambda x, rate: (x, 2 * rate),
+            r"2 channels at 16000 Hz, 2\.00 s, its .* 8000 Hz, 4\.00 s",
+        ),
+        (
+            lambda x, rate: (np.concatenate([x, x[:100]]), rate),
+            r"4\.01 s, its mixture\.wav .*4\.00 s",
+        ),
+    ],
+)
+def test_a_stem_of_another_form_than_its_mixture_is_refused(sets, tmp_path, change, said):
+    folder = tmp_path / "musdb18"
+    shutil.copytree(sets / "musdb18", folder)
+    path = folder / "test/b/vocals.wav"
+    soundfile.write(path, *change(*soundfile.read(path)))
+    with pytest.raises(UserError, match=rf"test/b/vocals\.wav .*{said}"):
+        musdb18.run(Model(sets / "soft"), str(folder), str(tmp_path / "r.json"), legacy=False)
+
+
+def test_a_stem_longer_by_a_few_samples_is_cut(sets, tmp_path):
+    folder = tmp_path / "musdb18"
+    shutil.copytree(sets / "musdb18", folder)
+    model, song = Model(sets / "soft"), folder / "test/b"
+    expected = musdb18._score_song(model, song, {}, False)
+    vocals, rate = soundfile.read(song / "vocals.wav")
+    soundfile.write(song / "vocals.wav", np.concatenate([vocals, 0 * vocals[:5]]), rate)
+    assert musdb18._score_song(model, song, {}, False) == expected

@@ -17,7 +17,9 @@ from uss_jax.evaluation.averages import file_vectors
 from uss_jax.evaluation.rows import AVERAGE, HALF, IDENTITY, MIXTURE, ORACLE, SHUFFLED, Drawn
 from uss_jax.evaluation.scoring import score
 from uss_jax.evaluation.suites.pairs import find_pairs, sources_by_class
-from uss_jax.separation.banks import read_bank
+from uss_jax.separation.banks import Bank, read_bank, write_bank
+
+QUICK_COMPILATION = True
 
 
 def test_oracle_only_asks_once_and_says_the_same(place, tmp_path, monkeypatch):
@@ -208,3 +210,63 @@ def test_what_cannot_be_done_is_said_before_anything(place, tmp_path, words, sai
     assert evaluate_pairs(place, "soft", tmp_path / "r.json", *words) == 1
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_source_and_mixture_are_of_the_same_channel(tmp_path):
+    """In the mean of this mixture's channels, its source would cancel."""
+    source = np.stack([noise(0, 0.5), -noise(0, 0.5)])
+    mixture = source + np.stack([noise(1, 0.5), noise(1, 0.5)])
+    folder = tmp_path / "class_id=3"
+    folder.mkdir()
+    write_wav(folder / "1source.wav", source, RATE)
+    write_wav(folder / "1mixture.wav", mixture, RATE)
+    (pair,) = find_pairs(tmp_path)
+    np.testing.assert_array_equal(pair.read("source", RATE), source[0])
+    np.testing.assert_array_equal(pair.read("mixture", RATE), mixture[0])
+    write_wav(folder / "1source.wav", source[1:], RATE)  # which has nothing to choose
+    np.testing.assert_array_equal(pair.read("source", RATE), source[1])
+    np.testing.assert_allclose(pair.read("mixture", RATE), noise(1, 0.5), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["one_hot", "text"])
+def test_conditions_that_are_not_made_of_recordings_have_no_average_of_pairs(
+    place, kind, tmp_path, capsys
+):
+    words = ["--train-pairs", place / "pairs", "--bank", tmp_path / "b.npz", "--recordings", "1"]
+    assert evaluate_pairs(place, kind, tmp_path / "r.json", *words) == 1
+    said = f"{kind} ({kind}) are not made of any; leave it out"
+    assert f"--train-pairs averages conditions of recordings, and those of {place}/{said}" in (
+        capsys.readouterr().err
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bank_of_nothing_is_refused_before_the_work(place, tmp_path, capsys):
+    write_tones(tmp_path / "other", "class_id=9/1source.wav", "class_id=9/1mixture.wav")
+    bank = tmp_path / "b.npz"
+    words = ["--model", place / "soft", "--data", tmp_path / "other", "--out", tmp_path / "r.json"]
+    words += ["--train-records", place / "records", "--bank", bank]
+    assert main(["evaluate", "pairs", *map(str, words)]) == 1
+    assert f"--bank {bank} would be empty: {place}/records has no sound of" in (
+        capsys.readouterr().err
+    )
+    assert not bank.exists()
+
+
+def test_only_a_bank_of_the_same_command_is_replaced(place, tmp_path, capsys):
+    """Else `query make` has perhaps made it, of recordings that nobody has any more."""
+    bank, words = tmp_path / "b.npz", ("--train-pairs", place / "pairs", "--bank")
+    for how in ("averaged over example recordings", f"averaged over {place}/records", "nothing"):
+        write_bank(bank, Bank(("Dog",), np.ones((1, 527), np.float32), "soft", "hash", how))
+        stored = bank.read_bytes()
+        assert evaluate_pairs(place, "soft", tmp_path / "r.json", *words, bank) == 1
+        said = capsys.readouterr().err
+        assert f"b.npz exists and is not a bank averaged over {place}/pairs; give --bank an" in said
+        assert bank.read_bytes() == stored
+    bank.write_bytes(b"no bank")
+    assert evaluate_pairs(place, "soft", tmp_path / "r.json", *words, bank) == 1
+    assert "exists and is not a bank" in capsys.readouterr().err
+    bank.unlink()
+    for _ in range(2):  # as after a stop
+        assert evaluate_pairs(place, "soft", tmp_path / "r.json", *words, bank) == 0
+    assert read_bank(bank, Model(place / "soft")).name == ("Speech", "Dog", "Piano")

@@ -15,6 +15,8 @@ from uss_jax.evaluation.rows import AVERAGE, ORACLE
 from uss_jax.evaluation.suites import slakh2100
 from uss_jax.ontology import load_ontology
 
+QUICK_COMPILATION = True
+
 
 def test_slakh2100(sets, tmp_path):
     results = results_of(sets, "slakh2100", "embedding", tmp_path / "r.json")
@@ -45,3 +47,16 @@ def test_slakh2100(sets, tmp_path):
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(UserError, match="Slakh2100 lacks"):
         slakh2100.items(tmp_path, "test")
+
+
+@pytest.mark.parametrize(
+    "stems",
+    ["[S00, S01]", "null", "S00", "{S00: piano}", "{S00: null}", "{S00: {plugin_name: [1]}}"],
+)
+def test_metadata_of_another_form_is_one_sentence(tmp_path, stems):
+    path = tmp_path / "metadata.yaml"
+    path.write_text(f"stems: {stems}\n")
+    with pytest.raises(UserError, match=r"metadata\.yaml has no readable list of stems; unpack"):
+        slakh2100._stems(path)
+    path.write_text("stems: {S00: {plugin_name: a, midi_program_name: null}, S01: {}}\n")
+    assert list(slakh2100._stems(path)) == ["S00", "S01"]

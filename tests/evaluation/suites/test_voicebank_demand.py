@@ -17,6 +17,8 @@ from uss_jax.evaluation.suites.speech import speech_figures
 from uss_jax.separation.queries import Vectors
 from uss_jax.separation.recordings import Separator
 
+QUICK_COMPILATION = True
+
 # pesq comes from another time of numpy and of setuptools.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -99,3 +101,20 @@ def test_the_figure_of_a_set_is_the_median_of_what_is_a_number():
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(UserError, match="Voicebank-Demand lacks"):
         voicebank_demand.sentences(tmp_path)
+
+
+@pytest.mark.parametrize("case", ["short", "shortest", "silent"])
+def test_what_pesq_does_not_score_is_no_number(case):
+    pytest.importorskip("pesq")
+    clean = tiny.noise(0, {"short": 0.3, "shortest": 0.05, "silent": 2}[case])
+    figures = speech_figures(clean, 0 * clean if case == "silent" else clean + 0.01)
+    assert np.isnan([figures[name] for name in ("pesq", "csig", "cbak", "covl")]).all()
+    assert np.isnan(figures["ssnr"]) == (case == "shortest")
+
+
+def test_sentences_without_pesq_are_left_out_and_counted():
+    good = dict.fromkeys(("pesq", "ssnr"), 2.0)
+    sentences = [{MIXTURE: good, "row": {"pesq": x, "ssnr": 1.0}} for x in (np.nan, 3.0, 5.0)]
+    summary = {row["query"]: row for row in voicebank_demand._summary(sentences)}
+    assert (summary["row"]["pesq"], summary["row"]["without_pesq"]) == (4.0, 1)
+    assert (summary[MIXTURE]["without_pesq"], summary["row"]["silent"]) == (0, 0)

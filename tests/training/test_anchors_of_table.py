@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -212,6 +213,10 @@ def test_a_clips_anchors_are_drawn(place, tmp_path, capsys):
     assert main([str(word) for word in [*words, "tone1"]]) == 1
     assert "a.png exists; remove it or give another --picture" in capsys.readouterr().err
     assert (tmp_path / "a.png").read_bytes() == picture
+    shutil.copy(place / "anchors.npz", tmp_path / "b.npz")
+    default = [str(x) for x in (*words[:5], "--out", tmp_path / "b.npz", "--show")]
+    assert main([*default, "tone2"]) == main([*default, "tone1"]) == 0  # the second replaces it
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "a.png").unlink()
     assert main([str(word) for word in [*words, "nothing"]]) == 1
     assert 'no clip of these records has the id "nothing"' in capsys.readouterr().err

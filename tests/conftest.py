@@ -17,8 +17,7 @@ from uss_jax.devices import cpu
 from uss_jax.devices.mesh import make_mesh
 
 jax.config.update("jax_num_cpu_devices", 8)
-if not cpu._may_have_accelerator():
-    cpu._compile_sooner()  # as every command does
+cpu.compile_sooner()  # as every command does
 
 # Machines are shared: how long something takes says nothing of the code. Standard error then holds
 # no line about a program that compiled for seconds, and no example is too slow.

@@ -64,8 +64,7 @@ def find_recordings(
         real = os.path.realpath(inner)
         if os.path.islink(inner):
             below = pathlib.Path(os.path.relpath(real, root)).parts
-            # What is below the folder is found where it is, unless a hidden folder or ".." is above
-            # it.
+            # What is below the folder is found there, unless a hidden folder or ".." leads to it.
             found = not any(part.startswith(".") for part in below)
             if found or pathlib.Path(root).is_relative_to(real):
                 return False

@@ -20,19 +20,18 @@ def tune_for_cpu() -> None:
 
     Call before JAX initialises devices: it reads XLA_FLAGS then, and its threads choose arenas.
     """
-    if not _may_have_accelerator():
-        _keep_freed_memory()
-        _compile_sooner()
+    _keep_freed_memory()
+    compile_sooner()
 
 
 def _keep_freed_memory() -> None:
-    """Makes the process keep freed memory, unless MALLOC_* is set.
+    """Makes a process that computes on a CPU keep freed memory, unless MALLOC_* is set.
 
     XLA allocates every feature map anew. glibc returns blocks of this size to the kernel, which
     zeroes and maps them again page by page: up to 45 % of a training step, 15 % of a separation.
     The cost is that the process stays at its peak size. No effect with another C library.
     """
-    if any(name.startswith("MALLOC_") for name in os.environ):
+    if _may_have_accelerator() or any(name.startswith("MALLOC_") for name in os.environ):
         return
     with contextlib.suppress(AttributeError, OSError, TypeError):  # the C library is not glibc
         mallopt = ctypes.CDLL(None).mallopt
@@ -40,14 +39,14 @@ def _keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
-def _compile_sooner() -> None:
-    """Leaves out LLVM's last level of optimisation, unless XLA_FLAGS says a level.
+def compile_sooner() -> None:
+    """Leaves out LLVM's last level of optimisation on a CPU, unless XLA_FLAGS says a level.
 
     It takes a third of the compilation of a training step, mostly for the random draws, and no
     program here is faster for it.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if _LEVEL not in flags:
+    if _LEVEL not in flags and not _may_have_accelerator():
         os.environ["XLA_FLAGS"] = f"{flags} --{_LEVEL}=2".lstrip()
 
 

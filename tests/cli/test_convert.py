@@ -18,6 +18,7 @@ from uss_jax.audio.mel import mel_matrix
 from uss_jax.bundles.bundle import read_bundle
 from uss_jax.cli import convert
 from uss_jax.cli.main import main
+from uss_jax.errors import UserError
 from uss_jax.weights.lightning import LIGHTNING_PREFIXES
 from uss_jax.weights.torch import state_dict_of
 
@@ -128,11 +129,27 @@ def test_the_licence_of_a_published_file_is_known_by_its_hash(tmp_path, monkeypa
     assert read_bundle(tmp_path / "bundle").config["licence"] == "CC BY 4.0"
 
 
-def test_a_net_of_other_classes_is_refused(tmp_path, capsys):
+def test_a_tagging_net_of_other_classes_is_for_runs_to_start_from(tmp_path, capsys):
     fields = {**TAGGER_FIELDS, "classes": 50}
-    source = save(tmp_path / "Cnn14_mAP=0.431.pth", tagger_state_dict(1, fields))
+    source = save(tmp_path / "net.pth", tagger_state_dict(1, fields))
+    assert run(source, tmp_path / "bundle", "--kind", "decision-level-max") == 0
+    assert "sed has 50 classes, not AudioSet's 527: a run can start" in capsys.readouterr().out
+    bundle = read_bundle(tmp_path / "bundle")
+    assert_same_tree(bundle.variables("sed"), tagger_variables(fields, seed=1))
+    with pytest.raises(UserError, match=r"sed\.model has 50 classes; "):
+        bundle.sed()
+    assert main(["inspect", str(tmp_path / "bundle")]) == 0
+
+
+def test_a_separator_with_a_net_of_other_classes_is_refused(tmp_path, capsys):
+    fields = {**TAGGER_FIELDS, "classes": 50}
+    tensors = lightning_state_dict(50)
+    for part in ("sed", "query"):
+        prefix = LIGHTNING_PREFIXES[part]
+        tensors |= state_dict_of(part, fields, tagger_variables(fields, seed=1), prefix)
+    source = save(tmp_path / "uss.ckpt", tensors, "state_dict")
     assert run(source, tmp_path / "bundle") == 1
-    assert "query has 50 classes; " in capsys.readouterr().err
+    assert "has 50 classes; " in capsys.readouterr().err
     assert not (tmp_path / "bundle").exists()
 
 

@@ -174,6 +174,30 @@ def test_a_tagger_starts_from_a_converted_checkpoint(place, tmp_path):
         np.testing.assert_array_equal(_flat(variables)[name], value)
 
 
+@pytest.mark.long
+def test_a_tagger_starts_from_one_of_other_classes_but_for_its_head(place, tmp_path, capsys):
+    config = dict(read_bundle(place / "tagger").config)
+    other = TAGGER.clone(classes=50)
+    about = {"kind": "tagger", "sample_rate": RATE, "segment_seconds": config["segment_seconds"]}
+    variables = tagger_variables(seed=4, net=other)
+    about["sed"] = {"model": fields_of(other)}
+    write_bundle(tmp_path / "fifty", about, {"sed": variables})
+    words = (place, tmp_path / "run", tmp_path / "fifty", "tagger_cnn14.py")
+    assert _start(*words, optimizer="adamw")[0] == 1
+    assert "sed.model.classes=50, not 527" in capsys.readouterr().err
+    status, made = _start(*words, optimizer="adamw", init_partly=True)
+    assert status == 0
+    said = capsys.readouterr().out
+    assert "as new: tagger/fc_audioset (2 arrays)" in said
+    assert "not taken: tagger/fc_audioset (2 arrays)" in said
+    made = _flat(made)
+    for name, value in _flat(variables).items():
+        if "fc_audioset" in name:
+            assert made[name].shape[-1] == 527
+        else:
+            np.testing.assert_array_equal(made[name], value)
+
+
 def test_what_does_not_fit_is_said(place, tmp_path, capsys):
     bundle = write_separator(tmp_path / "bundle", "one_hot")
     config = dict(read_bundle(bundle).config)

@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from uss_jax.bundles.bundle import write_bundle
+    from uss_jax.ontology import load_ontology
     from uss_jax.weights.unpickle import read_checkpoint
 
     source = pathlib.Path(args.inputs[0])
@@ -100,6 +101,13 @@ def run(args: argparse.Namespace) -> None:
     }
     write_bundle(args.out, config, {name: part.variables for name, part in parts.items()}, foreign)
     print(f"{args.out}: a {config['kind']} bundle with {', '.join(sorted(parts))}")
+    wanted = len(load_ontology().class_mids)
+    for name in sorted(parts):
+        if (classes := parts[name].fields.get("classes", wanted)) != wanted:
+            print(
+                f"{name} has {classes} classes, not AudioSet's {wanted}: a run can start from it "
+                "with config.init_from and --config.init_partly=True; it has no other use"
+            )
 
 
 def _is_encoder(path: str, kinds: list[str] | None) -> bool:
@@ -176,8 +184,9 @@ def _bundle_config(parts: dict) -> dict:
     """Returns the bundle's config, without its licence and what `write_bundle` adds."""
     from uss_jax.bundles.nets import fields_of, require_classes
 
-    for name in parts.keys() & {"query", "sed"}:
-        require_classes(parts[name].build(), name)
+    if "separator" in parts:
+        for name in parts.keys() & {"query", "sed"}:
+            require_classes(parts[name].build(), name)
     models = {name: fields_of(parts[name].build()) for name in ("query", "sed") if name in parts}
     rates = {model["sample_rate"] for model in models.values()} or {32000}
     if len(rates) > 1:

@@ -64,6 +64,11 @@ def results_of(workdir: pathlib.Path, pairs: str) -> pathlib.Path:
     return workdir / "results" / f"{name_of({'pairs': pairs})}.json"
 
 
+def is_done(study: dict[str, Any], workdir: pathlib.Path) -> bool:
+    """Whether a run has its results on all pairs."""
+    return all(results_of(workdir, pairs).exists() for pairs in study["pairs"])
+
+
 def evaluate(
     study: dict[str, Any], leaves: dict[str, Any], workdir: pathlib.Path, cores: set[int] | None
 ) -> None:
@@ -82,7 +87,8 @@ def require_same_pairs(study: dict[str, Any], workdir: pathlib.Path) -> None:
     """Raises a UserError if results under the name of some pairs are those of another folder."""
     for pairs, folder in study["pairs"].items():
         path = results_of(workdir, pairs)
-        if path.exists() and (found := read(path)["how"]["data"]) != folder:
+        # `evaluate` notes the folder without its ~.
+        if path.exists() and (found := read(path)["how"]["data"]) != os.path.expanduser(folder):
             raise UserError(
                 f"{path} is of the pairs {found}, not of {folder}; name these otherwise, or "
                 "give another --out"
@@ -112,7 +118,7 @@ def run_all(study: dict[str, Any], out: pathlib.Path, parallel: int) -> list[str
     def one(point: dict[str, str], leaves: dict[str, Any]) -> None:
         workdir, share = out / name_of(point), slots.get()
         try:
-            if not all(results_of(workdir, pairs).exists() for pairs in study["pairs"]):
+            if not is_done(study, workdir):
                 train(study, leaves, workdir, share)
                 evaluate(study, leaves, workdir, share)
         finally:
@@ -253,7 +259,9 @@ def run(path: pathlib.Path, out: pathlib.Path, parallel: int) -> str:
     with replacing(out / "table.md") as temporary:
         temporary.write_text("\n".join(tables))
     written = "table.md"
-    if any((rows := curves(out, points)).values()):
+    # Of whole runs: a mean over seeds of which one ended early would jump there.
+    whole = [point for point in points if is_done(study, out / name_of(point))]
+    if any((rows := curves(out, whole)).values()):
         draw(rows, out / "curves.png")
         written += ", curves.png"
     text = "\n".join([*tables, f"{out}: {written}"])

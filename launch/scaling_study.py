@@ -117,7 +117,10 @@ def words_of(recipe: dict[str, Any]) -> list[str]:
 def require_same(workdir: pathlib.Path, recipe: dict[str, Any]) -> None:
     """Raises a UserError if the folder holds a run of another recipe that has reported already."""
     metrics = workdir / "metrics.jsonl"
-    if not (workdir / RECORD).exists() or not metrics.exists() or not metrics.stat().st_size:
+    if not metrics.exists() or not metrics.stat().st_size:
+        return
+    if not (workdir / RECORD).exists():
+        print(f"{workdir} has no {RECORD}: it is taken for a run of this study", flush=True)
         return
     if read(workdir / RECORD) != recipe:
         raise UserError(

@@ -92,6 +92,7 @@ def test_seeds_become_one_row_and_a_stopped_comparison_goes_on(
         comparison.run(study, out, 1)
     told = capsys.readouterr()
     assert "asked-own_seed-1: training ended with status 3" in told.err
+    assert (out / "curves.png").exists()
     # Of the runs that did not fail.
     assert (out / "table.md").read_text() in told.out
     assert "| own | 1 | 8 | 3.00 / 1.00 | 3.01 / 0.00 | 2.00 / 0.50 (6 pairs) |" in told.out
@@ -221,6 +222,29 @@ def test_curves_are_the_mean_of_the_seeds_and_their_range(comparison, study, tmp
     (of_row,) = comparison.curves(tmp_path / "out", points).values()
     wanted = [[10, 1.025, 1.0, 1.05], [20, 2.05, 2.0, 2.1]]
     np.testing.assert_allclose(of_row["eval/sdri"], wanted)
+
+
+def test_curves_leave_out_runs_without_results(comparison, study, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(comparison, "draw", lambda rows, path: drawn.append(rows))
+    monkeypatch.setenv("FAIL", "asked-own_seed-1")
+    broken = tmp_path / "out" / "asked-own_seed-1" / "metrics.jsonl"
+    broken.parent.mkdir(parents=True)
+    broken.write_text('{"step": 10, "eval/sdri": 9.0}\n{"step": 2')
+    with pytest.raises(UserError, match="1 of 4 runs failed"):
+        comparison.run(study, tmp_path / "out", 1)
+    (rows,) = drawn
+    np.testing.assert_allclose(
+        rows["asked-own"]["eval/sdri"], [[10, 1.0, 1.0, 1.0], [20, 2.0, 2.0, 2.0]]
+    )
+
+
+def test_pairs_below_the_home_folder_are_the_same_again(comparison, tmp_path):
+    study = {"pairs": {"easy": "~/easy"}}
+    results = comparison.results_of(tmp_path, "easy")
+    results.parent.mkdir()
+    results.write_text(json.dumps({"how": {"data": os.path.expanduser("~/easy")}}))
+    comparison.require_same_pairs(study, tmp_path)
 
 
 @pytest.mark.parametrize(

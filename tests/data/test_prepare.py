@@ -79,6 +79,7 @@ def test_a_command_stopped_after_it_published_goes_on(audio, tmp_path, monkeypat
         patch.setattr(prepare_module, "write_metadata", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare_toy(audio, tmp_path / "out")
+    assert len(prepare_toy(audio, tmp_path / "out", GOOD[:1], split="test").index) == 1
     made = prepare_toy(audio, tmp_path / "out")
     assert len(load_index(made.directory, "train")) == len(GOOD)
     assert read_sample_rate(made.directory) == 8000

@@ -64,6 +64,7 @@ def test_memory_is_kept_on_a_cpu_unless_somebody_has_chosen(environment, kept):
         ("", "cpu", "--xla_backend_optimization_level=2"),
         ("--xla_dump_to=a", "cpu", "--xla_dump_to=a --xla_backend_optimization_level=2"),
         ("--xla_backend_optimization_level=3", "cpu", "--xla_backend_optimization_level=3"),
+        ("flags.txt", "cpu", "flags.txt"),
         ("", "cuda", ""),
     ],
 )

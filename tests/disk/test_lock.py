@@ -82,6 +82,12 @@ def test_a_lock_of_another_user_is_said(tmp_path, monkeypatch):
         pass
 
 
+def test_a_link_to_nowhere_is_said(tmp_path):
+    (tmp_path / ".lock").symlink_to(tmp_path / "none" / "lock")
+    with pytest.raises(UserError, match=r"\.lock cannot be opened"), only_one(tmp_path, "wait"):
+        pass
+
+
 @pytest.mark.parametrize("make", [pathlib.Path.mkdir, os.mkfifo])
 def test_something_else_of_its_name_is_said(tmp_path, make):
     make(tmp_path / ".lock")

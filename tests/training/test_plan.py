@@ -80,6 +80,10 @@ def test_a_dry_run_refuses_the_bundles_that_a_run_refuses(place, tmp_path, capsy
         ({"sed_bundle": tmp_path / "query"}, "query has no sed; it is a tagger bundle"),
         ({"query_bundle": tmp_path / "sed"}, "sed has no query; it is a tagger bundle"),
         ({"query_bundle": by_names}, "has no tagging net: its conditions are one_hot"),
+        (
+            {"sed_bundle": tmp_path / "query", "anchors.source": "table"},
+            "query has no sed; it is a tagger bundle",
+        ),
         ({"sed_net": "htsat"}, "sed_bundle holds the net cnn14, config.sed_net is htsat"),
         ({"sample_rate": 16000}, "config.sed_bundle is a net for 8000 Hz, config.sample_rate is"),
     ):

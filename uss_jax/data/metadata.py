@@ -86,11 +86,11 @@ def check_indexed_format(
 def _require_format(
     directory: str | os.PathLike, others: set[str], sample_rate: int, encoding: str, remedy: str
 ) -> None:
-    """Compares with what metadata.json says of the other splits.
+    """Compares with what metadata.json, if it is there, says of the other splits.
 
     `remedy` may name {there}, the rate or encoding of these, and its {option} of `prepare`.
     """
-    if not others:
+    if not others or _read(open_folder(directory), _OURS, _FORMAT) is None:
         return
     there_rate, there_encoding = _format(directory)
     for option, words, wanted, there in (

@@ -220,7 +220,7 @@ def _publish(
     index = build_index(unfinished, split, schema)
     with in_turn(directory):  # another split may be prepared at the same time, at another rate
         check_format(directory, split, settings.sample_rate, settings.encoding)
-        _replace_split(unfinished, directory, split)
+        _replace_shards(unfinished, directory, split)
         write_metadata(
             directory,
             name=name,
@@ -231,14 +231,13 @@ def _publish(
             sample_rate=settings.sample_rate,
             encoding=settings.encoding,
         )
+        # Last: a split with an index is whole, and the metadata say its sampling rate.
+        move(unfinished / index_name(split), directory / index_name(split))
     return index
 
 
-def _replace_split(unfinished: pathlib.Path, directory: pathlib.Path, split: str) -> None:
-    """Replaces a split's old shards and index with the finished ones.
-
-    Removes the old index first and adds the new one last: an index, if present, is valid.
-    """
+def _replace_shards(unfinished: pathlib.Path, directory: pathlib.Path, split: str) -> None:
+    """Removes a split's old index, then replaces its old shards with the finished ones."""
     index = index_name(split)
     (directory / index).unlink(missing_ok=True)
     for old in _shards_of(directory, split):
@@ -247,7 +246,6 @@ def _replace_split(unfinished: pathlib.Path, directory: pathlib.Path, split: str
     for path in sorted(unfinished.iterdir()):
         if path.name != index and not path.name.startswith("."):
             move(path, directory / path.name)
-    move(unfinished / index, directory / index)
 
 
 def _shards_of(directory: pathlib.Path, split: str) -> list[pathlib.Path]:

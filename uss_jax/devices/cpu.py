@@ -40,12 +40,15 @@ def _keep_freed_memory() -> None:
 
 
 def compile_sooner() -> None:
-    """Leaves out LLVM's last level of optimisation on a CPU, unless XLA_FLAGS says a level.
+    """Leaves out LLVM's last level of optimisation on a CPU.
 
-    It takes a third of the compilation of a training step, mostly for the random draws, and no
-    program here is faster for it.
+    XLA_FLAGS that say a level, or name a file, are left as they are. The last level takes a
+    third of the compilation of a training step, mostly for the random draws, and no program here is
+    faster for it.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
+    flags = os.environ.get("XLA_FLAGS", "").strip()
+    if flags and not flags.startswith("-"):  # the name of a file with flags
+        return
     if _LEVEL not in flags and not _may_have_accelerator():
         os.environ["XLA_FLAGS"] = f"{flags} --{_LEVEL}=2".lstrip()
 

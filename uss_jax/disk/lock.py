@@ -61,9 +61,9 @@ def only_one(folder: str | os.PathLike, remedy: str) -> Iterator[None]:
         raise UserError(f"{path} is where the lock file must be, but is not a file; remove it")
     try:
         file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115, closed below
-    except FileNotFoundError:
-        raise
     except OSError as error:
+        if not path.parent.exists():
+            raise
         raise UserError(
             f"{path} cannot be opened for writing ({error.strerror}); if another user has made it, "
             "ask for write permission, or choose another folder"

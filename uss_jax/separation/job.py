@@ -234,6 +234,8 @@ def _digest_of_run(separator: Separator, query: Query, settings: dict[str, Any])
     asked = query.sets if isinstance(query, Classes) else sorted(query.vectors)
     settings = {key: value for key, value in settings.items() if key != "text"}  # in the sets
     words = [net_hash(model.separator.variables), model.query_hash, asked, settings]
+    if settings.get("sum_to_mixture"):
+        words.append("heard sounds share the residual")  # once all did: those results are others
     digest.update(json.dumps(words, default=str, sort_keys=True).encode())
     if not isinstance(query, Classes):
         for name in sorted(query.vectors):

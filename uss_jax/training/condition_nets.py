@@ -142,14 +142,17 @@ def shapes_of_condition_nets(settings: SeparatorSettings) -> ConditionNets:
 
     sed, frozen = None, {}
     detects = settings.anchors.source == "device"
-    if detects:
+    if detects or (settings.anchors.source == "table" and settings.sed_bundle):
         sed = nets.build_sed(model("sed"))
+        nets.require_classes(sed, "config.sed_bundle")
         _require_suitable(sed, "sed", settings)
-        frozen["sed"] = nets.layout(sed)
+        if detects:
+            frozen["sed"] = nets.layout(sed)
     has_tagger = KINDS[settings.query["kind"]].recordings
     query = nets.build_query(settings.query_fields, model("query") if has_tagger else None)
     tagger, trained = ({"params": {}, "batch_stats": {}} for _ in range(2))
     if has_tagger:
+        nets.require_classes(query.tagger, "config.query_bundle")
         _require_suitable(query.tagger, "query", settings)
         tagger = {name: {"tagger": tree} for name, tree in nets.layout(query.tagger).items()}
     if query.finetune:

@@ -51,7 +51,9 @@ def run(model: Model, data: str, out: str, *, blocks: str) -> tuple[Results, str
     explanation = "medians over sentences, as published; means are in the JSON file; SSNR in dB"
     if absent := {row["query"]: row["without_pesq"] for row in rows if row["without_pesq"]}:
         counts = ", ".join(f"{number} of {query}" for query, number in absent.items())
-        explanation += f"; sentences without PESQ, in which it hears no speech, left out: {counts}"
+        explanation += (
+            f"; sentences without PESQ, too short or without speech to it, left out: {counts}"
+        )
     results, text = report(model, out, rows, ("", *figures), cells, explanation)
     return {**results, "how": {"blocks": blocks}}, text
 

@@ -83,7 +83,7 @@ def mined(place):
     return index, table, open_conditions(folder_of(place / "anchors.npz"), table, index)
 
 
-def _asking(mined, groups="", **shares):
+def _asking(mined, groups="", weighs=False, **shares):
     index, table, conditions = mined
     usable = np.ones(len(table), bool)
     return Asking(
@@ -92,7 +92,8 @@ def _asking(mined, groups="", **shares):
         conditions=conditions,
         placement=Placement(table, index, seed=5, top_k=2),
         recordings=Recordings.of(index, usable, recording_of(index, str(groups or ""))),
-        mean=class_means(conditions, index, usable),
+        mean=class_means(conditions, index, usable, weighs),
+        weighs=weighs,
     )
 
 
@@ -183,6 +184,34 @@ def test_each_source_gives_its_vector(mined):
     masked = asked(own=0.25, masked=0.75)
     np.testing.assert_array_equal(masked["vector"], own)
     assert masked["masked"].mean() == pytest.approx(0.75, abs=0.03)
+
+
+def test_means_and_mixtures_are_those_of_conditions_that_weigh_class_vectors(mined, place):
+    index, table, conditions = mined
+    query, variables = QueryNet(TAGGER, "class_vectors"), tagger_variables()
+    variables = {name: {"tagger": tree} for name, tree in variables.items()}
+
+    def condition(vectors):
+        return np.asarray(query.apply(variables, jnp.asarray(vectors), method="adapt"))
+
+    best = conditions.read(np.arange(len(table)), np.zeros(len(table), int))
+    means = class_means(conditions, index, np.ones(len(table), bool), weighs=True)
+    for label in range(3):
+        of_class = condition(best[index.label_class == label])
+        found = condition(means[label : label + 1])[0]
+        np.testing.assert_allclose(found, of_class.mean(axis=0), atol=1e-5 * np.abs(found).max())
+    assert not means[3:].any()
+
+    records, classes = np.zeros(len(MANY), int), np.zeros(len(MANY), int)
+    ask = lambda **shares: _asking(mined, weighs=True, **shares).ask(MANY, records, classes)  # noqa: E731
+    own, other, mixed = (
+        condition(ask(**{name: 1.0})["vector"]) for name in ("own", "other", "mix")
+    )
+    weight = np.sum((mixed - other) * (own - other), axis=1, keepdims=True)
+    weight /= np.sum((own - other) ** 2, axis=1, keepdims=True)
+    line = other + weight * (own - other)
+    np.testing.assert_allclose(mixed, line, atol=1e-5 * np.abs(line).max())
+    assert weight.min() < 0.05 < 0.95 < weight.max()
 
 
 def test_sources_are_drawn_by_position_in_their_shares(mined):

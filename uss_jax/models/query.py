@@ -11,11 +11,12 @@ width of the condition.
 
 import dataclasses
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from uss_jax.models.film import scaled_to
 from uss_jax.models.minilm import WIDTH as TEXT_WIDTH
@@ -82,22 +83,33 @@ _NEAREST = 5
 _LESS_SIMILAR = 0.05
 
 
+def weights_of(probabilities: Num[Any, "*any"], xp: Any = jnp) -> Num[Any, "*any"]:
+    """Returns log(1 + 100 p) / log(101), which is 1 at p = 1 and 0 at 0; `xp` is numpy or JAX's.
+
+    Most probabilities are small, and yet say much.
+    """
+    return xp.log1p(probabilities / _HARDLY_HEARD) / math.log1p(1 / _HARDLY_HEARD)
+
+
+def probabilities_of(weights: Num[Any, "*any"], xp: Any = jnp) -> Num[Any, "*any"]:
+    """Returns the probabilities of some weights: the inverse of `weights_of`."""
+    return _HARDLY_HEARD * xp.expm1(weights * math.log1p(1 / _HARDLY_HEARD))
+
+
 def weighted_vectors(
     probabilities: Float[Array, "b k"], vectors: Float[Array, "k e"]
 ) -> Float[Array, "b e"]:
-    """Adds up class vectors, weighted by log(1 + 100 p) / log(101): 1 at p = 1, 0 at 0.
+    """Adds up class vectors, weighted by `weights_of` their probabilities.
 
     Related classes have similar vectors, so a separator knows something of a class that it was
     never trained on. The vectors are centred, as they share a large mean, and have norm 1; those of
-    classes without an output stay 0. The weights are logarithmic, since most probabilities are
-    small and yet say much.
+    classes without an output stay 0.
     """
     vectors = vectors.astype(jnp.float32)
     known = jnp.any(vectors != 0, axis=1, keepdims=True)
     vectors = jnp.where(known, vectors - jnp.mean(vectors, axis=0), 0)
     vectors = scaled_to(vectors, 1.0)
-    weights = jnp.log1p(probabilities / _HARDLY_HEARD) / math.log1p(1 / _HARDLY_HEARD)
-    return jnp.matmul(weights, vectors)
+    return jnp.matmul(weights_of(probabilities), vectors)
 
 
 def _one_class(

@@ -22,6 +22,7 @@ from uss_jax.data.labels import groups_of, ungrouped
 from uss_jax.data.permutation import ASKED, OTHERS, WEIGHTS, uniform
 from uss_jax.devices.hosts import say
 from uss_jax.errors import UserError, counted
+from uss_jax.models.query import probabilities_of, weights_of
 from uss_jax.ontology import load_ontology
 from uss_jax.training.texts import Texts
 
@@ -97,6 +98,7 @@ class Asking:
       placement: draws the items' anchors.
       recordings: anchors of other recordings, for `other` and `mix`.
       mean: [k, w] mean of each class, for `mean`.
+      weighs: whether conditions are made of weights of the vectors, see `class_means`.
       texts: sentence vectors of texts on the items; None if none is asked with a text.
     """
 
@@ -106,6 +108,7 @@ class Asking:
     placement: Placement | None = None
     recordings: Recordings | None = None
     mean: Float[np.ndarray, "k w"] | None = None
+    weighs: bool = False
     texts: Texts | None = None
 
     @property
@@ -159,19 +162,36 @@ class Asking:
                 vector = self.conditions.read(others, np.zeros_like(others))
                 weight = uniform(self.seed, WEIGHTS, positions[at])[:, None].astype(np.float32)
                 weight = np.where(source[at, None] == _MIX, weight, np.float32(0))
-                vectors[at] = weight * vectors[at] + (1 - weight) * vector
+                vectors[at] = self._between(weight, vectors[at], vector)
         if self.mean is not None:
             at = source == _MEAN
             vectors[at] = self.mean[classes[at]]
         return vectors
 
+    def _between(self, weight: np.ndarray, own: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """Returns the vectors whose conditions are between those of two others."""
+        if self.weighs:
+            own, other = weights_of(own, np), weights_of(other, np)
+        between = weight * own + (1 - weight) * other
+        return probabilities_of(between, np) if self.weighs else between
+
 
 def class_means(
-    conditions: ConditionTable, index: RecordIndex, usable: Bool[np.ndarray, "_"]
+    conditions: ConditionTable,
+    index: RecordIndex,
+    usable: Bool[np.ndarray, "_"],
+    weighs: bool = False,
 ) -> Float[np.ndarray, "k w"]:
     """Averages the vectors of the best usable anchors of each class; 0 for a class without one.
 
     Reads all vectors: of AudioSet's 2.1 M clips, 5 GB of probabilities.
+
+    Args:
+      conditions: the vectors.
+      index: index of the records.
+      usable: marks the labels whose anchors are averaged.
+      weighs: return the probabilities whose weights are the mean weights. Their condition is then
+        the mean of the conditions, where these are made of weights.
     """
     classes = len(load_ontology().class_mids)
     total = np.zeros((classes, conditions.width), np.float64)
@@ -183,9 +203,11 @@ def class_means(
         rows = rows[np.argsort(label_class[rows], kind="stable")]
         of_shard, first = np.unique(label_class[rows], return_index=True)
         vectors = conditions.read(rows, np.zeros_like(rows)).astype(np.float64)
+        vectors = weights_of(vectors, np) if weighs else vectors
         total[of_shard] += np.add.reduceat(vectors, first)
     count = np.bincount(label_class[usable], minlength=classes)
-    return (total / np.maximum(count, 1)[:, None]).astype(np.float32)
+    mean = total / np.maximum(count, 1)[:, None]
+    return (probabilities_of(mean, np) if weighs else mean).astype(np.float32)
 
 
 def recording_of(index: RecordIndex, groups: str) -> Integer[np.ndarray, "_"]:

@@ -56,6 +56,7 @@ def open_records(
     mixing: MixingSettings | None = None,
     asking: AskingSettings | None = None,
     texts: Texts | None = None,
+    weighs: bool = False,
 ) -> Records:
     """Opens the records of a run and builds their training order.
 
@@ -65,6 +66,7 @@ def open_records(
       mixing: how the order is arranged in mixing groups; None without mixing.
       asking: what items are asked with; None without a query.
       texts: sentence vectors of texts on items; None if none is asked with a text.
+      weighs: whether conditions are made of weights of mined vectors, see `class_means`.
 
     Raises:
       UserError: records or anchor table are missing, or do not match the settings.
@@ -103,7 +105,7 @@ def open_records(
         texts = with_captions(texts, asking.captions, index)
         share = texts.captions.share
         say(f"{share:.1%} of the clips have a caption in {asking.captions}, and are asked with it")
-    asks = asking and _open_asking(asking, index, drawn, places, texts, seed)
+    asks = asking and _open_asking(asking, index, drawn, places, texts, weighs, seed)
     return Records(index, reader, order, classes, places, asks)
 
 
@@ -217,6 +219,7 @@ def _open_asking(
     drawn: np.ndarray,
     places: Placement | None,
     texts: Texts | None,
+    weighs: bool,
     seed: int,
 ) -> Asking | None:
     """Returns what items are asked with; `drawn` masks the labels that are drawn."""
@@ -233,22 +236,22 @@ def _open_asking(
             if shares.keys() & {"other", "mix"}:  # others draw none of them
                 recordings = examples
         if "mean" in shares:
-            mean = _means_of_first_host(conditions, index, drawn)
+            mean = _means_of_first_host(conditions, index, drawn, weighs)
         say(
             f"conditions of {section.table}, of the anchors as they are in the recordings; asked "
             f"with: " + ", ".join(f"{name} {share:g}" for name, share in shares.items())
         )
     elif shares.keys() <= {"own"} and texts is None:
         return None
-    return Asking(shares, seed, conditions, places, recordings, mean, texts)
+    return Asking(shares, seed, conditions, places, recordings, mean, weighs, texts)
 
 
 def _means_of_first_host(
-    conditions: ConditionTable, index: RecordIndex, drawn: np.ndarray
+    conditions: ConditionTable, index: RecordIndex, drawn: np.ndarray, weighs: bool
 ) -> np.ndarray:
     """Returns the class means on every host; the first one alone reads all vectors for them."""
     if jax.process_index() == 0:
-        means = class_means(conditions, index, drawn)
+        means = class_means(conditions, index, drawn, weighs)
     else:
         means = np.zeros((len(load_ontology().class_mids), conditions.width), np.float32)
     return np.asarray(multihost_utils.broadcast_one_to_all(means))

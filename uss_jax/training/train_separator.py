@@ -60,7 +60,10 @@ def train_separator(config: ConfigDict, workdir: str | os.PathLike) -> None:
         # What it learns from, and the nets around it.
         schedule = make_schedule(**settings.schedule)
         texts = _texts(settings)
-        records = open_records(settings, settings.anchors, settings.mixing, settings.asking, texts)
+        weighs = KINDS[settings.query["kind"]].weighs_vectors
+        records = open_records(
+            *(settings, settings.anchors, settings.mixing, settings.asking, texts, weighs)
+        )
         table = records.places and records.places.table
         conditions = records.asks and records.asks.conditions
         by_names = texts is not None and not settings.asking.captions

@@ -26,12 +26,12 @@ if [ ! -e "$records/index-train.npz" ]; then
     $uss_jax prepare --audio "$sounds" --labels out/bundled.csv --out out/data --name bundled \
         --version 1.0.0 --split train --sample-rate 16000
 fi
-$uss_jax mine --records "$records" --split train --sed yamnet --out "$run/anchors.npz"
+$uss_jax mine --records "$records" --split train --sed yamnet --query yamnet --out "$run/anchors.npz"
 $uss_jax train --config configs/demo.py --workdir "$run/separator" \
     --config.data.records="$records" --config.anchors.table="$run/anchors.npz" "$@"
 rm -rf "$run/bundle.new"
 $uss_jax export "$run/separator" --format safetensors --without-packaged \
-    --licence Apache-2.0 --out "$run/bundle.new"
+    --class-means "$run/anchors.npz" --records "$records" --licence Apache-2.0 --out "$run/bundle.new"
 rm -rf "$run/bundle"
 mv "$run/bundle.new" "$run/bundle"
 printf '\n%s is a model as the package holds one in %s. The card there has the figures of its own\nweights: before you share yours, evaluate them, write %s and run this again.\n' \

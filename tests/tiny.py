@@ -92,12 +92,13 @@ def write_tagger(path, seed=0, net=TAGGER) -> pathlib.Path:
     return _copy(path, write, "tagger", type(net).__name__, model, seed)
 
 
-def write_separator(path, kind="soft", seed=0) -> pathlib.Path:
-    """A separator bundle with query net and detector."""
-    return _copy(path, lambda path: _write_separator(path, kind, seed), "separator", kind, seed)
+def write_separator(path, kind="soft", seed=0, means=None) -> pathlib.Path:
+    """A separator bundle with query net and detector; `means` [k, k] are those of its classes."""
+    made_of = "separator", kind, seed, None if means is None else means.tobytes()
+    return _copy(path, lambda path: _write_separator(path, kind, seed, means), *made_of)
 
 
-def _write_separator(path, kind, seed):
+def _write_separator(path, kind, seed, means):
     separator = ResUNet(n_fft=128, hop_samples=64, channels=(4, 4), condition_width=WIDTHS[kind])
     model = fields_of(TAGGER)
     asked = KINDS[kind]
@@ -115,7 +116,16 @@ def _write_separator(path, kind, seed):
     if asked.recordings:
         parts["query"] = variables
     parts |= {name: {"params": tree} for name, tree in parts_of_query(query, seed).items()}
+    if means is not None:
+        sections["means"], parts["means"] = {}, {"params": {"means": means}}
     _write(path, "separator", sections, parts)
+
+
+def class_means(*classes, seed=0):
+    """Mean probabilities [k, k] of some classes; rows of zeros for the others."""
+    means = np.zeros((527, 527), np.float32)
+    means[list(classes)] = np.random.default_rng(seed).random((len(classes), 527)) ** 4
+    return means
 
 
 def _copy(path, write, *made_of) -> pathlib.Path:

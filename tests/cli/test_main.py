@@ -21,7 +21,7 @@ WORDS = {
     "evaluate tagging": {"--split"},
     "evaluate planted": {"--split"},
     "separate": {"--classes", "--without", "--text"},
-    "export": {"--licence"},
+    "export": {"--licence", "--split"},
     "train": {"--coordinator"},
     "train-tagger": {"--coordinator"},
 }

@@ -3,8 +3,9 @@ import pytest
 import soundfile
 
 from tests.evaluation.tones import BARK, DOG, PIANO, SOURCES, SPEECH, sdr
+from tests.tiny import class_means, write_separator
 from uss_jax.bundles.model import Model
-from uss_jax.evaluation.rows import CLASS, SHUFFLED, unrelated_items
+from uss_jax.evaluation.rows import CLASS, MEAN, SHUFFLED, unrelated_items
 from uss_jax.evaluation.scoring import score
 from uss_jax.evaluation.suites.pairs import find_pairs
 
@@ -22,6 +23,20 @@ def test_a_class_vector_is_the_probability_of_the_class_in_the_mixture(place):
     source, _ = soundfile.read(pairs[0].source, dtype="float32")
     estimate = np.asarray(model.separate(mixture[None], condition[None]))[0]
     assert figures[CLASS]["sdr"][0] == pytest.approx(sdr(source, estimate), abs=1e-3)
+
+
+def test_a_class_is_also_asked_for_with_the_mean_that_the_model_has(place, tmp_path):
+    pairs = find_pairs(place / "pairs")
+    label = pairs[0].class_index
+    model = Model(write_separator(tmp_path / "model", means=class_means(label)))
+    figures, rows = score(model, pairs)
+    assert list(rows) == ["oracle", "class by its mean", "class alone", "shuffled oracle"]
+    np.testing.assert_allclose(rows[MEAN].conditions[0], model.means[label], atol=1e-6)
+    others = [at for at, pair in enumerate(pairs) if pair.class_index != label]
+    np.testing.assert_allclose(
+        rows[MEAN].conditions[others], rows[CLASS].conditions[others], atol=1e-6
+    )
+    assert figures[MEAN]["sdr"][0] != figures[CLASS]["sdr"][0]
 
 
 def test_shuffled_queries_are_of_unrelated_classes(place):

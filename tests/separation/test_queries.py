@@ -30,6 +30,51 @@ def test_a_condition_of_class_vectors_is_asked_with_the_probabilities_of_a_set(t
     assert second.active.tolist() == [True, True]
 
 
+@pytest.mark.parametrize("kind", ["soft", "class_vectors"])
+def test_a_class_is_asked_for_with_the_mean_that_the_model_has_of_it(tmp_path, kind):
+    means = tiny.class_means(3, 5)
+    model = Model(tiny.write_separator(tmp_path / "model", kind, means=means))
+    without = Model(tiny.write_separator(tmp_path / "without", kind))
+    np.testing.assert_array_equal(model.means, means)
+    assert without.means is None
+    assert model.query_hash == without.query_hash  # banks are of either
+    heard = np.full((2, 527), 0.01, np.float32)
+    heard[0, 3], heard[1, 5], heard[1, 7] = 0.6, 0.2, 0.3
+
+    def of(*classes, segment):
+        alone = np.zeros((1, 527), np.float32)
+        alone[0, list(classes)] = heard[segment, list(classes)]
+        return model.adapt(alone)[0]
+
+    of_means = model.adapt(means)
+    sets = {"known": [3], "both": [3, 5], "unknown": [7], "mixed": [5, 7, 8], "silent": [9]}
+    found = {target.name: target for target in Classes(sets).targets(model, heard)}
+    wanted = {
+        "known": of_means[[3]],
+        "both": [
+            (0.6 * of_means[3] + 0.01 * of_means[5]) / 0.61,
+            (0.01 * of_means[3] + 0.2 * of_means[5]) / 0.21,
+        ],
+        "unknown": [of(7, segment=1)],
+        "mixed": [(0.2 * of_means[5] + 0.31 * of(7, 8, segment=1)) / 0.51],
+        "silent": [of(9, segment=0)],
+    }
+    for name, conditions in wanted.items():
+        largest = np.abs(conditions).max()
+        np.testing.assert_allclose(found[name].conditions, conditions, atol=2e-4 * largest)
+    nothing = model.of_probabilities(np.zeros((1, 527), np.float32))
+    np.testing.assert_array_equal(nothing, model.adapt(np.zeros((1, 527), np.float32)))
+
+
+def test_means_that_do_not_fit_are_said(tmp_path):
+    means = tiny.class_means(3)
+    means[3, 4] = np.nan
+    for broken, said in ((means, "NaN or infinite"), (means[:, :5], "means")):
+        model = Model(tiny.write_separator(tmp_path / str(broken.shape[1]), means=broken))
+        with pytest.raises(UserError, match=said):
+            Classes({"x": [3]}).targets(model, np.full((1, 527), 0.5, np.float32))
+
+
 def _directions(model):
     """Centred class vectors of norm 1."""
     vectors = np.asarray(model.tagger(method="class_vectors"))

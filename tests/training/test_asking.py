@@ -21,8 +21,9 @@ from tests.tiny import (
     write_records,
     write_tagger,
 )
-from uss_jax.anchors.conditions import folder_of, open_conditions
+from uss_jax.anchors.conditions import class_means, folder_of, open_conditions
 from uss_jax.anchors.table import Placement, read_table
+from uss_jax.bundles.model import Model
 from uss_jax.cli.main import main
 from uss_jax.data.index import load_index
 from uss_jax.data.orders import BalancedOrder
@@ -37,7 +38,6 @@ from uss_jax.training.asking import (
     Recordings,
     alone,
     check_shares,
-    class_means,
     recording_of,
 )
 from uss_jax.training.examples import Mixing
@@ -390,6 +390,19 @@ def test_a_run_on_mined_conditions_is_the_run_that_computes_them(
     # Which vectors they are matters more than that.
     assert others[0] != pytest.approx(online[0], rel=5e-4)
     config = json.loads((tmp_path / "mined" / "config.json").read_text())
+    # A run on mined conditions keeps the mean of each class, with which `separate` asks.
+    assert config["means"] == {"classes": 3}
+    assert "means" not in json.loads((tmp_path / "online" / "config.json").read_text())
+    index = load_index(place / "records", "train")
+    table = read_table(place / "anchors.npz", index, SEGMENT)
+    conditions = open_conditions(folder_of(place / "anchors.npz"), table, index)
+    means = class_means(conditions, index, np.ones(len(table), bool))
+    np.testing.assert_array_equal(Model(tmp_path / "mined").means, means)
+    # It is that of the first start, also of a run that an older version began.
+    assert _train(place, tmp_path / "mined", **drawn, total_steps=3) == 0
+    assert json.loads((tmp_path / "mined" / "config.json").read_text())["means"] == {"classes": 3}
+    assert _train(place, tmp_path / "online", **drawn, query__table="", total_steps=3) == 0
+    assert Model(tmp_path / "online").means is None
     assert config["query"].keys() == {
         *("kind", "finetune", "adaptor_width", "adaptor_hidden", "shortcut"),
         *("one_class_share", "dropout", "model", "trained", "by_names"),

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from tests.tiny import RATE, SEGMENT, write_separator
+from tests.tiny import RATE, SEGMENT, class_means, write_separator
 from uss_jax.bundles import tensors
 from uss_jax.bundles.bundle import read_bundle, write_bundle
 from uss_jax.bundles.checkpoints import Checkpoints, save_tree
@@ -100,6 +100,25 @@ def test_every_net_of_an_export_opens(tmp_path, form):
         assert net == wanted_net
         jax.tree.map(np.testing.assert_array_equal, variables, wanted)
     assert not any("cannot be used" in line for line in inspect(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("form", "words"), [("orbax", ["--dtype", "bfloat16"]), ("safetensors", []), ("stablehlo", [])]
+)
+def test_means_of_classes_are_exported_as_they_are(tmp_path, form, words):
+    means = class_means(3, 5)
+    bundle = write_separator(tmp_path / "bundle", means=means)
+    assert _export(bundle, form, tmp_path / "out", *words) == 0
+    if form == "stablehlo":
+        found = np.load(tmp_path / "out" / "class_conditions.npy")
+        known = means.any(axis=1)
+        np.testing.assert_allclose(found[known], Model(bundle).adapt(means[known]), atol=1e-6)
+        assert np.isnan(found[~known]).all()
+        return
+    np.testing.assert_array_equal(read_bundle(tmp_path / "out").means(), means)
+    said = inspect(tmp_path / "out")
+    assert "asked for 2 classes with the mean of its training recordings" in said
+    assert any(line.startswith("means: means, 277,729 parameters") for line in said)
 
 
 def test_an_export_that_does_not_open_is_not_kept(bundle, tmp_path, monkeypatch, capsys):

@@ -2,10 +2,11 @@
 
 A bundle is a folder with `config.json` and a folder for each part: `separator`, `query` (the
 tagging net that computes conditions), `adaptor` and `text_adaptor` (if the query has them), `names`
-(sentence vectors of the classes' names, if it takes texts), `sed`; or all parts are in
-one safetensors file, where a `tagger` is both `query` and `sed`. Tagging nets missing from a
-separator's bundle are taken from the package, by hash. In a workdir the frozen parts are
-under `frozen/`, and the trained ones in the newest checkpoint, as a moving average if there is one.
+(sentence vectors of the classes' names, if it takes texts), `means` (the mean vector of each class
+that it was trained on, if it has them), `sed`; or all parts are in one safetensors file, where a
+`tagger` is both `query` and `sed`. Tagging nets missing from a separator's bundle are taken from
+the package, by hash. In a workdir the frozen parts are under `frozen/`, and the trained ones in the
+newest checkpoint, as a moving average if there is one.
 A tagger's run has one trained net, used as both `query` and `sed`.
 """
 
@@ -19,7 +20,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from uss_jax.bundles import nets
 from uss_jax.bundles.checkpoints import Checkpoints, latest_step, load_tree, save_tree
@@ -50,6 +53,8 @@ FORMAT_VERSION = 1
 _TRAINED_AS = {"query": "tagger", "sed": "tagger"}
 # Parts of the query net besides its tagging net.
 OF_QUERY = ("adaptor", "text_adaptor", "names")
+# The part with the mean of each class, and the section of config.json that says so.
+MEANS = "means"
 # Schema of config.json; unknown keys are ignored.
 _NET = lambda value, key: text(*nets.TAGGERS)(value, key)  # noqa: E731, with rows added later
 _TAGGER = record({}, {**nets.FIELD_RULES, "net": _NET}, others=True)
@@ -161,6 +166,19 @@ class Bundle:
             self._require_finite(part, found)
             variables["params"] |= found["params"] if part == "names" else {part: found["params"]}
         return query, variables
+
+    def means(self) -> Float[np.ndarray, "k k"] | None:
+        """Returns the mean probabilities of each class's training recordings, if it has them.
+
+        Their condition is the mean condition; a class without a recording has a row of zeros.
+        """
+        if not self.holds(MEANS):
+            return None
+        variables, classes = self.variables(MEANS), self._query_net().classes
+        layout = {"params": {MEANS: jax.ShapeDtypeStruct((classes, classes), jnp.float32)}}
+        require_same_layout({**layout, "batch_stats": {}}, variables, MEANS, str(self.path))
+        self._require_finite(MEANS, variables)
+        return np.asarray(variables["params"][MEANS], np.float32)
 
     def at_sample_rate(self, sample_rate: int) -> "Bundle":
         """Returns the bundle with nets for this rate; itself if any net is bound to its own."""

@@ -163,10 +163,25 @@ class Model:
         """Returns the conditions of sentence vectors, for kinds that take texts."""
         return self._asked("of_texts", vectors)
 
-    def _asked(self, method: str, rows: np.ndarray) -> Float[np.ndarray, "b d"]:
+    def of_probabilities(self, heard: Float[np.ndarray, "b k"]) -> Float[np.ndarray, "b d"]:
+        """Returns the conditions of classes that are heard, for kinds made of probabilities.
+
+        `heard` are the probabilities of the classes that are asked for, 0 elsewhere. A class that
+        the model has a mean of is asked for with that.
+        """
+        if self.means is None:
+            return self.adapt(heard)
+        return self._asked("of_probabilities", heard, self.means)
+
+    @functools.cached_property
+    def means(self) -> Float[np.ndarray, "k k"] | None:
+        """The mean probabilities of each class's training recordings, see `Bundle.means`."""
+        return self._bundle.means()
+
+    def _asked(self, method: str, *rows: np.ndarray) -> Float[np.ndarray, "b d"]:
         """Runs a method of the query net."""
         run = at_precision(self.query.precision, self.query.module.apply)
-        return np.asarray(run(self.query.variables, jnp.asarray(rows), method=method))
+        return np.asarray(run(self.query.variables, *map(jnp.asarray, rows), method=method))
 
     def separate(
         self, mixture: Float[np.ndarray, "b t"], condition: Float[Array | np.ndarray, "b d"]

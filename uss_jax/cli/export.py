@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 
 from uss_jax.cli.arguments import add_precision, number, path, positive, refuse_idle
+from uss_jax.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,19 +51,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "cannot compute conditions then",
     )
     parser.add_argument(
+        "--class-means",
+        type=path,
+        metavar="TABLE",
+        help="store the mean vector of each class, with which --classes and --levels then ask: "
+        "table of anchors that `mine --query BUNDLE` wrote; default: those of the model, if any",
+    )
+    parser.add_argument(
+        "--records", type=path, metavar="R", help="--class-means: records of the table"
+    )
+    parser.add_argument(
+        "--split", help="--class-means: split of the records; default: train", metavar="NAME"
+    )
+    parser.add_argument(
         "--licence", help="licence of the parameters, for config.json; default: the model's"
     )
     add_precision(parser, of="stablehlo: ")
     parser.epilog = (
         "example:\n"
         "  uss-jax export uss --format stablehlo --out uss_stablehlo\n"
-        "  JAX_NUM_CPU_DEVICES=8 uss-jax export runs/soft --format orbax --shards 8 --out soft8"
+        "  JAX_NUM_CPU_DEVICES=8 uss-jax export runs/soft --format orbax --shards 8 --out soft8\n"
+        "  uss-jax export uss --format orbax --class-means anchors.npz \\\n"
+        "      --records data/audioset_balanced_train/1.0.0 --out uss_with_means"
     )
 
 
 def run(args: argparse.Namespace) -> None:
     from uss_jax.bundles.bundle import read_bundle
     from uss_jax.weights.export import export
+    from uss_jax.weights.means import means_of
 
     if args.format != "orbax":
         refuse_idle(args, ("shards",), "without --format orbax")
@@ -72,12 +89,19 @@ def run(args: argparse.Namespace) -> None:
         refuse_idle(args, ("dtype",), "with stablehlo, which stores the functions as they run")
     if args.format != "safetensors":
         refuse_idle(args, ("without_packaged",), "without --format safetensors")
+    if not args.class_means:
+        refuse_idle(args, ("records", "split"), "without --class-means")
+    elif not args.records:
+        raise UserError("--class-means needs --records, the records that its table is of")
     bundle = read_bundle(args.bundle, averaged=args.parameters != "last")
     if not bundle.is_run:
         refuse_idle(args, ("parameters",), "with a bundle, which holds one set of parameters")
     if args.licence:
         config = {**bundle.config, "licence": args.licence}
         bundle = dataclasses.replace(bundle, config=config)
+    means = None
+    if args.class_means:
+        means = means_of(bundle, args.class_means, args.records, args.split or "train")
     checked = export(
         bundle,
         args.format,
@@ -87,5 +111,6 @@ def run(args: argparse.Namespace) -> None:
         window_seconds=args.window_seconds,
         precision=args.precision,
         without_packaged=args.without_packaged,
+        means=means,
     )
     print(f"{args.out}: {args.format}; {checked}")

@@ -13,7 +13,7 @@ from uss_jax.anchors.captions import read_captions_header
 from uss_jax.anchors.conditions import read_conditions_header
 from uss_jax.anchors.table import COLUMNS, read_header
 from uss_jax.bundles import nets
-from uss_jax.bundles.bundle import OF_QUERY, Bundle, Variables, net_hash, read_bundle
+from uss_jax.bundles.bundle import MEANS, OF_QUERY, Bundle, Variables, net_hash, read_bundle
 from uss_jax.bundles.card import read_card
 from uss_jax.bundles.checkpoints import latest_step
 from uss_jax.bundles.packaged import find_bundle
@@ -32,7 +32,7 @@ from uss_jax.ontology import load_ontology
 from uss_jax.separation.banks import load_bank
 
 _TAIL_BYTES = 1 << 16  # read from the end of metrics.jsonl: many lines
-_PARTS = ("separator", "query", *OF_QUERY, "sed")
+_PARTS = ("separator", "query", *OF_QUERY, MEANS, "sed")
 _OPENED = ("separator", "query", "sed")
 _CLASSES_SHOWN = 8
 _KINDS = (
@@ -116,6 +116,9 @@ def _of_model(path: pathlib.Path) -> list[str]:
         lines.append(f"condition: {config['query'].get('kind', 'soft')}{_adaptor(config)}")
         if trained := config["query"].get("trained"):
             lines.append(f"trained on: {counted(len(trained), 'class', 'classes')}")
+    if (means := bundle.means()) is not None:
+        known = counted(int(means.any(axis=1).sum()), "class", "classes")
+        lines.append(f"asked for {known} with the mean of its training recordings")
     if "licence" in config:
         lines.append(f"licence: {config['licence']}")
     stored = {part: _read(bundle, part) for part in _PARTS if bundle.holds(part)}

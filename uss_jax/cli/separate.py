@@ -10,7 +10,9 @@ no recordings to separate.
 Queries:
   --classes NAME ...        classes by name, mid or index; "Speech+Singing" is one sound, and so is
                             a node of the ontology that is no class, such as "Human voice": all
-                            classes below. Each is separated where the model's tagging net hears it.
+                            classes below. Each is separated where the model's tagging net hears it,
+                            and asked for with the mean of its training recordings, if the model has
+                            means of its classes (uss-jax inspect)
   --levels 1 2 ...          all classes on these levels of the AudioSet ontology that the model's
                             tagging net hears; level 1 has seven, such as Music and Human sounds
   --without NAME ...        alone: the recording less the estimate of these classes or nodes, as

@@ -6,6 +6,7 @@ Each mixture is separated with
 - the mean condition of a few such recordings, drawn for the mixture ("1 recording", ...),
 - a text on it ("text"): its sentence vector, or the classes that it asks for,
 - the tagging probability of its class in the mixture, others zero ("class alone"),
+- the mean of its class that the model has, as `separate --classes` asks ("class by its mean"),
 - the oracle of an unrelated item ("shuffled oracle"): shows whether the query matters, and its
   level shows the leakage when the queried sound is absent.
 The source as its own mixture ("target alone") shows the distortion added by the net. Two baselines
@@ -30,11 +31,11 @@ from uss_jax.evaluation.wording import Wording
 from uss_jax.ontology import load_ontology
 from uss_jax.separation.queries import indicators
 
-ORACLE, AVERAGE, CLASS = "oracle", "class average", "class alone"
+ORACLE, AVERAGE, CLASS, MEAN = "oracle", "class average", "class alone", "class by its mean"
 SHUFFLED, IDENTITY = "shuffled oracle", "target alone"
 MIXTURE, HALF = "the mixture", "half the mixture"
 TEXT = "text"
-_BEFORE, _AFTER = (ORACLE, AVERAGE), (TEXT, CLASS, SHUFFLED, IDENTITY, HALF, MIXTURE)
+_BEFORE, _AFTER = (ORACLE, AVERAGE), (TEXT, MEAN, CLASS, SHUFFLED, IDENTITY, HALF, MIXTURE)
 
 
 def row_of(recordings: int) -> str:
@@ -126,10 +127,12 @@ def find_rows(
     if drawn:
         rows += drawn.rows([item.label for item in items], heard, conditions.shape[1])
     if wording is not None or (takes.texts and takes.recordings):  # else it is the oracle
-        rows.append(_text_row(model, batches, heard, conditions.shape[1], wording))
+        rows.append(_text_row(model, batches, heard, wording))
     if takes.probabilities:
-        sets = _own_classes(items)
-        rows.append(_heard_classes(CLASS, model, batches, heard, sets, conditions.shape[1]))
+        found, exists = _heard_classes(model, batches, heard, _own_classes(items))
+        if model.means is not None:
+            rows.append(Row(MEAN, model.of_probabilities(found), exists))
+        rows.append(Row(CLASS, model.adapt(found), exists))
     classes = [item.label if item.class_index is None else item.class_index for item in items]
     others = unrelated_items(classes, digests, [item.other_class_index for item in items])
     exists = heard & (others >= 0) & asked[others]
@@ -166,7 +169,6 @@ def _text_row(
     model: Model,
     batches: Batches,
     heard: Bool[np.ndarray, " n"],
-    width: int,
     wording: Wording | None,
 ) -> Row:
     """Conditions on a text on each item.
@@ -184,7 +186,8 @@ def _text_row(
     if takes.classes:
         exists = heard & [len(indexes) > 0 for indexes in sets]
         return Row(TEXT, model.of_classes(indicators(sets)), exists)
-    return _heard_classes(TEXT, model, batches, heard, sets, width)
+    found, exists = _heard_classes(model, batches, heard, sets)
+    return Row(TEXT, model.of_probabilities(found), exists)
 
 
 def _own_classes(items: Sequence[Item]) -> list[tuple[int, ...]]:
@@ -203,28 +206,25 @@ def left_out(rows: Mapping[str, Row], items: int) -> str:
 
 
 def _heard_classes(
-    name: str,
     model: Model,
     batches: Batches,
     heard: Bool[np.ndarray, " n"],
     sets: Sequence[Sequence[int]],
-    width: int,
-) -> Row:
-    """Conditions on the tagging probabilities of classes in the mixture, all others zero.
+) -> tuple[Float[np.ndarray, "n k"], Bool[np.ndarray, " n"]]:
+    """Returns the tagging probabilities of classes in each mixture, others 0, and who has a class.
 
-    With one class, this is the reference's query. Items without a class have none; the reference
-    would not separate them.
+    With one class, this is what the reference asks with. It would not separate items without one.
     """
     items, tagger = batches.items, model.tagger.on(batches.mesh)
-    conditions = np.zeros((len(items), width), np.float32)
+    heard_of = np.zeros((len(items), model.tagger.module.classes), np.float32)
     exists = heard & [len(indexes) > 0 for indexes in sets]
     which = [number for number, at in enumerate(batches.places) if exists[at].any()]
     for number, (mixture,) in batches.read(("mixture",), which, "classes asked for"):
         at = batches.places[number]
         found = on_host(tagger(batches.put(mixture))["clipwise"], batches.mesh)[: len(at)]
         asked = indicators([sets[place] for place in at])
-        conditions[at] = model.adapt(np.where(asked > 0, found, 0).astype(np.float32))
-    return Row(name, conditions, exists)
+        heard_of[at] = np.where(asked > 0, found, 0)
+    return heard_of, exists
 
 
 def unrelated_items(

@@ -283,6 +283,30 @@ class QueryNet(nn.Module):
             vectors = nearest_names(vectors, names)
         return self.adapt(vectors, text=True)
 
+    def of_probabilities(
+        self, heard: Float[Array, "b k"], means: Float[Array, "k k"]
+    ) -> Float[Array, "b d"]:
+        """Computes the conditions of classes that are heard in a mixture.
+
+        A class stands for the mean of its training recordings: a separator that was trained with
+        conditions of whole sounds follows it better than a probability alone (measured in
+        configs/README.md). Several classes weigh as much as they are heard.
+
+        Args:
+          heard: the probabilities of the classes that are asked for, 0 elsewhere.
+          means: the mean probabilities of each class, such that their condition is the mean
+            condition; a row of zeros for a class without, which stands for itself alone.
+        """
+        weights = weights_of if self.takes.weighs_vectors else jnp.asarray
+        known = jnp.any(means > 0, axis=1)
+        share = heard / jnp.maximum(jnp.sum(heard, axis=1, keepdims=True), 1e-12)
+        by_means = jnp.matmul(
+            jnp.where(known, share, 0), weights(means), precision=jax.lax.Precision.HIGHEST
+        )
+        others = jnp.where(known, 0, share).sum(axis=1, keepdims=True)
+        mixed = by_means + others * weights(jnp.where(known, 0, heard))
+        return self.adapt(probabilities_of(mixed) if self.takes.weighs_vectors else mixed)
+
     def _asked_by(self, sets: Float[Array, "b k"]) -> Float[Array, "b _"]:
         """Returns what the adaptor takes for sets of classes."""
         if not self.takes.texts:

@@ -13,7 +13,7 @@ import numpy as np
 
 from uss_jax.audio.files import audio_format, read_blocks, truncation
 from uss_jax.audio.resampling import resample_blocks
-from uss_jax.bundles.bundle import net_hash
+from uss_jax.bundles.bundle import MEANS, net_hash
 from uss_jax.bundles.model import Model
 from uss_jax.disk.atomic import is_full
 from uss_jax.disk.checked_json import either, list_of, nothing, number, read_json, record, text
@@ -234,6 +234,8 @@ def _digest_of_run(separator: Separator, query: Query, settings: dict[str, Any])
     asked = query.sets if isinstance(query, Classes) else sorted(query.vectors)
     settings = {key: value for key, value in settings.items() if key != "text"}  # in the sets
     words = [net_hash(model.separator.variables), model.query_hash, asked, settings]
+    if isinstance(query, Classes) and model.means is not None:
+        words.append(net_hash({MEANS: model.means}))
     if settings.get("sum_to_mixture"):
         words.append("heard sounds share the residual")  # once all did: those results are others
     digest.update(json.dumps(words, default=str, sort_keys=True).encode())

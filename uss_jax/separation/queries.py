@@ -132,8 +132,9 @@ class Classes:
     """Queries sets of classes in the segments where they are heard, as bytedance/uss does.
 
     The condition of a segment is made of its tagging probabilities, with those outside the set
-    zeroed, or of the set itself if classes are conditions of the model. A segment is
-    active if any probability of the set reaches the threshold.
+    zeroed, or of the set itself if classes are conditions of the model. Of a model that has means
+    of its classes, it is made of these. A segment is active if any probability of the set reaches
+    the threshold.
 
     Attributes:
       sets: name -> class indexes.
@@ -189,7 +190,7 @@ class Classes:
                 vectors[:, indexes] = probabilities[:, indexes]
                 # Of hours of a recording, only what is used is kept.
                 used = active if active.any() else np.arange(len(active)) == 0
-                conditions = model.adapt(vectors)[used]
+                conditions = model.of_probabilities(vectors)[used]
             targets.append(Target(name, conditions, active))
         return targets
 

@@ -176,40 +176,6 @@ class Asking:
         return probabilities_of(between, np) if self.weighs else between
 
 
-def class_means(
-    conditions: ConditionTable,
-    index: RecordIndex,
-    usable: Bool[np.ndarray, "_"],
-    weighs: bool = False,
-) -> Float[np.ndarray, "k w"]:
-    """Averages the vectors of the best usable anchors of each class; 0 for a class without one.
-
-    Reads all vectors: of AudioSet's 2.1 M clips, 5 GB of probabilities.
-
-    Args:
-      conditions: the vectors.
-      index: index of the records.
-      usable: marks the labels whose anchors are averaged.
-      weighs: return the probabilities whose weights are the mean weights. Their condition is then
-        the mean of the conditions, where these are made of weights.
-    """
-    classes = len(load_ontology().class_mids)
-    total = np.zeros((classes, conditions.width), np.float64)
-    label_class = index.label_class.astype(np.int64)
-    for begin, end in zip(conditions.first_row[:-1], conditions.first_row[1:], strict=True):
-        rows = begin + np.flatnonzero(usable[begin:end])
-        if not rows.size:
-            continue
-        rows = rows[np.argsort(label_class[rows], kind="stable")]
-        of_shard, first = np.unique(label_class[rows], return_index=True)
-        vectors = conditions.read(rows, np.zeros_like(rows)).astype(np.float64)
-        vectors = weights_of(vectors, np) if weighs else vectors
-        total[of_shard] += np.add.reduceat(vectors, first)
-    count = np.bincount(label_class[usable], minlength=classes)
-    mean = total / np.maximum(count, 1)[:, None]
-    return (probabilities_of(mean, np) if weighs else mean).astype(np.float32)
-
-
 def recording_of(index: RecordIndex, groups: str) -> Integer[np.ndarray, "_"]:
     """Returns a number for the recording of each record: its group, or the record itself.
 

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from uss_jax.anchors.conditions import ConditionTable
 from uss_jax.anchors.table import AnchorTable
 from uss_jax.bundles import nets
-from uss_jax.bundles.bundle import Bundle, net_hash, read_bundle
+from uss_jax.bundles.bundle import MEANS, Bundle, net_hash, read_bundle
 from uss_jax.bundles.checkpoints import latest_step, save_tree
 from uss_jax.bundles.packaged import PACKAGED
 from uss_jax.errors import UserError
@@ -119,6 +120,21 @@ def load_condition_nets(
         tagger["params"] = {**tagger["params"], **names["params"]}
     trained["params"] |= nets.init_adaptors(query, jax.random.key(settings.seed))
     return ConditionNets(sed, detects, query, {**frozen, "query": tagger}, trained)
+
+
+def keep_means(workdir: pathlib.Path, means: np.ndarray | None) -> dict[str, Any]:
+    """Stores the classes' mean vectors of a new run, if it has them, with its frozen nets.
+
+    Returns:
+      Their section of config.json, which a resumed run has if its first start stored them.
+    """
+    if latest_step(workdir / "checkpoints") is not None:
+        saved = read_bundle(workdir).config
+        return {MEANS: saved[MEANS]} if MEANS in saved else {}
+    if means is None:
+        return {}
+    _keep(workdir, MEANS, {"params": {MEANS: means}})
+    return {MEANS: {"classes": int(means.any(axis=1).sum())}}
 
 
 def shapes_of_condition_nets(settings: SeparatorSettings) -> ConditionNets:

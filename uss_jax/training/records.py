@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from uss_jax.anchors.conditions import ConditionTable, open_conditions
+from uss_jax.anchors.conditions import ConditionTable, class_means, open_conditions
 from uss_jax.anchors.table import Placement, read_table, usable, without
 from uss_jax.data.grouping import GroupedOrder
 from uss_jax.data.index import RecordIndex, load_index
@@ -18,7 +18,7 @@ from uss_jax.data.reader import ClipReader
 from uss_jax.devices.hosts import say
 from uss_jax.errors import UserError
 from uss_jax.ontology import load_ontology
-from uss_jax.training.asking import Asking, Recordings, alone, class_means, recording_of
+from uss_jax.training.asking import Asking, Recordings, alone, recording_of
 from uss_jax.training.settings import (
     AnchorSettings,
     AskingSettings,
@@ -57,6 +57,7 @@ def open_records(
     asking: AskingSettings | None = None,
     texts: Texts | None = None,
     weighs: bool = False,
+    with_means: bool = False,
 ) -> Records:
     """Opens the records of a run and builds their training order.
 
@@ -67,6 +68,7 @@ def open_records(
       asking: what items are asked with; None without a query.
       texts: sentence vectors of texts on items; None if none is asked with a text.
       weighs: whether conditions are made of weights of mined vectors, see `class_means`.
+      with_means: whether to average mined vectors by class though none is asked with the mean.
 
     Raises:
       UserError: records or anchor table are missing, or do not match the settings.
@@ -105,7 +107,7 @@ def open_records(
         texts = with_captions(texts, asking.captions, index)
         share = texts.captions.share
         say(f"{share:.1%} of the clips have a caption in {asking.captions}, and are asked with it")
-    asks = asking and _open_asking(asking, index, drawn, places, texts, weighs, seed)
+    asks = asking and _open_asking(*(asking, index, drawn, places, texts, weighs, with_means, seed))
     return Records(index, reader, order, classes, places, asks)
 
 
@@ -220,6 +222,7 @@ def _open_asking(
     places: Placement | None,
     texts: Texts | None,
     weighs: bool,
+    with_means: bool,
     seed: int,
 ) -> Asking | None:
     """Returns what items are asked with; `drawn` masks the labels that are drawn."""
@@ -235,7 +238,7 @@ def _open_asking(
                 say(said)
             if shares.keys() & {"other", "mix"}:  # others draw none of them
                 recordings = examples
-        if "mean" in shares:
+        if "mean" in shares or with_means:
             mean = _means_of_first_host(conditions, index, drawn, weighs)
         say(
             f"conditions of {section.table}, of the anchors as they are in the recordings; asked "

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from uss_jax.anchors.detect import image_of_rule
 from uss_jax.bundles import nets
+from uss_jax.bundles.checkpoints import latest_step
 from uss_jax.devices.hosts import say
 from uss_jax.devices.mesh import make_mesh, replicated
 from uss_jax.devices.precision import at_precision
@@ -21,7 +22,7 @@ from uss_jax.errors import UserError, counted
 from uss_jax.evaluation.suites.pairs import Pair, find_pairs
 from uss_jax.models.query import KINDS
 from uss_jax.models.separator import SeparatorNet
-from uss_jax.training.condition_nets import ConditionNets, load_condition_nets
+from uss_jax.training.condition_nets import ConditionNets, keep_means, load_condition_nets
 from uss_jax.training.live import make_evaluation
 from uss_jax.training.live_conditions import (
     CLASS,
@@ -60,15 +61,20 @@ def train_separator(config: ConfigDict, workdir: str | os.PathLike) -> None:
         # What it learns from, and the nets around it.
         schedule = make_schedule(**settings.schedule)
         texts = _texts(settings)
-        weighs = KINDS[settings.query["kind"]].weighs_vectors
+        takes = KINDS[settings.query["kind"]]
+        new = latest_step(held / "checkpoints") is None
         records = open_records(
-            *(settings, settings.anchors, settings.mixing, settings.asking, texts, weighs)
+            *(settings, settings.anchors, settings.mixing, settings.asking, texts),
+            weighs=takes.weighs_vectors,
+            with_means=takes.probabilities and new,
         )
         table = records.places and records.places.table
         conditions = records.asks and records.asks.conditions
         by_names = texts is not None and not settings.asking.captions
         trains_on = {"trained": records.classes, "by_names": by_names}
         around = load_condition_nets(settings, held, table, conditions, texts, trains_on=trains_on)
+        mean = records.asks.mean if takes.probabilities and records.asks else None
+        means = keep_means(held, mean)
 
         labels = records.index.label_class
         masked = settings.asking.source.get("masked")
@@ -93,7 +99,7 @@ def train_separator(config: ConfigDict, workdir: str | os.PathLike) -> None:
         # The run: from its last checkpoint if there is one.
         trained = Trained(
             kind="separator",
-            sections={"separator": nets.fields_of(separator), **around.sections(settings)},
+            sections={"separator": nets.fields_of(separator), **around.sections(settings), **means},
             step=step(),
             counted=step(remat=False) if settings.remat else None,
             fresh=functools.partial(fresh_state, settings, separator),

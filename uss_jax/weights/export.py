@@ -6,6 +6,7 @@ and only then moved into place. It includes the model's config, licence and load
 Letters: `b` batch, `t` samples of a window, `d` condition width.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -22,6 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float
 
 from uss_jax.bundles.bundle import (
+    MEANS,
     OF_QUERY,
     Bundle,
     Variables,
@@ -44,8 +46,9 @@ FORMATS = ("orbax", "safetensors", "stablehlo")
 DTYPES = ("float32", "bfloat16")
 # Relative to the largest sample: what another order of float32 summation may change.
 _TOLERANCE = 1e-4
-_PARTS = ("separator", "query", *OF_QUERY, "sed")
+_PARTS = ("separator", "query", *OF_QUERY, MEANS, "sed")
 _ROWS = 2
+_CLASS_CONDITIONS = "class_conditions.npy"
 
 _LOAD = {
     "orbax": """A bundle, accepted by `uss-jax separate --model` and all other commands. Without
@@ -83,6 +86,7 @@ def export(
     window_seconds: float | None = None,
     precision: str = HIGHEST,
     without_packaged: bool = False,
+    means: Float[np.ndarray, "k k"] | None = None,
 ) -> str:
     """Exports a model; the folder appears complete, and only if its outputs match the model's.
 
@@ -95,6 +99,7 @@ def export(
       window_seconds: stablehlo only: window length, in seconds; a segment's when None.
       precision: stablehlo only: precision of the function, see uss_jax/devices/precision.py.
       without_packaged: safetensors only: leave out tagging nets that are in the package.
+      means: mean vectors of classes in place of the model's, see `means_of`.
 
     Returns:
       A sentence on what was checked.
@@ -110,12 +115,16 @@ def export(
     separator, variables = bundle.separator()
     parts = {"separator": variables}
     parts |= {p: bundle.variables(p) for p in _PARTS[1:] if bundle.holds(p)}
+    if means is not None:
+        parts[MEANS] = {"params": {MEANS: means}}
+        config = {**bundle.config, MEANS: {"classes": int(means.any(axis=1).sum())}}
+        bundle = dataclasses.replace(bundle, config=config)
     left_out = _packaged(parts) if without_packaged else {}
     if without_packaged and not left_out:
         raise UserError(f"no net of {bundle.path} is in the package; leave out --without-packaged")
-    # Vectors of names stay as exact as those of texts.
+    # Vectors of names stay as exact as those of texts, and small probabilities say much.
     parts = {
-        part: variables if part == "names" else _cast(variables, dtype)
+        part: variables if part in ("names", MEANS) else _cast(variables, dtype)
         for part, variables in parts.items()
         if part not in left_out
     }
@@ -305,6 +314,12 @@ def _stablehlo(
         np.save(folder / "names.npy", np.asarray(parts["names"]["params"]["names"]))
     query, variables = bundle.query() if asking else (None, None)
     variables = jax.tree.map(jnp.asarray, variables)
+    if MEANS in parts:
+        means = jnp.asarray(parts[MEANS]["params"][MEANS])
+        adapt = at_precision(HIGHEST, functools.partial(query.apply, method="adapt"))
+        known = means.any(axis=1, keepdims=True)
+        conditions = np.where(known, np.asarray(adapt(variables, means)), np.float32(np.nan))
+        np.save(folder / _CLASS_CONDITIONS, conditions)
     for name, (function, length) in asking.items():
         given = 0.1 * np.random.default_rng(1).standard_normal((_ROWS, length)).astype(np.float32)
         path = folder / f"{name}.stablehlo"
@@ -378,6 +393,8 @@ def _read_me(
         words = "The condition is that which the separator was trained with; its query net is gone."
     if bundle.holds("adaptor") and not bundle.holds("query") and not bundle.holds("names"):
         words = "The condition is what the adaptor makes of the requested class, in uss_jax only."
+    if form == "stablehlo" and bundle.holds(MEANS):
+        words += f"\n{_CLASS_CONDITIONS} has that of each AudioSet class, NaN for unknown ones."
     about = {
         "shape": f"[b, {window}]" if channels == 1 else f"[b, {channels}, {window}]",
         "rate": _rate(bundle),

@@ -94,7 +94,7 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
     config.query.adaptor_width = 0  # 0 for no adaptor
     config.query.adaptor_hidden = 2048
     config.query.shortcut = False
-    # Share of items asked with their class's probability alone, as `--classes` asks.
+    # Share of items asked with their class's probability alone, as `--classes` without means asks.
     config.query.one_class_share = 0.0
     config.query.dropout = 0.0  # on the tagging net's output, in training
     # The folder that `uss-jax mine --query` wrote beside anchors.table; "": the step computes

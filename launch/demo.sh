@@ -30,8 +30,10 @@ $uss_jax mine --records "$records" --split train --sed yamnet --query yamnet --o
 $uss_jax train --config configs/demo.py --workdir "$run/separator" \
     --config.data.records="$records" --config.anchors.table="$run/anchors.npz" "$@"
 rm -rf "$run/bundle.new"
+means=(--class-means "$run/anchors.npz" --records "$records")
+[ $# -eq 0 ] || means=()  # another kind of condition or query net may have none
 $uss_jax export "$run/separator" --format safetensors --without-packaged \
-    --class-means "$run/anchors.npz" --records "$records" --licence Apache-2.0 --out "$run/bundle.new"
+    "${means[@]}" --licence Apache-2.0 --out "$run/bundle.new"
 rm -rf "$run/bundle"
 mv "$run/bundle.new" "$run/bundle"
 printf '\n%s is a model as the package holds one in %s. The card there has the figures of its own\nweights: before you share yours, evaluate them, write %s and run this again.\n' \

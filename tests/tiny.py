@@ -117,7 +117,8 @@ def _write_separator(path, kind, seed, means):
         parts["query"] = variables
     parts |= {name: {"params": tree} for name, tree in parts_of_query(query, seed).items()}
     if means is not None:
-        sections["means"], parts["means"] = {}, {"params": {"means": means}}
+        sections["means"] = {"classes": int(means.any(axis=1).sum())}
+        parts["means"] = {"params": {"means": means}}
     _write(path, "separator", sections, parts)
 
 

@@ -5,6 +5,7 @@ import soundfile
 from tests.evaluation.tones import BARK, DOG, PIANO, SOURCES, SPEECH, sdr
 from tests.tiny import class_means, write_separator
 from uss_jax.bundles.model import Model
+from uss_jax.evaluation import rows as rows_module
 from uss_jax.evaluation.rows import CLASS, MEAN, SHUFFLED, unrelated_items
 from uss_jax.evaluation.scoring import score
 from uss_jax.evaluation.suites.pairs import find_pairs
@@ -25,7 +26,7 @@ def test_a_class_vector_is_the_probability_of_the_class_in_the_mixture(place):
     assert figures[CLASS]["sdr"][0] == pytest.approx(sdr(source, estimate), abs=1e-3)
 
 
-def test_a_class_is_also_asked_for_with_the_mean_that_the_model_has(place, tmp_path):
+def test_a_class_is_also_asked_for_with_the_mean_that_the_model_has(place, tmp_path, monkeypatch):
     pairs = find_pairs(place / "pairs")
     label = pairs[0].class_index
     model = Model(write_separator(tmp_path / "model", means=class_means(label)))
@@ -37,6 +38,10 @@ def test_a_class_is_also_asked_for_with_the_mean_that_the_model_has(place, tmp_p
         rows[MEAN].conditions[others], rows[CLASS].conditions[others], atol=1e-6
     )
     assert figures[MEAN]["sdr"][0] != figures[CLASS]["sdr"][0]
+    # Rows are computed in parts.
+    monkeypatch.setattr(rows_module, "_ROWS_AT_A_TIME", 2)
+    _, parts = score(model, pairs)
+    np.testing.assert_allclose(parts[MEAN].conditions, rows[MEAN].conditions, atol=1e-6)
 
 
 def test_shuffled_queries_are_of_unrelated_classes(place):

@@ -62,6 +62,11 @@ def test_a_class_is_asked_for_with_the_mean_that_the_model_has_of_it(tmp_path, k
     for name, conditions in wanted.items():
         largest = np.abs(conditions).max()
         np.testing.assert_allclose(found[name].conditions, conditions, atol=2e-4 * largest)
+    faint = np.zeros((1, 527), np.float32)
+    faint[0, 3] = 1e-30  # whatever its probability, it is the mean
+    np.testing.assert_allclose(
+        model.of_probabilities(faint), of_means[[3]], atol=2e-4 * np.abs(of_means[3]).max()
+    )
     nothing = model.of_probabilities(np.zeros((1, 527), np.float32))
     np.testing.assert_array_equal(nothing, model.adapt(np.zeros((1, 527), np.float32)))
 

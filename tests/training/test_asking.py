@@ -398,11 +398,15 @@ def test_a_run_on_mined_conditions_is_the_run_that_computes_them(
     conditions = open_conditions(folder_of(place / "anchors.npz"), table, index)
     means = class_means(conditions, index, np.ones(len(table), bool))
     np.testing.assert_array_equal(Model(tmp_path / "mined").means, means)
-    # It is that of the first start, also of a run that an older version began.
+    # It is that of the first start; a run that an older version began has none.
     assert _train(place, tmp_path / "mined", **drawn, total_steps=3) == 0
     assert json.loads((tmp_path / "mined" / "config.json").read_text())["means"] == {"classes": 3}
-    assert _train(place, tmp_path / "online", **drawn, query__table="", total_steps=3) == 0
-    assert Model(tmp_path / "online").means is None
+    shutil.rmtree(tmp_path / "mined" / "frozen" / "means")
+    config = json.loads((tmp_path / "mined" / "config.json").read_text())
+    del config["means"]
+    (tmp_path / "mined" / "config.json").write_text(json.dumps(config))
+    assert _train(place, tmp_path / "mined", **drawn, total_steps=4) == 0
+    assert Model(tmp_path / "mined").means is None
     assert config["query"].keys() == {
         *("kind", "finetune", "adaptor_width", "adaptor_hidden", "shortcut"),
         *("one_class_share", "dropout", "model", "trained", "by_names"),

@@ -103,7 +103,12 @@ def test_every_net_of_an_export_opens(tmp_path, form):
 
 
 @pytest.mark.parametrize(
-    ("form", "words"), [("orbax", ["--dtype", "bfloat16"]), ("safetensors", []), ("stablehlo", [])]
+    ("form", "words"),
+    [
+        ("orbax", ["--dtype", "bfloat16", "--shards", "8"]),
+        ("safetensors", []),
+        ("stablehlo", []),
+    ],
 )
 def test_means_of_classes_are_exported_as_they_are(tmp_path, form, words):
     means = class_means(3, 5)
@@ -118,7 +123,7 @@ def test_means_of_classes_are_exported_as_they_are(tmp_path, form, words):
     np.testing.assert_array_equal(read_bundle(tmp_path / "out").means(), means)
     said = inspect(tmp_path / "out")
     assert "asked for 2 classes with the mean of its training recordings" in said
-    assert any(line.startswith("means: means, 277,729 parameters") for line in said)
+    assert any(line.startswith("means: means, 2 classes, 277,729 parameters") for line in said)
 
 
 def test_an_export_that_does_not_open_is_not_kept(bundle, tmp_path, monkeypatch, capsys):

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from tests.tiny import SEGMENT, tagger_variables, write_place, write_separator
+from tests.tiny import SEGMENT, class_means, tagger_variables, write_place, write_separator
 from uss_jax.anchors.conditions import folder_of, open_conditions
 from uss_jax.anchors.table import read_table
-from uss_jax.bundles.bundle import net_hash, read_bundle
+from uss_jax.bundles.bundle import net_hash, read_bundle, write_bundle
 from uss_jax.bundles.model import Model
 from uss_jax.cli.main import main
 from uss_jax.data.index import load_index
@@ -69,6 +69,12 @@ def test_means_of_something_else_are_said(place, tmp_path, capsys):
         assert export(place, tmp_path / "out", **words) == 1
         assert said in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+    other = read_bundle(place / "embedding")
+    parts = {part: other.variables(part) for part in ("separator", "query", "sed")}
+    parts["means"] = {"params": {"means": class_means(3)}}
+    config = {**other.config, "means": {"classes": 1}}
+    write_bundle(tmp_path / "strange", config, parts)  # its conditions are no probabilities
+    assert Model(tmp_path / "strange").means is None
     assert run("export", place / "soft", "--format", "orbax", "--out", tmp_path / "out") == 0
     assert Model(tmp_path / "out").means is None
     words = ["export", place / "soft", "--format", "orbax", "--out", tmp_path / "again"]

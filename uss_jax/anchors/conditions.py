@@ -178,7 +178,7 @@ def class_means(
 ) -> Float[np.ndarray, "k w"]:
     """Averages the vectors of the best usable anchors of each class; 0 for a class without one.
 
-    Reads all vectors: of AudioSet's 2.1 M clips, 5 GB of probabilities.
+    Reads the vectors of all best anchors: of AudioSet's 5 M labels, 5 GB of probabilities.
 
     Args:
       conditions: the vectors.

@@ -70,6 +70,7 @@ _CONFIG = record(
         "separator": record({}, {**nets.FIELD_RULES, "net": text()}, others=True),
         "query": _QUERY,
         "sed": record({"model": _TAGGER}, others=True),
+        MEANS: record({"classes": whole(0, 1 << 30)}, others=True),
         "hashes": mapping_of(text()),
         "licence": text(),
         "training": mapping_of(anything()),
@@ -120,6 +121,9 @@ class Bundle:
             return {"adaptor": adapted, "text_adaptor": both, "names": texts}[part]
         if part == "query":
             return query.get("model") is not None
+        if part == MEANS:
+            kind = KINDS.get(query.get("kind", "soft"))
+            return part in self.config and kind is not None and kind.probabilities
         return part in self.config
 
     def section(self, part: str) -> dict[str, Any]:
@@ -170,7 +174,8 @@ class Bundle:
     def means(self) -> Float[np.ndarray, "k k"] | None:
         """Returns the mean probabilities of each class's training recordings, if it has them.
 
-        Their condition is the mean condition; a class without a recording has a row of zeros.
+        What an adaptor takes, or the condition without one, is then the mean of that of the
+        recordings. A class without a recording has a row of zeros.
         """
         if not self.holds(MEANS):
             return None

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--class-means",
         type=path,
         metavar="TABLE",
-        help="store the mean vector of each class, with which --classes and --levels then ask: "
+        help="store the mean vector of each class, with which --classes, --levels and --text ask: "
         "table of anchors that `mine --query BUNDLE` wrote; default: those of the model, if any",
     )
     parser.add_argument(

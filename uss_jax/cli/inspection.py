@@ -116,8 +116,8 @@ def _of_model(path: pathlib.Path) -> list[str]:
         lines.append(f"condition: {config['query'].get('kind', 'soft')}{_adaptor(config)}")
         if trained := config["query"].get("trained"):
             lines.append(f"trained on: {counted(len(trained), 'class', 'classes')}")
-    if (means := bundle.means()) is not None:
-        known = counted(int(means.any(axis=1).sum()), "class", "classes")
+    if known := config.get(MEANS, {}).get("classes"):
+        known = counted(known, "class", "classes")
         lines.append(f"asked for {known} with the mean of its training recordings")
     if "licence" in config:
         lines.append(f"licence: {config['licence']}")
@@ -163,6 +163,10 @@ def _opened(bundle: Bundle, stored: Mapping[str, tuple[Variables, str]]) -> Iter
         if part == "query" and bundle.config["kind"] == "separator":
             taken = f"those made with query net {net_hash(variables)}"  # as `query list` prints
             yield f"query banks: {taken}"
+    try:
+        bundle.means()
+    except UserError as error:
+        yield f"cannot be used: {error}"
 
 
 def _adaptor(config: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ Letters: `n` items, `m` some of them, `d` width of the condition.
 
 import dataclasses
 import functools
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ ORACLE, AVERAGE, CLASS, MEAN = "oracle", "class average", "class alone", "class 
 SHUFFLED, IDENTITY = "shuffled oracle", "target alone"
 MIXTURE, HALF = "the mixture", "half the mixture"
 TEXT = "text"
+_ROWS_AT_A_TIME = 1024
 _BEFORE, _AFTER = (ORACLE, AVERAGE), (TEXT, MEAN, CLASS, SHUFFLED, IDENTITY, HALF, MIXTURE)
 
 
@@ -130,9 +131,10 @@ def find_rows(
         rows.append(_text_row(model, batches, heard, wording))
     if takes.probabilities:
         found, exists = _heard_classes(model, batches, heard, _own_classes(items))
-        if model.means is not None:
-            rows.append(Row(MEAN, model.of_probabilities(found), exists))
-        rows.append(Row(CLASS, model.adapt(found), exists))
+        if model.means is not None:  # `separate` refuses classes that the tagging net lacks
+            known = exists & found.any(axis=1)
+            rows.append(Row(MEAN, _in_parts(model.of_probabilities, found), known))
+        rows.append(Row(CLASS, _in_parts(model.adapt, found), exists))
     classes = [item.label if item.class_index is None else item.class_index for item in items]
     others = unrelated_items(classes, digests, [item.other_class_index for item in items])
     exists = heard & (others >= 0) & asked[others]
@@ -187,7 +189,15 @@ def _text_row(
         exists = heard & [len(indexes) > 0 for indexes in sets]
         return Row(TEXT, model.of_classes(indicators(sets)), exists)
     found, exists = _heard_classes(model, batches, heard, sets)
-    return Row(TEXT, model.of_probabilities(found), exists)
+    return Row(TEXT, _in_parts(model.of_probabilities, found), exists)
+
+
+def _in_parts(
+    ask: Callable[[np.ndarray], np.ndarray], rows: Float[np.ndarray, "n k"]
+) -> Float[np.ndarray, "n d"]:
+    """Computes conditions of many rows, a part of them at a time on the device."""
+    parts = range(0, len(rows), _ROWS_AT_A_TIME)
+    return np.concatenate([ask(rows[first : first + _ROWS_AT_A_TIME]) for first in parts])
 
 
 def _own_classes(items: Sequence[Item]) -> list[tuple[int, ...]]:

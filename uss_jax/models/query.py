@@ -164,7 +164,8 @@ class QueryNet(nn.Module):
       adaptor_hidden: width of the adaptor's hidden layer.
       shortcut: add the adaptor's input to its output (needs equal widths).
       one_class_share: share of items that are asked, in training, with their class's probability
-        alone, as `--classes` asks; 0 in the reference. Needs a kind made of probabilities.
+        alone, as `--classes` asks models without means; 0 in the reference. Needs a kind made of
+        probabilities.
       dropout: dropout rate of the tagging net's output, or sentence vector, in training. It
         prepares the separator for vectors that no training target produced, such as class averages;
         0 in the reference.
@@ -294,12 +295,13 @@ class QueryNet(nn.Module):
 
         Args:
           heard: the probabilities of the classes that are asked for, 0 elsewhere.
-          means: the mean probabilities of each class, such that their condition is the mean
-            condition; a row of zeros for a class without, which stands for itself alone.
+          means: the mean probabilities of each class, such that what an adaptor takes is the mean
+            of what it takes; a row of zeros for a class without, which stands for itself alone.
         """
         weights = weights_of if self.takes.weighs_vectors else jnp.asarray
         known = jnp.any(means > 0, axis=1)
-        share = heard / jnp.maximum(jnp.sum(heard, axis=1, keepdims=True), 1e-12)
+        total = jnp.sum(heard, axis=1, keepdims=True)
+        share = heard / jnp.where(total > 0, total, 1)
         by_means = jnp.matmul(
             jnp.where(known, share, 0), weights(means), precision=jax.lax.Precision.HIGHEST
         )

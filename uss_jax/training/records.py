@@ -238,6 +238,8 @@ def _open_asking(
                 say(said)
             if shares.keys() & {"other", "mix"}:  # others draw none of them
                 recordings = examples
+        # Vectors of another output are refused later, with the query net.
+        with_means &= conditions.header["output"] == "clipwise"
         if "mean" in shares or with_means:
             mean = _means_of_first_host(conditions, index, drawn, weighs)
         say(

@@ -112,13 +112,13 @@ def export(
     if out.exists():
         raise UserError(f"{out} already exists; choose another name or remove it first")
     _require_applicable(form, dtype, precision, shards)
-    separator, variables = bundle.separator()
-    parts = {"separator": variables}
-    parts |= {p: bundle.variables(p) for p in _PARTS[1:] if bundle.holds(p)}
-    if means is not None:
-        parts[MEANS] = {"params": {MEANS: means}}
+    if means is not None:  # before anything is read: all parts are of one step of a run
         config = {**bundle.config, MEANS: {"classes": int(means.any(axis=1).sum())}}
         bundle = dataclasses.replace(bundle, config=config)
+    separator, variables = bundle.separator()
+    given = {"separator": variables}
+    given |= {} if means is None else {MEANS: {"params": {MEANS: means}}}
+    parts = {p: given.get(p) or bundle.variables(p) for p in _PARTS if bundle.holds(p)}
     left_out = _packaged(parts) if without_packaged else {}
     if without_packaged and not left_out:
         raise UserError(f"no net of {bundle.path} is in the package; leave out --without-packaged")
@@ -250,6 +250,7 @@ def _require_readable(folder: pathlib.Path, parts: Sequence[str]) -> None:
     for part in ("separator", "query", "sed"):
         if part in parts or (part == "query" and set(OF_QUERY) & set(parts)):
             getattr(written, part)()
+    written.means()
 
 
 def _orbax(

@@ -1,6 +1,7 @@
 """The mean vectors of classes for a model, from conditions that were mined with its query net."""
 
 import os
+from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Float
@@ -8,6 +9,7 @@ from jaxtyping import Float
 from uss_jax.anchors.conditions import class_means, folder_of, open_conditions
 from uss_jax.anchors.table import read_table, usable
 from uss_jax.bundles.bundle import Bundle, net_hash
+from uss_jax.bundles.nets import build_tagger
 from uss_jax.data.index import load_index
 from uss_jax.errors import UserError
 from uss_jax.evaluation.clips import MIN_DBFS
@@ -16,7 +18,9 @@ from uss_jax.evaluation.clips import MIN_DBFS
 def means_of(
     bundle: Bundle, table: str | os.PathLike, records: str | os.PathLike, split: str
 ) -> Float[np.ndarray, "k k"]:
-    """Averages the mined vectors of each class, as a run does that trains on them.
+    """Averages the mined vectors of each class: those of all its clips with a usable anchor.
+
+    Anchors are usable as the run that made the model says, or from -60 dBFS on.
 
     Args:
       bundle: a separator whose conditions are made of probabilities.
@@ -39,11 +43,16 @@ def means_of(
     anchors = read_table(table, index, segment, str(bundle.path), "give another model")
     conditions = open_conditions(folder_of(table), anchors, index, verify=True)
     header = conditions.header
+    mined_with = build_tagger(header["query_model"], "query", f"{conditions.path}: query_model")
     same = header["query_hash"] == net_hash(bundle.variables("query"))
+    same &= mined_with == query.tagger
     if header["output"] != query.takes.reads or not same:
         raise UserError(
             f"{conditions.path} was mined with another query net than that of {bundle.path}, or "
             f"holds another output of it; mine with --query {bundle.path}"
         )
-    loud = usable(anchors, min_score=0.0, min_dbfs=MIN_DBFS)
-    return class_means(conditions, index, loud, query.takes.weighs_vectors)
+    asked = {"min_score": 0.0, "min_dbfs": MIN_DBFS}
+    of_run = bundle.config.get("training", {}).get("anchors")
+    if isinstance(of_run, Mapping):
+        asked |= {name: of_run[name] for name in asked.keys() & of_run.keys()}
+    return class_means(conditions, index, usable(anchors, **asked), query.takes.weighs_vectors)

@@ -19,7 +19,7 @@ from uss_jax.audio.files import read_mono
 from uss_jax.bundles.model import Model
 from uss_jax.errors import UserError
 from uss_jax.evaluation.text_table import markdown_table
-from uss_jax.ontology import load_ontology
+from uss_jax.separation.queries import indicators
 from uss_jax.separation.windows import Layout
 
 _FLOOR = 1e-20  # of a share of power: -200 dB
@@ -28,9 +28,7 @@ _FLOOR = 1e-20  # of a share of power: -200 dB
 def condition_of_surest(model: Model, waveform: Float[np.ndarray, " t"]) -> np.ndarray:
     """The condition [1, d] of the class with the highest probability in the recording."""
     surest = int(np.argmax(model.tagger(waveform[None])["clipwise"][0]))
-    sets = np.zeros((1, len(load_ontology().class_names)), np.float32)
-    sets[0, surest] = 1
-    return model.of_classes(sets)
+    return model.of_classes(indicators([[surest]]))
 
 
 def differences(

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int16, Integer
 
 from uss_jax.anchors.table import AnchorTable
+from uss_jax.bundles.nets import build_tagger
 from uss_jax.data.index import RecordIndex
 from uss_jax.devices.batching import in_batches
 from uss_jax.disk.atomic import replacing
@@ -30,6 +31,7 @@ from uss_jax.disk.checked_npz import Column, map_npy
 from uss_jax.disk.folder import HEADER, read_header, sha256_of
 from uss_jax.errors import UserError
 from uss_jax.models.query import probabilities_of, weights_of
+from uss_jax.models.tagging import TaggingNet
 from uss_jax.ontology import load_ontology
 
 FORMAT_VERSION = 1
@@ -79,6 +81,12 @@ class ConditionTable:
     def width(self) -> int:
         """Width of a vector."""
         return self.header["width"]
+
+    def mined_with(self, tagger: TaggingNet, tagger_hash: str) -> bool:
+        """Returns whether the vectors are of this tagging net, with variables of this hash."""
+        # Built again, so that fields which older versions did not write have their defaults.
+        model = build_tagger(self.header["query_model"], "query", f"{self.path}: query_model")
+        return model == tagger and tagger_hash == self.header["query_hash"]
 
     @property
     def digest(self) -> str:

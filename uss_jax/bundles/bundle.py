@@ -171,7 +171,7 @@ class Bundle:
             variables["params"] |= found["params"] if part == "names" else {part: found["params"]}
         return query, variables
 
-    def means(self) -> Float[np.ndarray, "k k"] | None:
+    def means(self, read: Read | None = None) -> Float[np.ndarray, "k k"] | None:
         """Returns the mean probabilities of each class's training recordings, if it has them.
 
         What an adaptor takes, or the condition without one, is then the mean of that of the
@@ -179,7 +179,7 @@ class Bundle:
         """
         if not self.holds(MEANS):
             return None
-        variables, classes = self.variables(MEANS), self._query_net().classes
+        variables, classes = (read or self.variables)(MEANS), self._query_net().classes
         layout = {"params": {MEANS: jax.ShapeDtypeStruct((classes, classes), jnp.float32)}}
         require_same_layout({**layout, "batch_stats": {}}, variables, MEANS, str(self.path))
         self._require_finite(MEANS, variables)
@@ -317,6 +317,11 @@ class Bundle:
                     f"{self.path}: {part}/{name} has values that are NaN or infinite; its training "
                     "has diverged, or the file is damaged"
                 )
+
+
+def section_of_means(means: Float[np.ndarray, "k k"]) -> dict[str, Any]:
+    """Returns the section of config.json that says that a model has these means."""
+    return {MEANS: {"classes": int(means.any(axis=1).sum())}}
 
 
 def read_bundle(path: str | os.PathLike, averaged: bool = True) -> Bundle:

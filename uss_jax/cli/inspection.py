@@ -164,7 +164,7 @@ def _opened(bundle: Bundle, stored: Mapping[str, tuple[Variables, str]]) -> Iter
             taken = f"those made with query net {net_hash(variables)}"  # as `query list` prints
             yield f"query banks: {taken}"
     try:
-        bundle.means()
+        bundle.means(verified)
     except UserError as error:
         yield f"cannot be used: {error}"
 

@@ -46,16 +46,21 @@ def read_encoding(directory: str | os.PathLike) -> str:
 
 
 def _format(directory: str | os.PathLike) -> tuple[int, str]:
-    folder = open_folder(directory)
-    path = f"{folder}/{_OURS}"
-    metadata = _read(folder, _OURS, _FORMAT)
-    if metadata is None:
+    found = _known_format(directory)
+    if found is None:
+        path = f"{open_folder(directory)}/{_OURS}"
         raise UserError(
             f"{path} does not exist, so the sample rate of these records is unknown; prepare them "
             f'again, or write {{"sample_rate": 32000, "encoding": "pcm_s16le"}} into it'
             f"{versions_below(directory)}"
         )
-    return metadata["sample_rate"], metadata["encoding"]
+    return found
+
+
+def _known_format(directory: str | os.PathLike) -> tuple[int, str] | None:
+    """Returns sampling rate and encoding; None without metadata.json."""
+    metadata = _read(open_folder(directory), _OURS, _FORMAT)
+    return metadata and (metadata["sample_rate"], metadata["encoding"])
 
 
 def check_format(directory: pathlib.Path, split: str, sample_rate: int, encoding: str) -> None:
@@ -90,9 +95,9 @@ def _require_format(
 
     `remedy` may name {there}, the rate or encoding of these, and its {option} of `prepare`.
     """
-    if not others or _read(open_folder(directory), _OURS, _FORMAT) is None:
+    if not others or (known := _known_format(directory)) is None:
         return
-    there_rate, there_encoding = _format(directory)
+    there_rate, there_encoding = known
     for option, words, wanted, there in (
         ("--sample-rate", "at {} Hz", sample_rate, there_rate),
         ("--encoding", "encoded as {}", encoding, there_encoding),

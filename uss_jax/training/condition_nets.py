@@ -11,7 +11,7 @@ import numpy as np
 from uss_jax.anchors.conditions import ConditionTable
 from uss_jax.anchors.table import AnchorTable
 from uss_jax.bundles import nets
-from uss_jax.bundles.bundle import MEANS, Bundle, net_hash, read_bundle
+from uss_jax.bundles.bundle import MEANS, Bundle, net_hash, read_bundle, section_of_means
 from uss_jax.bundles.checkpoints import latest_step, save_tree
 from uss_jax.bundles.packaged import PACKAGED
 from uss_jax.errors import UserError
@@ -134,7 +134,7 @@ def keep_means(workdir: pathlib.Path, means: np.ndarray | None) -> dict[str, Any
     if means is None:
         return {}
     _keep(workdir, MEANS, {"params": {MEANS: means}})
-    return {MEANS: {"classes": int(means.any(axis=1).sum())}}
+    return section_of_means(means)
 
 
 def shapes_of_condition_nets(settings: SeparatorSettings) -> ConditionNets:
@@ -200,11 +200,7 @@ def _require_query_of(
             f"--query-output {query.takes.reads}"
         )
     found = net_hash({item: tagger[item]["tagger"] for item in tagger})
-    # Built again, so that fields which older versions did not write have their defaults.
-    mined_with = nets.build_tagger(
-        header["query_model"], "query", f"{conditions.path}: query_model"
-    )
-    if found != header["query_hash"] or mined_with != query.tagger:
+    if not conditions.mined_with(query.tagger, found):
         raise UserError(
             f"{conditions.path} was mined with another query net than config.query_bundle="
             f"{settings.query_bundle}; mine again with this one, or set config.query_bundle to "

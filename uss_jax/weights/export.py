@@ -30,6 +30,7 @@ from uss_jax.bundles.bundle import (
     net_hash,
     packaged_taggers,
     read_bundle,
+    section_of_means,
     write_bundle,
 )
 from uss_jax.bundles.card import CARD, read_card
@@ -113,7 +114,7 @@ def export(
         raise UserError(f"{out} already exists; choose another name or remove it first")
     _require_applicable(form, dtype, precision, shards)
     if means is not None:  # before anything is read: all parts are of one step of a run
-        config = {**bundle.config, MEANS: {"classes": int(means.any(axis=1).sum())}}
+        config = {**bundle.config, **section_of_means(means)}
         bundle = dataclasses.replace(bundle, config=config)
     separator, variables = bundle.separator()
     given = {"separator": variables}

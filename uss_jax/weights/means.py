@@ -9,7 +9,6 @@ from jaxtyping import Float
 from uss_jax.anchors.conditions import class_means, folder_of, open_conditions
 from uss_jax.anchors.table import read_table, usable
 from uss_jax.bundles.bundle import Bundle, net_hash
-from uss_jax.bundles.nets import build_tagger
 from uss_jax.data.index import load_index
 from uss_jax.errors import UserError
 from uss_jax.evaluation.clips import MIN_DBFS
@@ -42,11 +41,8 @@ def means_of(
     segment = round(bundle.config["segment_seconds"] * bundle.config["sample_rate"])
     anchors = read_table(table, index, segment, str(bundle.path), "give another model")
     conditions = open_conditions(folder_of(table), anchors, index, verify=True)
-    header = conditions.header
-    mined_with = build_tagger(header["query_model"], "query", f"{conditions.path}: query_model")
-    same = header["query_hash"] == net_hash(bundle.variables("query"))
-    same &= mined_with == query.tagger
-    if header["output"] != query.takes.reads or not same:
+    same = conditions.mined_with(query.tagger, net_hash(bundle.variables("query")))
+    if conditions.header["output"] != query.takes.reads or not same:
         raise UserError(
             f"{conditions.path} was mined with another query net than that of {bundle.path}, or "
             f"holds another output of it; mine with --query {bundle.path}"

@@ -90,7 +90,7 @@ BAND_SPLIT = {
     "bandsplit_width=128": {
         "separator.width": 128,
         "separator.head_width": 32,
-        "separator.hidden_width": 341,
+        "separator.hidden_width": 384,
     },
     "bandsplit_width=384": {"separator.width": 384, "separator.hidden_width": 1024},
     "bandsplit_bands=33": {"separator.bands": _BANDS_33},

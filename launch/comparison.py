@@ -6,6 +6,7 @@
 The study is a JSON file as launch/scaling_study.py takes it, with these keys besides:
   pairs     object from a name to a folder of pairs, written by `uss-jax make-pairs`
   evaluate  list of further arguments of `uss-jax evaluate pairs` (optional)
+  curves    what curves are drawn over, "steps" (default) or "minutes"
 A grid point may set `config` to use another config file. Runs that differ in the axis `seed` only
 become one row: the mean SDRi with its standard deviation, and the mean SI-SDRi. A curve of each row
 is drawn if the runs evaluate themselves (`eval.pairs`). A run that fails is reported, and left out.
@@ -51,7 +52,14 @@ matplotlib.use("agg")
 SEED = "seed"
 # Rows of `evaluate pairs` that are no separation of the mixture, nor the baseline.
 LEFT_OUT = (IDENTITY, MIXTURE)
-CURVES = {"eval/sdri": "oracle", "eval/average_sdri": "class average"}
+STEPS, MINUTES = "steps", "minutes"
+HALF = "eval/half_sdri"
+CURVES = {
+    "eval/sdri": "oracle",
+    "eval/average_sdri": "class average",
+    "eval/mean_sdri": "class by its mean",
+    "eval/class_sdri": "class alone",
+}
 
 
 def row_of(point: dict[str, str]) -> dict[str, str]:
@@ -199,50 +207,69 @@ def table(out: pathlib.Path, points: Sequence[dict[str, str]], pairs: str) -> st
     return "\n".join(markdown_table([*axes, "seeds", "pairs", *queries], lines)) + "\n"
 
 
-def curves(out: pathlib.Path, points: Sequence[dict[str, str]]) -> dict[str, dict[str, np.ndarray]]:
-    """Row -> metric -> (step, mean, least, most) of its runs' own evaluations."""
+def curves(
+    out: pathlib.Path, points: Sequence[dict[str, str]], over: str = STEPS
+) -> dict[str, dict[str, np.ndarray]]:
+    """Row -> metric -> (step, mean, least, most) of its runs' own evaluations.
+
+    Over "minutes", a step takes the median of its row's step times.
+    """
     found: dict[str, dict[str, dict[int, list[float]]]] = {}
+    seconds: dict[str, list[float]] = {}
     for point in points:
-        of_row = found.setdefault(name_of(row_of(point)), {})
+        row = name_of(row_of(point))
+        of_row = found.setdefault(row, {})
         path = out / name_of(point) / "metrics.jsonl"
         for line in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
-            for metric in CURVES.keys() & line.keys():
+            for metric in {HALF, *CURVES} & line.keys():
                 of_row.setdefault(metric, {}).setdefault(line["step"], []).append(line[metric])
+            if "step_seconds" in line:
+                seconds.setdefault(row, []).append(line["step_seconds"])
+    scale = {row: np.median(of) / 60 for row, of in seconds.items()} if over == MINUTES else {}
     return {
         row: {
-            metric: np.array([(s, np.mean(x), min(x), max(x)) for s, x in sorted(steps.items())])
-            for metric, steps in of_row.items()
+            metric: np.array(
+                [(s * scale.get(row, 1), np.mean(x), min(x), max(x)) for s, x in sorted(by.items())]
+            )
+            for metric, by in of_row.items()
         }
         for row, of_row in found.items()
     }
 
 
-def draw(rows: dict[str, dict[str, np.ndarray]], path: pathlib.Path) -> None:
-    """Learning curves: the mean of a row's seeds, and a band from the least to the most."""
+def draw(rows: dict[str, dict[str, np.ndarray]], path: pathlib.Path, over: str = STEPS) -> None:
+    """Learning curves: the mean of a row's seeds, and a band from the least to the most.
+
+    A dashed line is half the mixture.
+    """
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(CURVES), figsize=(9, 3.4), layout="constrained")
-    for axes, (metric, title) in zip(panels, CURVES.items(), strict=True):
-        for row, of_row in rows.items():
+    drawn = [metric for metric in CURVES if any(metric in of_row for of_row in rows.values())]
+    size = dict(figsize=(3 + 3 * len(drawn), 3.4), layout="constrained")
+    figure, panels = pyplot.subplots(1, len(drawn), sharey=True, squeeze=False, **size)
+    for axes, metric in zip(panels[0], drawn, strict=True):
+        for number, (row, of_row) in enumerate(rows.items()):
             if metric in of_row:
                 step, mean, least, most = of_row[metric].T
-                (line,) = axes.plot(step, mean, ".-", label=row)
-                axes.fill_between(step, least, most, color=line.get_color(), alpha=0.2, lw=0)
-        axes.set(title=title, xlabel="steps", ylabel="SDRi / dB")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right", fontsize="small")
+                axes.plot(step, mean, ".-", color=f"C{number}", label=row)
+                axes.fill_between(step, least, most, color=f"C{number}", alpha=0.2, lw=0)
+        for half in (of_row[HALF][0, 1] for of_row in rows.values() if HALF in of_row):
+            axes.axhline(half, color="grey", ls="--", lw=1)
+        axes.set(title=CURVES[metric], xlabel=over)
+    panels[0, 0].set_ylabel("SDRi / dB")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right", fontsize="small")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=100)
     pyplot.close(figure)
 
 
-def run(path: pathlib.Path, out: pathlib.Path, parallel: int) -> str:
-    """Runs a comparison; returns what there is to read.
-
-    Raises:
-      UserError: the study is invalid, was edited, or runs failed; what the others gave is printed.
-    """
-    study = read_study(path, also={"pairs", "evaluate"})
+def checked(path: pathlib.Path) -> dict[str, Any]:
+    """Reads a study; raises a UserError if it is invalid."""
+    study = read_study(path, also={"pairs", "evaluate", "curves"})
     pairs, words = study.get("pairs"), study.get("evaluate", [])
+    over = study.setdefault("curves", STEPS)
+    if over not in (STEPS, MINUTES):
+        raise UserError(f"{path}: curves is {over!r}, expected {STEPS!r} or {MINUTES!r}")
     if (
         not isinstance(pairs, dict)
         or not pairs
@@ -251,6 +278,16 @@ def run(path: pathlib.Path, out: pathlib.Path, parallel: int) -> str:
         raise UserError(f"{path}: pairs must be an object from a name to a folder of pairs")
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise UserError(f"{path}: evaluate must be a list of words")
+    return study
+
+
+def run(path: pathlib.Path, out: pathlib.Path, parallel: int) -> str:
+    """Runs a comparison; returns what there is to read.
+
+    Raises:
+      UserError: the study is invalid, was edited, or runs failed; what the others gave is printed.
+    """
+    study = checked(path)
     failed = run_all(study, out, parallel)
     points = [point for point, _ in runs_of(study)]
     tables = [
@@ -261,8 +298,9 @@ def run(path: pathlib.Path, out: pathlib.Path, parallel: int) -> str:
     written = "table.md"
     # Of whole runs: a mean over seeds of which one ended early would jump there.
     whole = [point for point in points if is_done(study, out / name_of(point))]
-    if any((rows := curves(out, whole)).values()):
-        draw(rows, out / "curves.png")
+    rows = curves(out, whole, study["curves"])
+    if any(metric in of_row for of_row in rows.values() for metric in CURVES):
+        draw(rows, out / "curves.png", study["curves"])
         written += ", curves.png"
     text = "\n".join([*tables, f"{out}: {written}"])
     if failed:

@@ -31,7 +31,10 @@ $uss_jax train --config configs/demo.py --workdir "$run/separator" \
     --config.data.records="$records" --config.anchors.table="$run/anchors.npz" "$@"
 rm -rf "$run/bundle.new"
 means=(--class-means "$run/anchors.npz" --records "$records")
-[ $# -eq 0 ] || means=()  # another kind of condition or query net may have none
+# Another kind of condition or query net may have none.
+for key in query.kind query_bundle query_net query.finetune; do
+    [[ "$*" != *config.$key* ]] || means=()
+done
 $uss_jax export "$run/separator" --format safetensors --without-packaged \
     "${means[@]}" --licence Apache-2.0 --out "$run/bundle.new"
 rm -rf "$run/bundle"

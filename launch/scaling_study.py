@@ -98,7 +98,14 @@ def recipe_of(study: dict[str, Any], leaves: dict[str, Any]) -> dict[str, Any]:
     """What determines a run's results: not the environment, so not how many devices share it."""
     keys = {k: value for k, value in leaves.items() if not k.isupper() and k != "config"}
     config = leaves.get("config", study["config"])
-    return {"config": config, "set": keys, "evaluate": study.get("evaluate", [])}
+    # A config file may change while its name stays.
+    content = json.loads(load_config(config, []).to_json_best_effort())
+    return {
+        "config": config,
+        "content": content,
+        "set": keys,
+        "evaluate": study.get("evaluate", []),
+    }
 
 
 def environment_of(leaves: dict[str, Any]) -> dict[str, str]:
@@ -122,7 +129,8 @@ def require_same(workdir: pathlib.Path, recipe: dict[str, Any]) -> None:
     if not (workdir / RECORD).exists():
         print(f"{workdir} has no {RECORD}: it is taken for a run of this study", flush=True)
         return
-    if read(workdir / RECORD) != recipe:
+    record = read(workdir / RECORD)
+    if not isinstance(record, dict) or {"content": recipe["content"], **record} != recipe:
         raise UserError(
             f"{workdir} was made by another study ({workdir / RECORD} has its settings); give "
             "another --out"
@@ -137,6 +145,7 @@ def train(
 ) -> None:
     """Trains one run to its end, from wherever it stands, on these CPU cores or any."""
     recipe = recipe_of(study, leaves)
+    require_same(workdir, recipe)  # the config file may have changed while other runs trained
     make_folder(workdir, "give another --out")
     with replacing(workdir / RECORD) as temporary:
         temporary.write_text(json.dumps(recipe, indent=2) + "\n")

@@ -83,17 +83,18 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: rank.get(f"{item.path.parent.name}/{item.path.stem}", len(rank)))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def programs_of_one_file(request):
-    """Unoptimised programs for a file with QUICK_COMPILATION, its fixtures included.
-
-    The next file takes what is compiled already, unless that is compiled otherwise, may be of
-    functions that were replaced, or fills the memory.
-    """
-    quick = getattr(request.module, "QUICK_COMPILATION", False)
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Unoptimised programs for a file with QUICK_COMPILATION, fixtures of any scope included."""
+    quick = getattr(item.module, "QUICK_COMPILATION", False)
     if quick != jax.config.values["jax_disable_most_optimizations"]:
         jax.clear_caches()
     _compile_quickly(quick)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_file(request):
+    """Forgets programs of functions that were replaced, or that fill the memory."""
     yield
     tests = [item for item in request.session.items if item.path == request.path]
     fixtures = {name for test in tests for name in test.fixturenames}

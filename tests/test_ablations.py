@@ -54,7 +54,7 @@ def _shrunk(names):
         leaves |= {k: v for k, v in ABLATIONS[name].items() if k != "data.split"}
     leaves["segment_seconds"] /= _SHRUNK
     leaves["separator.channels"] = (leaves["separator.channels"][0] // 8,)
-    small = {"separator.n_fft": 32, "separator.hop_samples": 32, "data.clip_seconds": 10 / _SHRUNK}
+    small = {"separator.n_fft": 32, "separator.hop_samples": 16, "data.clip_seconds": 10 / _SHRUNK}
     return leaves | small | {"total_steps": 1, "checkpoint_every_steps": 1}
 
 

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import sys
 import threading
 
@@ -163,6 +164,26 @@ def test_an_edited_study_is_refused_before_it_trains(comparison, study, tmp_path
     assert all(len(path.read_text().split()) == 1 for path in out.glob("*/starts"))
 
 
+def test_an_edited_config_file_is_another_study(comparison, study, tmp_path):
+    """Though its name stays, and the runs of before keep no copy of what was in it."""
+    shutil.copytree(LAUNCH.parent / "configs", tmp_path / "configs")
+    config, out = tmp_path / "configs/quickstart.py", tmp_path / "out"
+    _edited(study, config=str(config))
+    comparison.run(study, out, 1)
+    config.write_text(config.read_text() + "\n# a remark\n")
+    comparison.run(study, out, 1)
+    (record,) = out.glob("asked-own_seed-0/run.json")
+    before = json.loads(record.read_text())
+    record.write_text(json.dumps({k: v for k, v in before.items() if k != "content"}))
+    comparison.run(study, out, 1)  # of before there was this key
+    record.write_text(json.dumps(before))
+    text = config.read_text().replace("config.global_batch = 6", "config.global_batch = 5")
+    assert text != config.read_text()
+    config.write_text(text)
+    with pytest.raises(UserError, match="give another --out"):
+        comparison.run(study, out, 1)
+
+
 def test_the_environment_and_more_points_or_pairs_are_no_other_study(comparison, study, tmp_path):
     out = tmp_path / "out"
     comparison.run(study, out, 1)
@@ -224,9 +245,26 @@ def test_curves_are_the_mean_of_the_seeds_and_their_range(comparison, study, tmp
     np.testing.assert_allclose(of_row["eval/sdri"], wanted)
 
 
+def test_curves_may_be_over_minutes(comparison, study, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(comparison, "draw", lambda rows, path, over: drawn.append((over, rows)))
+    comparison.run(study, tmp_path / "out", 1)
+    for seed in "01":  # a step takes 6 s, but for a slow report
+        lines = "".join(f'{{"step": {s}, "step_seconds": {t}}}\n' for s, t in ((1, 6), (2, 6)))
+        with open(tmp_path / "out" / f"asked-own_seed-{seed}" / "metrics.jsonl", "a") as file:
+            file.write(lines + ('{"step": 3, "step_seconds": 60}\n' if seed == "1" else ""))
+    _edited(study, curves="minutes")
+    comparison.run(study, tmp_path / "out", 1)
+    assert [over for over, _ in drawn] == ["steps", "minutes"]
+    np.testing.assert_allclose(drawn[1][1]["asked-own"]["eval/sdri"][:, 0], [1, 2])
+    _edited(study, curves="hours")
+    with pytest.raises(UserError, match="curves is 'hours', expected 'steps' or 'minutes'"):
+        comparison.run(study, tmp_path / "out", 1)
+
+
 def test_curves_leave_out_runs_without_results(comparison, study, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(comparison, "draw", lambda rows, path: drawn.append(rows))
+    monkeypatch.setattr(comparison, "draw", lambda rows, path, over: drawn.append(rows))
     monkeypatch.setenv("FAIL", "asked-own_seed-1")
     broken = tmp_path / "out" / "asked-own_seed-1" / "metrics.jsonl"
     broken.parent.mkdir(parents=True)
@@ -276,9 +314,11 @@ def test_pairs_may_have_any_name(comparison, study, tmp_path):
     assert "3.05" in said
 
 
-@pytest.mark.parametrize("name", ["asked.json", "separators.json", "words.json"])
+@pytest.mark.parametrize(
+    "name", ["asked.json", "separators.json", "separators_long.json", "words.json"]
+)
 def test_the_studies_that_come_along_are_valid(comparison, name, monkeypatch):
-    study = comparison.read_study(LAUNCH / name, {"pairs", "evaluate"})
+    study = comparison.checked(LAUNCH / name)
     for _, leaves in comparison.runs_of(study):
         words = [
             f"--config.{key}={tuple(value) if isinstance(value, list) else value}"

@@ -133,6 +133,9 @@ def test_the_published_tagger():
         "resunet30.py:size=big",
         "bandsplit.py:size=big",
         "bandsplit.py:size=tiny,condition=soft",
+        "bandsplit.py:bands=40,bands=60",
+        "bandsplit.py:bands=0",
+        "bandsplit.py:size=tiny,bands=many",
         "demo.py:steps=0",
         "demo.py:20000",
         "demo.py:steps=5000,asked=other",
@@ -143,6 +146,12 @@ def test_the_published_tagger():
 def test_arguments_a_config_does_not_know_are_refused(name):
     with pytest.raises(UserError, match=name.split(":")[0]):
         _load(name)
+
+
+def test_bands_are_about_as_many_as_asked_for():
+    for name, half in (("bandsplit.py:bands=30", 1024), ("bandsplit.py:size=tiny,bands=40", 256)):
+        asked, bands = int(name.rpartition("=")[2]), _load(name).separator.bands
+        assert (sum(bands), abs(len(bands) - asked) <= 3) == (half, True)
 
 
 if __name__ == "__main__":

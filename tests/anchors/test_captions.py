@@ -1,6 +1,8 @@
 """Captions, from the label file to the batch."""
 
 import json
+import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -73,6 +75,22 @@ def test_clips_are_asked_with_their_captions(records, captions, encoder):
     np.testing.assert_array_equal(by_record[1], load_node_vectors().of_classes()[7])
     assert json.loads((captions / "header.json").read_text())["captions"] == 2
     assert texts.digest != load_texts("", 1.0).digest
+
+
+def test_captions_encoded_later_are_not_read_under_the_earlier_header(
+    records, captions, encoder, tmp_path
+):
+    """As by a process of a run that begins to read after that."""
+    index = load_index(records, "train")
+    shutil.copytree(captions, tmp_path / "earlier")
+    shutil.copytree(captions, tmp_path / "later")
+    table = open_captions(tmp_path / "earlier", index, encoder.hash)
+    there, _ = pickle.loads(pickle.dumps(table)).read(np.arange(4))
+    assert there.sum() == 3
+    shutil.rmtree(tmp_path / "earlier")
+    (tmp_path / "later").rename(tmp_path / "earlier")
+    with pytest.raises(UserError, match=r"earlier was replaced while it was being read; put back"):
+        pickle.loads(pickle.dumps(table)).read(np.arange(4))
 
 
 def test_inspect_tells_of_captions(captions, capsys):

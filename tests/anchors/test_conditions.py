@@ -120,6 +120,28 @@ def test_hosts_and_kills_give_the_same_conditions(mined, reader, tmp_path, monke
         assert (folder_of(out) / wanted.name).read_bytes() == wanted.read_bytes()
 
 
+def test_a_later_mining_is_not_read_in_the_place_of_an_earlier_one(
+    mined, reader, tmp_path, monkeypatch
+):
+    """As by a run of more shards than it keeps open."""
+    monkeypatch.setattr(conditions_module, "_SHARDS_KEPT", 1)
+    out = tmp_path / "anchors.npz"
+    shutil.copy(mined, out)
+    shutil.copytree(folder_of(mined), folder_of(out))
+    _, conditions = _opened(out, reader)
+    last, none = np.array([int(conditions.first_row[-1]) - 1]), np.array([0])
+    before = conditions.read(last, none)
+    conditions.read(none, none)  # of the first shard: the last is closed
+    np.testing.assert_array_equal(conditions.read(last, none), before)
+    conditions.read(none, none)
+    shutil.copytree(folder_of(out), tmp_path / "later")
+    shutil.rmtree(folder_of(out))
+    (tmp_path / "later").rename(folder_of(out))
+    for table in (conditions, pickle.loads(pickle.dumps(conditions))):
+        with pytest.raises(UserError, match=r"anchors.conditions was replaced while its vectors"):
+            table.read(last, none)
+
+
 @pytest.mark.parametrize("moment", ["only_one", "write_header", "_replace_folder"])
 def test_a_host_that_finishes_beside_another_leaves_everything_whole(
     mined, reader, tmp_path, monkeypatch, moment

@@ -7,7 +7,8 @@ from tests.anchors.toy import LENGTH, SED, SETTINGS, padded
 from tests.tiny import ONE_BLOCK, RATE, SEGMENT, tagger_variables, tone, write_records
 from uss_jax.anchors import mine as mine_module
 from uss_jax.anchors.mine import mine
-from uss_jax.anchors.table import read_header, read_table
+from uss_jax.anchors.table import read_header, read_table, write_table
+from uss_jax.bundles.bundle import net_hash
 from uss_jax.bundles.model import Net
 from uss_jax.data.index import load_index
 from uss_jax.data.reader import ClipReader
@@ -27,7 +28,7 @@ def test_a_table_of_another_rule_says_so_and_holds_its_anchors(reader, tmp_path)
     assert "rule" not in uss
     assert set(uss) == {
         *("sed_hash", "index_digest", "sample_rate", "segment_samples", "clip_samples"),
-        *("candidates", "min_dbfs"),
+        *("candidates", "min_dbfs", "sed_model"),
     }
 
     hop, index, row = ONE_BLOCK.hop_samples, reader.index, 0
@@ -57,6 +58,25 @@ def test_another_rule_asks_for_htsat_and_clips_that_fill_its_image(reader, tmp_p
         with pytest.raises(UserError, match=f"least 1.28 and less than 2.56 s, not {seconds} s"):
             mine(reader, sed, tmp_path / "a.npz", settings, batch_size=8)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_detector_with_another_field_is_another_one(reader, tmp_path, monkeypatch):
+    out, variables = tmp_path / "anchors.npz", tagger_variables(net=ONE_BLOCK)
+    first, other = (Net(ONE_BLOCK.clone(repeat_short=short), variables) for short in (True, False))
+    assert mine(reader, first, out, SETTINGS, batch_size=8)
+    table, digest = read_table(out, reader.index, SEGMENT), net_hash(variables)
+    assert table.mined_with(first.module.clone(dtype="bfloat16"), digest)
+    assert not table.mined_with(other.module, digest)
+    assert mine(reader, other, out, SETTINGS, batch_size=8)
+    assert read_table(out, reader.index, SEGMENT).mined_with(other.module, digest)
+
+    # Tables of before state no fields, are complete, and resume the same runs.
+    header = {name: value for name, value in table.header.items() if name != "sed_model"}
+    write_table(out, header, table.rows(reader.index, np.arange(len(reader.index))))
+    old = read_table(out, reader.index, SEGMENT)
+    assert (old.digest, old.mined_with(other.module, digest)) == (table.digest, True)
+    monkeypatch.setattr(mine_module, "_detection", None)
+    assert mine(reader, other, out, SETTINGS, batch_size=8)
 
 
 def test_a_file_that_is_no_table_stays(reader, tmp_path):

@@ -90,6 +90,31 @@ def test_files_written_into_a_pipe_are_read_whole(tmp_path):
         )
         assert audio_format(path).samples == SECONDS * RATE
         assert truncation(path) is None
+    # Five hours of which a copy holds the beginning.
+    wav[at : at + 4] = struct.pack("<I", 3_000_000_000)
+    (tmp_path / "copy.wav").write_bytes(wav)
+    assert "its header promises" in truncation(tmp_path / "copy.wav")
+
+
+@pytest.mark.parametrize("stated", [0.5, 1.0, 2.0])
+def test_a_wav_of_more_than_its_header_states_is_read_to_its_end(tmp_path, stated):
+    path = sound_file(tmp_path, "wav")
+    wav = bytearray(path.read_bytes())
+    at = wav.index(b"data") + 4
+    (whole,) = struct.unpack("<I", wav[at : at + 4])
+    size = int(whole * stated / SECONDS) // 4 * 4
+    wav[at : at + 4] = struct.pack("<I", size)
+    (tmp_path / "died.wav").write_bytes(wav)
+    np.testing.assert_array_equal(read_audio(tmp_path / "died.wav")[0], read_audio(path)[0])
+    assert audio_format(tmp_path / "died.wav").samples == SECONDS * RATE
+    # Whole chunks after the samples are no samples, however long.
+    tagged = wav[: at + 4 + size] + b"LIST" + struct.pack("<I", whole) + bytes(whole)
+    (tmp_path / "tagged.wav").write_bytes(tagged)
+    assert audio_format(tmp_path / "tagged.wav").samples < 1.1 * stated * RATE
+    # Nor is a chunk or a tag that is cut off.
+    for after in (b"LIST\xff\xff\xff\x0f", b"ID3\3\0\0\0\0\1\1"):
+        (tmp_path / "cut.wav").write_bytes(wav[: at + 4 + size] + after + bytes(size // 2))
+        assert audio_format(tmp_path / "cut.wav").samples < 1.1 * stated * RATE
 
 
 def test_chunks_after_no_samples_are_not_taken_for_samples(tmp_path):

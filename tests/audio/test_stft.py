@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.golden.compare import distance, relative_error
 from tests.golden.inputs import make_signal
-from uss_jax.audio.stft import frame_count, hann_window, istft, stft
+from uss_jax.audio.stft import change_spectrum, frame_count, hann_window, istft, stft
 from uss_jax.devices.mesh import batch_sharded, make_mesh
 
 N_FFT, HOP = 2048, 320
@@ -188,3 +188,31 @@ def test_inside_a_shard_map_of_the_caller():
         spec = batch_sharded(mesh).spec
         inside = jax.shard_map(round_trip, in_specs=spec, out_specs=spec)
         np.testing.assert_allclose(jax.jit(inside)(waveform), waveform, atol=1e-5)
+
+
+@pytest.mark.parametrize(("n_fft", "hop"), [(16, 8), (16, 5), (64, 32), (64, 16)])
+def test_a_changed_spectrum_bursts_at_no_length(n_fft, hop):
+    """As the last samples did whose only window is nearly 0 there."""
+    rng = np.random.default_rng(0)
+    for length in range(3 * n_fft, 3 * n_fft + 2 * hop):
+        waveform = jnp.asarray(rng.standard_normal(length), jnp.float32)
+
+        def change(spectrum):
+            turned = np.exp(2j * np.pi * rng.random(spectrum.shape))
+            return spectrum * turned.astype(np.complex64)
+
+        changed = change_spectrum(waveform, n_fft, hop, change)
+        assert changed.shape == waveform.shape
+        assert np.abs(changed).max() < 8
+        np.testing.assert_allclose(
+            change_spectrum(waveform, n_fft, hop, lambda x: x), waveform, atol=1e-5
+        )
+
+
+def test_a_transform_of_much_overlap_is_that_of_the_reference():
+    waveform = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3199)), jnp.float32)
+    changed = change_spectrum(waveform, N_FFT, HOP, lambda x: x * 0.5j)
+    plain = istft(stft(waveform, N_FFT, HOP) * 0.5j, N_FFT, HOP, 3199)
+    np.testing.assert_array_equal(changed, plain)
+    with pytest.raises(ValueError, match="hop_samples=9 is more than half of n_fft=16"):
+        change_spectrum(waveform, 16, 9, lambda x: x)

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ from safetensors.numpy import load_file
 from tests.tiny import (
     RATE,
     TAGGER,
+    TINY_YAMNET,
     WIDTHS,
     random_variables,
     tagger_variables,
@@ -15,13 +17,33 @@ from tests.tiny import (
     write_tagger,
 )
 from uss_jax.bundles.bundle import net_hash, read_bundle, write_bundle
-from uss_jax.bundles.checkpoints import save_tree
+from uss_jax.bundles.checkpoints import Checkpoints, save_tree
+from uss_jax.bundles.model import Model
 from uss_jax.bundles.nets import fields_of
 from uss_jax.errors import UserError
 from uss_jax.models.query import KINDS
 from uss_jax.models.resunet import ResUNet
 
 ABOUT = {"kind": "tagger", "sample_rate": RATE, "segment_seconds": 0.5}
+
+
+def test_a_checkpoint_stays_the_same_at_another_sampling_rate(tmp_path):
+    path = write_tagger(tmp_path / "run", net=TINY_YAMNET)
+    variables = read_bundle(path).variables("sed")
+    for part in ("query", "sed"):
+        shutil.rmtree(path / part)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "hashes": {}}))
+    with Checkpoints(path / "checkpoints", keep=2) as checkpoints:
+        for step in (300, 500):
+            scaled = jax.tree.map(lambda x, by=step: x * np.float32(by), variables)
+            parts = {item: {"tagger": tree} for item, tree in scaled.items()}
+            checkpoints.save(step, parts, {"next": step})
+    for step in (300, 500):
+        model = Model(path / "checkpoints" / str(step)).at_sample_rate(2 * RATE)
+        assert model.sample_rate == 2 * RATE
+        scaled = jax.tree.map(lambda x, by=step: x * np.float32(by), variables)
+        assert net_hash(model.sed.variables) == net_hash(scaled)
 
 
 def _same(found, wanted):

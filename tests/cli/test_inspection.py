@@ -1,5 +1,7 @@
 import json
+import shutil
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -8,7 +10,7 @@ from tests.tiny import RATE, noise, write_records, write_separator
 from uss_jax.anchors.table import COLUMNS, write_table
 from uss_jax.bundles import bundle
 from uss_jax.bundles.bundle import net_hash, read_bundle
-from uss_jax.bundles.checkpoints import load_tree, save_tree
+from uss_jax.bundles.checkpoints import Checkpoints, load_tree, save_tree
 from uss_jax.cli import inspection
 from uss_jax.cli.inspection import inspect
 from uss_jax.cli.main import main
@@ -91,14 +93,39 @@ def test_a_workdir_tells_its_history(tmp_path):
     assert "metrics of step 20: loss 0.5" in text
 
 
-def test_only_the_newest_checkpoint_is_described(tmp_path):
+def test_any_checkpoint_of_a_run_stands_for_the_run_at_its_step(tmp_path):
     path = write_separator(tmp_path / "run", "one_hot")
-    for step in (300, 500):
-        (path / "checkpoints" / str(step)).mkdir(parents=True)
-    with pytest.raises(
-        UserError, match=r"300 is not the newest .* step 500; only that can be insp"
-    ):
-        inspect(path / "checkpoints" / "300")
+    whole = load_tree(path / "separator")
+    shutil.rmtree(path / "separator")
+    config = json.loads((path / "config.json").read_text())
+    del config["hashes"]["separator"]
+    config["training"] = {}
+    steps = "".join(f'{{"step": {step}, "sdri": {step / 100}}}\n' for step in (200, 300, 400, 500))
+    (path / "metrics.jsonl").write_text(steps)
+    (path / "config.json").write_text(json.dumps(config))
+    hashes = {}
+    with Checkpoints(path / "checkpoints", keep=2) as checkpoints:
+        for step in (300, 500):
+            parts = {
+                item: {"separator": jax.tree.map(lambda x, by=step: x * np.float32(by), tree)}
+                for item, tree in whole.items()
+            }
+            hashes[step] = net_hash({item: tree["separator"] for item, tree in parts.items()})
+            checkpoints.save(step, parts, {"next": step})
+    at = {step: path / "checkpoints" / str(step) for step in hashes}
+    for step, digest in hashes.items():
+        bundle = read_bundle(at[step])
+        assert bundle.step == step
+        assert net_hash(bundle.separator()[1]) == digest
+        text = "\n".join(inspect(at[step]))
+        assert f"{at[step]}: separator checkpoint, " in text
+        assert f"sha256 {digest}" in text
+        assert f"sha256 {hashes[800 - step]}" not in text
+        assert f"metrics of step {step}: sdri {step / 100:g}" in text
+    assert read_bundle(path).step == 500
+    assert f"{path}: separator workdir, " in inspect(path)[0]
+    with pytest.raises(UserError, match=r"run has no checkpoint of step 400; it has 300, 500"):
+        read_bundle(path / "checkpoints" / "400")
 
 
 def test_a_metric_that_no_float_can_hold_is_left_out(tmp_path):

@@ -28,6 +28,23 @@ WORDS = {
 HEAVY = ("jax", "flax", "numpy", "orbax.checkpoint", "grain", "torch", "soundfile")
 
 
+def test_too_little_memory_is_said_and_other_errors_are_not(monkeypatch, capsys):
+    def raising(text):
+        def run(args):
+            raise RuntimeError(text)
+
+        monkeypatch.setattr("uss_jax.cli.inspect.run", run)
+
+    raising("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore")
+    assert cli.main(["inspect", "demo"]) == 1
+    said = capsys.readouterr().err
+    assert "uss-jax: the device has too little memory for this; take another one (JAX_" in said
+    assert said.count("\n") == 1
+    raising("INTERNAL: something else")
+    with pytest.raises(RuntimeError, match="something else"):
+        cli.main(["inspect", "demo"])
+
+
 @pytest.mark.parametrize("words", [[], *([name] for name in cli.COMMANDS)])
 def test_help_answers_without_heavy_imports(words):
     script = (

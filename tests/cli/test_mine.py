@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from uss_jax.anchors.table import read_header
+from uss_jax.anchors.table import read_header, read_table
 from uss_jax.bundles.bundle import write_bundle
+from uss_jax.bundles.model import Model
 from uss_jax.bundles.nets import fields_of
 from uss_jax.cli.main import main
+from uss_jax.data.chosen import Chosen
+from uss_jax.evaluation.clips import anchors_of_clips, open_clips
 from uss_jax.models.tagging import as_detector
 
 QUICK_COMPILATION = True
@@ -74,7 +77,7 @@ def test_clips_are_not_cut_to_less_than_a_segment(tmp_path, capsys):
     words = ["mine", "--records", tmp_path / "records", "--sed", tagger, "--out"]
     words += [tmp_path / "t.npz", "--clip-seconds", 0.25]
     assert main([str(word) for word in words]) == 1
-    said = "--clip-seconds 0.25 is less than a segment of this detector; give at least 0.5"
+    said = "--clip-seconds 0.25 is less than an anchor; give at least 0.5, or shorter anchors"
     assert said in capsys.readouterr().err
     assert not (tmp_path / "t.npz").exists()
 
@@ -89,5 +92,22 @@ def test_a_table_of_another_segment_length_names_the_detector(tmp_path, capsys):
     (tagger / "config.json").write_text(json.dumps({**config, "segment_seconds": 1.0}))
     capsys.readouterr()
     assert main([*words, "--show", "a"]) == 1
-    said = f"t.npz has anchors of 4000 samples, {tagger} asks for 8000; give the --sed that it was"
+    said = f"t.npz has anchors of 4000 samples, {tagger} asks for 8000; give the --sed and --seg"
     assert said in capsys.readouterr().err
+    assert main([*words, "--show", "a", "--segment-seconds", "0.5"]) == 0
+
+
+def test_anchors_have_the_length_that_is_asked_for(tmp_path):
+    clips = [(f"tone{i}", tiny.tone(300 + 150 * i, 1.5), [i]) for i in range(2)]
+    tiny.write_records(tmp_path / "records", "train", clips)
+    tagger = tiny.write_tagger(tmp_path / "tagger")
+    words = ["mine", "--records", tmp_path / "records", "--sed", tagger, "--out"]
+    words += [tmp_path / "t.npz", "--batch", 1, "--candidates", 3, "--segment-seconds", 0.25]
+    assert main([str(word) for word in words]) == 0
+    samples = tiny.RATE // 4
+    assert read_header(tmp_path / "t.npz")["segment_samples"] == samples
+    reader, model = open_clips(tmp_path / "records", "train", Model(tagger))
+    table = read_table(tmp_path / "t.npz", reader.index, samples)
+    chosen = Chosen(np.arange(2), np.arange(2))
+    found = anchors_of_clips(reader, chosen, model.sed, samples, min_dbfs=-60.0)
+    np.testing.assert_array_equal(table.begin_sample[:, 0], found.begin_sample)

@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import errno
+import io
 import os
 import tempfile
 
@@ -9,6 +10,7 @@ import soundfile
 
 from tests.data.toy import SETTINGS, toy_noise
 from uss_jax.audio import mended
+from uss_jax.data import conversion
 from uss_jax.data.conversion import Skipped, prepare_clip
 from uss_jax.data.tf_example import parse
 from uss_jax.errors import UserError
@@ -44,6 +46,36 @@ def test_a_full_folder_of_temporary_files_leaves_no_clip_out(audio, monkeypatch,
     monkeypatch.setattr(mended, "opened", opened)
     with pytest.raises(UserError, match=f"no space is left to write {tempfile.gettempdir()}; free"):
         prepare_clip(audio / "3.wav", "3.wav", (7,), SETTINGS)
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EMFILE, errno.ENOMEM])
+def test_trouble_of_the_machine_leaves_no_clip_out(audio, monkeypatch, number):
+    path, stat = str(audio / "3.wav"), os.stat
+
+    def no_stat(asked, **options):
+        if str(asked) == path:
+            raise OSError(number, os.strerror(number), path)
+        return stat(asked, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", no_stat)
+        with pytest.raises(UserError, match=r"3\.wav .*: this is the machine's trouble"):
+            prepare_clip(path, "3.wav", (7,), SETTINGS)
+
+    def no_descriptor(*arguments, **options):
+        raise soundfile.LibsndfileError(2)  # "System error."
+
+    def no_file(asked, *arguments):
+        if asked == path:
+            raise OSError(number, os.strerror(number), path)
+        return io.open(asked, *arguments)  # noqa: UP020
+
+    monkeypatch.setattr(soundfile, "SoundFile", no_descriptor)
+    skipped = prepare_clip(path, "3.wav", (7,), SETTINGS)
+    assert skipped.kind == "unreadable"  # as it can be opened
+    monkeypatch.setattr(conversion, "open", no_file, raising=False)
+    with pytest.raises(UserError, match="this is the machine's trouble"):
+        prepare_clip(path, "3.wav", (7,), SETTINGS)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from tests.data.test_encodings import SAMPLES, STORED
@@ -128,6 +129,40 @@ def test_zeros_and_ones_for_all_classes_are_recognised_and_no_indexes(tmp_path, 
     other = _write(tmp_path / "other", "float", "index", names=names, labels=[0, 1])
     assert _index(other, "--schema", schema) == 1
     assert "needs 527 zeros and ones" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("classes", "audio", "said"),
+    [
+        (
+            dict(names=["dog", "pig"]),
+            {},
+            "classes.labels.txt: the numbers in classes are of 2",
+        ),
+        (dict(num_classes=4), {}, "features.json: the numbers in classes are of 4 classes, not"),
+        (dict(names=list(reversed(load_ontology().class_names))), {}, "of 527 classes such as Fi"),
+        (dict(names=load_ontology().class_names), dict(shape=(None, 2)), "has the shape (-1, 2)"),
+        (dict(names=load_ontology().class_names), dict(shape=(None, 1)), ""),
+        (dict(names=load_ontology().class_mids), {}, ""),
+        (dict(num_classes=527), {}, ""),
+    ],
+)
+def test_numbers_of_other_classes_and_several_channels_are_refused(
+    tmp_path, classes, audio, said, capsys
+):
+    directory = _write(tmp_path / "lab", "int64", "index", ("lab-a.tfrecord-00000-of-00001",))
+    features = {
+        "video_id": tfds.features.Text(),
+        "waveform": tfds.features.Tensor(**{"shape": (None,), "dtype": np.int64, **audio}),
+        "classes": tfds.features.Sequence(tfds.features.ClassLabel(**classes)),
+    }
+    tfds.features.FeaturesDict(features).save_config(directory)
+    schema = _schema(tmp_path / "s.json", shards="*.tfrecord-*")
+    assert _index(directory, "--schema", schema) == bool(said)
+    assert said in capsys.readouterr().err
+    # Whoever knows better says so; of channels nobody can.
+    schema = _schema(tmp_path / "s.json", shards="*.tfrecord-*", label_form="index")
+    assert _index(directory, "--schema", schema) == ("shape" in said)
 
 
 def test_a_label_list_with_repeats_is_wrong(tmp_path):

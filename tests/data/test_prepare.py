@@ -1,6 +1,8 @@
 import csv
 import dataclasses
+import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -83,6 +85,71 @@ def test_a_command_stopped_after_it_published_goes_on(audio, tmp_path, monkeypat
     made = prepare_toy(audio, tmp_path / "out")
     assert len(load_index(made.directory, "train")) == len(GOOD)
     assert read_sample_rate(made.directory) == 8000
+
+
+def test_a_command_stopped_while_it_indexes_converts_nothing_again(audio, tmp_path, monkeypatch):
+    whole = prepare_toy(audio, tmp_path / "whole", GOOD[1:], shards=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "build_index", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_toy(audio, tmp_path / "out", GOOD[1:], shards=3)
+    unfinished = tmp_path / "out/toy/1.0.0/.unfinished-train"
+    # One of the names was not given yet, and a shard of an earlier start is there too.
+    names = json.loads((unfinished / prepare_module._NAMES).read_text())
+    last = max(names)
+    (unfinished / last).rename(unfinished / names[last])
+    (unfinished / "toy-train.tfrecord-00000-of-00007").write_bytes(b"of an earlier version")
+    monkeypatch.setattr(blocks, "prepare_clip", None)  # nothing is converted
+    made = prepare_toy(audio, f"{tmp_path}/out", GOOD[1:], shards=3)
+    assert not unfinished.exists()
+    for shard in made.index.shards.tolist():
+        assert (made.directory / shard).read_bytes() == (whole.directory / shard).read_bytes()
+
+
+def test_finished_shards_are_not_thrown_away_for_another_conversion(audio, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "build_index", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_toy(audio, tmp_path / "out", shards=3)
+    with pytest.raises(UserError, match=r"has 3 shards of a conversion that was stopped, with oth"):
+        prepare_toy(audio, tmp_path / "out", GOOD[:1])
+    monkeypatch.setattr(blocks, "prepare_clip", lambda *_: pytest.fail("converted again"))
+    assert len(prepare_toy(audio, tmp_path / "out", shards=3).index) == len(GOOD)
+
+
+def test_another_conversion_begins_anew_if_told_to(audio, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "build_index", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_toy(audio, tmp_path / "out", shards=3)
+    assert len(prepare_toy(audio, tmp_path / "out", GOOD[:1], overwrite=True).index) == 1
+
+
+def test_clips_that_were_missing_are_there_after_a_stop(audio, tmp_path, monkeypatch):
+    folder = tmp_path / "audio"
+    shutil.copytree(audio, folder)
+    whole = prepare_toy(folder, tmp_path / "whole", shards=4)
+    absent, cut = folder / GOOD[0], folder / GOOD[-1]
+    kept = {path: path.read_bytes() for path in (absent, cut)}
+    absent.unlink()
+    cut.write_bytes(kept[cut][:30])
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "build_index", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_toy(folder, tmp_path / "out", shards=4)
+    for path, content in kept.items():
+        path.write_bytes(content)
+    converted = []
+    convert = blocks.prepare_clip
+    monkeypatch.setattr(
+        blocks, "prepare_clip", lambda *words: converted.append(words[1]) or convert(*words)
+    )
+    # The folder may be written otherwise, as a shell completes it.
+    made = prepare_toy(f"{folder}/", tmp_path / "out", shards=4)
+    assert not made.skipped
+    assert 0 < len(converted) <= len(GOOD) // 2 + 1  # of the two blocks with these clips
+    for shard in whole.index.shards.tolist():
+        assert (made.directory / shard).read_bytes() == (whole.directory / shard).read_bytes()
 
 
 def _interrupt(*arguments, **options):

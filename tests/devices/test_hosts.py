@@ -18,7 +18,8 @@ import pytest
 from tests.tiny import CONFIGS, train_words, write_pairs, write_place
 from uss_jax.bundles.checkpoints import Checkpoints, latest_step
 from uss_jax.cli.main import main
-from uss_jax.devices.hosts import ENVIRONMENT, join_hosts
+from uss_jax.devices import hosts
+from uss_jax.devices.hosts import ENVIRONMENT, StopNotice, join_hosts, require_same
 from uss_jax.errors import UserError
 from uss_jax.training.throughput import read_ledger
 
@@ -142,8 +143,10 @@ def test_two_hosts_train_as_one_and_one_goes_on_alone(place, start, tmp_path):
 
 @pytest.mark.long
 def test_sigterm_to_one_host_stops_all_after_the_same_step_saved(place, start, tmp_path):
-    """The host that does not write gets it."""
+    """The host that does not write gets it, most likely in an evaluation."""
+    write_pairs(tmp_path / "pairs", range(48))
     changed = {**LIGHT, "total_steps": 100_000, "checkpoint_every_steps": 100_000}
+    changed |= {"eval.pairs": tmp_path / "pairs", "eval.every_steps": 1, "eval.queries": ()}
     workdir = tmp_path / "run"
     started = start(train_words("resunet30.py", place, workdir, changed), hosts=2, devices=2)
     metrics = workdir / "metrics.jsonl"
@@ -154,6 +157,17 @@ def test_sigterm_to_one_host_stops_all_after_the_same_step_saved(place, start, t
     stopped = re.findall(r"^uss-jax: stopped by SIGTERM and saved after step (\d+)", err, re.M)
     assert stopped == [str(latest_step(workdir / "checkpoints"))] * 2
     assert int(_metrics(workdir)[-1, 0]) == int(stopped[0])
+
+
+def test_hosts_agree_on_a_stop_at_any_of_their_questions(monkeypatch):
+    """As JAX tells them: once, at a number that each of them reaches."""
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    asked = []
+    sync = lambda number: asked.append(number) or number == 3  # noqa: E731
+    monkeypatch.setattr(hosts.multihost_utils, "reached_preemption_sync_point", sync)
+    with StopNotice() as notice:
+        assert [notice.heard() for _ in range(5)] == [False, False, True, True, True]
+    assert asked == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.long
@@ -227,6 +241,23 @@ TASK_A_GPU = {
     "SLURM_LOCALID": "3",
     "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
 }
+
+
+def test_a_host_with_other_values_is_said(monkeypatch):
+    about = {"version": "1", "seed": 3, "config": {"schedule": {"learning_rate": 0.1}}}
+    require_same(about)  # of one host
+    sent = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: len(sent))
+    monkeypatch.setattr(
+        "uss_jax.devices.hosts.multihost_utils.broadcast_one_to_all",
+        lambda digests: sent[0] if sent else sent.append(digests) or digests,
+    )
+    require_same(about)
+    require_same(dict(reversed(about.items())))
+    other = {**about, "seed": 4, "config": {"schedule": {"learning_rate": 0.2}}}
+    with pytest.raises(UserError, match=r"^host 1 has other values than host 0 of: config, seed;"):
+        require_same(other)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from tests.tiny import RATE, TAGGER, random_variables, tagger_variables
 from uss_jax.bundles.checkpoints import Checkpoints
+from uss_jax.bundles.fingerprint import by_path
 from uss_jax.bundles.nets import build_sed, fields_of, init
 from uss_jax.devices.mesh import (
     check_rules,
@@ -220,12 +221,28 @@ def test_published_structure_reduces_twice_a_batch_norm_and_never_gathers(
     assert not re.search(r"\b(all-gather|all-to-all)(-start)?\(", text)
 
 
-def test_a_band_split_step_reduces_its_gradients_alone(quick_compilation):
+def test_a_band_split_step_exchanges_gradients_metrics_and_sources_alone(quick_compilation):
     bands = dict(n_fft=128, hop_samples=64, bands=(4,) * 16, width=8, layers=2, head_width=4)
     net = BandSplit(**bands, hidden_width=8, condition_width=527, remat=True)
     text = _compiled(_separation(separator=net)).as_text()
     assert 1 <= _reduces(text) <= 1 + 2
     assert not re.search(r"\b(all-gather|all-to-all)(-start)?\(", text)
+    exchanged = len(re.findall(r"\bcollective-permute(?:-start)?\(", text))
+    assert exchanged <= 2  # the sources of mixtures
+
+
+def test_a_band_split_state_split_by_rules_trains_as_a_whole_one(quick_compilation):
+    bands = dict(n_fft=128, hop_samples=64, bands=(4,) * 16, width=16, layers=1, head_width=8)
+    net = BandSplit(**bands, hidden_width=16, condition_width=527)
+    plain, _, _ = _train(_separation(separator=net), 8, np.float32, 3)
+    made = _separation(gather=_whole(make_mesh()), separator=net)
+    split, _, state = _train(made, 8, np.float32, 3, [("kernel", "fsdp")])
+    np.testing.assert_allclose(split, plain, rtol=1e-5)
+    kernels = [
+        leaf for path, leaf in by_path(state.params["separator"]).items() if "kernel" in path
+    ]
+    parts = sum(leaf.addressable_shards[0].data.size for leaf in kernels)
+    assert parts < 0.2 * sum(leaf.size for leaf in kernels)
 
 
 def test_a_state_split_by_rules_trains_as_a_whole_one(quick_compilation):

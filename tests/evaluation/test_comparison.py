@@ -7,6 +7,7 @@ import pytest
 
 from uss_jax.cli.main import main
 from uss_jax.errors import UserError
+from uss_jax.evaluation import run
 from uss_jax.evaluation.comparison import compare, find_results
 
 
@@ -109,6 +110,14 @@ def test_a_damaged_newer_file_is_told_beside_the_older_results(runs, capsys):
     unread = capsys.readouterr().out.partition("not read:\n")[2]
     assert f"{runs / 'a' / 'new.json'}: is not JSON" in unread
     assert f"{runs / 'a' / 'huge.json'}: holds more than" in unread
+
+
+def test_results_of_many_groups_are_read_and_may_be_replaced(runs):
+    path = runs / "a" / "pairs.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "more": "x" * 17_000_000}))
+    assert "pairs" in find_results(runs / "a")[0]
+    run._require_replaceable(str(path))
 
 
 def test_a_table_has_a_name_of_its_own(runs, capsys):

@@ -38,3 +38,14 @@ def test_what_a_power_cut_has_damaged_is_computed_again(tmp_path, damage, left):
     assert again.done == left
     again.add("d", {"sdr": np.float32(4.5)})
     assert Finished(path, [b"model"]).done == {**left, "d": {"sdr": 4.5}}
+
+
+def test_what_another_evaluation_writes_into_the_file_is_not_taken(tmp_path):
+    """Two at once with the same `out`, and the second again."""
+    path = tmp_path / "unfinished"
+    first, second = Finished(path, [b"one model"]), Finished(path, [b"another"])
+    first.add(0, {"sdr": 1.0})
+    second.add(1, {"sdr": 2.0})
+    assert Finished(path, [b"another"]).done == {1: {"sdr": 2.0}}
+    path.write_text("".join(line + "\n" for line in (path.read_text().splitlines()[0], "[3, 4]")))
+    assert Finished(path, [b"another"]).done == {3: 4}  # a line of an older version

@@ -3,10 +3,12 @@ import pytest
 import soundfile
 
 from tests.evaluation.tones import BARK, DOG, PIANO, SOURCES, SPEECH, sdr
-from tests.tiny import class_means, write_separator
+from tests.tiny import RATE, class_means, noise, write_separator
+from uss_jax.audio.files import write_wav
 from uss_jax.bundles.model import Model
+from uss_jax.errors import UserError
 from uss_jax.evaluation import rows as rows_module
-from uss_jax.evaluation.rows import CLASS, MEAN, SHUFFLED, unrelated_items
+from uss_jax.evaluation.rows import CLASS, MEAN, SHUFFLED, left_out, unrelated_items
 from uss_jax.evaluation.scoring import score
 from uss_jax.evaluation.suites.pairs import find_pairs
 
@@ -42,6 +44,42 @@ def test_a_class_is_also_asked_for_with_the_mean_that_the_model_has(place, tmp_p
     monkeypatch.setattr(rows_module, "_ROWS_AT_A_TIME", 2)
     _, parts = score(model, pairs)
     np.testing.assert_allclose(parts[MEAN].conditions, rows[MEAN].conditions, atol=1e-6)
+
+
+def test_a_class_that_the_tagging_net_lacks_is_not_asked_for(place, tmp_path, monkeypatch):
+    """As with YAMNet, whose probability of six classes is always 0: `separate` refuses them."""
+    pairs = find_pairs(place / "pairs")
+    lacking = pairs[0].class_index
+    heard_classes = rows_module._heard_classes
+
+    def without_it(*arguments):
+        found, exists = heard_classes(*arguments)
+        found[:, lacking] = 0.0
+        return found, exists
+
+    monkeypatch.setattr(rows_module, "_heard_classes", without_it)
+    model = Model(write_separator(tmp_path / "model", means=class_means(lacking)))
+    _, rows = score(model, pairs)
+    known = [pair.class_index != lacking for pair in pairs]
+    assert rows[CLASS].exists.tolist() == rows[MEAN].exists.tolist() == known
+    number = known.count(False)
+    said = left_out(rows, len(pairs))
+    assert said.startswith(f"the rows by class leave out {number} item")
+    assert said.endswith(
+        "of no class of AudioSet, or of one that the tagging net has no output for"
+    )
+
+
+def test_items_too_short_for_the_query_net_are_said(tmp_path):
+    folder = tmp_path / "pairs" / "class_id=3"
+    folder.mkdir(parents=True)
+    for side in ("source", "mixture"):
+        write_wav(folder / f"0_{side}.wav", noise(0, 0.02)[None], RATE)
+    model = Model(write_separator(tmp_path / "model", "soft"))
+    with pytest.raises(
+        UserError, match=r"0_mixture.wav lasts 0.02 s, too short for the query net of"
+    ):
+        score(model, find_pairs(tmp_path / "pairs"))
 
 
 def test_shuffled_queries_are_of_unrelated_classes(place):

@@ -87,7 +87,7 @@ def test_soft_conditions(reference, tmp_path, monkeypatch):
     separator = separator_of("resunet30_cond527", "soft", monkeypatch)
     mixture = make_signal("dev/inference", facts["samples"])
 
-    probabilities = tag_segments(separator.model, [mixture[None]])
+    probabilities = tag_segments(separator.model, [mixture[None]], padded=True)
     np.testing.assert_allclose(probabilities, arrays["segment_at_probs"], atol=1e-4)
 
     # By classes.

@@ -97,6 +97,9 @@ def test_example_recordings_and_residual(bundle, recordings, tmp_path, capsys):
     assert "a.wav: 1 sound and the residual in " in capsys.readouterr().out
     assert separate(bundle, tmp_path / "more", *words[:-1]) == 0
     assert "a.wav: 1 sound in " in capsys.readouterr().out
+    words = (*words[:1], "--levels", "1", "--threshold", "1", "--residual")
+    assert separate(bundle, tmp_path / "none", *words) == 0
+    assert "none of the requested classes is heard" in "".join(capsys.readouterr())
 
 
 def test_dry_run_says_what_is_heard_and_writes_nothing(bundle, recordings, tmp_path, capsys):
@@ -200,6 +203,42 @@ def test_the_same_command_again_leaves_what_is_done(bundle, recordings, tmp_path
     assert "/a/Dog.wav exists" in capsys.readouterr().err
 
 
+def test_results_of_another_field_or_detector_are_not_taken_for_done(recordings, tmp_path, capsys):
+    out, words = tmp_path / "out", [str(recordings / "a.wav"), "--levels", "1", "--threshold", "0"]
+    folder = tiny.write_separator(tmp_path / "model", "one_hot")
+    model = str(folder)
+    assert separate(model, out, *words) == 0
+    about = json.loads((folder / "config.json").read_text())
+
+    def edited(section, **fields):
+        changed = {**about, section: {**about[section], **fields}}
+        (folder / "config.json").write_text(json.dumps(changed))
+
+    for change in (
+        lambda: edited("separator", condition_norm=2.0),
+        lambda: edited("sed", model={**about["sed"]["model"], "f_max": 3000.0}),
+    ):
+        change()
+        assert separate(model, out, *words) == 1
+        assert "exists; give --overwrite" in capsys.readouterr().err
+    edited("separator")
+    assert separate(model, out, *words) == 0
+    assert "done earlier" in capsys.readouterr().out
+
+
+def test_results_of_other_class_means_are_not_taken_for_done(recordings, tmp_path, capsys):
+    models = [str(tmp_path / name) for name in ("none", "dog", "dog_and_music")]
+    for model, classes in zip(models, ((), (74,), (74, 137)), strict=True):
+        tiny.write_separator(model, means=tiny.class_means(*classes) if classes else None)
+    out, words = tmp_path / "out", [str(recordings / "a.wav"), "--classes", "Dog"]
+    assert separate(models[1], out, *words) == 0
+    for model in (models[0], models[2]):
+        assert separate(model, out, *words) == 1
+        assert "exists; give --overwrite" in capsys.readouterr().err
+    assert separate(models[1], out, *words) == 0
+    assert "done earlier" in capsys.readouterr().out
+
+
 def test_what_a_run_was_killed_over_is_made_again(bundle, recordings, tmp_path, monkeypatch):
     words = [str(recordings / "a.wav"), "--classes", "Dog", "Cat"]
 
@@ -214,6 +253,10 @@ def test_what_a_run_was_killed_over_is_made_again(bundle, recordings, tmp_path, 
         "Cat.wav",
         ".unfinished",
     }
+    mark, written = tmp_path / "out/a/.unfinished", (tmp_path / "out/a/.unfinished").read_bytes()
+    mark.write_bytes(b"\xff\x00")  # as a power cut may leave it
+    assert separate(bundle, tmp_path / "out", *words) == 1
+    mark.write_bytes(written)
     assert separate(bundle, tmp_path / "out", *words) == 0
     assert not (tmp_path / "out/a/.unfinished").exists()
 
@@ -398,6 +441,31 @@ def test_levels_less_a_node(bundle, recordings, tmp_path):
 def test_without_what_it_cannot_leave_out_is_said(bundle, recordings, capsys, words, said):
     assert main(["separate", str(recordings / "a.wav"), "--model", bundle, *words]) == 1
     assert said in capsys.readouterr().err
+
+
+def test_a_sound_that_becomes_the_whole_recording_is_said(bundle, recordings, tmp_path, capsys):
+    words = [str(recordings / "a.wav"), "--classes", "Dog", "Music"]
+    assert separate(bundle, tmp_path / "both", *words, "--threshold", "0") == 0
+    facts = json.loads((tmp_path / "both/a/report.json").read_text())
+    (quiet, lower), (loud, higher) = sorted((s["name"], s["peak"]) for s in facts["sounds"])
+    if lower > higher:
+        quiet, loud = loud, quiet
+    words += ["--threshold", str((lower + higher) / 2), "--sum-to-mixture"]
+    capsys.readouterr()
+    for _ in range(2):  # the second time it is done earlier
+        assert separate(bundle, tmp_path / "out", *words) == 3
+        said = capsys.readouterr().out
+        assert f"{loud}: nothing else is heard, so --sum-to-mixture makes it the whole" in said
+    mixture, _ = soundfile.read(recordings / "a.wav", dtype="float32")
+    whole, _ = soundfile.read(tmp_path / f"out/a/{loud}.wav", dtype="float32")
+    np.testing.assert_allclose(whole, mixture, atol=2e-6)
+    assert not soundfile.read(tmp_path / f"out/a/{quiet}.wav")[0].any()
+    assert separate(bundle, tmp_path / "all", *words[:-2], "0", "--sum-to-mixture") == 0
+    assert "nothing else is heard" not in capsys.readouterr().out
+    # Of a level, only what is heard becomes a file.
+    facts["sounds"] = [dict(facts["sounds"][0], active_share=1.0)]
+    facts["settings"]["sum_to_mixture"] = True
+    assert any("nothing else is heard" in remark for remark in job._remarks(facts))
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+import types
+
 import numpy as np
 import pytest
 
@@ -15,6 +17,19 @@ def test_queries_that_no_model_takes(model):
         Classes({"x": [600]}).require_fit(model)
     with pytest.raises(UserError, match="from 0 to 526"):
         Classes({"x": []}).require_fit(model)
+
+
+def test_classes_that_the_tagging_net_lacks_are_said(model, monkeypatch):
+    net = tiny.TINY_YAMNET.clone(unknown_classes=(1, 2))
+    monkeypatch.setattr(model, "tagger", types.SimpleNamespace(module=net))
+    named = Classes({"x": [0, 1], "y": [74]}).unheard_of(model)
+    assert 'no output for "Male speech, man speaking" (below Speech): their' in named
+    assert named.endswith("so nothing is separated as one of them")
+    assert Classes({"y": [74]}).unheard_of(model) == ""
+    # A level asks for what is heard: only a node of nothing else is worth a word.
+    level = Classes({"Human voice": [0, 1], "Women": [2]}, only_active=True).unheard_of(model)
+    assert "Female speech" in level
+    assert "Male speech" not in level
 
 
 def test_a_condition_of_class_vectors_is_asked_with_the_probabilities_of_a_set(tmp_path):

@@ -10,7 +10,7 @@ import soundfile
 
 from tests import tiny
 from tests.separation.test_job import separate
-from uss_jax.separation.report import band_levels
+from uss_jax.separation.report import _player, band_levels
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
 
@@ -24,6 +24,16 @@ def test_picture_shows_tones_where_they_are(tmp_path):
     place = loud.mean(axis=1).argmax()
     assert 0.2 < place / len(levels) < 0.6
     assert -25 < loud.max() < -13  # -13.5 dB, less what its band has beside it
+
+
+def test_sounds_far_above_full_scale_are_drawn_and_played(tmp_path):
+    """The residual of many sounds that overlap."""
+    path = tmp_path / "residual.wav"
+    soundfile.write(path, 13 * tiny.tone(1000, 1), tiny.RATE, subtype="FLOAT")
+    assert -25 < band_levels(path).max() - 20 * np.log10(13) < -13
+    data, whole = _player(path)
+    assert data.startswith("data:audio/mpeg;base64,")
+    assert whole
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium browser")

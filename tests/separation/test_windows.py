@@ -1,5 +1,6 @@
 import itertools
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from tests import tiny
 from uss_jax.audio.resampling import mono
 from uss_jax.bundles.model import Model, Net
 from uss_jax.devices.mesh import make_mesh
+from uss_jax.errors import UserError
 from uss_jax.models.bandsplit import BandSplit
 from uss_jax.models.resunet import ResUNet
 from uss_jax.separation import windows as windows_module
@@ -42,6 +44,27 @@ def test_devices_share_windows_and_give_the_same(model, monkeypatch):
     np.testing.assert_allclose(np.concatenate(shared, axis=2), whole, rtol=0, atol=1e-6)
     assert windows_of == [[2] * 8] * len(windows_of)
     assert len(windows_of) > 1
+
+
+def test_windows_that_do_not_fit_into_memory_are_separated_in_smaller_batches(model, monkeypatch):
+    layout, waveform = Layout.windows(model, 8000), tiny.noise(0, 20)[None]
+    asked = [target(model, seed=seed) for seed in range(3)]
+    whole = run(model, layout, [waveform], asked)
+    separate, tried, fit = windows_module._separate, [], 3
+
+    def separate_in_memory(net, windows, conditions):
+        tried.append(len(windows))
+        if len(windows) > fit:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+        return separate(net, windows, conditions)
+
+    monkeypatch.setattr(windows_module, "_separate", separate_in_memory)
+    np.testing.assert_allclose(run(model, layout, [waveform], asked, 8), whole, rtol=0, atol=1e-6)
+    assert tried[:2] == [8, 4]
+    assert set(tried[2:]) == {2}
+    fit = 0
+    with pytest.raises(UserError, match=r"too little memory for this; a window of .* needs more"):
+        run(model, layout, [waveform], asked, 8)
 
 
 def pieces(waveform, sizes):
@@ -78,6 +101,28 @@ def test_kept_parts_make_the_recording_however_it_comes(model, sizes, window, co
         both = [target(model), target(model, seed=1)]
         out = run(model, layout, pieces(waveform, sizes), both, batch)
     np.testing.assert_array_equal(out, np.stack([waveform, waveform]))
+
+
+@pytest.mark.parametrize("net", [ResUNet(), BandSplit(), BandSplit(time_span=0)])
+def test_a_recording_is_computed_little_more_than_once(net, identity):
+    """No window begins for an end that the one before holds whole."""
+
+    class Netted(Model):
+        sample_rate, segment_samples, separator = 32000, 64000, Net(net, {})
+
+        def __init__(self):
+            pass
+
+    for seconds, most in ((3, 2.0), (9, 1.8), (20, 1.6), (120, 1.35)):
+        if net == BandSplit(time_span=0) and seconds > 3:
+            continue  # it keeps half of each window
+        identity.clear()
+        samples = 32000 * seconds
+        layout = Layout.windows(Netted(), samples)
+        asked = [Target("sound", np.zeros((1, 1), np.float32), np.ones(1, bool))]
+        run(Netted(), layout, [np.zeros((1, samples), np.float32)], asked)
+        assert sum(identity) * layout.window <= most * samples
+        assert sum(identity) == max(1, -(-(samples - 2 * layout.context) // layout.step))
 
 
 def test_one_sample_is_separated(model):
@@ -139,11 +184,20 @@ def test_a_window_takes_the_mean_condition_of_its_active_segments(model, monkeyp
 
 def test_tagging_grid_is_the_segments(model):
     waveform = tiny.noise(3, 2.3)
-    probabilities = tag_segments(model, pieces(waveform[None], [100, 9000, len(waveform) - 9100]))
-    assert probabilities.shape == (5, 527)
-    padded = np.zeros((8, tiny.SEGMENT), np.float32)
-    padded[0, : len(waveform) - 4 * tiny.SEGMENT] = waveform[4 * tiny.SEGMENT :]
-    np.testing.assert_allclose(probabilities[4], model.tagger(padded)["clipwise"][0], atol=1e-6)
+    given = pieces(waveform[None], [100, 9000, len(waveform) - 9100])
+    padded, probabilities = (tag_segments(model, given, padded) for padded in (True, False))
+    assert padded.shape == probabilities.shape == (5, 527)
+    np.testing.assert_array_equal(padded[:4], probabilities[:4])
+    rest = np.zeros((8, tiny.SEGMENT), np.float32)
+    rest[0, : len(waveform) - 4 * tiny.SEGMENT] = waveform[4 * tiny.SEGMENT :]
+    np.testing.assert_allclose(padded[4], model.tagger(rest)["clipwise"][0], atol=1e-6)
+    # The rest of a recording is heard with what comes before it.
+    rest[0] = waveform[-tiny.SEGMENT :]
+    np.testing.assert_allclose(probabilities[4], model.tagger(rest)["clipwise"][0], atol=1e-6)
+    for much in (1000, tiny.SEGMENT, tiny.SEGMENT + 1):
+        one, other = (tag_segments(model, [waveform[None, :much]], by) for by in (True, False))
+        assert one.shape == other.shape == (-(-much // tiny.SEGMENT), 527)
+        np.testing.assert_array_equal(one[0], other[0])
 
 
 def test_a_folder_of_files_needs_few_shapes(model):

@@ -115,6 +115,14 @@ def test_several_nodes_can_be_asked_for_as_one_sound():
     assert '; near too: "Bell"' in str(strict)
 
 
+def test_silence_is_no_part_of_a_sound():
+    (found,) = find_texts(["church bell in the silence"], None, most=2)
+    names = [match.name for match in found.asked]
+    assert names[0] == "Church bell"
+    assert len(names) == 2
+    assert "Silence" not in names
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

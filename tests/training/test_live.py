@@ -2,11 +2,20 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.tiny import RATE, tone, train_words, write_pairs, write_place
+from tests.tiny import (
+    RATE,
+    TAGGER,
+    tagger_variables,
+    tone,
+    train_words,
+    write_pairs,
+    write_place,
+)
 from uss_jax.audio.files import write_wav
 from uss_jax.bundles.checkpoints import Checkpoints
 from uss_jax.bundles.model import Model
@@ -96,6 +105,8 @@ def test_a_run_evaluates_itself_as_evaluate_does(tmp_path):
     assert list(fewer) == ["average", "recordings_1"]  # these classes have one clip each
     for name, vectors in fewer.items():
         np.testing.assert_array_equal(vectors, whole[name][:4])
+    strangers = [pair for pair in pairs if pair.class_index >= 400]  # of no training clip
+    assert training_conditions(*arguments, strangers, ["average", "recordings_1"]) == {}
     more = training_conditions(*arguments, pairs, QUERIES)
     for name, vectors in whole.items():
         np.testing.assert_array_equal(more[name], vectors)
@@ -138,6 +149,7 @@ def test_each_query_asks_with_its_own_conditions(tmp_path):
         threads=2,
     )
     nothing = {"separator": {}, "query": {}}
+    assert evaluate(TrainState(0, nothing, nothing, ()), lambda: True) is None  # broken off
     figures = evaluate(TrainState(0, nothing, nothing, ()))
     classes = np.array([pair.class_index for pair in pairs])
     source = np.stack([pair.read("source", RATE) for pair in pairs])
@@ -151,6 +163,46 @@ def test_each_query_asks_with_its_own_conditions(tmp_path):
     assert figures["shuffled_l1"] == pytest.approx(l1(classes[others], [1]), rel=1e-5)
     assert figures["recordings_1_l1"] == pytest.approx(l1(np.arange(len(pairs)), [3]), rel=1e-5)
     assert (classes[others] != classes).all()
+
+
+def test_a_class_is_asked_for_by_its_mean_or_by_itself(tmp_path):
+    write_pairs(tmp_path, CLASSES)
+    pairs, variables = find_pairs(tmp_path), tagger_variables()
+    classes, means = np.array([p.class_index for p in pairs]), np.zeros((527, 527), np.float32)
+    for label in (0, 1, 300):
+        means[label, label + 100] = 1
+    evaluate = make_evaluation(
+        Echo(),
+        QueryNet(TAGGER, "soft"),
+        {"query": {item: {"tagger": tree} for item, tree in variables.items()}},
+        pairs,
+        Asked(known=np.ones(len(pairs), bool), means=means),
+        mesh=make_mesh(),
+        sample_rate=RATE,
+        batch_size=8,
+        threads=2,
+    )
+    nothing = {"separator": {}, "query": {}}
+    figures = evaluate(TrainState(0, nothing, nothing, ()))
+    source, mixture = (np.stack([p.read(s, RATE) for p in pairs]) for s in ("source", "mixture"))
+    heard = np.asarray(jax.jit(TAGGER.apply)(variables, mixture)["clipwise"])
+    asked = np.where(
+        means[classes].any(axis=1), classes + 100, classes + heard[range(len(pairs)), classes] - 1
+    )
+    errors = np.abs(asked[:, None] / 1000 - source).mean(axis=1)
+    wanted = np.mean(list(class_medians(errors, classes).values()))
+    assert figures["mean_l1"] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_pairs_of_classes_that_the_net_lacks_are_not_asked_by_class():
+    known = np.array([True, False])
+    means = np.ones((2, 2), np.float32)
+    assert Asked(known=known, alone=True).names == ["class"]
+    assert Asked(known=known, alone=True, means=means).names == ["mean", "class"]
+    assert Asked(known=~known & known, alone=True, means=means).names == []
+    for name in ("mean", "class"):
+        assert Asked(known=known).exists(name, 2).tolist() == [True, False]
+    assert Asked(known=known).names == []
 
 
 def test_an_estimate_that_is_no_number_is_not_left_out(tmp_path):
@@ -217,6 +269,10 @@ def test_pairs_of_another_length_are_said(tmp_path):
     ("changed", "said"),
     [
         ({"query.kind": "embedding", "best_by": "class_sdri"}, "needs conditions of probabilities"),
+        (
+            {"best_by": "mean_sdri", "eval.queries": ("mean",)},
+            "needs means of classes, which a run on mined conditions stores",
+        ),
         (
             {"query.kind": "one_hot", "best_by": "average_sdri", "anchors.source": "random"},
             "needs conditions of training clips, which this run has not",

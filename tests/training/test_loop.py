@@ -169,7 +169,7 @@ def test_evaluations_are_reported_and_the_best_state_is_kept(tmp_path):
         tmp_path,
         total=8,
         keep=1,
-        evaluate=lambda state: {"sdri": sdri[int(state.step)]},
+        evaluate=lambda state, stop: {"sdri": sdri[int(state.step)]},
         evaluate_every_steps=2,
     )
     lines = _lines(tmp_path)
@@ -177,6 +177,22 @@ def test_evaluations_are_reported_and_the_best_state_is_kept(tmp_path):
     assert _saved(tmp_path) == [4, 8]
     with Checkpoints(tmp_path / "checkpoints", keep=None) as checkpoints:
         assert [checkpoints.figures(step) for step in (4, 8)] == [{"sdri": 3.0}, {"sdri": 2.5}]
+
+
+def test_sigterm_breaks_off_an_evaluation_and_saves(tmp_path):
+    asked = []
+
+    def evaluate(state, stop):
+        asked.append(stop())
+        if len(asked) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return None if stop() else {"sdri": 1.0}
+
+    with pytest.raises(Stopped, match="saved after step 4; run the same command again"):
+        _fit(tmp_path, evaluate=evaluate, evaluate_every_steps=2)
+    assert asked == [False, False]
+    assert _saved(tmp_path)[-1] == 4
+    assert [line.get("eval/sdri") for line in _lines(tmp_path)] == [1.0, None]
 
 
 def test_the_profiler_traces_the_steps_asked_for(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import GOLDEN
 from uss_jax.errors import UserError
-from uss_jax.training.optim import adamw_amsgrad, clipped, make_schedule
+from uss_jax.training.optim import adamw_amsgrad, clipped, make_schedule, unfinished_warm_up
 
 SCHEDULES = json.loads((GOLDEN / "lr_schedules.json").read_text())
 STEPS = 300
@@ -140,3 +140,20 @@ def test_the_first_steps_have_their_length_to_the_last_digits_of_float32():
 def test_a_schedule_no_longer_than_its_warm_up_is_refused(total):
     with pytest.raises(UserError, match=f"total_steps={total} is not above .*warm_up_steps=50"):
         make_schedule("cosine", 1e-3, warm_up_steps=50, total_steps=total)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "said"),
+    [
+        (dict(name="cosine", warm_up_steps=20, total_steps=400), 20, "it reaches 0.095, not"),
+        (dict(name="cosine", warm_up_steps=20, total_steps=400), 21, ""),
+        (dict(name="constant_warm_up", warm_up_steps=10), 30, "it reaches 0.01, not"),
+        (dict(name="constant_warm_up", warm_up_steps=10), 31, ""),
+        (dict(name="constant_warm_up", warm_up_steps=0), 1, ""),
+        (dict(name="stepped", boundaries=(5,), scales=(0.5, 0.1)), 3, ""),
+    ],
+)
+def test_a_run_that_ends_in_its_warm_up_is_said(schedule, steps, said):
+    told = unfinished_warm_up({**schedule, "learning_rate": 0.1}, steps)
+    assert ("learning rate still rises" in told) == bool(said)
+    assert said in told

@@ -22,6 +22,7 @@ def test_a_dry_run_says_what_a_run_would_need_and_writes_nothing(
     place, tmp_path, capsys, quick_compilation
 ):
     changed = {"data.records": "", "sed_bundle": place / "tagger", "query_bundle": place / "tagger"}
+    changed["init_from"] = write_separator(tmp_path / "first", "soft")
     words = train_words("resunet30.py", place, tmp_path / "run", changed)
     del words[words.index("--workdir") : words.index("--workdir") + 2]
     assert main([*words, "--dry-run"]) == 0
@@ -34,6 +35,7 @@ def test_a_dry_run_says_what_a_run_would_need_and_writes_nothing(
         "mesh: 8 x cpu along data",
         f"{separator / 1e6:.2f} M trained, {2 * tagger / 1e6:.2f} M frozen",
         "8 items, 1 per device",
+        f"starting from {tmp_path / 'first'}: ",
         "no upper bound on the speed: the peak FLOP/s of cpu is not known (devices/cost.py lists",
     ):
         assert part in said
@@ -84,6 +86,8 @@ def test_a_dry_run_refuses_the_bundles_that_a_run_refuses(place, tmp_path, capsy
             {"sed_bundle": tmp_path / "query", "anchors.source": "table"},
             "query has no sed; it is a tagger bundle",
         ),
+        ({"init_from": tmp_path / "nowhere"}, "nowhere is not a bundle or workdir"),
+        ({"init_from": by_names}, "by_names differs from this run: query.kind=one_hot, not soft"),
         ({"sed_net": "htsat"}, "sed_bundle holds the net cnn14, config.sed_net is htsat"),
         ({"sample_rate": 16000}, "config.sed_bundle is a net for 8000 Hz, config.sample_rate is"),
     ):

@@ -109,7 +109,7 @@ def test_a_config_file_of_other_keys_or_types_is_said(change, said):
         ({"eval.queries": ("class", "class")}, "expected names of queries, none of them twice"),
         (
             {"eval.queries": ("recordings_0",)},
-            "has 'recordings_0', expected average, class, text, shuf",
+            "has 'recordings_0', expected average, mean, class, text, shuf",
         ),
         ({"mixing.pan": 1.5}, "config.mixing.pan is 1.5, expected"),
         ({"best_by": "si_sdri"}, "config.best_by=si_sdri has no effect without config.eval.pairs"),

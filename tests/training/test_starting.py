@@ -86,7 +86,10 @@ def test_a_run_starts_from_another_ones_average(place, trained, tmp_path, capsys
     # Resuming does not start again, whatever has become of the model.
     words = {"init_from": tmp_path / "gone", "total_steps": 2, "ema_decay": 0.5}
     assert main(train_words("resunet30.py", place, tmp_path / "run", words)) == 0
-    assert "resuming after step 1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "resuming after step 1" in said
+    assert f"init_from={words['init_from']} has no effect: this run started from {trained}" in said
+    assert read_bundle(tmp_path / "run").config["training"]["init_from"] == str(trained)
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2]
 
@@ -132,6 +135,8 @@ def test_an_adaptor_is_taken_too(place, tmp_path, capsys):
 @pytest.mark.long
 def test_a_trained_query_net_is_taken_too(place, tmp_path):
     changed = {"anchors__source": "random", "query__finetune": True}
+    # Frozen are the names of its classes alone.
+    changed |= {**ADAPTOR, "query__kind": "text_or_audio", "query__one_class_share": 0.0}
     assert _start(place, tmp_path / "first", "", perturb=True, **changed)[0] == 0
     assert _start(place, tmp_path / "run", tmp_path / "first", **changed)[0] == 0
     first, again, given = (
@@ -208,6 +213,9 @@ def test_what_does_not_fit_is_said(place, tmp_path, capsys):
     fewer = {"params": dict(parts["separator"]["params"]), "batch_stats": {}}
     fewer["params"].pop("after_conv")
     write_bundle(tmp_path / "fewer", config, {"separator": fewer})
+    diverged = jax.tree.map(np.copy, parts["separator"])
+    diverged["params"]["after_conv"]["bias"][0] = np.nan
+    write_bundle(tmp_path / "diverged", config, {"separator": diverged})
     for location, changed, said in (
         ("nothing", {}, "nothing"),
         (place / "tagger", {}, "tagger has no separator, from which a separator starts"),
@@ -216,6 +224,7 @@ def test_what_does_not_fit_is_said(place, tmp_path, capsys):
         (tmp_path / "faster", {}, "sample_rate=16000, not 8000"),
         (tmp_path / "fewer", {}, "no array of its shape for separator/after_conv, separator/bn0, "),
         (tmp_path / "fewer", {}, "and 3 more (28 arrays); take what fits"),
+        (tmp_path / "diverged", {}, "diverged: separator/params/after_conv/bias has values that"),
     ):
         changed = {"anchors__source": "random", "query__kind": "one_hot", **changed}
         status, _ = _start(place, tmp_path / "run", location, **changed)
@@ -235,6 +244,21 @@ def test_a_separator_of_other_conditions_is_said(place, tmp_path, capsys):
         status, _ = _start(place, tmp_path / "run", bundle, **changed)
         assert status == 1
         assert said in capsys.readouterr().err
+
+
+def test_a_tagger_starts_from_yamnet_at_its_own_rate_and_hop():
+    bundle = read_bundle("yamnet").at_sample_rate(32000)
+    model = {**bundle.config["sed"]["model"], "sample_rate": 32000, "patch_hop_frames": 12}
+    about = {**bundle.config, "sample_rate": 32000, "sed": {"model": model}}
+    assert not list(starting._differences(bundle, about, {}))
+    other = {**model, "channels": [*model["channels"][:-1], 512]}
+    assert list(starting._differences(bundle, {**about, "sed": {"model": other}}, {}))
+    # Of a query net, it changes the conditions.
+    demo = read_bundle("demo")
+    query = {**demo.config["query"], "model": {**demo.config["query"]["model"]}}
+    query["model"]["patch_hop_frames"] = 12
+    (said,) = starting._differences(demo, {**demo.config, "query": query}, {})
+    assert said.startswith("query.model.patch_hop_frames=")
 
 
 def test_a_tagger_starts_from_the_query_net_of_a_bundle_without_detector(tmp_path):

@@ -18,9 +18,15 @@ from tests.tiny import (
     write_records,
     write_separator,
 )
-from uss_jax.bundles.checkpoints import Checkpoints
+from uss_jax.bundles.bundle import read_bundle
+from uss_jax.bundles.checkpoints import Checkpoints, save_tree
+from uss_jax.cli.config import load_config
 from uss_jax.cli.main import main
+from uss_jax.models.query import QueryNet
 from uss_jax.training import records as records_module
+from uss_jax.training import train_separator
+from uss_jax.training.condition_nets import ConditionNets
+from uss_jax.training.settings import separator_settings
 
 ADAPTOR = {"query.adaptor_width": 6, "query.adaptor_hidden": 8, "query.shortcut": True}
 OPEN = {"anchors.source": "random", "query.kind": "one_hot"}  # needs no other net
@@ -91,6 +97,10 @@ def test_separators_train_and_their_workdir_is_a_bundle(
         assert ("ema" in checkpoints.items(2)) == (used == "ema")
         saved = checkpoints.read(2, used)["separator"]
         np.testing.assert_array_equal(_leaves(model.separator.variables["params"]), _leaves(saved))
+    if "query.finetune" in changed:  # a run of before, without a checkpoint, had a frozen one
+        save_tree(tmp_path / "run" / "frozen" / "query", tagger_variables(seed=9))
+        found = read_bundle(tmp_path / "run").variables("query")["params"]
+        np.testing.assert_array_equal(_leaves(found), _leaves(tagger))
 
 
 def _records(path, **metadata):
@@ -139,7 +149,8 @@ def _records(path, **metadata):
             {"separator.dtype": "float8"},
             "separator.dtype is 'float8', expected float32, bfloat16",
         ),
-        ({"separator.n_fft": 100}, "n_fft / 2 = 50 is not divisible by 2 ** 2 (levels)"),
+        ({"separator.n_fft": 132}, "n_fft / 2 = 66 is not divisible by 2 ** 2 (levels)"),
+        ({"separator.hop_samples": 65}, "hop_samples=65 is more than half of n_fft=128"),
     ],
 )
 def test_what_cannot_run_is_said_before_the_first_step(place, tmp_path, changed, said, capsys):
@@ -216,3 +227,29 @@ def test_records_damaged_while_training_stop_it(tmp_path, place, monkeypatch, ca
     error = capsys.readouterr().err
     assert said in error
     assert "toy-train.tfrecord-00000-of-00001" in error
+
+
+@pytest.mark.parametrize(
+    ("config", "changed", "said"),
+    [
+        ("resunet30", {}, []),
+        (
+            "resunet30",
+            {"accumulate": 2},
+            ["batch norms use the statistics of 16 items, not"],
+        ),
+        ("resunet30", {"accumulate": 2, "batch_norm": "replica"}, []),
+        ("bandsplit", {"accumulate": 2}, []),
+        ("bandsplit", {"batch_norm": "replica"}, ["config.batch_norm=replica has no effect: the "]),
+    ],
+)
+def test_batch_norms_are_spoken_of_where_there_are_any(config, changed, said, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    words = [f"--config.{key}={value}" for key, value in (changed | {"global_batch": 32}).items()]
+    settings = separator_settings(load_config(config, words))
+    around = ConditionNets(None, False, QueryNet(None, "one_hot"), {}, {})
+    separator = train_separator.build_separator(settings, around)
+    remarks = list(train_separator._remarks(settings, separator, around, np.arange(3)))
+    assert len(remarks) == len(said)
+    for remark, start in zip(remarks, said, strict=True):
+        assert remark.startswith(start)

@@ -1,3 +1,6 @@
+import os
+
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -9,8 +12,28 @@ from tests.weights.variables import (
     tagger_variables,
 )
 from uss_jax.errors import UserError
-from uss_jax.weights.lightning import LIGHTNING_PREFIXES, convert_lightning
+from uss_jax.weights.lightning import LIGHTNING_PREFIXES, convert_lightning, write_lightning
 from uss_jax.weights.torch import state_dict_of
+
+
+def test_arrays_in_bfloat16_are_written_into_a_new_folder_in_float32(tmp_path):
+    torch = pytest.importorskip("torch")
+    half = np.array([1.5, 3e38], ml_dtypes.bfloat16)
+    write_lightning(tmp_path / "new" / "a.ckpt", {"x": half, "n": np.array(3)})
+    found = torch.load(tmp_path / "new" / "a.ckpt", weights_only=True)["state_dict"]
+    assert found["x"].dtype == torch.float32
+    np.testing.assert_array_equal(found["x"].numpy(), half.astype(np.float32))
+    assert found["n"] == 3
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+def test_a_full_disk_is_said(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda content, _: save(content, "/dev/full"))
+    with pytest.raises(UserError, match=r"a\.ckpt cannot be written, perhaps the disk is full"):
+        write_lightning(tmp_path / "a.ckpt", {"x": np.ones(100_000, np.float32)})
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture

@@ -69,6 +69,12 @@ def test_means_of_something_else_are_said(place, tmp_path, capsys):
         assert export(place, tmp_path / "out", **words) == 1
         assert said in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+    soft = read_bundle(place / "soft")
+    hostile = {**soft.config, "training": {"anchors": {"min_score": "x"}}}
+    held = {part: soft.variables(part) for part in ("separator", "query", "sed")}
+    write_bundle(place / "hostile", hostile, held)
+    assert export(place, tmp_path / "out", bundle="hostile") == 1
+    assert "training.anchors.min_score of its config is 'x'" in capsys.readouterr().err
     other = read_bundle(place / "embedding")
     parts = {part: other.variables(part) for part in ("separator", "query", "sed")}
     parts["means"] = {"params": {"means": class_means(3)}}

@@ -15,6 +15,7 @@ from tests.weights.variables import (
     separator_variables,
     shapes,
 )
+from uss_jax.errors import UserError
 from uss_jax.models.resunet import ResUNet
 from uss_jax.weights.resunet import convert_resunet
 from uss_jax.weights.torch import state_dict_of
@@ -109,3 +110,11 @@ def test_separator_of_another_shape_goes_out_and_back_unchanged():
     assert converted.fields == SEPARATOR_FIELDS
     assert converted.foreign == {}
     assert_same_tree(converted.variables, separator_variables())
+
+
+def test_a_separator_of_another_transform_is_refused():
+    """No tensor tells its hop and its rate."""
+    fields = dict(SEPARATOR_FIELDS, n_fft=1024)
+    separator = state_dict_of("separator", fields, separator_variables(fields))
+    with pytest.raises(UserError, match=r"an STFT of 1024 samples, whose hop is unknown; .* 2048"):
+        convert_resunet(separator)

@@ -20,7 +20,7 @@ TAGGER_FIELDS = dict(
     classes=527,
 )
 SEPARATOR_FIELDS = dict(
-    n_fft=64,
+    n_fft=2048,
     hop_samples=320,
     channels=(4, 6, 6),
     blocks_per_level=2,

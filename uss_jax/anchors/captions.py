@@ -25,7 +25,7 @@ from uss_jax.devices.batching import in_batches
 from uss_jax.disk.atomic import replacing_folder
 from uss_jax.disk.checked_json import record, text, whole
 from uss_jax.disk.checked_npz import Column, map_npy
-from uss_jax.disk.folder import HEADER, read_header, sha256_of
+from uss_jax.disk.folder import HEADER, read_header, sha256_of, stamp_of
 from uss_jax.errors import UserError
 
 FORMAT_VERSION = 1
@@ -55,11 +55,13 @@ class CaptionTable:
       header: `encoder`, hash of the sentence encoder; `index_digest`; `captions`, their number;
         `width` of a vector; `digest`, the SHA-256 of both arrays' files.
       records: number of records.
+      stamp: what tells the header's file from a later one.
     """
 
     path: pathlib.Path
     header: dict[str, Any]
     records: int
+    stamp: tuple[int, ...]
 
     def read(
         self, records: Integer[np.ndarray, " n"]
@@ -89,7 +91,13 @@ class CaptionTable:
         shape = {"r": self.records, "n": self.header["captions"], "t": self.header["width"]}
         try:
             rows = map_npy(self.path / _ROW, "row", Column("i8", "r"), shape)
-            return rows, map_npy(self.path / VECTORS, "vectors", Column("f2", "n t"), shape)
+            vectors = map_npy(self.path / VECTORS, "vectors", Column("f2", "n t"), shape)
+            if stamp_of(self.path) != self.stamp:
+                raise UserError(
+                    f"{self.path} was replaced while it was being read; put back what was there, "
+                    "or start in a new workdir"
+                )
+            return rows, vectors
         except (OSError, ValueError) as error:
             words = getattr(error, "strerror", None) or error
             raise UserError(f"{self.path} cannot be read ({words}); {_AGAIN}") from error
@@ -110,7 +118,7 @@ def open_captions(path: str | os.PathLike, index: RecordIndex, encoder: str) -> 
       UserError: it cannot be read, is damaged, or is of other records or another encoder.
     """
     path = pathlib.Path(path)
-    header = read_captions_header(path)
+    stamp, header = stamp_of(path), read_captions_header(path)
     try:
         digest = _digest(path)
     except OSError as error:
@@ -126,7 +134,7 @@ def open_captions(path: str | os.PathLike, index: RecordIndex, encoder: str) -> 
             f"{path} was made with another sentence encoder than the names of the classes; give "
             "config.query.text_encoder that one"
         )
-    table = CaptionTable(path, header, len(index))
+    table = CaptionTable(path, header, len(index), stamp)
     table.read(np.zeros(1, np.int64))
     return table
 

@@ -28,7 +28,7 @@ from uss_jax.devices.batching import in_batches
 from uss_jax.disk.atomic import replacing
 from uss_jax.disk.checked_json import list_of, record, text, whole
 from uss_jax.disk.checked_npz import Column, map_npy
-from uss_jax.disk.folder import HEADER, read_header, sha256_of
+from uss_jax.disk.folder import HEADER, read_header, sha256_of, stamp_of
 from uss_jax.errors import UserError
 from uss_jax.models.query import probabilities_of, weights_of
 from uss_jax.models.tagging import TaggingNet
@@ -70,12 +70,14 @@ class ConditionTable:
         each shard's file, `shard_digests`.
       first_row: [shards + 1] first row of each record shard, and the number of rows.
       anchors: anchors of a row, k.
+      stamp: what tells the header's file from that of a later mining.
     """
 
     path: pathlib.Path
     header: dict[str, Any]
     first_row: Integer[np.ndarray, "_"]
     anchors: int
+    stamp: tuple[int, ...]
 
     @property
     def width(self) -> int:
@@ -140,7 +142,13 @@ class ConditionTable:
         if not rows:
             return np.zeros(tuple(lengths.values()), np.float16)
         try:
-            return map_npy(path, "vectors", Column("f2", "r k w"), lengths)
+            found = map_npy(path, "vectors", Column("f2", "r k w"), lengths)
+            if stamp_of(self.path) != self.stamp:
+                raise UserError(
+                    f"{self.path} was replaced while its vectors were being read; put back what "
+                    "was there, or start in a new workdir"
+                )
+            return found
         except FileNotFoundError as error:
             raise UserError(f"{path} is missing; copy the folder again, or {_AGAIN}") from error
         except OSError as error:
@@ -164,7 +172,7 @@ def open_conditions(
       UserError: they cannot be read, are damaged, or are of other anchors.
     """
     path = pathlib.Path(path)
-    header = read_conditions_header(path)
+    stamp, header = stamp_of(path), read_conditions_header(path)
     shards = len(index.shards)
     if header["anchors_digest"] != table.digest or len(header["shard_digests"]) != shards:
         raise UserError(
@@ -173,7 +181,7 @@ def open_conditions(
         )
     of_shard = np.searchsorted(index.record_shard, np.arange(shards + 1))
     first_row = index.label_row[of_shard].astype(np.int64)
-    found = ConditionTable(path, header, first_row, table.begin_sample.shape[1])
+    found = ConditionTable(path, header, first_row, table.begin_sample.shape[1], stamp)
     found.require_shards(verify)
     return found
 

@@ -215,6 +215,7 @@ def _header(sed: Net, index: RecordIndex, settings: MiningSettings) -> dict[str,
     """Returns the header of the table that these would give."""
     header = {
         "sed_hash": net_hash(sed.variables),
+        "sed_model": nets.fields_of(sed.module),
         "index_digest": index.digest,
         **dataclasses.asdict(settings),
     }

@@ -56,7 +56,9 @@ class Output:
             there = read_header(self.path)
             if not self.index.has_digest(there["index_digest"]):
                 return None
-            if {**there, "index_digest": self.index.digest} != self.header:
+            # Older versions did not state the detector's fields.
+            alike = {"sed_model": self.header["sed_model"], **there}
+            if {**alike, "index_digest": self.index.digest} != self.header:
                 return None
             return read_table(self.path, self.index, self.header["segment_samples"])
         except UserError as error:

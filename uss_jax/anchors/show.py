@@ -37,7 +37,7 @@ def draw_anchors(
     Raises:
       UserError: the table was mined with another detector, or no clip has this id.
     """
-    if net_hash(sed.variables) != table.header["sed_hash"]:
+    if not table.mined_with(sed.module, net_hash(sed.variables)):
         raise UserError("the table was mined with another detector; give that one as --sed")
     index = reader.index
     found = np.flatnonzero(index.ids == id.encode(errors="surrogateescape"))

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Integer
 
 from uss_jax.audio import HIGHEST_SAMPLE_RATE, LOWEST_SAMPLE_RATE
+from uss_jax.bundles.nets import build_tagger
 from uss_jax.data.index import RecordIndex
 from uss_jax.data.permutation import ANCHORS, JITTER, uniform
 from uss_jax.disk.atomic import replacing
@@ -24,6 +25,7 @@ from uss_jax.disk.checked_json import either, nothing, number, parse_json, recor
 from uss_jax.disk.checked_npz import Column, read_npz
 from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError
+from uss_jax.models.tagging import TaggingNet, as_detector
 
 FORMAT_VERSION = 1
 COLUMNS = {
@@ -48,6 +50,7 @@ _HEADER = record(
         "candidates": whole(1, 10**6),
         "min_dbfs": either(nothing(), number()),
         "rule": text(),
+        "sed_model": record({}, others=True),
     },
     others=True,
 )
@@ -59,7 +62,8 @@ class AnchorTable:
 
     Attributes:
       header: `sed_hash`, `index_digest`, `sample_rate` in Hz, `segment_samples`, `clip_samples` and
-        further settings of the mining.
+        further settings of the mining; `sed_model`, the detector's fields, which tables of older
+        versions lack.
       begin_sample: [r, k] first sample of the best anchor, then of non-overlapping runners-up.
       score: [r, k] mean probability of the label; -1 if there is no such anchor.
       purity: [r] in the best anchor, the largest mean probability of a class that is no label of
@@ -93,10 +97,21 @@ class AnchorTable:
             **{name: getattr(self, name)[first:end] for name in names},
         }
 
+    def mined_with(self, detector: TaggingNet, detector_hash: str) -> bool:
+        """Returns whether the anchors are of this detector, with variables of this hash."""
+        model = self.header.get("sed_model")
+        if model is not None and build_tagger(model, "sed", "sed_model") != as_detector(detector):
+            return False
+        return detector_hash == self.header["sed_hash"]
+
     @property
     def digest(self) -> str:
-        """Hash of the header and all anchors; a resumed run must use the same."""
-        digest = hashlib.sha256(json.dumps(self.header, sort_keys=True).encode())
+        """Hash of header and anchors, the same in versions that state no `sed_model`.
+
+        A resumed run must use the same.
+        """
+        header = {name: value for name, value in self.header.items() if name != "sed_model"}
+        digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
         for column in (self.begin_sample, self.score, self.rms_db):
             digest.update(np.ascontiguousarray(column).tobytes())
         return digest.hexdigest()

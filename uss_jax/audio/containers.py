@@ -265,14 +265,26 @@ def _wav_begins(data: Bytes) -> list[int]:
 
 
 def wav_without_length(data: Bytes | memoryview) -> bytes | None:
-    """Returns a repaired WAV header if it states no samples though some follow, else None."""
+    """Returns a repaired WAV header if more samples follow than it states, else None.
+
+    As of a recorder that died, or of one that counts in 32 bits and went on beyond 4 GiB.
+    """
     if bytes(data[:4]) != b"RIFF" or bytes(data[8:12]) != b"WAVE":
         return None
-    at = 12
+    at, second = 12, 0
     while at + 8 <= len(data):
         name, size = struct.unpack("<4sI", data[at : at + 8])
+        if name == b"fmt " and at + 20 <= len(data):
+            second = struct.unpack("<I", data[at + 16 : at + 20])[0]  # in bytes
         if name == b"data":
-            unsaid = size == 0 and at + 8 < len(data) and not _is_whole_riff(data, at + 8)
+            end = at + 8 + size + size % 2
+            if size == 0:
+                unsaid = end < len(data) and not _is_whole_riff(data, end)
+            elif len(data) - end > size:
+                unsaid = not _are_chunks(data, end)
+            else:  # a little that follows may be anything, and so may what has a name: a cut chunk
+                named = _is_name(bytes(data[end : end + 3]))  # also ID3, TAG, APE
+                unsaid = len(data) - end > second / 2 > 0 and not named
             # Recorders write this size to a pipe; libsndfile reads it as "to the end".
             return bytes(data[: at + 4]) + b"\xff\xff\xff\xff" if unsaid else None
         at += 8 + size + size % 2
@@ -281,11 +293,19 @@ def wav_without_length(data: Bytes | memoryview) -> bytes | None:
 
 def _is_whole_riff(data: Bytes | memoryview, at: int) -> bool:
     """Returns whether a RIFF file states its length, and whole chunks fill it from an offset on."""
-    if struct.unpack("<I", data[4:8])[0] != len(data) - 8:
-        return False
+    return struct.unpack("<I", data[4:8])[0] == len(data) - 8 and _are_chunks(data, at)
+
+
+def _is_name(name: bytes) -> bool:
+    """Returns whether bytes can name a chunk of a RIFF file."""
+    return all(0x20 <= byte < 0x7F for byte in name)
+
+
+def _are_chunks(data: Bytes | memoryview, at: int) -> bool:
+    """Returns whether whole chunks fill a RIFF file from an offset on."""
     while at + 8 <= len(data):
         name, size = struct.unpack("<4sI", data[at : at + 8])
-        if not all(0x20 <= byte < 0x7F for byte in name):  # samples, as of silence
+        if not _is_name(name):  # samples, as of silence
             return False
         at += 8 + size + size % 2
     # The last chunk may lack its padding.
@@ -310,7 +330,8 @@ def promised_share(log: str) -> float | None:
     if not noted:
         return None
     promised, held = map(int, noted[-1])
-    # Placeholder sizes of a file written to a pipe, when the length was unknown.
-    if (promised >= 2**31 - 2**16 and promised <= 2**32) or promised >= 2**62:
+    # Placeholder sizes of a file written to a pipe, when the length was unknown: the largest that
+    # 31, 32 or 64 bits hold, or a little less.
+    if any(abs(promised - 2**bits) <= 2**16 for bits in (31, 32)) or promised >= 2**62:
         return None
     return promised / held if promised > held > 0 else None

@@ -110,7 +110,10 @@ def truncation(path: str | os.PathLike, decode: bool = True) -> str | None:
 
 
 def read_blocks(
-    path: str | os.PathLike, block_samples: int = 1 << 18, accept_truncated: bool = False
+    path: str | os.PathLike,
+    block_samples: int = 1 << 18,
+    accept_truncated: bool = False,
+    any_scale: bool = False,
 ) -> Iterator[Float32[np.ndarray, "c t"]]:
     """Reads a recording block by block, with libsndfile or, if installed, ffmpeg.
 
@@ -118,6 +121,7 @@ def read_blocks(
       path: the file.
       block_samples: samples per channel in a block; the last block may be shorter.
       accept_truncated: read a truncated FLAC file as far as it goes instead of raising.
+      any_scale: accept samples far above full scale, as in sounds that we wrote.
 
     Raises:
       UserError: the file is not a readable recording, is empty, or has a sample that is NaN,
@@ -126,7 +130,7 @@ def read_blocks(
     """
     with _opened(path) as (file, _):
         done = 0
-        while block := _read(path, file, block_samples, done, accept_truncated):
+        while block := _read(path, file, block_samples, done, accept_truncated, any_scale):
             yield block[0]
             done += block[0].shape[1]
     if not done:
@@ -204,6 +208,7 @@ def _read(
     samples: int,
     done: int,
     accept_truncated: bool = False,
+    any_scale: bool = False,
 ) -> tuple[Float32[np.ndarray, "c t"], ...]:
     """Returns a tuple of the next block, channels first; empty at the end of the file."""
     try:
@@ -221,7 +226,8 @@ def _read(
             "export the recording again"
         )
     try:
-        check_scale(block)
+        if not any_scale:
+            check_scale(block)
     except ValueError as error:
         raise UserError(f"{path} {error}; export the recording again") from None
     return (np.ascontiguousarray(block),) if block.size else ()

@@ -50,6 +50,32 @@ def stft(
     return _without_gathering(jnp.fft.rfft, windowed)
 
 
+def change_spectrum(
+    waveform: Float[Array, "*batch t"],
+    n_fft: int,
+    hop_samples: int,
+    change: Callable[[Complex[Array, "*batch n f"]], Complex[Array, "*batch n f"]],
+) -> Float[Array, "*batch t"]:
+    """Transforms a waveform, changes its spectrum, and transforms it back to the same length.
+
+    Where frames overlap little, the samples after the last frame's centre are in that frame alone.
+    If they reach where its window is below 1/2, the inverse would divide by almost nothing, and
+    what a changed spectrum puts there would become a burst; zeros up to the next centre add a
+    frame.
+
+    Raises:
+      ValueError: frames overlap by less than half, so that some samples are in no window's middle.
+    """
+    if 2 * hop_samples > n_fft:
+        raise ValueError(f"hop_samples={hop_samples} is more than half of n_fft={n_fft}")
+    length = waveform.shape[-1]
+    if length % hop_samples > n_fft // 4:
+        lead = [(0, 0)] * (waveform.ndim - 1)
+        waveform = jnp.pad(waveform, [*lead, (0, -length % hop_samples)])
+    changed = change(stft(waveform, n_fft, hop_samples))
+    return istft(changed, n_fft, hop_samples, waveform.shape[-1])[..., :length]
+
+
 def cut_frames(
     waveform: Float[Array, "*batch t"], frames: int, frame_samples: int, hop_samples: int
 ) -> Float[Array, "*batch n _"]:

@@ -6,7 +6,8 @@ tagging net that computes conditions), `adaptor` and `text_adaptor` (if the quer
 that it was trained on, if it has them), `sed`; or all parts are in one safetensors file, where a
 `tagger` is both `query` and `sed`. Tagging nets missing from a separator's bundle are taken from
 the package, by hash. In a workdir the frozen parts are under `frozen/`, and the trained ones in the
-newest checkpoint, as a moving average if there is one.
+newest checkpoint, as a moving average if there is one. The folder of another checkpoint, such as
+`RUN/checkpoints/4000`, stands for the run at that step.
 A tagger's run has one trained net, used as both `query` and `sed`.
 """
 
@@ -25,7 +26,7 @@ import numpy as np
 from jaxtyping import Float
 
 from uss_jax.bundles import nets
-from uss_jax.bundles.checkpoints import Checkpoints, latest_step, load_tree, save_tree
+from uss_jax.bundles.checkpoints import Checkpoints, latest_step, load_tree, save_tree, saved_steps
 from uss_jax.bundles.fingerprint import by_path
 from uss_jax.bundles.layout import require_same_layout
 from uss_jax.bundles.packaged import PACKAGED, find_bundle
@@ -95,11 +96,19 @@ class Bundle:
         for each part with the fields of its net, and the net's name under `net`; a tagging net's
         are under `model`.
       averaged: whether to read the moving average of a run's parameters if there is one.
+      at_step: step of the checkpoint of a run to read; None for the newest.
     """
 
     path: pathlib.Path
     config: dict[str, Any]
     averaged: bool = True
+    at_step: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The path, of a checkpoint if it is one, for messages."""
+        at = () if self.at_step is None else ("checkpoints", str(self.at_step))
+        return str(self.path.joinpath(*at))
 
     @property
     def is_run(self) -> bool:
@@ -129,7 +138,7 @@ class Bundle:
     def section(self, part: str) -> dict[str, Any]:
         """Returns a part's section of the config; raises a UserError if there is none."""
         if part not in self.config:
-            raise UserError(f"{self.path} has no {part}; it is a {self.config['kind']} bundle")
+            raise UserError(f"{self.name} has no {part}; it is a {self.config['kind']} bundle")
         return self.config[part]
 
     def separator(self, read: Read | None = None) -> tuple[SeparatorNet, Variables]:
@@ -141,7 +150,7 @@ class Bundle:
             width = self._query_net().width
             if width != separator.condition_width:
                 raise UserError(
-                    f"{self.path}: separator.condition_width is {separator.condition_width}, but "
+                    f"{self.name}: separator.condition_width is {separator.condition_width}, but "
                     f"its query net gives conditions of width {width}"
                 )
         return separator, variables
@@ -158,7 +167,7 @@ class Bundle:
         The query net of a tagger has the kind `soft`.
         """
         query = self._query_net()
-        nets.require_classes(query, f"{self.path}: query")
+        nets.require_classes(query, f"{self.name}: query")
         variables: Variables = {"params": {}, "batch_stats": {}}
         if query.tagger is not None:
             self._require_audioset(query.tagger, "query")
@@ -166,8 +175,8 @@ class Bundle:
             variables = {item: {"tagger": tagger[item]} for item in variables}
         for part, layout in nets.parts_of_query(query).items():
             found = (read or self.variables)(part)
-            require_same_layout(layout, found["params"], part, str(self.path))
-            self._require_finite(part, found)
+            require_same_layout(layout, found["params"], part, self.name)
+            self.require_finite(part, found)
             variables["params"] |= found["params"] if part == "names" else {part: found["params"]}
         return query, variables
 
@@ -181,8 +190,8 @@ class Bundle:
             return None
         variables, classes = (read or self.variables)(MEANS), self._query_net().classes
         layout = {"params": {MEANS: jax.ShapeDtypeStruct((classes, classes), jnp.float32)}}
-        require_same_layout({**layout, "batch_stats": {}}, variables, MEANS, str(self.path))
-        self._require_finite(MEANS, variables)
+        require_same_layout({**layout, "batch_stats": {}}, variables, MEANS, self.name)
+        self.require_finite(MEANS, variables)
         return np.asarray(variables["params"][MEANS], np.float32)
 
     def at_sample_rate(self, sample_rate: int) -> "Bundle":
@@ -232,22 +241,24 @@ class Bundle:
             return {"params": params[name], "batch_stats": stats.get(name, {})}
         if in_file and part in self.config.get("hashes", {}):
             raise UserError(
-                f"{self.path} was exported without its {part}, and this version of the package "
+                f"{self.name} was exported without its {part}, and this version of the package "
                 "has no net of that hash; export it again without --without-packaged"
             )
         raise UserError(
-            f"{self.path} holds no parameters of its {part}; copy it again or, if it is the "
+            f"{self.name} holds no parameters of its {part}; copy it again or, if it is the "
             "workdir of a run, wait for its first checkpoint"
         )
 
     @functools.cached_property
     def _trained(self) -> tuple[int | None, dict[str, Any], dict[str, Any]]:
-        """Step, parameters and statistics by net, of a run's newest checkpoint, if there is one.
+        """Step, parameters and statistics by net, of a run's checkpoint, if there is one.
 
         Read at one time: a run may write another checkpoint before the next part is asked for, and
         a separator does not know the conditions of another step's query net.
         """
-        step = latest_step(self.path / "checkpoints")
+        step = self.at_step
+        if step is None:
+            step = latest_step(self.path / "checkpoints")
         if step is None:
             return None, {}, {}
         with Checkpoints(self.path / "checkpoints", keep=None) as checkpoints:
@@ -275,7 +286,9 @@ class Bundle:
 
     def _folder(self, part: str) -> pathlib.Path | None:
         """Returns the folder that holds a part; None for the trained parts of a run."""
-        places = (self.path / part, self.path / "frozen" / part)
+        places = [self.path / part, self.path / "frozen" / part]
+        if part == "query" and self.config.get("query", {}).get("finetune"):
+            places.pop()  # if there, it was left by a run that ended before its first checkpoint
         return next((place for place in places if place.is_dir()), None)
 
     def packaged(self, part: str) -> "Bundle | None":
@@ -294,10 +307,10 @@ class Bundle:
 
     def _require_audioset(self, net: TaggingNet, part: str) -> None:
         """Checks a tagging net for AudioSet's classes and the bundle's sampling rate."""
-        nets.require_classes(net, f"{self.path}: {part}.model")
+        nets.require_classes(net, f"{self.name}: {part}.model")
         if net.sample_rate != self.config["sample_rate"]:
             raise UserError(
-                f"{self.path}: {part}.model.sample_rate is {net.sample_rate}, the bundle's "
+                f"{self.name}: {part}.model.sample_rate is {net.sample_rate}, the bundle's "
                 f"sample_rate {self.config['sample_rate']}; both must be the same"
             )
 
@@ -305,16 +318,16 @@ class Bundle:
         self, part: str, build: Any, fields: Any, read: Read | None
     ) -> tuple[Any, Variables]:
         net, variables = build(fields), (read or self.variables)(part)
-        require_same_layout(nets.layout(net), variables, part, str(self.path))
-        self._require_finite(part, variables)
+        require_same_layout(nets.layout(net), variables, part, self.name)
+        self.require_finite(part, variables)
         return net, variables
 
-    def _require_finite(self, part: str, variables: Variables) -> None:
+    def require_finite(self, part: str, variables: Variables) -> None:
         """Raises a UserError if an array has NaN or infinite values; a net may hide them."""
         for name, leaf in by_path(variables).items():
             if not np.isfinite(leaf).all():
                 raise UserError(
-                    f"{self.path}: {part}/{name} has values that are NaN or infinite; its training "
+                    f"{self.name}: {part}/{name} has values that are NaN or infinite; its training "
                     "has diverged, or the file is damaged"
                 )
 
@@ -325,14 +338,15 @@ def section_of_means(means: Float[np.ndarray, "k k"]) -> dict[str, Any]:
 
 
 def read_bundle(path: str | os.PathLike, averaged: bool = True) -> Bundle:
-    """Opens a bundle or a workdir, by its path or its name in the package.
+    """Opens a bundle, a workdir or a checkpoint in it, by its path or its name in the package.
 
     `averaged` is as in `Bundle`.
 
     Raises:
-      UserError: the config is missing, invalid, or of another format version or kind.
+      UserError: the config is missing, invalid, or of another format version or kind; or there is
+        no such checkpoint.
     """
-    path = find_bundle(path)
+    path, at_step = _run_and_step(find_bundle(path))
     config_path = path / "config.json"
     try:
         with open(config_path, "rb", opener=at_once) as file:
@@ -352,7 +366,21 @@ def read_bundle(path: str | os.PathLike, averaged: bool = True) -> Bundle:
             f"{config_path} has format version {version} and kind {kind}; this version reads "
             f"format version {FORMAT_VERSION} and kind separator or tagger"
         )
-    return Bundle(path, config, averaged)
+    return Bundle(path, config, averaged, at_step)
+
+
+def _run_and_step(path: pathlib.Path) -> tuple[pathlib.Path, int | None]:
+    """Splits the folder of a checkpoint into the workdir and the step; None for other folders."""
+    run, name = path.parent.parent, path.name
+    of_checkpoint = path.parent.name == "checkpoints" and name.isascii() and name.isdecimal()
+    if not of_checkpoint or (path / "config.json").exists() or not (run / "config.json").exists():
+        return path, None
+    steps = sorted(saved_steps(path.parent))
+    if int(name) not in steps:
+        raise UserError(
+            f"{run} has no checkpoint of step {name}; it has {', '.join(map(str, steps)) or 'none'}"
+        )
+    return run, int(name)
 
 
 def packaged_taggers() -> dict[str, Bundle]:

@@ -74,6 +74,18 @@ class _NewestAndBest:
         return [step in kept for step in steps]
 
 
+class _Manager(ocp.CheckpointManager):
+    """Leaves it to training to ask whether a host is to stop (devices/hosts.py).
+
+    Orbax asks too, from a thread and at earlier steps. JAX then may choose a step to stop after
+    that some host has passed: the others stop, and that one waits for them forever.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        del step
+        return False
+
+
 class Checkpoints:
     """Checkpoints of a run, written in the background and atomically.
 
@@ -112,7 +124,7 @@ class Checkpoints:
         # Without handlers, a manager cannot tell the shapes of arrays before its first save.
         self._arrays = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
         notes = {name: ocp.JsonCheckpointHandler() for name in ("position", "fingerprints")}
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self._directory, options=options, item_handlers=self._arrays | notes
         )
 

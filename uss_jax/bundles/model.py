@@ -5,6 +5,8 @@ vector, `d` width of the condition.
 """
 
 import functools
+import hashlib
+import json
 import os
 from typing import Any
 
@@ -16,7 +18,8 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from uss_jax.bundles.bundle import net_hash, read_bundle
+from uss_jax.bundles import nets
+from uss_jax.bundles.bundle import MEANS, net_hash, read_bundle
 from uss_jax.devices.mesh import on_all_devices
 from uss_jax.devices.precision import HIGHEST, at_precision, check_precision
 from uss_jax.models.separator import separate
@@ -100,8 +103,7 @@ class Model:
         """Returns the model for waveforms at this rate; itself if that is its own or only rate."""
         if sample_rate == self.sample_rate:
             return self
-        other = Model(self._bundle.path, self.precision, sample_rate)
-        other.path = self.path
+        other = Model(self.path, self.precision, sample_rate)
         return other if other.sample_rate == sample_rate else self
 
     @functools.cached_property
@@ -144,6 +146,19 @@ class Model:
     def query_hash(self) -> str:
         """Hash of the query net; vectors of another one are meaningless to this separator."""
         return net_hash(self.query.variables)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hash of what separations depend on: the nets that are called, with their fields.
+
+        A detector whose tags are asked for is not among them.
+        """
+        words = [self.precision, net_hash(self.separator.variables), self.query_hash]
+        about = nets.completed({part: self.config[part] for part in ("separator", "query")})
+        words += [about["separator"], about["query"], self.sample_rate, self.segment_samples]
+        if self.means is not None:
+            words.append(net_hash({MEANS: self.means}))
+        return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
 
     def condition(
         self, waveform: Float[np.ndarray, "b s"], class_index: Int[np.ndarray, "b"]

@@ -117,8 +117,9 @@ def add_detector_precision(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=PRECISIONS,
         default=HIGHEST,
-        help="accepted as in other commands, but without effect: only the detector computes here, "
-        "always at highest, so that anchors do not depend on the device",
+        help="accepted as in other commands, but without effect: only the detector, and the query "
+        "net of mined conditions, compute here, always at highest, so that what they find does not "
+        "depend on the device",
     )
 
 

@@ -15,7 +15,6 @@ from uss_jax.anchors.table import COLUMNS, read_header
 from uss_jax.bundles import nets
 from uss_jax.bundles.bundle import MEANS, OF_QUERY, Bundle, Variables, net_hash, read_bundle
 from uss_jax.bundles.card import read_card
-from uss_jax.bundles.checkpoints import latest_step
 from uss_jax.bundles.packaged import find_bundle
 from uss_jax.bundles.tensors import read_tensors
 from uss_jax.bundles.text_encoder import TOKENIZER, read_encoder
@@ -52,13 +51,12 @@ def inspect(path: str | os.PathLike) -> list[str]:
         raise UserError(f"{path} {absence(path)}; give {_KINDS}")
     if path.suffix == ".npz" and path.is_file():
         return _of_npz(path)
-    if path.parent.name == "checkpoints" and path.name.isdigit():
-        return _of_checkpoint(path)
     if (path / "separate.stablehlo").is_file():
         return _of_export(path)
     if (path / TOKENIZER).is_file():
         return _of_encoder(path)
-    if (path / "config.json").is_file():
+    of_checkpoint = path.parent.name == "checkpoints" and path.name.isdigit()
+    if of_checkpoint or (path / "config.json").is_file():
         return _of_model(path)
     if (path / CAPTIONS).is_file():
         return _of_captions(path)
@@ -67,17 +65,6 @@ def inspect(path: str | os.PathLike) -> list[str]:
     if (path / "metadata.json").is_file():
         return list(_of_records(path))
     raise UserError(f"{path} cannot be inspected; give {_KINDS}{versions_below(path)}")
-
-
-def _of_checkpoint(path: pathlib.Path) -> list[str]:
-    workdir = path.parent.parent
-    newest = latest_step(path.parent)
-    if newest != int(path.name):
-        raise UserError(
-            f"{path} is not the newest checkpoint of its run, which is step {newest}; only that "
-            f"can be inspected, as {workdir}"
-        )
-    return [f"{path}: checkpoint of step {path.name}", *_of_model(workdir)]
 
 
 def _of_export(path: pathlib.Path) -> list[str]:
@@ -107,9 +94,11 @@ def _of_encoder(path: pathlib.Path) -> list[str]:
 def _of_model(path: pathlib.Path) -> list[str]:
     bundle = read_bundle(path)
     config = bundle.config
-    is_workdir = (path / "checkpoints").is_dir()
+    stored_as = "workdir" if bundle.is_run else "bundle"
+    if bundle.at_step is not None:
+        stored_as = "checkpoint"
     lines = [
-        f"{path}: {config['kind']} {'workdir' if is_workdir else 'bundle'}, "
+        f"{path}: {config['kind']} {stored_as}, "
         f"{config['sample_rate']} Hz, segments of {config['segment_seconds']:g} s"
     ]
     if "query" in config:
@@ -125,7 +114,7 @@ def _of_model(path: pathlib.Path) -> list[str]:
     for part, (variables, digest) in stored.items():
         lines += _of_part(bundle, part, variables, digest)
     lines += _opened(bundle, stored)
-    foreign = path / "foreign.safetensors"
+    foreign = bundle.path / "foreign.safetensors"
     if foreign.is_file():
         count = len(read_tensors(foreign))
         lines.append(
@@ -133,7 +122,7 @@ def _of_model(path: pathlib.Path) -> list[str]:
         )
     if "training" in config:
         lines += _history(bundle)
-    if card := read_card(path):
+    if card := read_card(bundle.path):
         lines += ["model card:", *(f"  {line}" for line in card.splitlines())]
     return lines
 
@@ -207,7 +196,7 @@ def _history(bundle: Bundle) -> Iterator[str]:
     if isinstance(data, dict):
         yield f"data: {data.get('records')} ({data.get('split')}), seed {training.get('seed')}"
     metrics = bundle.path / "metrics.jsonl"
-    if metrics.is_file() and (last := _last_metrics(metrics)):
+    if metrics.is_file() and (last := _last_metrics(metrics, bundle.at_step)):
         values = ", ".join(f"{k} {v:.4g}" for k, v in last.items() if k != "step")
         yield f"metrics of step {last['step']}: {values}"
 
@@ -215,8 +204,11 @@ def _history(bundle: Bundle) -> Iterator[str]:
 _METRICS = record({"step": whole(0, 1 << 53)}, others=True)
 
 
-def _last_metrics(path: pathlib.Path) -> dict[str, int | float] | None:
-    """Returns the last valid line of metrics.jsonl; skips a line cut off when a run was killed."""
+def _last_metrics(path: pathlib.Path, step: int | None) -> dict[str, int | float] | None:
+    """Returns the last valid line of metrics.jsonl, up to a step if given.
+
+    Skips a line that was cut off when a run was killed.
+    """
     with path.open("rb") as file:
         file.seek(max(file.seek(0, 2) - _TAIL_BYTES, 0))
         lines = file.read().splitlines()
@@ -224,6 +216,8 @@ def _last_metrics(path: pathlib.Path) -> dict[str, int | float] | None:
         try:
             found = parse_json(line, _METRICS)
         except ValueError:
+            continue
+        if step is not None and found["step"] > step:
             continue
         return {k: v for k, v in found.items() if _is_number(v)}
     return None

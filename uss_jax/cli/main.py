@@ -13,6 +13,7 @@ import uss_jax
 from uss_jax.cli.compiling import long_compilations_reported
 from uss_jax.cli.interrupt import end_on_interrupt
 from uss_jax.devices.cpu import tune_for_cpu
+from uss_jax.devices.memory import exhausted, is_exhausted
 from uss_jax.disk.atomic import full, is_full
 from uss_jax.disk.leaving import leave
 from uss_jax.errors import NotHeard, Stopped, UserError, one_line, tell
@@ -38,6 +39,12 @@ COMMANDS = {
 _COMPILING = {"train-tagger", "mine", "train", "make-pairs", "evaluate", "separate", "query"}
 _COMPILING |= {"export", "tag", "captions"}
 _WITH_CONFIG = {"train-tagger", "train"}
+# command -> how it needs less memory on a device.
+_LESS_MEMORY = {
+    "train": "set config.accumulate higher, config.remat=True or config.separator.dtype=bfloat16",
+    "train-tagger": "start a new run with a smaller config.global_batch",
+    "mine": "give a smaller --batch",
+}
 
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:
@@ -110,6 +117,12 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `uss-jax ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except RuntimeError as error:
+        if not is_exhausted(error):
+            raise
+        remedy = _LESS_MEMORY.get(command, "take another one (JAX_PLATFORMS=cpu: the host)")
+        tell(one_line(exhausted(f"{remedy} ({str(error).splitlines()[0]})")))
+        return 1
     except OSError as error:
         if is_full(error):
             said = full(error.filename)

@@ -85,6 +85,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="anchors per label; default: 4. With --query, each of them has a condition",
     )
     parser.add_argument(
+        "--segment-seconds",
+        type=number(0.01, 600),
+        metavar="S",
+        help="length of an anchor in seconds, segment_seconds of the config; default: that of the "
+        "detector's bundle",
+    )
+    parser.add_argument(
         "--clip-seconds",
         type=number(0.01, 3600),
         metavar="S",
@@ -138,18 +145,19 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     say_detector_precision(args)
     reader, model = open_clips(args.records, args.split, Model(args.sed))
+    segment_samples = _segment_samples(args.segment_seconds, model)
     if args.show is not None:
         from uss_jax.anchors.show import draw_anchors
 
-        remedy = "give the --sed that it was mined with"
-        table = read_table(args.out, reader.index, model.segment_samples, args.sed, remedy)
+        remedy = "give the --sed and --segment-seconds that it was mined with"
+        table = read_table(args.out, reader.index, segment_samples, args.sed, remedy)
         draw_anchors(reader, table, model.sed, args.show, args.picture)
         print(args.picture)
         return
     settings = MiningSettings(
         sample_rate=model.sample_rate,
-        segment_samples=model.segment_samples,
-        clip_samples=_clip_samples(args.clip_seconds, model, reader.index),
+        segment_samples=segment_samples,
+        clip_samples=_clip_samples(args.clip_seconds, segment_samples, model, reader.index),
         candidates=args.candidates,
         min_dbfs=args.min_dbfs,
         rule=args.rule,
@@ -168,7 +176,7 @@ def run(args: argparse.Namespace) -> None:
     if not written:
         print(f"this machine's part is done; {args.out} is written when all machines are done")
         return
-    table = read_table(args.out, reader.index, model.segment_samples)
+    table = read_table(args.out, reader.index, segment_samples)
     _say_mined(args, table, model.sed.module, reader.index)
 
 
@@ -194,17 +202,26 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--host {args.host} is not between 0 and {args.hosts - 1}")
 
 
-def _clip_samples(seconds: float | None, model: "Model", index: "RecordIndex") -> int:
-    """Returns the length that clips are padded or cut to: as given, or that of the longest."""
-    segment, rate = model.segment_samples, model.sample_rate
+def _segment_samples(seconds: float | None, model: "Model") -> int:
+    """Returns the length of an anchor: as given, or that of the detector's bundle."""
     if seconds is None:
-        return max(int(index.samples.max()), segment)
-    if round(seconds * rate) < segment:
+        return model.segment_samples
+    return max(round(seconds * model.sample_rate), 1)
+
+
+def _clip_samples(
+    seconds: float | None, segment_samples: int, model: "Model", index: "RecordIndex"
+) -> int:
+    """Returns the length that clips are padded or cut to: as given, or that of the longest."""
+    if seconds is None:
+        return max(int(index.samples.max()), segment_samples)
+    samples = round(seconds * model.sample_rate)
+    if samples < segment_samples:
         raise UserError(
-            f"--clip-seconds {seconds:g} is less than a segment of this detector; give at least "
-            f"{segment / rate:g}"
+            f"--clip-seconds {seconds:g} is less than an anchor; give at least "
+            f"{segment_samples / model.sample_rate:g}, or shorter anchors (--segment-seconds)"
         )
-    return round(seconds * rate)
+    return samples
 
 
 def _say_mined(

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="TEXT",
-        help="sounds described in English, for models of classes or texts",
+        help="sounds described in English, for models of one_hot or texts",
     )
     make.add_argument(
         "--text-encoder",
@@ -43,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "example:\n"
         "  uss-jax query make sounds.npz doorbells/ my_dog.wav --model uss\n"
-        '  uss-jax query make words.npz --text "a puppy whines" --text-encoder minilm --model uss\n'
+        '  uss-jax query make words.npz --text "a puppy whines" --model runs/words \\\n'
+        "      --text-encoder minilm\n"
         "  uss-jax query list sounds.npz\n"
         "  uss-jax separate street.wav --model uss --query sounds.npz --out separated"
     )

@@ -4,6 +4,7 @@ A block's file is written atomically, and a finished block is not done again.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
@@ -21,6 +22,8 @@ from uss_jax.disk.atomic import replacing
 from uss_jax.disk.checked_json import list_of, mapping_of, number, parse_json, record, text
 
 _CLIPS_IN_FLIGHT = 256
+# Kinds of skipped clips that another content of the file may change.
+_OF_THE_FILE = ("unreadable", "cut off", "silent")
 
 
 class Outcome(NamedTuple):
@@ -81,6 +84,23 @@ class Block:
         except (OSError, ValueError):
             return None
         return outcome if self.path.exists() or len(skipped) == len(self.items) else None
+
+    def is_due(self) -> bool:
+        """Returns whether the block is not finished, or skipped a clip that may be usable now.
+
+        Its file was missing and is there, or has changed since the block was finished.
+        """
+        outcome = self.outcome()
+        if outcome is None:
+            return True
+        finished = self._done.stat().st_mtime_ns
+        for at, why in outcome.skipped.items():
+            with contextlib.suppress(OSError):
+                about = os.stat(os.path.join(self.audio, self.items[at].file))
+                changed = max(about.st_mtime_ns, about.st_ctime_ns) > finished
+                if why.kind == "missing" or (why.kind in _OF_THE_FILE and changed):
+                    return True
+        return False
 
     def make(self, pool: concurrent.futures.Executor, progress: Callable[[], object]) -> None:
         """Makes the shard, reading clips with `pool`; calls `progress` after each."""

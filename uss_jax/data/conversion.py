@@ -1,6 +1,7 @@
 """Converts a recording to a record: one pure function, for any engine or program."""
 
 import dataclasses
+import errno
 import os
 import pathlib
 import tempfile
@@ -12,13 +13,18 @@ from uss_jax.audio.files import CutOff, audio_format, read_mono, truncation
 from uss_jax.audio.in_memory import flac_bytes
 from uss_jax.data.encodings import to_int16
 from uss_jax.data.tf_example import serialise
-from uss_jax.disk.atomic import full, is_full
+from uss_jax.disk.atomic import full, is_full, stems_from
 from uss_jax.disk.opening import absence
 from uss_jax.errors import UserError
 
 # A clip is silent if no sample reaches -60 dBFS, the level below which anchors are not drawn.
 _SILENT_PEAK = 1e-3
 _SEGMENT_SLACK = 1.0  # seconds; downloaders cut imprecisely
+# Of a process with too many open files, of too little memory, of a file system that is gone.
+_OF_MACHINE = (
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +89,7 @@ def prepare_clip(
     try:
         if not labels:
             raise _LeftOut("no label", f"{path} has no label that is a class")
-        if not os.path.exists(path):
+        if _is_missing(path):
             raise _LeftOut("missing", f"{path} {absence(path)}")
         cut = None if settings.accept_truncated else truncation(path, decode=False)
         if cut:
@@ -98,11 +104,38 @@ def prepare_clip(
     except UserError as error:
         if is_full(error):  # of decoded recordings: the next ones would be left out too
             raise UserError(full(tempfile.gettempdir())) from error
+        if _is_of_machine(path, error):  # likewise
+            raise UserError(
+                f"{error}: this is the machine's trouble, not the recording's; give fewer "
+                "--workers or see to the file system, then run the same command again to resume"
+            ) from error
         return Skipped("cut off" if isinstance(error, CutOff) else "unreadable", str(error))
     samples = to_int16(waveform)
     audio = flac_bytes(samples, settings.sample_rate) if settings.encoding == "flac" else samples
     data = serialise(id.encode(errors="surrogateescape"), audio, labels, caption)
     return Record(data, float(np.mean(np.abs(waveform) > 1)))
+
+
+def _is_missing(path: str | os.PathLike) -> bool:
+    """Returns whether there is no such file; where that cannot be told, reading it says why."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _is_of_machine(path: str | os.PathLike, error: Exception) -> bool:
+    """Returns whether a recording could not be read for reasons that are not its own."""
+    if "system error" in str(error).lower():  # of libsndfile, which keeps the reason to itself
+        try:
+            with open(path, "rb"):
+                return False
+        except OSError as reason:
+            error = reason
+    return stems_from(error, _OF_MACHINE)
 
 
 class _LeftOut(UserError):

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import json
 import os
 import pathlib
 import re
@@ -31,6 +32,8 @@ from uss_jax.disk.lock import LOCK, in_turn, only_one
 from uss_jax.errors import UserError, counted
 
 _SHARD_BYTES = 200e6
+# In the folder of unfinished work: the block of each shard that has been named.
+_NAMES = ".names.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,16 +101,22 @@ def prepare(
     unfinished = directory / f".unfinished-{split}"
     lines = _split_lines(labelled, shards, settings)
     blocks = [Block(unfinished, at, items, audio, settings) for at, items in enumerate(lines)]
-    # Without captions, it is the plan of versions that knew none.
-    plan = repr((os.fspath(audio), settings, lines)).replace(", caption='')", ")")
+    # Without captions, it is the plan of versions that knew none; they had the folder as given.
+    plan, earlier = (
+        repr((where, settings, lines)).replace(", caption='')", ")")
+        for where in (os.path.realpath(audio), os.fspath(audio))
+    )
+    if _is_of_plan(unfinished, earlier):
+        plan = earlier
     if not overwrite and not _is_of_plan(unfinished, plan):
         _refuse_existing(directory, split)
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
         with only_one(unfinished, "wait until it has ended"):
-            _keep_if_same(unfinished, plan)
+            _keep_if_same(unfinished, plan, overwrite)
+            _take_back_names(unfinished, blocks, split)
             run = engine or functools.partial(run_here, workers=workers)
-            run([block for block in blocks if block.outcome() is None])
+            run([block for block in blocks if block.is_due()])
             paths, skipped, clipped = _collect(blocks)
             if not paths:
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -116,9 +125,9 @@ def prepare(
                     f"none of the {counted(len(labelled), 'clip')} could be used; the first: "
                     f"{skipped[0][1].reason}"
                 )
-            for at, path in enumerate(paths):
-                path.rename(unfinished / shard_name(name, split, at, len(paths)))
-            index = _publish(unfinished, directory, name, version, split, settings)
+            _name_shards(unfinished, paths, name, split)
+            processes = min(workers, len(paths), len(os.sched_getaffinity(0)))
+            index = _publish(unfinished, directory, name, version, split, settings, processes)
             report = directory / f"skipped-{split}.csv"
             _write_skipped(report, skipped)
             remarks = [*remarks, *(_remark_on_clipped(*pair) for pair in clipped)]
@@ -180,13 +189,51 @@ def _digest(plan: str) -> str:
     return hashlib.sha256(plan.encode(errors="surrogateescape")).hexdigest()
 
 
-def _keep_if_same(unfinished: pathlib.Path, plan: str) -> None:
-    """Empties the folder of unfinished work, unless it belongs to this plan."""
-    if not _is_of_plan(unfinished, plan):
-        for old in unfinished.iterdir():
-            if old.name != LOCK:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
-        (unfinished / ".plan").write_text(_digest(plan))
+def _keep_if_same(unfinished: pathlib.Path, plan: str, overwrite: bool) -> None:
+    """Begins the folder of unfinished work, unless it belongs to this plan.
+
+    Raises:
+      UserError: it holds shards of another plan, and `overwrite` is not given.
+    """
+    if _is_of_plan(unfinished, plan):
+        return
+    finished = len(list(unfinished.glob(".block-*.json")))
+    if finished and not overwrite:
+        raise UserError(
+            f"{unfinished} has {counted(finished, 'shard')} of a conversion that was stopped, with "
+            "other labels or arguments; give these again to resume it, or --overwrite to begin anew"
+        )
+    for old in unfinished.iterdir():
+        if old.name != LOCK:
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+    with replacing(unfinished / ".plan") as temporary:
+        temporary.write_text(_digest(plan))
+
+
+def _name_shards(
+    unfinished: pathlib.Path, paths: list[pathlib.Path], name: str, split: str
+) -> None:
+    """Gives finished blocks the names of shards, and notes which had which."""
+    names = {shard_name(name, split, at, len(paths)): path.name for at, path in enumerate(paths)}
+    with replacing(unfinished / _NAMES) as temporary:
+        temporary.write_text(json.dumps(names))
+    for shard, block in names.items():
+        (unfinished / block).rename(unfinished / shard)
+
+
+def _take_back_names(unfinished: pathlib.Path, blocks: list[Block], split: str) -> None:
+    """Gives shards that an earlier start has named the names of their blocks again."""
+    known = {block.path.name for block in blocks}
+    try:
+        names = json.loads((unfinished / _NAMES).read_text())
+    except (OSError, ValueError):  # none were named
+        names = {}
+    for shard, block in names.items():
+        if block in known and (unfinished / shard).exists():
+            (unfinished / shard).rename(unfinished / block)
+    for path in _shards_of(unfinished, split):  # of no known block
+        path.unlink()
+    (unfinished / _NAMES).unlink(missing_ok=True)
 
 
 def _collect(
@@ -214,10 +261,11 @@ def _publish(
     version: str,
     split: str,
     settings: ClipSettings,
+    workers: int,
 ) -> RecordIndex:
     """Indexes the finished shards, replaces the split's old ones and writes the metadata."""
     schema = Schema(encoding=settings.encoding, sample_rate=settings.sample_rate)
-    index = build_index(unfinished, split, schema)
+    index = build_index(unfinished, split, schema, workers)
     with in_turn(directory):  # another split may be prepared at the same time, at another rate
         check_format(directory, split, settings.sample_rate, settings.encoding)
         _replace_shards(unfinished, directory, split)

@@ -2,7 +2,9 @@
 
 import contextlib
 import glob
+import hashlib
 import importlib.util
+import json
 import os
 import re
 import signal
@@ -11,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from uss_jax.devices.watch import LOST_SECONDS, Relay, Watch, end_process
@@ -213,6 +216,32 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def require_same(about: Mapping[str, Any]) -> None:
+    """Raises a UserError on a host where something differs from that of host 0.
+
+    A run does not notice by itself: each host would train with its own.
+
+    Args:
+      about: name -> JSON; with the same names on all hosts.
+    """
+    if jax.process_count() == 1:
+        return
+    names = sorted(about)
+    texts = [json.dumps(about[name], sort_keys=True, default=str) for name in names]
+    digests = np.stack(
+        [np.frombuffer(hashlib.sha256(t.encode()).digest(), np.uint8) for t in texts]
+    )
+    of_first = np.asarray(multihost_utils.broadcast_one_to_all(digests))
+    differing = [
+        n for n, same in zip(names, (of_first == digests).all(axis=1), strict=True) if not same
+    ]
+    if differing:
+        raise UserError(
+            f"host {jax.process_index()} has other values than host 0 of: {', '.join(differing)}; "
+            "give all hosts the same version, config, records, anchors and conditions"
+        )
+
+
 class StopNotice:
     """Detects a request to stop: SIGTERM to any process of the run. A context manager.
 
@@ -220,7 +249,7 @@ class StopNotice:
     """
 
     def __enter__(self) -> "StopNotice":
-        self._asked, self._before = False, None
+        self._asked, self._before, self._calls = False, None, 0
         # With several processes, JAX's own handler informs all, so that they stop at the same step.
         self._alone = not jax.distributed.is_initialized()
         if self._alone and threading.current_thread() is threading.main_thread():
@@ -235,8 +264,14 @@ class StopNotice:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
-    def heard(self, step: int) -> bool:
-        """Returns whether to stop after this step, the same on all hosts. Call once per step."""
-        if self._alone:
-            return self._asked
-        return multihost_utils.reached_preemption_sync_point(step)
+    def heard(self) -> bool:
+        """Returns whether to stop, the same on all hosts, which must call it equally often.
+
+        Once True, it stays True.
+        """
+        if not self._alone:
+            self._calls += 1
+            # True once only, at the call that the hosts agree on.
+            agreed = multihost_utils.reached_preemption_sync_point(self._calls)
+            self._asked = self._asked or agreed
+        return self._asked

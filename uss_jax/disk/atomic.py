@@ -6,7 +6,7 @@ import os
 import pathlib
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from uss_jax.errors import UserError
 
@@ -96,10 +96,15 @@ def _temporary(path: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
 
 def is_full(error: Exception) -> bool:
     """Returns whether an error, or what it was raised from, is a full disk or exceeded quota."""
+    return stems_from(error, _FULL)
+
+
+def stems_from(error: Exception, numbers: Collection[int]) -> bool:
+    """Returns whether an error, or what it was raised from, has one of these `errno`."""
     said = str(error)  # libraries raise their own exception types, but keep this text
-    if getattr(error, "errno", None) in _FULL or any(os.strerror(x) in said for x in _FULL):
+    if getattr(error, "errno", None) in numbers or any(os.strerror(x) in said for x in numbers):
         return True
-    return isinstance(error.__cause__, Exception) and is_full(error.__cause__)
+    return isinstance(error.__cause__, Exception) and stems_from(error.__cause__, numbers)
 
 
 def full(path: str | os.PathLike | None) -> str:

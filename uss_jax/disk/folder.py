@@ -51,6 +51,15 @@ def read_header(path: pathlib.Path, rule: Rule, what: str, remedy: str) -> dict[
         raise UserError(f"{path} is not {what} ({words}); {remedy}") from error
 
 
+def stamp_of(path: pathlib.Path) -> tuple[int, ...]:
+    """Returns what tells the header of a folder from that of one which replaces the folder."""
+    try:
+        about = os.stat(path / HEADER)
+    except OSError:  # who reads the header says why
+        return ()
+    return about.st_ino, about.st_size, about.st_mtime_ns
+
+
 def sha256_of(path: str | os.PathLike) -> str:
     """Returns the SHA-256 of a file, in hexadecimal digits."""
     with open(path, "rb", opener=at_once) as file:

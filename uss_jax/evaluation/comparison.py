@@ -22,6 +22,7 @@ from uss_jax.evaluation.items import ALL
 from uss_jax.evaluation.rows import AVERAGE, CLASS, HALF, ORACLE
 from uss_jax.evaluation.suite import Suite
 from uss_jax.evaluation.suites import SUITES
+from uss_jax.evaluation.text_table import MOST_BYTES
 
 _SHOWN = (AVERAGE, CLASS, ORACLE, HALF)
 # Figures are in dB, or shares.
@@ -71,7 +72,7 @@ def find_results(workdir: str | os.PathLike) -> tuple[dict[str, dict[str, Any]],
     for path in sorted(files, key=lambda path: path.stat().st_mtime):
         try:
             with open(path, "rb", opener=at_once) as file:
-                content = read_json(file)
+                content = read_json(file, max_bytes=MOST_BYTES)
         except (OSError, ValueError) as error:
             unread.append(f"{path}: {getattr(error, 'strerror', None) or error}")
             continue

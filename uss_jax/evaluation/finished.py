@@ -50,16 +50,19 @@ class Finished:
         digest = hashlib.sha256(uss_jax.__version__.encode())
         for part in identity:
             digest.update(part)
-        header = json.dumps({"run": digest.hexdigest()})
+        self._run = digest.hexdigest()
+        header = json.dumps({"run": self._run})
         lines = _lines(self._path)
         if lines[:1] != [header]:
             lines = []
         kept = [header]
         for line in lines[1:]:
             try:
-                key, found = json.loads(line)
+                key, found, *run = json.loads(line)
+                if run not in ([], [self._run]):  # of another evaluation that has this `out`
+                    continue
                 self.done[key] = found
-            except (ValueError, TypeError):  # no such pair: a power cut has damaged the rest
+            except (ValueError, TypeError):  # no such line: a power cut has damaged the rest
                 break
             kept.append(line)
         if jax.process_index() == 0:  # other hosts read the old file or the new one, both whole
@@ -71,7 +74,8 @@ class Finished:
         self.done[key] = found
         if self._path is not None and jax.process_index() == 0:
             with self._path.open("a") as file:
-                file.write(json.dumps([key, found], default=lambda array: array.tolist()) + "\n")
+                line = [key, found, self._run]
+                file.write(json.dumps(line, default=lambda array: array.tolist()) + "\n")
 
 
 def _lines(path: pathlib.Path) -> list[str]:

@@ -20,6 +20,7 @@ import functools
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Float, Integer
 
@@ -131,9 +132,10 @@ def find_rows(
         rows.append(_text_row(model, batches, heard, wording))
     if takes.probabilities:
         found, exists = _heard_classes(model, batches, heard, _own_classes(items))
-        if model.means is not None:  # `separate` refuses classes that the tagging net lacks
-            known = exists & found.any(axis=1)
-            rows.append(Row(MEAN, _in_parts(model.of_probabilities, found), known))
+        # `separate` refuses classes that the tagging net lacks: their probability is always 0.
+        exists &= found.any(axis=1)
+        if model.means is not None:
+            rows.append(Row(MEAN, _in_parts(model.of_probabilities, found), exists))
         rows.append(Row(CLASS, _in_parts(model.adapt, found), exists))
     classes = [item.label if item.class_index is None else item.class_index for item in items]
     others = unrelated_items(classes, digests, [item.other_class_index for item in items])
@@ -150,6 +152,7 @@ def oracle_conditions(
     Equal digests mark one sound under several labels, so each silent source has a digest of its
     own.
     """
+    _require_long_enough(model, batches)
     query = model.query.on(batches.mesh)
     conditions: list[Any] = [None] * len(batches.items)
     digests = [f"silent {place}" for place in range(len(batches.items))]
@@ -165,6 +168,20 @@ def oracle_conditions(
                 heard[place] = True
                 digests[place] = samples_digest(source[row])
     return np.stack(conditions), digests, heard
+
+
+def _require_long_enough(model: Model, batches: Batches) -> None:
+    """Raises a UserError if the query net cannot compute on items as short as some are."""
+    samples, at = min(zip(batches.samples, batches.places, strict=True), key=lambda pair: pair[0])
+    query, shape = model.query, jax.ShapeDtypeStruct((1, samples), np.float32)
+    try:
+        jax.eval_shape(query.module.apply, query.variables, shape, np.zeros(1, np.int32))
+    except ValueError as error:
+        seconds = samples / model.sample_rate
+        raise UserError(
+            f"{batches.items[at[0]].name} lasts {seconds:.3g} s, too short for the query net of "
+            f"{model.path}; leave out items of this length"
+        ) from error
 
 
 def _text_row(
@@ -189,7 +206,7 @@ def _text_row(
         exists = heard & [len(indexes) > 0 for indexes in sets]
         return Row(TEXT, model.of_classes(indicators(sets)), exists)
     found, exists = _heard_classes(model, batches, heard, sets)
-    return Row(TEXT, _in_parts(model.of_probabilities, found), exists)
+    return Row(TEXT, _in_parts(model.of_probabilities, found), exists & found.any(axis=1))
 
 
 def _in_parts(
@@ -206,13 +223,19 @@ def _own_classes(items: Sequence[Item]) -> list[tuple[int, ...]]:
 
 
 def left_out(rows: Mapping[str, Row], items: int) -> str:
-    """Returns a sentence on the items that the row "text" leaves out; "" if none."""
-    if TEXT not in rows or (asked := int(rows[TEXT].exists.sum())) == items:
-        return ""
-    return (
-        f"the row {TEXT} leaves out {counted(items - asked, 'item')} of {items:,}: those that are "
-        "silent, and those whose text asks for no class"
-    )
+    """Returns sentences on the items that "text" and "class alone" leave out; "" if none."""
+    said = []
+    if TEXT in rows and (without := items - int(rows[TEXT].exists.sum())):
+        said.append(
+            f"the row {TEXT} leaves out {counted(without, 'item')} of {items:,}: those that are "
+            "silent, and those whose text asks for no class"
+        )
+    if CLASS in rows and (without := int((rows[ORACLE].exists & ~rows[CLASS].exists).sum())):
+        said.append(
+            f"the rows by class leave out {counted(without, 'item')} of {items:,}: those of no "
+            "class of AudioSet, or of one that the tagging net has no output for"
+        )
+    return "\n".join(said)
 
 
 def _heard_classes(

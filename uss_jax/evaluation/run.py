@@ -12,7 +12,7 @@ from uss_jax.disk.opening import at_once
 from uss_jax.errors import UserError
 from uss_jax.evaluation.finished import unfinished_beside
 from uss_jax.evaluation.suites import SUITES
-from uss_jax.evaluation.text_table import sibling, write_results
+from uss_jax.evaluation.text_table import MOST_BYTES, sibling, write_results
 
 # Endings of what a suite writes beside its JSON file.
 _BESIDE = (".csv", ".md", ".png")
@@ -65,7 +65,7 @@ def _require_replaceable(out: str) -> None:
     if os.path.lexists(out):
         try:
             with open(out, "rb", opener=at_once) as file:
-                read_json(file, record({"suite": text()}, others=True))
+                read_json(file, record({"suite": text()}, others=True), max_bytes=MOST_BYTES)
         except (OSError, ValueError) as error:
             raise UserError(f"{out} exists and holds no results; {wanted}") from error
         return

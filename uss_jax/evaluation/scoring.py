@@ -17,7 +17,6 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Integer
 
-from uss_jax.bundles.bundle import net_hash
 from uss_jax.bundles.model import Model, Net, separate_with
 from uss_jax.devices.mesh import replicated
 from uss_jax.errors import UserError
@@ -151,9 +150,9 @@ def _identity(
     oracle_only: bool,
 ) -> Iterator[bytes]:
     """Yields everything that the metrics of a batch depend on, for `Finished`."""
-    yield net_hash(model.separator.variables).encode()
+    yield model.digest.encode()
     # With the metrics, since a file of another version may lack one.
-    how = [model.precision, batch_size, oracle_only, _OF_IDENTITY]
+    how = [batch_size, oracle_only, _OF_IDENTITY]
     yield json.dumps([*how, [item.name for item in items]]).encode()
     yield stamps(file for item in items for file in item.files)
     for row in rows:

@@ -9,6 +9,9 @@ from typing import Any
 
 from uss_jax.disk.atomic import replacing
 
+# Limit for a file of results, which may have many groups of pairs, classes and rows.
+MOST_BYTES = 1 << 28
+
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str | int | float | None]]) -> str:
     """Aligns columns, the first to the left, others to the right; floats have two decimals."""

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Complex, Float
 
-from uss_jax.audio.stft import istft, stft
+from uss_jax.audio.stft import change_spectrum
 from uss_jax.models.compute_dtype import flax_dtype, in_compute_dtype
 from uss_jax.models.film import scaled_to
 from uss_jax.models.separator import require_fitting
@@ -301,7 +301,7 @@ class BandSplit(nn.Module):
     width: int = 256
     layers: int = 4
     head_width: int = 64
-    hidden_width: int = 683
+    hidden_width: int = 640
     time_span: int = 0
     audio_channels: int = 1
     condition_width: int = 527
@@ -317,14 +317,19 @@ class BandSplit(nn.Module):
 
     @property
     def window_samples(self) -> int:
-        """Four times the context, so that half of a window is kept."""
-        return 4 * self.context_samples
+        """Nine times the context; four times if attention is unbounded."""
+        return (9 if self.time_span else 4) * self.context_samples
 
     @property
     def context_samples(self) -> int:
-        """Reach of a sample of the estimate into the mixture; 32 frames if it is unbounded."""
+        """Two thirds of the reach, by measurement (configs/README.md); 32 frames if unbounded."""
         if not self.time_span:
             return _CONTEXT_FRAMES * self.hop_samples
+        return 2 * self.reach_samples // 3
+
+    @property
+    def reach_samples(self) -> int:
+        """Reach of a sample of the estimate into the mixture, where `time_span` bounds it."""
         return self.layers * self.time_span * self.hop_samples + self.n_fft + self.hop_samples
 
     def for_training(self, norm_scope: str | int, remat: bool) -> "BandSplit":
@@ -349,9 +354,11 @@ class BandSplit(nn.Module):
           ValueError: audio channels or condition width do not fit the net, or its fields clash.
         """
         del train
-        spectrum = stft(mixture, self.n_fft, self.hop_samples)
-        mask = self.mask(spectrum, condition)
-        return istft(spectrum * mask, self.n_fft, self.hop_samples, mixture.shape[-1])
+
+        def masked(spectrum: Complex[Array, "b a n f"]) -> Complex[Array, "b a n f"]:
+            return spectrum * self.mask(spectrum, condition)
+
+        return change_spectrum(mixture, self.n_fft, self.hop_samples, masked)
 
     def separate_with_shared_mask(
         self, mixture: Float[Array, "b c t"], condition: Float[Array, "#b d"]
@@ -361,15 +368,18 @@ class BandSplit(nn.Module):
         Each bin's mask is the mean of the channels' own masks, weighted with their power, so what
         is out of phase in two channels does not vanish. For equal channels it is that of each.
         """
-        items, channels, samples = mixture.shape
-        spectrum = stft(mixture, self.n_fft, self.hop_samples)
-        alone = spectrum.reshape(items * channels, 1, *spectrum.shape[2:])
+        items, channels, _ = mixture.shape
         if condition.shape[0] > 1:
             condition = jnp.repeat(condition, channels, axis=0)
-        masks = self.mask(alone, condition).reshape(spectrum.shape)
-        power = jnp.square(spectrum.real) + jnp.square(spectrum.imag) + 1e-20
-        mask = jnp.sum(masks * power, axis=1, keepdims=True) / jnp.sum(power, 1, keepdims=True)
-        return istft(spectrum * mask, self.n_fft, self.hop_samples, samples)
+
+        def masked(spectrum: Complex[Array, "b c n f"]) -> Complex[Array, "b c n f"]:
+            alone = spectrum.reshape(items * channels, 1, *spectrum.shape[2:])
+            masks = self.mask(alone, condition).reshape(spectrum.shape)
+            power = jnp.square(spectrum.real) + jnp.square(spectrum.imag) + 1e-20
+            mask = jnp.sum(masks * power, axis=1, keepdims=True) / jnp.sum(power, 1, keepdims=True)
+            return spectrum * mask
+
+        return change_spectrum(mixture, self.n_fft, self.hop_samples, masked)
 
     @nn.compact
     def mask(

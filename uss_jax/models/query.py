@@ -250,9 +250,7 @@ class QueryNet(nn.Module):
         if masked is not None:
             where, mixture = masked
             where &= self._can_be_asked(class_index)
-            heard = jax.lax.stop_gradient(self.tagger(mixture, train=False)[self.takes.reads])
-            heard *= jax.nn.one_hot(class_index, self.classes, dtype=heard.dtype)
-            x = jnp.where(where[:, None], heard, x)
+            x = jnp.where(where[:, None], self.heard(mixture, class_index), x)
         if train and self.one_class_share:
             key = self.make_rng("augment")
             alone = jax.random.bernoulli(key, self.one_class_share, class_index.shape)
@@ -265,6 +263,13 @@ class QueryNet(nn.Module):
             return self.adapt(jnp.where(where[:, None], vectors, x), train)
         by_text = self.adapt(vectors, train, text=True)
         return jnp.where(where[:, None], by_text, self.adapt(x, train))
+
+    def heard(
+        self, mixture: Float[Array, "b s"], class_index: Int[Array, "b"]
+    ) -> Float[Array, "b k"]:
+        """Computes the probability of a class in each mixture, all others zero."""
+        found = jax.lax.stop_gradient(self.tagger(mixture, train=False)[self.takes.reads])
+        return found * jax.nn.one_hot(class_index, self.classes, dtype=found.dtype)
 
     def of_classes(self, sets: Float[Array, "b k"]) -> Float[Array, "b d"]:
         """Computes the conditions of sets of classes, 1 for a class in the set and 0 elsewhere.

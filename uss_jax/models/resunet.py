@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float
 
-from uss_jax.audio.stft import istft, stft
+from uss_jax.audio.stft import change_spectrum
 from uss_jax.models.conv import Conv1x1, Conv3x3, Upsample
 from uss_jax.models.film import modulated_activation, scaled_to
 from uss_jax.models.masks import Head, complex_mask
@@ -20,6 +20,10 @@ from uss_jax.models.separator import require_fitting
 
 _WINDOW_FRAMES = 480
 _CONTEXT_FRAMES = 32
+
+
+def _power(spectrum: Complex[Array, "*any"]) -> Float[Array, "*any"]:
+    return jnp.square(spectrum.real) + jnp.square(spectrum.imag)
 
 
 class ConvBlock(nn.Module):
@@ -209,10 +213,11 @@ class ResUNet(nn.Module):
         Raises:
           ValueError: audio channels, condition width or n_fft do not fit the net.
         """
-        spectrum = stft(mixture, self.n_fft, self.hop_samples)
-        power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
-        estimate = spectrum * self.mask(power, condition, train)
-        return istft(estimate, self.n_fft, self.hop_samples, mixture.shape[-1])
+
+        def masked(spectrum: Complex[Array, "b a n f"]) -> Complex[Array, "b a n f"]:
+            return spectrum * self.mask(_power(spectrum), condition, train)
+
+        return change_spectrum(mixture, self.n_fft, self.hop_samples, masked)
 
     def separate_with_shared_mask(
         self, mixture: Float[Array, "b c t"], condition: Float[Array, "#b d"]
@@ -223,10 +228,12 @@ class ResUNet(nn.Module):
         and unlike the power of their mean it does not vanish where they are out of phase. A shared
         mask preserves level and phase differences between channels, hence the spatial image.
         """
-        spectrum = stft(mixture, self.n_fft, self.hop_samples)
-        power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
-        mask = self.mask(jnp.mean(power, axis=1, keepdims=True), condition, train=False)
-        return istft(spectrum * mask, self.n_fft, self.hop_samples, mixture.shape[-1])
+
+        def masked(spectrum: Complex[Array, "b c n f"]) -> Complex[Array, "b c n f"]:
+            power = jnp.mean(_power(spectrum), axis=1, keepdims=True)
+            return spectrum * self.mask(power, condition, train=False)
+
+        return change_spectrum(mixture, self.n_fft, self.hop_samples, masked)
 
     @nn.compact
     def mask(

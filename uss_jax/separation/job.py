@@ -13,7 +13,8 @@ import numpy as np
 
 from uss_jax.audio.files import audio_format, read_blocks, truncation
 from uss_jax.audio.resampling import resample_blocks
-from uss_jax.bundles.bundle import MEANS, net_hash
+from uss_jax.bundles import nets
+from uss_jax.bundles.bundle import net_hash
 from uss_jax.bundles.model import Model
 from uss_jax.disk.atomic import is_full
 from uss_jax.disk.checked_json import either, list_of, nothing, number, read_json, record, text
@@ -22,7 +23,7 @@ from uss_jax.errors import UserError, counted, one_line
 from uss_jax.ontology import load_ontology
 from uss_jax.separation.input_files import InputFile, Places
 from uss_jax.separation.queries import Classes, Query
-from uss_jax.separation.recordings import Separated, Separator
+from uss_jax.separation.recordings import RESIDUAL, Separated, Separator
 from uss_jax.separation.report import REPORT, not_heard, recording_facts, write_report
 from uss_jax.separation.windows import classes_heard, tag_segments
 
@@ -46,7 +47,7 @@ _SOUND = record(
 )
 _FINISHED = record(
     {"made_of": text(), "sounds": list_of(_SOUND)},
-    {"threshold": number(0, 1), "truncated": text()},
+    {"threshold": number(0, 1), "truncated": text(), "settings": record({}, others=True)},
     others=True,
 )
 _MOST_BYTES = 1 << 28  # limit for report.json: hours of audio have many segments
@@ -90,6 +91,8 @@ def separate_all(
       UserError: the query does not fit the model.
     """
     query.require_fit(separator.model)
+    if isinstance(query, Classes) and (said := query.unheard_of(separator.model)):
+        print(said, file=sys.stderr)
     run = _digest_of_run(separator, query, settings)
     taken = Places(out)
     unheard = earlier = 0
@@ -149,7 +152,7 @@ def _separate_one(
     """Writes a recording's sounds and reports; returns the contents of report.json."""
     plan = separator.plan(path, query)
     mark = folder / UNFINISHED
-    killed = mark.is_file() and mark.read_text() == digest
+    killed = mark.is_file() and mark.read_bytes() == digest.encode()
     replace = separator.settings.overwrite or killed
     rooms = separator.make_room(plan, folder, replace=replace)
     folder.mkdir(parents=True, exist_ok=True)
@@ -212,13 +215,19 @@ def _written(facts: dict[str, Any], separator: Separator) -> str:
 
 def _remarks(facts: dict[str, Any]) -> Iterator[str]:
     """Yields warnings about the sounds that were written."""
-    if not facts["sounds"]:
+    if all(sound["name"] == RESIDUAL for sound in facts["sounds"]):
         yield "none of the requested classes is heard"
     if why := facts.get("truncated"):
         yield f"the recording is cut off ({why})"
     for sound in _asked_for(facts):
         if words := not_heard(sound, facts):
             yield one_line(f"{sound['name']}: {words}")
+    heard = [s["name"] for s in facts["sounds"] if s["active_share"] != 0]
+    shared = facts.get("settings", {}).get("sum_to_mixture")
+    if shared and len(heard) == 1:
+        yield one_line(
+            f"{heard[0]}: nothing else is heard, so --sum-to-mixture makes it the whole recording"
+        )
     for sound in facts["sounds"]:
         if share := sound["clipped_share"]:
             yield (
@@ -233,9 +242,9 @@ def _digest_of_run(separator: Separator, query: Query, settings: dict[str, Any])
     model = separator.model
     asked = query.sets if isinstance(query, Classes) else sorted(query.vectors)
     settings = {key: value for key, value in settings.items() if key != "text"}  # in the sets
-    words = [net_hash(model.separator.variables), model.query_hash, asked, settings]
-    if isinstance(query, Classes) and model.means is not None:
-        words.append(net_hash({MEANS: model.means}))
+    words = [model.digest, asked, settings]
+    if query.needs_tags and model.query.module.tagger is None:  # the tags are the detector's
+        words.append([nets.completed(model.config)["sed"], net_hash(model.sed.variables)])
     if settings.get("sum_to_mixture"):
         words.append("heard sounds share the residual")  # once all did: those results are others
     digest.update(json.dumps(words, default=str, sort_keys=True).encode())

@@ -167,6 +167,16 @@ class Classes:
                 examples = ", or with --query RECORDINGS" if takes.recordings else ""
                 raise UserError(f"{unknown}; ask for a class above{examples}")
 
+    def unheard_of(self, model: Model) -> str:
+        """Returns a sentence on the classes that the tagging net has no output for; or "".
+
+        Of sets that are asked for only where they are heard, those with no other class count.
+        """
+        lacking = set(unknown_classes(model.tagger.module))
+        sets = [s for s in self.sets.values() if not self.only_active or lacking.issuperset(s)]
+        unknown = unknown_among(model.tagger.module, {k for s in sets for k in s})
+        return unknown and f"{unknown}, so nothing is separated as one of them"
+
     def peaks(self, probabilities: Float32[np.ndarray, "s k"]) -> dict[str, float]:
         """Returns each set's highest probability in the recording."""
         return {

@@ -5,6 +5,7 @@ Letters: `n` targets, `c` channels, `t` samples.
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -171,7 +172,10 @@ class Separator:
         self, blocks: Callable[[], Blocks], query: Query
     ) -> tuple[list[Target], Float32[np.ndarray, "s k"] | None]:
         """Returns a query's targets in a recording, and the probabilities they are based on."""
-        probabilities = tag_segments(self.model, blocks()) if query.needs_tags else None
+        probabilities = None
+        if query.needs_tags:
+            padded = self.settings.reference_blocks
+            probabilities = tag_segments(self.model, blocks(), padded)
         return query.targets(self.model, probabilities), probabilities
 
     def estimates(
@@ -192,7 +196,8 @@ class Separator:
         else:
             layout = Layout.windows(self.model, samples)
         size, mesh = self._batch_size, self._mesh
-        for piece in separate_blocks(self.model, layout, blocks, targets, size, mesh):
+        smaller = functools.partial(setattr, self, "_batch_size")
+        for piece in separate_blocks(self.model, layout, blocks, targets, size, mesh, smaller):
             finite = np.isfinite(piece).all(axis=(1, 2))
             if not finite.all():
                 raise UserError(

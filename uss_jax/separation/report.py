@@ -201,7 +201,7 @@ def band_levels(path: str | os.PathLike) -> Float[np.ndarray, "f x"]:
     columns = min(frames, _COLUMNS)
     power, counts = np.zeros((columns, _BANDS)), np.zeros(columns)
     window, at = np.hanning(_N_FFT), 0
-    for block in read_blocks(path, 256 * _N_FFT):
+    for block in read_blocks(path, 256 * _N_FFT, any_scale=True):
         padded = np.pad(block, ((0, 0), (0, -block.shape[1] % _N_FFT)))
         pieces = padded.reshape(len(block), -1, _N_FFT) * window
         spectra = np.mean(np.square(np.abs(np.fft.rfft(pieces))), axis=0) / (window.sum() / 2) ** 2
@@ -222,7 +222,8 @@ def _png(values: Float[np.ndarray, "f x"], low: float, high: float, colours: str
 def _player(path: pathlib.Path) -> tuple[str, bool]:
     """Returns the beginning of a file as an MP3 data URL, and whether it is the whole file."""
     form = audio_format(path)
-    block = next(read_blocks(path, max(round(_PLAYED_SECONDS * form.sample_rate), 1)))
+    samples = max(round(_PLAYED_SECONDS * form.sample_rate), 1)
+    block = next(read_blocks(path, samples, any_scale=True))
     rate = form.sample_rate
     stereo = block[:2] if len(block) == 2 else block.mean(axis=0, keepdims=True)
     if rate not in MP3_SAMPLE_RATES:

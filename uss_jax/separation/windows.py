@@ -17,7 +17,7 @@ condition width, `n` targets.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Float32
 from uss_jax.audio.resampling import mono
 from uss_jax.bundles.model import Model, Net
 from uss_jax.devices.batching import in_batches
+from uss_jax.devices.memory import exhausted, is_exhausted
 from uss_jax.devices.mesh import batch_sharded
 from uss_jax.errors import UserError
 
@@ -96,7 +97,7 @@ class Layout:
         for part in (8, 4, 2, 1):
             # At least one step of the grid is kept, in case the recording is longer after all.
             window = max(-(-net.window_samples // part // grid), 2 * context // grid + 1) * grid
-            if samples <= window - context:
+            if samples <= window:
                 break
         fade = round(_FADE_SECONDS * model.sample_rate)
         return cls(window, context, model.segment_samples, fade)
@@ -107,18 +108,31 @@ class Layout:
         return cls(model.segment_samples, 0, model.segment_samples, 0)
 
 
-def tag_segments(model: Model, blocks: Blocks) -> Float32[np.ndarray, "s k"]:
-    """Returns the tagging probabilities of each segment; the last segment is zero-padded.
+def tag_segments(model: Model, blocks: Blocks, padded: bool = False) -> Float32[np.ndarray, "s k"]:
+    """Returns the tagging probabilities of each segment.
 
     Args:
       model: model with a tagging net.
       blocks: the recording at the model's rate, in pieces; `mono` mixes its channels.
+      padded: tag the rest of a recording, less than a segment, with silence after it, as the
+        reference does; otherwise with as much of the segment before it, since a tagging net hears
+        little in a short sound, and `separate` would mute a sound that goes on to the end. A
+        recording shorter than a segment is padded in either case.
     """
-    cut = Layout.blocks(model)
-    probabilities = []
-    for segments, rows in in_batches((mono(w) for _, w in _windows(blocks, cut)), _TAGGING_BATCH):
+    probabilities, pieces = [], _segments(blocks, Layout.blocks(model), padded)
+    for segments, rows in in_batches(pieces, _TAGGING_BATCH):
         probabilities.append(np.asarray(model.tagger(np.stack(segments))["clipwise"])[:rows])
     return np.concatenate(probabilities)
+
+
+def _segments(blocks: Blocks, cut: Layout, padded: bool) -> Iterator[Float32[np.ndarray, " t"]]:
+    """Yields what is tagged for each segment, in mono."""
+    before = None
+    for true, samples in _windows(blocks, cut):
+        if not padded and before is not None and true < cut.window:
+            samples = np.concatenate([before[:, true:], samples[:, :true]], axis=1)
+        before = samples
+        yield mono(samples)
 
 
 def classes_heard(probabilities: Float32[np.ndarray, "_ k"], threshold: float) -> list[int]:
@@ -174,6 +188,7 @@ def separate_blocks(
     targets: Sequence[Target],
     batch_size: int,
     mesh: Mesh | None = None,
+    smaller: Callable[[int], None] = lambda size: None,
 ) -> Iterator[Float32[np.ndarray, "n c _"]]:
     """Yields the estimates of all targets in pieces that together have the recording's length.
 
@@ -182,17 +197,24 @@ def separate_blocks(
       layout: how to cut the recording.
       blocks: the recording at the model's rate, in pieces.
       targets: targets to separate.
-      batch_size: number of (window, target) pairs in one run of the net.
+      batch_size: number of (window, target) pairs in one run of the net; halved when they do not
+        fit into the memory of a device.
       mesh: devices over which a batch is split; their number divides `batch_size`. None for one
         device.
+      smaller: is told of a batch size that is halved, for the recordings that follow.
+
+    Raises:
+      UserError: a device has too little memory for one window.
     """
     net = model.separator if mesh is None else model.separator_on(mesh)
     pending: list[tuple[int, np.ndarray, int]] = []  # index, samples, true length
     jobs: list[tuple[int, int, np.ndarray]] = []  # place in pending, target number, condition
 
-    def flush() -> Iterator[np.ndarray]:
+    size, devices = batch_size, 1 if mesh is None else mesh.size
+
+    def separate_jobs() -> dict[tuple[int, int], np.ndarray]:
         estimates = {}
-        for some, count in in_batches(jobs, batch_size):
+        for some, count in in_batches(jobs, size):
             windows = np.stack([pending[place][1] for place, _, _ in some])
             conditions = np.stack([condition for _, _, condition in some])
             if mesh is not None:
@@ -201,6 +223,23 @@ def separate_blocks(
                 separated = _separate(net, windows, conditions)
             keys = [(place, number) for place, number, _ in some[:count]]
             estimates |= zip(keys, np.asarray(separated), strict=False)
+        return estimates
+
+    def flush() -> Iterator[np.ndarray]:
+        nonlocal size
+        while True:
+            try:
+                estimates = separate_jobs()
+                break
+            except RuntimeError as error:
+                if not is_exhausted(error):
+                    raise
+                if size == devices:
+                    seconds = layout.window / model.sample_rate
+                    remedy = f"a window of {seconds:.3g} s needs more; take another device"
+                    raise UserError(exhausted(remedy)) from error
+                size = max(size // devices // 2, 1) * devices
+                smaller(size)
         for place, (index, window, true) in enumerate(pending):
             first, last = _kept(layout, index, true)
             out = np.zeros((len(targets), len(window), last - first), np.float32)
@@ -214,7 +253,7 @@ def separate_blocks(
 
     for index, (true, window) in enumerate(_windows(blocks, layout)):
         for number, target in enumerate(targets):
-            rows = _active_rows(layout, target, index)
+            rows = _active_rows(layout, target, index, true)
             if rows.size:
                 jobs.append((len(pending), number, _condition(target, rows)))
         pending.append((index, window, true))
@@ -238,33 +277,32 @@ def _separate(
 
 
 def _windows(blocks: Blocks, layout: Layout) -> Iterator[tuple[int, Float32[np.ndarray, "c t"]]]:
-    """Yields (true length, samples) of every window; the last windows are zero-padded.
+    """Yields (true length, samples) of every window; the last one is zero-padded.
 
     The true length is more than a window if the recording goes on after it.
     """
-    held, first = None, True
+    held = None
     for block in blocks:
         held = block if held is None else np.concatenate([held, block], axis=1)
         # Waits for a sample beyond the window: the last window keeps its end, others do not.
         while held.shape[1] > layout.window:
             yield layout.window + 1, held[:, : layout.window]
-            held, first = held[:, layout.step :], False
-    while held is not None and (first or held.shape[1] > layout.context):
+            held = held[:, layout.step :]
+    if held is not None:
         true = held.shape[1]
-        missing = max(layout.window - true, 0)
-        yield true, np.pad(held[:, : layout.window], ((0, 0), (0, missing)))
-        held, first = held[:, layout.step :], False
+        yield true, np.pad(held, ((0, 0), (0, layout.window - true)))
 
 
 def _kept(layout: Layout, index: int, true: int) -> tuple[int, int]:
     """Returns (first, last) of a window's kept samples; no context is cut at a recording's ends."""
-    return (layout.context if index else 0), min(true, layout.window - layout.context)
+    last = true if true <= layout.window else layout.window - layout.context
+    return (layout.context if index else 0), last
 
 
-def _active_rows(layout: Layout, target: Target, index: int) -> np.ndarray:
+def _active_rows(layout: Layout, target: Target, index: int, true: int) -> np.ndarray:
     """Returns the active segments in a window's kept part or, if none, within a fade of it."""
     start = index * layout.step
-    first, last = _kept(layout, index, layout.window)
+    first, last = _kept(layout, index, true)
     for margin in (0, layout.fade):
         begin, end = max(start + first - margin, 0), start + last + margin
         rows = np.arange(begin // layout.segment, -(-end // layout.segment))

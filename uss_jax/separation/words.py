@@ -302,6 +302,7 @@ def chosen(
         )
     if near[0].mid == _SILENCE:
         raise _silent(text)
+    near = [match for match in near if match.mid != _SILENCE]
     well = [m for m in near if not trained or not set(trained).isdisjoint(classes(m))]
     return (well or near)[:most]
 

@@ -221,7 +221,7 @@ def check_shares(shares: Mapping[str, float], mined: bool) -> None:
 
 
 def alone(recordings: Recordings) -> str:
-    """Returns a sentence on the classes of one recording, which have no other vector; or ""."""
+    """Returns a sentence on the classes of one recording, which have no other; or ""."""
     pairs = np.unique(recordings.key)
     classes, count = np.unique(pairs // recordings.recordings, return_counts=True)
     only = classes[count == 1]
@@ -231,5 +231,6 @@ def alone(recordings: Recordings) -> str:
     more = " ..." if only.size > 3 else ""
     return (
         f"config.query.source: {counted(only.size, 'class', 'classes')} of {len(classes)} have one "
-        f"recording only and are asked with the item's own condition instead: {names}{more}"
+        f"recording only: the item's own condition stands for another's, and their mean is of that "
+        f"recording: {names}{more}"
     )

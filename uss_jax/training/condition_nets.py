@@ -88,7 +88,7 @@ def load_condition_nets(
         sed, frozen["sed"] = _source_bundle(settings, workdir, "sed").sed()
         _require_suitable(sed, "sed", settings)
         if table is not None:
-            _require_detector_of(table, frozen["sed"], settings)
+            _require_detector_of(table, sed, frozen["sed"], settings)
         _keep(workdir, "sed", frozen["sed"])
         if not detects:
             del frozen["sed"]
@@ -179,9 +179,11 @@ def shapes_of_condition_nets(settings: SeparatorSettings) -> ConditionNets:
     return ConditionNets(sed, detects, query, {**frozen, "query": tagger}, trained)
 
 
-def _require_detector_of(table: AnchorTable, sed: Any, settings: SeparatorSettings) -> None:
-    """Raises a UserError unless a table was mined with these variables."""
-    if net_hash(sed) != table.header["sed_hash"]:
+def _require_detector_of(
+    table: AnchorTable, sed: TaggingNet, variables: Any, settings: SeparatorSettings
+) -> None:
+    """Raises a UserError unless a table was mined with this detector."""
+    if not table.mined_with(sed, net_hash(variables)):
         raise UserError(
             f"{settings.anchors.table} was mined with another detector than config.sed_bundle="
             f"{settings.sed_bundle}; mine again with this one, or set config.sed_bundle to that one"

@@ -1,6 +1,6 @@
 """Evaluates a separator on pairs during training, on all devices of all hosts.
 
-Letters: `n` pairs, `b` batch, `d` width of the condition.
+Letters: `n` pairs, `b` batch, `d` width of the condition, `k` classes.
 """
 
 import concurrent.futures
@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from uss_jax.devices.batching import in_batches
-from uss_jax.devices.mesh import replicated, to_devices
+from uss_jax.devices.mesh import on_all_devices, replicated, to_devices
 from uss_jax.devices.precision import HIGHEST, at_precision
 from uss_jax.errors import UserError
 from uss_jax.evaluation.items import require_sound
@@ -24,7 +24,7 @@ from uss_jax.evaluation.metrics import class_medians, separation_figures
 from uss_jax.evaluation.suites.pairs import Pair
 from uss_jax.models.query import QueryNet
 from uss_jax.models.separator import SeparatorNet, separate
-from uss_jax.training.live_conditions import CLASS, SHUFFLED, TEXT, Asked
+from uss_jax.training.live_conditions import CLASS, MEAN, SHUFFLED, TEXT, Asked
 from uss_jax.training.separation_step import query_variables
 from uss_jax.training.state import TrainState
 
@@ -42,8 +42,11 @@ def make_evaluation(
     sample_rate: int,
     batch_size: int,
     threads: int,
-) -> Callable[[TrainState], dict[str, float]]:
+) -> Callable[..., dict[str, float] | None]:
     """Returns a function from a train state to metrics: median within a class, mean over classes.
+
+    Its second argument, if given, is asked before each batch whether to break off; it then returns
+    None.
 
     `sdri` and `si_sdri` (dB) and `l1` (mean absolute error) use the condition of the clean source.
     With the name of another query before them, such as `average_sdri`, they use its condition, over
@@ -72,16 +75,21 @@ def make_evaluation(
     classes = np.array([pair.class_index for pair in pairs])
     samples = _common_length(pairs, sample_rate)
     read = functools.partial(_read, pairs, asked, sample_rate=sample_rate, samples=samples)
+    means = None if asked.means is None else on_all_devices(asked.means, mesh)
     mine = jax.process_index(), jax.process_count()
 
-    def evaluate(state: TrainState) -> dict[str, float]:
+    def evaluate(
+        state: TrainState, stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
         began = time.monotonic()
         parts = []
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             for at, _ in in_batches(range(len(pairs)), batch_size):
+                if stop():
+                    return None
                 rows = np.array_split(at, mine[1])[mine[0]]  # this host's
                 batch = jax.tree.map(lambda *of: np.stack(of), *pool.map(read, rows.tolist()))
-                parts.append(jax.device_get(jitted(state, frozen, to_devices(batch, mesh))))
+                parts.append(jax.device_get(jitted(state, frozen, means, to_devices(batch, mesh))))
         values = {
             name: np.concatenate([part[name] for part in parts])[: len(pairs)] for name in parts[0]
         }
@@ -108,6 +116,7 @@ def _figures(
     asked: Sequence[str],
     state: TrainState,
     frozen: Any,
+    means: Float[jax.Array, "k k"] | None,
     batch: dict[str, jax.Array],
 ) -> dict[str, Float[jax.Array, "b"]]:
     """Computes the metrics of each pair of a batch.
@@ -124,8 +133,9 @@ def _figures(
 
     def condition(name: str) -> Float[jax.Array, "b d"]:
         if name == CLASS:
-            none, every = jnp.zeros((*classes.shape, query.classes)), jnp.ones(classes.shape, bool)
-            return ask(source, classes, vector=none, masked=(every, mixture))
+            return ask(ask(mixture, classes, method="heard"), method="adapt")
+        if name == MEAN:
+            return ask(ask(mixture, classes, method="heard"), means, method="of_probabilities")
         if name == TEXT:
             return ask(jax.nn.one_hot(classes, query.classes), method="of_classes")
         if name == SHUFFLED:

@@ -1,6 +1,6 @@
 """The conditions that an evaluation in training asks with, besides those of the clean sources.
 
-Letters: `n` pairs, `c` numbers of recordings, `d` width of the condition.
+Letters: `n` pairs, `c` numbers of recordings, `d` width of the condition, `k` classes.
 """
 
 import concurrent.futures
@@ -32,8 +32,8 @@ from uss_jax.evaluation.suites.pairs import Pair
 # a few clips drawn for each pair.
 AVERAGES, RECORDINGS = "class_averages.npz", "recordings_asked.npz"
 # Names of queries, see `config.eval.queries`; "recordings_4" are four training recordings.
-AVERAGE, CLASS, SHUFFLED, SOME = "average", "class", "shuffled", "recordings_"
-TEXT = "text"
+AVERAGE, MEAN, CLASS, TEXT = "average", "mean", "class", "text"
+SHUFFLED, SOME = "shuffled", "recordings_"
 
 # Files of older versions have no digest, and are computed again.
 _DIGEST = {"digest": Column("U", optional=True)}
@@ -50,19 +50,27 @@ class Asked:
     Attributes:
       vectors: name of a query -> conditions [n, d], NaN for pairs that have none.
       others: with whose source a pair is asked as "shuffled", -1 for none; None to leave it out.
-      class_alone: whether to ask with the class in the mixture, all others zero, as "class".
+      known: which pairs can be asked with their class: those of classes that the tagging net knows;
+        None if conditions are not made of probabilities.
+      alone: whether to ask with the class in the mixture, all others zero, as "class".
+      means: the run's means of its classes (see `QueryNet.of_probabilities`), to ask with, as
+        "mean"; None to leave it out.
       named: whether to ask with the name of the class, as "text".
     """
 
     vectors: Mapping[str, Float[np.ndarray, "n d"]] = dataclasses.field(default_factory=dict)
     others: Int[np.ndarray, " n"] | None = None
-    class_alone: bool = False
+    known: Bool[np.ndarray, " n"] | None = None
+    alone: bool = False
+    means: Float[np.ndarray, "k k"] | None = None
     named: bool = False
 
     @property
     def names(self) -> list[str]:
         """Names of the queries."""
-        rest = {CLASS: self.class_alone, TEXT: self.named, SHUFFLED: self.others is not None}
+        known = self.known is not None and self.known.any()
+        rest = {MEAN: known and self.means is not None, CLASS: known and self.alone}
+        rest |= {TEXT: self.named, SHUFFLED: self.others is not None}
         return [*self.vectors, *(name for name, there in rest.items() if there)]
 
     def exists(self, name: str, pairs: int) -> Bool[np.ndarray, " n"]:
@@ -71,6 +79,8 @@ class Asked:
             return np.isfinite(self.vectors[name]).all(axis=1)
         if name == SHUFFLED:
             return self.others >= 0
+        if name in (MEAN, CLASS):
+            return self.known
         return np.ones(pairs, bool)
 
 
@@ -156,7 +166,7 @@ def _cache(
     width = next((of.shape[1] for of in vectors.values()), 0)
     if AVERAGES in stale:
         averages = averaged(vectors)
-        rows = np.array(list(averages.values()), np.float32).reshape(-1, width)
+        rows = np.array(list(averages.values()), np.float32).reshape(len(averages), width)
         written = {"classes": np.array(list(averages), np.int64), "vectors": rows}
         _write(workdir / AVERAGES, digests[AVERAGES], written)
     if RECORDINGS in stale:

@@ -26,7 +26,8 @@ _STEPS_AHEAD = 2
 # Metrics kept from every step for the next report.
 _EVERY_STEP = ("loss", "grad_norm", "spike")
 
-Evaluate = Callable[[TrainState], Mapping[str, float]]
+# Maps a state and a function that says whether to break off to metrics; None if broken off.
+Evaluate = Callable[[TrainState, Callable[[], bool]], Mapping[str, float] | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +133,7 @@ def fit(
             if len(recent) > _STEPS_AHEAD:
                 jax.block_until_ready(recent[-1 - _STEPS_AHEAD])
 
-            stopping = notice.heard(done) and done < pace.total_steps
+            stopping = notice.heard() and done < pace.total_steps
             evaluating = evaluate is not None and pace.evaluates(done) and not stopping
             # Each checkpoint follows a report, so that a run that went wrong is detected first.
             due = pace.saves(done) or evaluating or stopping
@@ -143,7 +144,9 @@ def fit(
                 # The state is that of the last good step, the position is after the clips read.
                 checkpoints.save(done, state.parts(), position(done))
                 raise UserError(_gone_wrong(done, in_a_row, bool(recent[-1].get("spike"))))
-            figures = evaluate(state) if evaluating else {}
+            figures = evaluate(state, notice.heard) if evaluating else {}
+            if figures is None:
+                figures, stopping = {}, True
             reports.write(done, values | {f"eval/{name}": x for name, x in figures.items()})
             if due:
                 checkpoints.save(done, state.parts(), position(done), figures)

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -167,3 +167,18 @@ def make_schedule(
             f"--config.schedule=\"{{'name': '{name}', ...}}\""
         )
     return schedules[name](**arguments)
+
+
+def unfinished_warm_up(schedule: Mapping[str, Any], total_steps: int) -> str:
+    """Returns a sentence that says that a run ends before its full learning rate; else ""."""
+    stages = 3 if schedule.get("name") == constant_warm_up.__name__ else 1
+    if total_steps > stages * schedule.get("warm_up_steps", 0):
+        return ""
+    reached = float(make_schedule(**schedule)(max(total_steps - 1, 0)))
+    if reached >= schedule["learning_rate"]:
+        return ""
+    return (
+        f"this run ends while the learning rate still rises: it reaches {reached:.2g}, not "
+        f"config.schedule.learning_rate={schedule['learning_rate']:g}; for config.total_steps="
+        f"{total_steps}, set config.schedule.warm_up_steps (and its total_steps) lower"
+    )

@@ -10,12 +10,15 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from uss_jax import errors
+from uss_jax.bundles.nets import fields_of
 from uss_jax.devices.cost import BFLOAT16, device_bytes, flops_by_way, least_seconds
 from uss_jax.devices.mesh import batch_sharded, laid_out, make_mesh, replicated, shapes
 from uss_jax.devices.precision import PRECISIONS
 from uss_jax.models.query import TEXT_WIDTH
-from uss_jax.training.condition_nets import shapes_of_condition_nets
-from uss_jax.training.settings import separator_settings
+from uss_jax.models.separator import SeparatorNet
+from uss_jax.training.condition_nets import ConditionNets, shapes_of_condition_nets
+from uss_jax.training.settings import SeparatorSettings, separator_settings
+from uss_jax.training.starting import find_start
 from uss_jax.training.state import TrainState, parameter_count
 from uss_jax.training.step import Step
 from uss_jax.training.train_separator import build_separator, fresh_state, make_step
@@ -29,7 +32,8 @@ def dry_run(config: ConfigDict) -> list[str]:
     A net without a bundle gets the published architecture named by `sed_net` or `query_net`.
 
     Returns:
-      Lines that report mesh, parameters, FLOPs, memory and input size.
+      Lines that report what a new run would take from `init_from`, mesh, parameters, FLOPs, memory
+      and input size.
     """
     mesh = make_mesh()
     settings = separator_settings(config)
@@ -38,6 +42,7 @@ def dry_run(config: ConfigDict) -> list[str]:
     fresh = functools.partial(fresh_state, settings, separator)
     key = jax.random.key(settings.seed)
     state = shapes(fresh, key, around.trained, rules=settings.sharding, mesh=mesh)
+    said = _start(settings, separator, around, state)
     from_table, asking = settings.anchors.source == "table", settings.asking
     batch = clip_batch(
         settings.global_batch,
@@ -48,7 +53,7 @@ def dry_run(config: ConfigDict) -> list[str]:
         text=TEXT_WIDTH if around.query.takes.texts else 0,
     )
     step = functools.partial(make_step, settings, separator, around, mesh)
-    return describe(
+    return said + describe(
         step(),
         state,
         around.frozen,
@@ -56,6 +61,17 @@ def dry_run(config: ConfigDict) -> list[str]:
         counted=step(remat=False) if settings.remat else None,
         mesh=mesh,
     )
+
+
+def _start(
+    settings: SeparatorSettings, separator: SeparatorNet, around: ConditionNets, state: TrainState
+) -> list[str]:
+    """Returns what a run says of the model that it starts from, if it does."""
+    if not settings.init_from:
+        return []
+    about = {"kind": "separator", "sample_rate": settings.sample_rate}
+    about |= {"separator": fields_of(separator), **around.sections(settings)}
+    return find_start(state, settings.init_from, settings.init_partly, about, {})[1]
 
 
 def clip_batch(

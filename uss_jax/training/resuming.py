@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import uss_jax
 from uss_jax.bundles import nets
 from uss_jax.bundles.bundle import read_bundle
 from uss_jax.bundles.checkpoints import Checkpoints
@@ -60,6 +61,27 @@ def position_of(records: Records, settings: RunSettings, frozen: Any) -> dict[st
     return position
 
 
+def common_to_hosts(position: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what all hosts of a run must have alike, for `require_same`.
+
+    Of the config, its numbers: a text may be a path, which hosts may have each their own.
+    """
+    digests = ("index_digest", "frozen_digest", "anchors_digest", "asked_digest")
+    return {
+        "version": uss_jax.__version__,
+        "config": _numbers(config),
+        "seed": position["seed"],
+        **{name.replace("_digest", ""): position.get(name) for name in digests},
+    }
+
+
+def _numbers(config: Any) -> Any:
+    if not isinstance(config, Mapping):
+        return None if isinstance(config, str) else config
+    of_host = ("threads", "workers", "profile")
+    return {key: _numbers(value) for key, value in config.items() if key not in of_host}
+
+
 def resume(
     workdir: pathlib.Path,
     checkpoints: Checkpoints,
@@ -104,6 +126,19 @@ def resume(
             say(f"config.precision is {now} from here on; up to here it was {before}")
         return step, state
     return None
+
+
+def started_from(workdir: pathlib.Path, settings: RunSettings) -> dict[str, Any]:
+    """Returns `init_from` and `init_partly` of a run that goes on; says if others are given."""
+    saved = read_bundle(workdir).config["training"]
+    started = {name: saved[name] for name in ("init_from", "init_partly") if name in saved}
+    before = started.get("init_from", "")
+    if settings.init_from not in ("", before):
+        say(
+            f"config.init_from={settings.init_from} has no effect: this run started from "
+            f"{before or 'new parameters'} and goes on"
+        )
+    return started
 
 
 def restore_state(checkpoints: Checkpoints, step: int, like: TrainState) -> TrainState:

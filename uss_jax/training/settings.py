@@ -241,7 +241,7 @@ def _each(rule: Rule) -> Rule:
 
 # What an evaluation in training can ask with besides the sources, and the metrics by which the best
 # checkpoint can be chosen, see live.py.
-_QUERY = r"average|class|text|shuffled|recordings_(?:100|[1-9][0-9]?)"
+_QUERY = r"average|mean|class|text|shuffled|recordings_(?:100|[1-9][0-9]?)"
 _BEST_BY = re.compile(rf"(?:({_QUERY})_)?(?:si_)?sdri")
 
 
@@ -251,8 +251,8 @@ def _queries(value: Any, key: str) -> None:
     for query in value:
         if not isinstance(query, str) or not re.fullmatch(_QUERY, query):
             raise ValueError(
-                f"{key} has {query!r}, expected average, class, text, shuffled, or recordings_N "
-                "with N from 1 to 100"
+                f"{key} has {query!r}, expected average, mean, class, text, shuffled, or "
+                "recordings_N with N from 1 to 100"
             )
 
 
@@ -471,10 +471,15 @@ def _check_asking(settings: SeparatorSettings) -> None:
             f"config.best_by={settings.best_by} needs {best} in config.eval.queries, which is "
             f"{', '.join(settings.eval.queries) or 'empty'}"
         )
-    if best == "class" and not kind.probabilities:
+    if best in ("class", "mean") and not kind.probabilities:
         raise UserError(
             f"config.best_by={settings.best_by} needs conditions of probabilities, which "
             f"config.query.kind={settings.query['kind']} are not; choose sdri"
+        )
+    if best == "mean" and not asking.table:
+        raise UserError(
+            f"config.best_by={settings.best_by} needs means of classes, which a run on mined "
+            "conditions stores (config.query.table); choose sdri"
         )
     if best == "text" and not (kind.texts and kind.recordings):
         raise UserError(

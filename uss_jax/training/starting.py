@@ -22,7 +22,7 @@ _PARTS = {
     "tagger": "sed",
 }
 # Fields that say how a net computes or trains, not what it computes.
-_FREE = ("dtype", "one_class_share", "dropout", "finetune", *nets.TRAINS_ON)
+_FREE = ("dtype", "one_class_share", "dropout", "stochastic_depth", "finetune", *nets.TRAINS_ON)
 _NAMED = 4
 # Vectors of names by one encoder differ by less: the package has them as float16.
 _NEAR = 1e-2
@@ -37,25 +37,51 @@ def start_from(
 ) -> TrainState:
     """Returns a fresh state with the parameters and statistics of a model; says what was taken.
 
-    Step, optimiser and position in the data stay those of a new run. A model that keeps an average
-    of its parameters gives that.
+    Step, optimiser and position in the data stay those of a new run. Arguments and errors are those
+    of `find_start`.
+    """
+    taken, said = find_start(state, location, partly, about, frozen)
+    for line in said:
+        say(line)
+    return state.replace(
+        params=_replaced(state.params, taken["params"]),
+        batch_stats=_replaced(state.batch_stats, taken["batch_stats"]),
+        ema=_replaced(state.ema, taken["params"]),
+    )
+
+
+def find_start(
+    state: TrainState,
+    location: str,
+    partly: bool,
+    about: Mapping[str, Any],
+    frozen: Mapping[str, Any],
+) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
+    """Finds what a fresh state can take from a model.
+
+    A model that keeps an average of its parameters gives that.
 
     Args:
-      state: the fresh state.
+      state: the fresh state, or its shapes.
       location: bundle or workdir.
       partly: take whatever has the same name and shape; otherwise all must, and the nets be equal.
       about: content of the run's config.json.
-      frozen: variables of the run's nets that do not train.
+      frozen: variables of the run's nets that do not train; {} to compare these nets' fields only.
+
+    Returns:
+      Arrays by tree of the state and name, and lines on what is taken and what is not.
 
     Raises:
       UserError: the model cannot be read, or does not fit; or nothing of it does.
     """
-    bundle = read_bundle(location)
+    lines = []
+    bundle = read_bundle(location).at_sample_rate(about["sample_rate"])
     if said := list(_differences(bundle, about, frozen)):
-        said = f"{location} differs from this run: {', '.join(said)}"
+        lines.append(f"{location} differs from this run: {', '.join(said)}")
         if not partly:
-            raise UserError(f"{said}; give another config.init_from or --config.init_partly=True")
-        say(said)
+            raise UserError(
+                f"{lines[0]}; give another config.init_from or --config.init_partly=True"
+            )
     wanted = {"params": by_path(state.params), "batch_stats": by_path(state.batch_stats)}
     stored = _stored(bundle, wanted["params"])
     taken, left = {}, []
@@ -77,15 +103,11 @@ def start_from(
             f"config.init_from={location} does not fit: {_shown('no array of its shape for', left)}"
             f"{_shown('no place for', unused)}take what fits with --config.init_partly=True"
         )
-    say(f"starting from {location}: {counted(count, 'array')} taken")
+    lines.append(f"starting from {location}: {counted(count, 'array')} taken")
     for what, names in (("as new", left), ("not taken", unused)):
         if names:
-            say(f"  {what}: {_listed(names)}")
-    return state.replace(
-        params=_replaced(state.params, taken["params"]),
-        batch_stats=_replaced(state.batch_stats, taken["batch_stats"]),
-        ema=_replaced(state.ema, taken["params"]),
-    )
+            lines.append(f"  {what}: {_listed(names)}")
+    return taken, lines
 
 
 def _differences(
@@ -97,19 +119,21 @@ def _differences(
     source = _source(bundle, part)
     if not bundle.holds(source):
         raise UserError(
-            f"config.init_from={bundle.path} has no {part}, from which a {wanted['kind']} starts; "
+            f"config.init_from={bundle.name} has no {part}, from which a {wanted['kind']} starts; "
             "give another"
         )
     if source != part:
         stored[part] = {"model": stored[source]["model"]}
     with_query = part == "separator" and "query" in stored
     for name in ("sample_rate", part, *(["query"] if with_query else [])):
-        found = nets.differences(stored.get(name), wanted.get(name), name, _FREE)
+        # How often a tagger in training is run is no difference; a condition's, that is one.
+        free = (*_FREE, "patch_hop_frames") if name == "sed" else _FREE
+        found = nets.differences(stored.get(name), wanted.get(name), name, free)
         for key, before, now in found:
             before, now = ("..." if isinstance(x, Mapping) else x for x in (before, now))
             yield f"{key}={before}, not {now}"
     query = frozen.get("query", {}).get("params")
-    if with_query and query and bundle.holds("query"):
+    if with_query and query and "tagger" in query and bundle.holds("query"):
         tagger = {item: tree.get("tagger", {}) for item, tree in frozen["query"].items()}
         try:
             same = net_hash(tagger) == net_hash(bundle.variables("query"))
@@ -135,6 +159,7 @@ def _stored(bundle: Bundle, wanted: Mapping[str, Any]) -> dict[str, dict[str, np
         part = _source(bundle, part)
         if bundle.holds(part) and any(name.startswith(f"{prefix}/") for name in wanted):
             variables = bundle.variables(part)
+            bundle.require_finite(part, variables)
             for tree, found in trees.items():
                 flat = by_path(variables.get(tree, {}))
                 found |= {f"{prefix}/{name}": value for name, value in flat.items()}

@@ -3,7 +3,7 @@
 import functools
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from uss_jax.anchors.detect import image_of_rule
 from uss_jax.bundles import nets
+from uss_jax.bundles.bundle import read_bundle
 from uss_jax.bundles.checkpoints import latest_step
 from uss_jax.devices.hosts import say
 from uss_jax.devices.mesh import make_mesh, replicated
@@ -22,10 +23,12 @@ from uss_jax.errors import UserError, counted
 from uss_jax.evaluation.suites.pairs import Pair, find_pairs
 from uss_jax.models.query import KINDS
 from uss_jax.models.separator import SeparatorNet
+from uss_jax.models.tagging import unknown_classes
 from uss_jax.training.condition_nets import ConditionNets, keep_means, load_condition_nets
 from uss_jax.training.live import make_evaluation
 from uss_jax.training.live_conditions import (
     CLASS,
+    MEAN,
     SHUFFLED,
     TEXT,
     Asked,
@@ -63,6 +66,8 @@ def train_separator(config: ConfigDict, workdir: str | os.PathLike) -> None:
         texts = _texts(settings)
         takes = KINDS[settings.query["kind"]]
         new = latest_step(held / "checkpoints") is None
+        if new and settings.init_from:  # tell a wrong name before records and vectors are read
+            read_bundle(settings.init_from)
         records = open_records(
             *(settings, settings.anchors, settings.mixing, settings.asking, texts),
             weighs=takes.weighs_vectors,
@@ -76,24 +81,10 @@ def train_separator(config: ConfigDict, workdir: str | os.PathLike) -> None:
         mean = records.asks.mean if takes.probabilities and records.asks else None
         means = keep_means(held, mean)
 
-        labels = records.index.label_class
-        masked = settings.asking.source.get("masked")
-        if masked and (said := nets.unknown_among(around.query.tagger, np.unique(labels))):
-            say(f"{said}; these are asked with the target's own condition instead")
-        if around.sed and (said := nets.arbitrary_anchors(around.sed, labels)):
-            say(said)
-
-        if settings.mixing.gain_db and not settings.mixing.match_energy:
-            say("config.mixing.gain_db has no effect with config.mixing.match_energy=False")
-
         # The separator and its step.
         separator = build_separator(settings, around)
-        if settings.accumulate > 1 and settings.batch_norm == "global":
-            part = settings.global_batch // settings.accumulate
-            say(
-                f"batch norms use the statistics of {part} items, not of the whole batch: "
-                f"config.accumulate={settings.accumulate}"
-            )
+        for remark in _remarks(settings, separator, around, records.index.label_class):
+            say(remark)
         step = functools.partial(make_step, settings, separator, around, mesh)
 
         # The run: from its last checkpoint if there is one.
@@ -111,6 +102,28 @@ def train_separator(config: ConfigDict, workdir: str | os.PathLike) -> None:
             **_evaluation(settings, separator, around, mesh, held),
         )
         run(trained, records, settings, config, held, mesh)
+
+
+def _remarks(
+    settings: SeparatorSettings, separator: SeparatorNet, around: ConditionNets, labels: np.ndarray
+) -> Iterator[str]:
+    """Yields sentences on what a run does not do as its config or labels may suggest."""
+    masked = settings.asking.source.get("masked")
+    if masked and (unknown := nets.unknown_among(around.query.tagger, np.unique(labels))):
+        yield f"{unknown}; these are asked with the target's own condition instead"
+    if around.sed and (arbitrary := nets.arbitrary_anchors(around.sed, labels)):
+        yield arbitrary
+    if settings.mixing.gain_db and not settings.mixing.match_energy:
+        yield "config.mixing.gain_db has no effect with config.mixing.match_energy=False"
+    if not hasattr(separator, "norm_scope"):
+        if settings.batch_norm != "global":
+            yield f"config.batch_norm={settings.batch_norm} has no effect: the net has none"
+    elif settings.accumulate > 1 and settings.batch_norm == "global":
+        part = settings.global_batch // settings.accumulate
+        yield (
+            f"batch norms use the statistics of {part} items, not of the whole batch: "
+            f"config.accumulate={settings.accumulate}"
+        )
 
 
 def _texts(settings: SeparatorSettings) -> Texts | None:
@@ -196,6 +209,11 @@ def _evaluation(
             f"evaluating {counted(len(pairs), 'pair')} every {settings.eval.every_steps} steps, "
             f"asked with: {names}{absent and f'; this run has no {absent} (configs/README.md)'}"
         )
+        if settings.eval.every_steps > settings.total_steps:
+            say(
+                f"config.eval.every_steps={settings.eval.every_steps} is more than "
+                f"config.total_steps={settings.total_steps}: this run is never evaluated"
+            )
         return make_evaluation(
             separator,
             around.query,
@@ -225,17 +243,24 @@ def _asked(
     others = None
     if SHUFFLED in queries:
         others = other_pairs(pairs, settings.sample_rate, data.threads)
-    takes = around.query.takes
+    takes, known, means = around.query.takes, None, None
+    if takes.probabilities:
+        lacking = unknown_classes(around.query.tagger)
+        known = np.array([pair.class_index not in lacking for pair in pairs])
+        means = read_bundle(workdir).means() if MEAN in queries else None
     asked = Asked(
         vectors,
         others,
-        class_alone=CLASS in queries and takes.probabilities,
+        known,
+        alone=CLASS in queries,
+        means=means,
         named=TEXT in queries and takes.texts and takes.recordings,  # else it is the oracle
     )
     if settings.best_query and settings.best_query not in asked.names:
         raise UserError(
             f"config.best_by={settings.best_by} needs conditions of training clips, which this run "
             "has not: they need config.sed_bundle, a query net that does not train, and clips of "
-            "the pairs' classes; choose sdri"
+            "the pairs' classes (means of classes: a run that began with config.query.table); "
+            "choose sdri"
         )
     return asked

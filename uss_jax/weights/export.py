@@ -122,7 +122,7 @@ def export(
     parts = {p: given.get(p) or bundle.variables(p) for p in _PARTS if bundle.holds(p)}
     left_out = _packaged(parts) if without_packaged else {}
     if without_packaged and not left_out:
-        raise UserError(f"no net of {bundle.path} is in the package; leave out --without-packaged")
+        raise UserError(f"no net of {bundle.name} is in the package; leave out --without-packaged")
     # Vectors of names stay as exact as those of texts, and small probabilities say much.
     parts = {
         part: variables if part in ("names", MEANS) else _cast(variables, dtype)
@@ -145,7 +145,7 @@ def export(
         if form != "orbax":
             unfinished.mkdir()
         found = writers[form]()
-        _require_same(live, found, f"the {form} export of {bundle.path}")
+        _require_same(live, found, f"the {form} export of {bundle.name}")
         if form != "orbax":
             hashes = {p: net_hash(v) for p, v in parts.items()}
             config = {**_config(bundle), "hashes": {**hashes, **left_out}}

@@ -10,6 +10,7 @@ import numpy as np
 from uss_jax.bundles.bundle import Bundle
 from uss_jax.bundles.tensors import read_tensors
 from uss_jax.disk.atomic import replacing
+from uss_jax.disk.folder import make_folder
 from uss_jax.errors import UserError, counted
 from uss_jax.weights.porting import Converted, StateDict, convert_part, require_fit
 from uss_jax.weights.torch import porting_of, state_dict_of
@@ -143,11 +144,20 @@ def write_lightning(path: str | os.PathLike, state_dict: StateDict, steps: int =
         ) from error
     if pathlib.Path(path).exists():
         raise UserError(f"{path} already exists; give a new file")
+    # PyTorch does not take numpy's bfloat16.
+    arrays = {
+        name: np.array(a, np.float32 if a.dtype.name == "bfloat16" else None)
+        for name, a in state_dict.items()
+    }
+    make_folder(pathlib.Path(path).parent, "give another file")
     content = {
         "epoch": 0,
         "global_step": steps,
         "pytorch-lightning_version": _LIGHTNING_VERSION,
-        "state_dict": {name: torch.from_numpy(np.array(a)) for name, a in state_dict.items()},
+        "state_dict": {name: torch.from_numpy(a) for name, a in arrays.items()},
     }
-    with replacing(path) as temporary:
-        torch.save(content, temporary)
+    try:
+        with replacing(path) as temporary:
+            torch.save(content, temporary)
+    except RuntimeError as error:  # PyTorch's own of a full disk names no cause
+        raise UserError(f"{path} cannot be written, perhaps the disk is full: {error}") from error

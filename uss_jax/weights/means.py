@@ -34,21 +34,27 @@ def means_of(
     query, _ = bundle.query()
     if not query.takes.probabilities:
         raise UserError(
-            f"{bundle.path} takes conditions of the kind {query.kind}, which means of "
+            f"{bundle.name} takes conditions of the kind {query.kind}, which means of "
             "probabilities are none of; leave out --class-means"
         )
     index = load_index(records, split)
     segment = round(bundle.config["segment_seconds"] * bundle.config["sample_rate"])
-    anchors = read_table(table, index, segment, str(bundle.path), "give another model")
+    anchors = read_table(table, index, segment, bundle.name, "give another model")
     conditions = open_conditions(folder_of(table), anchors, index, verify=True)
     same = conditions.mined_with(query.tagger, net_hash(bundle.variables("query")))
     if conditions.header["output"] != query.takes.reads or not same:
         raise UserError(
-            f"{conditions.path} was mined with another query net than that of {bundle.path}, or "
-            f"holds another output of it; mine with --query {bundle.path}"
+            f"{conditions.path} was mined with another query net than that of {bundle.name}, or "
+            f"holds another output of it; mine with --query {bundle.name}"
         )
     asked = {"min_score": 0.0, "min_dbfs": MIN_DBFS}
     of_run = bundle.config.get("training", {}).get("anchors")
     if isinstance(of_run, Mapping):
         asked |= {name: of_run[name] for name in asked.keys() & of_run.keys()}
+    for name, value in asked.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(
+                f"{bundle.name}: training.anchors.{name} of its config is {value!r}, expected a "
+                "number; export the model anew"
+            )
     return class_means(conditions, index, usable(anchors, **asked), query.takes.weighs_vectors)

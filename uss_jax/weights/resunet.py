@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 
+from uss_jax.errors import UserError
 from uss_jax.models.resunet import ResUNet
 from uss_jax.weights.front_end import cosine_kernel
 from uss_jax.weights.porting import (
@@ -57,6 +58,12 @@ def convert_resunet(state_dict: StateDict, fields: Fields | None = None) -> Conv
 
 
 def _infer(state_dict: StateDict) -> Fields:
+    n_fft = 2 * (state_dict["base.bn0.weight"].size - 1)
+    if n_fft != ResUNet.n_fft:  # the reference has one transform; no tensor tells hop or rate
+        raise UserError(
+            f"the separator has an STFT of {n_fft} samples, whose hop is unknown; supported is "
+            f"{ResUNet.n_fft}, that of ResUNet30"
+        )
     levels = count(state_dict, r"base\.encoder_block(\d{1,4})\.")
     # All FiLM layers share one condition width; the majority decides if some are misshapen.
     widths = Counter(
@@ -65,7 +72,7 @@ def _infer(state_dict: StateDict) -> Fields:
     if not widths:
         raise KeyError("film.encoder_block1->conv_block1->beta1.weight")
     return dict(
-        n_fft=2 * (state_dict["base.bn0.weight"].size - 1),
+        n_fft=n_fft,
         hop_samples=ResUNet.hop_samples,
         channels=tuple(
             state_dict[f"base.encoder_block{i}.conv_block1.bn2.weight"].size for i in levels

@@ -37,6 +37,7 @@ _NAME = "Voicebank-Demand"
 
 def run(model: Model, data: str, out: str, *, blocks: str) -> tuple[Results, str]:
     """Evaluates enhancement on the sentences of the test set."""
+    require_package("pesq", _NAME)
     folder = pathlib.Path(data)
     sentences(folder)
     rows = score_sentences(
@@ -104,7 +105,6 @@ def score_sentences(
       unfinished: file that stores the metrics of finished sentences, to resume an interrupted run.
       reference_blocks: separate in blocks without overlap, as published.
     """
-    require_package("pesq", _NAME)
     test = sentences(folder)
     names, files = [str(clean) for clean, _ in test], [file for pair in test for file in pair]
     about = identity(model, averages, f"blocks: {reference_blocks}", names, files)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from uss_jax.bundles.bundle import net_hash
 from uss_jax.bundles.model import Model
 from uss_jax.devices.mesh import make_mesh
 from uss_jax.disk.atomic import replacing
@@ -122,8 +121,8 @@ def identity(
     files: Iterable[str | os.PathLike],
 ) -> Iterator[bytes]:
     """Yields everything that the metrics of recordings depend on, for `Finished`."""
-    yield net_hash(model.separator.variables).encode()
-    yield json.dumps([model.precision, how, list(names), sorted(averages)]).encode()
+    yield model.digest.encode()
+    yield json.dumps([how, list(names), sorted(averages)]).encode()
     yield stamps(files)
     for _, vector in sorted(averages.items()):
         yield np.asarray(vector, np.float32).tobytes()

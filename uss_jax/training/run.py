@@ -22,7 +22,7 @@ from uss_jax.training.optim import unfinished_warm_up
 from uss_jax.training.records import Records, read_batches
 from uss_jax.training.resuming import common_to_hosts, position_of, resume, started_from
 from uss_jax.training.settings import RunSettings
-from uss_jax.training.starting import start_from
+from uss_jax.training.starting import find_start, started_with
 from uss_jax.training.state import TrainState, parameter_count
 from uss_jax.training.step import Step
 from uss_jax.training.throughput import Throughput, Trace
@@ -142,9 +142,12 @@ def _first_state(
 ) -> TrainState:
     state = create(trained.fresh, *trained.fresh_from, like=like)
     if settings.init_from:
-        state = start_from(
+        taken, said = find_start(
             *(state, settings.init_from, settings.init_partly), about, trained.frozen
         )
+        for line in said:
+            say(line)
+        state = started_with(state, taken)
     return state
 
 

@@ -9,7 +9,6 @@ import numpy as np
 from uss_jax.bundles import nets
 from uss_jax.bundles.bundle import Bundle, net_hash, read_bundle
 from uss_jax.bundles.fingerprint import by_path, path_of
-from uss_jax.devices.hosts import say
 from uss_jax.errors import UserError, counted
 from uss_jax.training.state import TrainState
 
@@ -26,28 +25,6 @@ _FREE = ("dtype", "one_class_share", "dropout", "stochastic_depth", "finetune", 
 _NAMED = 4
 # Vectors of names by one encoder differ by less: the package has them as float16.
 _NEAR = 1e-2
-
-
-def start_from(
-    state: TrainState,
-    location: str,
-    partly: bool,
-    about: Mapping[str, Any],
-    frozen: Mapping[str, Any],
-) -> TrainState:
-    """Returns a fresh state with the parameters and statistics of a model; says what was taken.
-
-    Step, optimiser and position in the data stay those of a new run. Arguments and errors are those
-    of `find_start`.
-    """
-    taken, said = find_start(state, location, partly, about, frozen)
-    for line in said:
-        say(line)
-    return state.replace(
-        params=_replaced(state.params, taken["params"]),
-        batch_stats=_replaced(state.batch_stats, taken["batch_stats"]),
-        ema=_replaced(state.ema, taken["params"]),
-    )
 
 
 def find_start(
@@ -108,6 +85,18 @@ def find_start(
         if names:
             lines.append(f"  {what}: {_listed(names)}")
     return taken, lines
+
+
+def started_with(state: TrainState, taken: Mapping[str, Mapping[str, np.ndarray]]) -> TrainState:
+    """Returns a fresh state with parameters and statistics that `find_start` found.
+
+    Step, optimiser and position in the data stay those of a new run.
+    """
+    return state.replace(
+        params=_replaced(state.params, taken["params"]),
+        batch_stats=_replaced(state.batch_stats, taken["batch_stats"]),
+        ema=_replaced(state.ema, taken["params"]),
+    )
 
 
 def _differences(

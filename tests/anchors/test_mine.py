@@ -6,7 +6,7 @@ import pytest
 from tests.anchors.toy import LENGTH, SED, SETTINGS, padded
 from tests.tiny import ONE_BLOCK, RATE, SEGMENT, tagger_variables, tone, write_records
 from uss_jax.anchors import mine as mine_module
-from uss_jax.anchors.mine import mine
+from uss_jax.anchors.mine import Query, mine
 from uss_jax.anchors.table import read_header, read_table, write_table
 from uss_jax.bundles.bundle import net_hash
 from uss_jax.bundles.model import Net
@@ -57,6 +57,23 @@ def test_another_rule_asks_for_htsat_and_clips_that_fill_its_image(reader, tmp_p
         settings = dataclasses.replace(settings, clip_samples=round(seconds * RATE))
         with pytest.raises(UserError, match=f"least 1.28 and less than 2.56 s, not {seconds} s"):
             mine(reader, sed, tmp_path / "a.npz", settings, batch_size=8)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"clip_samples": 80}, "--clip-seconds 0.01 is too short for the detector, Cnn14Decision"),
+        (
+            {"segment_samples": 80},
+            "--segment-seconds 0.01 is too short for the query net, Cnn14Dec",
+        ),
+    ],
+)
+def test_what_is_too_short_for_a_net_is_said_at_once(reader, tmp_path, changed, said):
+    settings = dataclasses.replace(SETTINGS, **changed)
+    with pytest.raises(UserError, match=said):
+        mine(reader, SED, tmp_path / "a.npz", settings, query=Query(SED, "clipwise"), batch_size=8)
     assert not list(tmp_path.iterdir())
 
 

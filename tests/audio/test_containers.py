@@ -112,9 +112,35 @@ def test_a_wav_of_more_than_its_header_states_is_read_to_its_end(tmp_path, state
     (tmp_path / "tagged.wav").write_bytes(tagged)
     assert audio_format(tmp_path / "tagged.wav").samples < 1.1 * stated * RATE
     # Nor is a chunk or a tag that is cut off.
-    for after in (b"LIST\xff\xff\xff\x0f", b"ID3\3\0\0\0\0\1\1"):
-        (tmp_path / "cut.wav").write_bytes(wav[: at + 4 + size] + after + bytes(size // 2))
-        assert audio_format(tmp_path / "cut.wav").samples < 1.1 * stated * RATE
+    for after in (b"LIST\xff\xff\xff\x0f", b"ID3\3\0\0\0\0\1\1", b"APETAGEX\xd0\7\0\0"):
+        for length in (size // 2, 3 * whole):
+            (tmp_path / "cut.wav").write_bytes(wav[: at + 4 + size] + after + bytes(length))
+            assert audio_format(tmp_path / "cut.wav").samples < 1.1 * stated * RATE
+
+
+def _chunk(name, content, padded=True):
+    return name + struct.pack("<I", len(content)) + content + bytes(len(content) % 2 * padded)
+
+
+@pytest.mark.parametrize(
+    ("after", "stated"),
+    [
+        (_chunk(b"id3 ", bytes(range(256)) * 400) + b"stray", True),
+        (_chunk(b"id3 ", bytes(range(256)) * 400) + b"stray", False),
+        (_chunk(b"note", b"odd", False) + _chunk(b"id3 ", bytes(range(256)) * 400), False),
+        (_chunk(b"covr", bytes(range(256)) * 400)[:50_000], True),
+    ],
+)
+def test_long_metadata_after_the_samples_is_no_sound(tmp_path, after, stated):
+    """Whatever is wrong with it; it may be longer than the recording."""
+    wav = bytearray(sound_file(tmp_path, "wav").read_bytes())
+    if stated:
+        wav[4:8] = struct.pack("<I", len(wav) + 102_408 - 8)
+    (tmp_path / "tagged.wav").write_bytes(wav + after)
+    assert audio_format(tmp_path / "tagged.wav").samples == SECONDS * RATE
+    np.testing.assert_array_equal(
+        read_audio(tmp_path / "tagged.wav")[0], read_audio(tmp_path / "whole.wav")[0]
+    )
 
 
 def test_chunks_after_no_samples_are_not_taken_for_samples(tmp_path):

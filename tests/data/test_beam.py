@@ -1,9 +1,13 @@
 """Apache Beam makes the shards that threads make (extra `beam`)."""
 
+import shutil
+
 import numpy as np
 import pytest
 import soundfile
 
+from uss_jax.data.beam import _make
+from uss_jax.data.blocks import Block
 from uss_jax.data.conversion import ClipSettings
 from uss_jax.data.labels import LabelledFile
 from uss_jax.data.prepare import prepare
@@ -48,6 +52,21 @@ def test_beam_makes_the_same_shards(folder, tmp_path):
     for shard in ours.index.shards:
         assert (theirs.directory / shard).read_bytes() == (ours.directory / shard).read_bytes()
     assert theirs.report.read_text() == ours.report.read_text()
+
+
+def test_a_worker_takes_clips_that_were_missing(folder, tmp_path):
+    """Of blocks that are finished, it makes those again, and keeps the others."""
+    (tmp_path / "work").mkdir()
+    items = [LabelledFile(f"{at}.wav", (at,), at + 2) for at in range(8, 10)]
+    block = Block(tmp_path / "work", 0, items, folder, ClipSettings(sample_rate=8000))
+    _make(block)
+    assert [why.kind for why in block.outcome().skipped.values()] == ["missing"]
+    before = block.path.stat().st_mtime_ns
+    _make(block)
+    assert block.path.stat().st_mtime_ns == before
+    shutil.copy(folder / "8.wav", folder / "9.wav")
+    _make(block)
+    assert not block.outcome().skipped
 
 
 def test_shards_an_engine_did_not_make_are_said(folder, tmp_path):

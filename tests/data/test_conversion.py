@@ -48,6 +48,16 @@ def test_a_full_folder_of_temporary_files_leaves_no_clip_out(audio, monkeypatch,
         prepare_clip(audio / "3.wav", "3.wav", (7,), SETTINGS)
 
 
+def test_memory_that_ffmpeg_refuses_a_damaged_header_is_the_clip_s_trouble(audio, monkeypatch):
+    @contextlib.contextmanager
+    def opened(path):
+        raise mended.FfmpegFailed("damaged.ape: Cannot allocate memory")
+        yield
+
+    monkeypatch.setattr(mended, "opened", opened)
+    assert prepare_clip(audio / "3.wav", "3.wav", (7,), SETTINGS).kind == "unreadable"
+
+
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EMFILE, errno.ENOMEM])
 def test_trouble_of_the_machine_leaves_no_clip_out(audio, monkeypatch, number):
     path, stat = str(audio / "3.wav"), os.stat
@@ -82,6 +92,7 @@ def test_trouble_of_the_machine_leaves_no_clip_out(audio, monkeypatch, number):
     ("name", "kind", "reason"),
     [
         ("none.wav", "missing", "does not exist"),
+        ("no\0ne.wav", "missing", "does not exist"),
         ("link.wav", "missing", "link.wav is a link to gone.wav, which does not exist"),
         ("text.wav", "unreadable", "cannot be read"),
         ("silent.wav", "silent", "is silent"),

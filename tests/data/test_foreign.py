@@ -165,6 +165,18 @@ def test_numbers_of_other_classes_and_several_channels_are_refused(
     assert _index(directory, "--schema", schema) == ("shape" in said)
 
 
+def test_whole_files_in_records_state_their_channels_themselves(tmp_path):
+    """As TFDS keeps encoded files of stereo, with the shape of what they decode to."""
+    directory = _write(tmp_path / "lab", "wav", "mid", ("lab-eval.tfrecord-00000-of-00001",))
+    shape = {"dimensions": ["-1", "2"]}
+    features = {"waveform": {"audio": {"sampleRate": "8000", "shape": shape}}}
+    (directory / "features.json").write_text(json.dumps({"featuresDict": {"features": features}}))
+    assert _index(directory) == 0
+    np.testing.assert_array_equal(
+        ClipReader(directory, load_index(directory, "eval")).read(1), SAMPLES
+    )
+
+
 def test_a_label_list_with_repeats_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="has the label 5 more than once"):
         parse(

@@ -84,6 +84,16 @@ def test_a_pattern_that_is_also_a_folder_s_name(tmp_path):
     assert places([str(tmp_path / "[t]/below/*.wav")]) == ["t/below/a"]
 
 
+def test_lines_of_a_list_are_no_patterns(tmp_path):
+    """Names of downloads have brackets: one that is missing is that file, and no other."""
+    (tmp_path / "song 1.wav").touch()
+    lines = [str(tmp_path / name) for name in ("song [12].wav", "Dog barks [dQw4w9].wav")]
+    (tmp_path / "list").write_text("\n".join(lines))
+    assert [str(one.path) for one in find_input_files([], [tmp_path / "list"])] == lines
+    with pytest.raises(UserError, match="no file matches"):
+        find_input_files(lines[1:])
+
+
 def test_a_list_of_another_program(recordings, monkeypatch, tmp_path):
     monkeypatch.chdir(recordings)
     (tmp_path / "list").write_bytes(b"\xef\xbb\xbfb.flac\r\n")

@@ -55,13 +55,14 @@ def _fit(
 ):
     """Runs on batches 1, 2, ... or those given."""
     mesh = make_mesh()
+    start = options.pop("start", 0)
     tree = lambda: {"total": jnp.float32(0)}  # noqa: E731
-    state = TrainState(jnp.int32(0), tree(), tree(), tree())
+    state = TrainState(jnp.int32(start), tree(), tree(), tree())
     with (
         Checkpoints(
             workdir / "checkpoints", keep=options.pop("keep", 100), keep_best=1
         ) as checkpoints,
-        MetricsWriter(workdir, 0, total, "toy") as writer,
+        MetricsWriter(workdir, start, total, "toy") as writer,
     ):
         return fit(
             _step,
@@ -193,6 +194,50 @@ def test_sigterm_breaks_off_an_evaluation_and_saves(tmp_path):
     assert asked == [False, False]
     assert _saved(tmp_path)[-1] == 4
     assert [line.get("eval/sdri") for line in _lines(tmp_path)] == [1.0, None]
+
+
+@pytest.mark.parametrize("total", [4, 6])
+def test_a_run_that_goes_on_makes_the_evaluation_that_a_stop_broke_off(tmp_path, total):
+    """Also the last one, after which no step is left."""
+    worth = {2: 1.0, 4: 3.0, 6: 2.0}
+
+    def broken(state, stop):
+        if int(state.step) == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return None if stop() else {"sdri": worth[int(state.step)]}
+
+    options = {"total": total, "keep": 1, "evaluate_every_steps": 2}
+    with pytest.raises(Stopped):
+        _fit(tmp_path, evaluate=broken, **options)
+    asked = []
+
+    def whole(state, stop):
+        asked.append(int(state.step))
+        return {"sdri": worth[asked[-1]]}
+
+    _fit(tmp_path, evaluate=whole, start=4, **options)
+    assert asked == list(range(4, total + 1, 2))
+    found = [(line["step"], line["eval/sdri"]) for line in _lines(tmp_path) if "eval/sdri" in line]
+    assert found == [(step, worth[step]) for step in range(2, total + 1, 2)]
+    assert _saved(tmp_path) == {4: [2, 4], 6: [4, 6]}[total]  # the best of all is kept
+    with Checkpoints(tmp_path / "checkpoints", keep=None) as checkpoints:
+        assert checkpoints.figures(4) == {"sdri": 3.0}
+    _fit(tmp_path, evaluate=whole, start=total, **options)
+    assert asked == list(range(4, total + 1, 2))
+
+
+def test_sigterm_waits_for_the_last_checkpoint(tmp_path, monkeypatch):
+    """As long as it is written, the signal is heeded by nobody else."""
+    heard = []
+    wait = Checkpoints.wait
+
+    def slow(self):
+        heard.append(signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL)
+        wait(self)
+
+    monkeypatch.setattr(Checkpoints, "wait", slow)
+    _fit(tmp_path, total=2)
+    assert heard == [True]
 
 
 def test_the_profiler_traces_the_steps_asked_for(tmp_path):

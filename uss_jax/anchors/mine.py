@@ -117,6 +117,7 @@ def mine(
     index = reader.index
     mesh = make_mesh(jax.local_devices())
     _require_minable(index, batch_size, mesh.size)
+    _require_long_enough(sed, query, settings)
     image = image_of_rule(settings.rule, sed.module, settings.clip_samples, "--rule")
     about = query and query.header()
     output = Output(pathlib.Path(out), _header(sed, index, settings), about, index)
@@ -189,6 +190,19 @@ def _require_minable(index: RecordIndex, batch_size: int, devices: int) -> None:
         )
     if not len(index.label_class):
         raise UserError("the records have no labels, so there is nothing to mine")
+
+
+def _require_long_enough(sed: Net, query: Query | None, settings: MiningSettings) -> None:
+    """Raises a UserError if a net cannot compute on clips or anchors as short as these."""
+    asked = [("--clip-seconds", settings.clip_samples, "detector", sed)]
+    if query:
+        asked.append(("--segment-seconds", settings.segment_samples, "query net", query.tagger))
+    for option, samples, what, net in asked:
+        if not nets.takes_length(net.module, samples):
+            raise UserError(
+                f"{option} {samples / settings.sample_rate:g} is too short for the {what}, "
+                f"{type(net.module).__name__}; give more"
+            )
 
 
 class _Progress(tqdm):

@@ -58,7 +58,7 @@ def draw_anchors(
     heights = [2.2] + [1.0] * len(labels)
     axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
     _draw_spectrogram(axes[0], clip, rate)
-    axes[0].set_title(id, fontsize=11)
+    axes[0].set_title(id, fontsize=11, parse_math=False)
     first = int(index.label_row[record])
     seconds = table.header["segment_samples"] / rate
     times = np.arange(len(framewise)) * sed.module.frame_hop_samples / rate

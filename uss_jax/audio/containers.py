@@ -34,6 +34,9 @@ _FILES += (b"fLaC", b".snd", b"caff", b"RF64", b"FORM", b"wvpk", b"MAC ", b"#!AM
 _FILES += (b"\x1aE\xdf\xa3", b"0&\xb2u\x8ef\xcf\x11")  # Matroska and WebM; WMA
 # Files of these formats are often concatenated; libsndfile reads only the first.
 JOINED = frozenset((b"OggS", b"RIFF", *_HEADS))
+# With which chunks and tags begin that programs write after the samples of a WAV file.
+_AFTER_SAMPLES = (b"LIST", b"id3 ", b"ID3", b"TAG", b"APETAGEX", b"JUNK", b"junk", b"PAD ", b"bext")
+_AFTER_SAMPLES += (b"cue ", b"smpl", b"inst", b"acid", b"iXML", b"axml", b"_PMX", b"cart", b"PEAK")
 _OGG_PAGE = struct.Struct("<4sBBqIIIB")
 
 
@@ -280,11 +283,10 @@ def wav_without_length(data: Bytes | memoryview) -> bytes | None:
             end = at + 8 + size + size % 2
             if size == 0:
                 unsaid = end < len(data) and not _is_whole_riff(data, end)
-            elif len(data) - end > size:
-                unsaid = not _are_chunks(data, end)
-            else:  # a little that follows may be anything, and so may what has a name: a cut chunk
-                named = _is_name(bytes(data[end : end + 3]))  # also ID3, TAG, APE
-                unsaid = len(data) - end > second / 2 > 0 and not named
+            else:  # a little that follows a longer recording may be anything
+                follows = len(data) - end
+                much = follows > size or follows > second / 2 > 0
+                unsaid = much and not _is_metadata(data, end)
             # Recorders write this size to a pipe; libsndfile reads it as "to the end".
             return bytes(data[: at + 4]) + b"\xff\xff\xff\xff" if unsaid else None
         at += 8 + size + size % 2
@@ -294,6 +296,15 @@ def wav_without_length(data: Bytes | memoryview) -> bytes | None:
 def _is_whole_riff(data: Bytes | memoryview, at: int) -> bool:
     """Returns whether a RIFF file states its length, and whole chunks fill it from an offset on."""
     return struct.unpack("<I", data[4:8])[0] == len(data) - 8 and _are_chunks(data, at)
+
+
+def _is_metadata(data: Bytes | memoryview, at: int) -> bool:
+    """Returns whether chunks or tags follow the samples, whole or cut off; else it is samples."""
+    name = bytes(data[at : at + 8])
+    # Where the file states a length beyond its samples, whatever can be a name is one. Elsewhere
+    # one in fifty pairs of loud samples could be.
+    stated = struct.unpack("<I", data[4:8])[0] + 8 > at + 1 and _is_name(name[:4])
+    return stated or name.startswith(_AFTER_SAMPLES) or _are_chunks(data, at)
 
 
 def _is_name(name: bytes) -> bool:
@@ -307,9 +318,10 @@ def _are_chunks(data: Bytes | memoryview, at: int) -> bool:
         name, size = struct.unpack("<4sI", data[at : at + 8])
         if not _is_name(name):  # samples, as of silence
             return False
-        at += 8 + size + size % 2
-    # The last chunk may lack its padding.
-    return at in (len(data), len(data) + 1)
+        at += 8 + size
+        # Some programs leave the padding out.
+        at += size % 2 and not _is_name(bytes(data[at : at + 4]))
+    return at <= len(data)  # a few bytes after the last one may be anything
 
 
 def flac_samples(data: Bytes) -> int | None:

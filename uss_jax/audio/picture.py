@@ -53,7 +53,7 @@ def write_picture(
             vmax=top,
             extent=(0, seconds, 0, sample_rate / 2000),
         )
-        axis.set_title(title, fontsize=11)
+        axis.set_title(title, fontsize=11, parse_math=False)
         axis.set_ylabel("kHz")
     axes[-1].set_xlabel("s")
     figure.colorbar(image, ax=list(axes), label="dB of full scale", aspect=40)

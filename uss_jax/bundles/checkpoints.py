@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from jax.experimental import multihost_utils
 from uss_jax.bundles.failures import DamagedCheckpoint, readable, require_room, room_for
 from uss_jax.bundles.fingerprint import by_path, fingerprint, path_of
 from uss_jax.bundles.layout import require_same_layout
-from uss_jax.disk.atomic import flush, flush_below, move
+from uss_jax.disk.atomic import flush, flush_below, move, replacing
 from uss_jax.disk.checked_json import (
     Rule,
     anything,
@@ -184,6 +185,16 @@ class Checkpoints:
             return parse_json(path.read_bytes(), _READ_AT_ONCE[_METRICS])
         except (OSError, ValueError):
             return {}
+
+    def add_figures(self, step: int, figures: Mapping[str, float]) -> None:
+        """Writes the metrics of an evaluation that a checkpoint lacks. Call on all hosts."""
+        if jax.process_index() == 0:
+            place = self._directory / str(step) / _METRICS
+            place.parent.mkdir(exist_ok=True)
+            with room_for(self._directory), replacing(place) as temporary:
+                temporary.write_text(json.dumps(dict(figures)))
+        multihost_utils.sync_global_devices("the figures of a checkpoint are written")
+        self._manager.reload()
 
     def position(self, step: int, rule: Rule | None = None) -> dict[str, Any]:
         """Reads the data position saved at a step.

@@ -337,6 +337,16 @@ def output_shapes(net: TaggingNet) -> dict[str, jax.ShapeDtypeStruct]:
         return jax.eval_shape(net.init_with_output, jax.random.key(0), *_inputs(net))[0]
 
 
+def takes_length(net: TaggingNet, samples: int) -> bool:
+    """Returns whether a tagging net can compute on waveforms of so many samples; not if too few."""
+    waveform = jax.ShapeDtypeStruct((1, samples), jnp.float32)
+    try:
+        jax.eval_shape(net.init, jax.random.key(0), waveform)
+    except _MISFITS:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def _misfits_said(net: nn.Module) -> Iterator[None]:
     """Raises a UserError in place of what inconsistent fields make flax, jax and numpy raise."""

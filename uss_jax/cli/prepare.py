@@ -106,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=whole(1, 1024),
-        help="number of threads; default: one per core",
+        help="number of threads, and of processes that index the shards; default: one per core",
     )
     parser.add_argument(
         "--engine",
@@ -156,6 +156,7 @@ def run(args: argparse.Namespace) -> None:
         files=read_file_list(args.files_from) if args.files_from else None,
         known=[file for file in (args.label_map, args.files_from) if file],
     )
+    workers = args.workers or os.cpu_count()
     print(f"{args.labels}: {counted(len(labels.clips), 'clip')} for split {args.split}", flush=True)
     _tell_passed_over(labels, args.audio)
     made = prepare(
@@ -169,7 +170,8 @@ def run(args: argparse.Namespace) -> None:
             args.sample_rate, args.clip_seconds, args.encoding, args.accept_truncated
         ),
         shards=args.shards,
-        workers=args.workers or os.cpu_count(),
+        workers=workers,
+        processes=min(workers, len(os.sched_getaffinity(0))),
         engine=engine,
         overwrite=args.overwrite,
         remarks=labels.remarks(),

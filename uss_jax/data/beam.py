@@ -47,7 +47,7 @@ def _absolute(block: Block) -> Block:
 
 def _make(block: Block) -> int:
     # Beam may retry a finished block; keep its shard.
-    if block.outcome() is None:
+    if block.is_due():
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             block.make(pool, lambda: None)
     return block.number

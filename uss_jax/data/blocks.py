@@ -23,7 +23,7 @@ from uss_jax.disk.checked_json import list_of, mapping_of, number, parse_json, r
 
 _CLIPS_IN_FLIGHT = 256
 # Kinds of skipped clips that another content of the file may change.
-_OF_THE_FILE = ("unreadable", "cut off", "silent")
+_OF_THE_FILE = ("unreadable", "cut off", "silent", "not its segment")
 
 
 class Outcome(NamedTuple):
@@ -95,7 +95,7 @@ class Block:
             return True
         finished = self._done.stat().st_mtime_ns
         for at, why in outcome.skipped.items():
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):  # such as a name with a zero byte
                 about = os.stat(os.path.join(self.audio, self.items[at].file))
                 changed = max(about.st_mtime_ns, about.st_ctime_ns) > finished
                 if why.kind == "missing" or (why.kind in _OF_THE_FILE and changed):

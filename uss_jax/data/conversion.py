@@ -11,6 +11,7 @@ import numpy as np
 
 from uss_jax.audio.files import CutOff, audio_format, read_mono, truncation
 from uss_jax.audio.in_memory import flac_bytes
+from uss_jax.audio.mended import FfmpegFailed
 from uss_jax.data.encodings import to_int16
 from uss_jax.data.tf_example import serialise
 from uss_jax.disk.atomic import full, is_full, stems_from
@@ -135,7 +136,9 @@ def _is_of_machine(path: str | os.PathLike, error: Exception) -> bool:
                 return False
         except OSError as reason:
             error = reason
-    return stems_from(error, _OF_MACHINE)
+    # Ffmpeg says of a damaged header that there is not the memory for what it states.
+    said_by_ffmpeg = isinstance(error.__cause__, FfmpegFailed)
+    return stems_from(error, set(_OF_MACHINE) - ({errno.ENOMEM} if said_by_ffmpeg else set()))
 
 
 class _LeftOut(UserError):

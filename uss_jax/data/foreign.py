@@ -64,7 +64,8 @@ def find_schema(
             "a --schema file"
         ) from None
     features = _read_features(folder)
-    _require_mono(folder, features, schema.audio)
+    if schema.encoding not in ("flac", "wav"):  # whole files state their channels themselves
+        _require_mono(folder, features, schema.audio)
     if schema.label_form == "index" and "label_form" not in given:
         _require_audioset(folder, features, schema.labels)
     rate = schema.sample_rate or described.get("sample_rate") or _tfds_sample_rate(features)

@@ -71,6 +71,7 @@ def prepare(
     settings: ClipSettings,
     shards: int | None = None,
     workers: int = 1,
+    processes: int = 1,
     engine: Engine | None = None,
     overwrite: bool = False,
     remarks: Iterable[Remark] = (),
@@ -88,6 +89,8 @@ def prepare(
       settings: conversion settings.
       shards: maximum number of shards; None: about 200 MB each.
       workers: number of threads that read and convert.
+      processes: number of processes that index the shards; more than one are spawned, so a script
+        needs its `if __name__ == "__main__"`.
       engine: runs the blocks; None: threads of this process.
       overwrite: replace an existing split; False: raise an error.
       remarks: remarks on the files, to be written beside the records.
@@ -126,8 +129,8 @@ def prepare(
                     f"{skipped[0][1].reason}"
                 )
             _name_shards(unfinished, paths, name, split)
-            processes = min(workers, len(paths), len(os.sched_getaffinity(0)))
-            index = _publish(unfinished, directory, name, version, split, settings, processes)
+            where = unfinished, directory, name, version, split
+            index = _publish(*where, settings, min(processes, len(paths)))
             report = directory / f"skipped-{split}.csv"
             _write_skipped(report, skipped)
             remarks = [*remarks, *(_remark_on_clipped(*pair) for pair in clipped)]
@@ -261,11 +264,11 @@ def _publish(
     version: str,
     split: str,
     settings: ClipSettings,
-    workers: int,
+    processes: int,
 ) -> RecordIndex:
     """Indexes the finished shards, replaces the split's old ones and writes the metadata."""
     schema = Schema(encoding=settings.encoding, sample_rate=settings.sample_rate)
-    index = build_index(unfinished, split, schema, workers)
+    index = build_index(unfinished, split, schema, processes)
     with in_turn(directory):  # another split may be prepared at the same time, at another rate
         check_format(directory, split, settings.sample_rate, settings.encoding)
         _replace_shards(unfinished, directory, split)

@@ -12,7 +12,7 @@ def absence(path: str | os.PathLike) -> str:
     """
     try:
         return f"is a link to {os.readlink(path)}, which does not exist"
-    except OSError:
+    except (OSError, ValueError):  # not a link; no path at all, as with a zero byte
         return "does not exist"
 
 

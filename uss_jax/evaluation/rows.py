@@ -20,11 +20,11 @@ import functools
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Bool, Float, Integer
 
 from uss_jax.bundles.model import Model
+from uss_jax.bundles.nets import takes_length
 from uss_jax.errors import UserError, counted
 from uss_jax.evaluation.items import Batches, Item, on_host, samples_digest
 from uss_jax.evaluation.metrics import is_silent
@@ -173,15 +173,12 @@ def oracle_conditions(
 def _require_long_enough(model: Model, batches: Batches) -> None:
     """Raises a UserError if the query net cannot compute on items as short as some are."""
     samples, at = min(zip(batches.samples, batches.places, strict=True), key=lambda pair: pair[0])
-    query, shape = model.query, jax.ShapeDtypeStruct((1, samples), np.float32)
-    try:
-        jax.eval_shape(query.module.apply, query.variables, shape, np.zeros(1, np.int32))
-    except ValueError as error:
-        seconds = samples / model.sample_rate
+    tagger = model.query.module.tagger
+    if tagger is not None and not takes_length(tagger, samples):
         raise UserError(
-            f"{batches.items[at[0]].name} lasts {seconds:.3g} s, too short for the query net of "
-            f"{model.path}; leave out items of this length"
-        ) from error
+            f"{batches.items[at[0]].name} lasts {samples / model.sample_rate:.3g} s, too short for "
+            f"the query net of {model.path}; leave out items of this length"
+        )
 
 
 def _text_row(

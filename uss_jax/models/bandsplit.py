@@ -285,7 +285,8 @@ class BandSplit(nn.Module):
       head_width: width of an attention head, even; divides `width`.
       hidden_width: width inside the feed-forward nets.
       time_span: how many frames, on either side, attention over time reaches in a layer; 0: all.
-        With it a window that has enough context is separated as in one pass.
+        With it a window is separated as in one pass beyond the reach of its ends, and nearly so
+        beyond `context_samples`.
       audio_channels: channels of mixture and estimate.
       condition_width: d.
       condition_norm: norm to which conditions are scaled, see `scaled_to`; 0 leaves them.

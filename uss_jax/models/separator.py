@@ -28,8 +28,8 @@ class SeparatorNet(Protocol):
     def grid_samples(self) -> int:
         """Grid of window starts, in samples; a mixture of this length is valid input.
 
-        A window that starts on a multiple is separated as in one pass over the whole recording
-        (nearly so if attention reaches everywhere).
+        A window that starts on a multiple is separated as in one pass over the whole recording, as
+        far as its context covers what the net reaches.
         """
         ...
 

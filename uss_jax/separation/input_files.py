@@ -68,8 +68,10 @@ def find_input_files(
         audio files, or a word is "-".
     """
     found: dict[str, InputFile] = {}
-    for word in (*words, *_listed(lists)):
-        for path in _named_by(word):
+    named_by = [(word, _named_by(word)) for word in words]
+    named_by += [(line, _recordings_at(pathlib.Path(line))) for line in _listed(lists)]
+    for word, paths in named_by:
+        for path in paths:
             key, named = os.path.abspath(path), path == pathlib.Path(word)
             one = found.get(key, InputFile(path, _place(path, word), named))
             found[key] = dataclasses.replace(one, named=one.named or named)
@@ -88,14 +90,16 @@ def _listed(lists: Sequence[str | os.PathLike]) -> Iterator[str]:
         lines = [os.fsdecode(line) for line in lines if line.strip()]
         if not lines:
             raise UserError(f"{path} names no recording; write one path per line")
+        if bad := next((line for line in lines if "\0" in line), None):
+            raise UserError(
+                f"{bad!r} holds a zero byte, which no file's name has; give a text file"
+            )
         yield from lines
 
 
 def _named_by(word: str) -> list[pathlib.Path]:
     if word == "-":
         raise UserError("standard input cannot be read; write it to a file and give that")
-    if "\0" in word:
-        raise UserError(f"{word!r} holds a zero byte, which no file's name has; give a text file")
     matches = [word]
     if glob.has_magic(word) and not os.path.lexists(word):
         matches = sorted(glob.glob(word, recursive=True))

@@ -171,7 +171,7 @@ def _separate_one(
         threshold=getattr(query, "threshold", 0.0),
         settings=settings,
     )
-    if cut := truncation(path):
+    if cut := truncation(path, decode=False):  # of a FLAC file, reading it has told
         facts["truncated"] = cut
     write_report(folder, {**facts, "made_of": digest}, [(path.name, path), *made.files.items()])
     mark.unlink()

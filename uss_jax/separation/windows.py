@@ -3,8 +3,8 @@
 A recording is cut into overlapping windows of one shape; the context at each end of a window is
 discarded, since its neighbour keeps those samples. Pooling makes a net's output depend on where a
 window starts, so windows start on multiples of the net's grid, where they agree with one pass over
-the whole recording (nearly so if the net's attention reaches everywhere). `Layout.blocks` gives the
-adjacent blocks of bytedance/uss instead.
+the whole recording as far as the context covers what the net reaches (tests/benchmarks/seams.py
+shows the rest). `Layout.blocks` gives the adjacent blocks of bytedance/uss instead.
 
 A `Target` is defined on the tagging grid of segments (2 s as published). A window is separated with
 the mean condition of the active segments that overlap its kept part; its estimate is gated to

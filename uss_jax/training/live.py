@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from uss_jax.bundles.nets import takes_length
 from uss_jax.devices.batching import in_batches
 from uss_jax.devices.mesh import on_all_devices, replicated, to_devices
 from uss_jax.devices.precision import HIGHEST, at_precision
@@ -66,7 +67,7 @@ def make_evaluation(
       threads: number of threads that read files.
 
     Raises:
-      UserError: pairs are not equally long.
+      UserError: pairs are not equally long, or too short for the query net.
     """
     # Every host gets the metrics of the whole batch. Computed at highest precision, whatever the
     # precision of training, so that a checkpoint scores the same under `uss-jax evaluate`.
@@ -74,6 +75,11 @@ def make_evaluation(
     jitted = jax.jit(at_precision(HIGHEST, figures), out_shardings=replicated(mesh))
     classes = np.array([pair.class_index for pair in pairs])
     samples = _common_length(pairs, sample_rate)
+    if query.tagger is not None and not takes_length(query.tagger, samples):
+        raise UserError(
+            f"{pairs[0].mixture} lasts {samples / sample_rate:.3g} s, too short for the query net; "
+            "give other config.eval.pairs"
+        )
     read = functools.partial(_read, pairs, asked, sample_rate=sample_rate, samples=samples)
     means = None if asked.means is None else on_all_devices(asked.means, mesh)
     mine = jax.process_index(), jax.process_count()

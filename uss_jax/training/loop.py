@@ -120,7 +120,14 @@ def fit(
     throughput, trace = reports.throughput, reports.trace
     feed = DeviceFeed(batches, mesh)
     with jax.set_mesh(mesh), StopNotice() as notice, trace, feed, _sparing_collector() as spare:
-        for done in range(int(state.step) + 1, pace.total_steps + 1):
+        start = int(state.step)
+        if evaluate and start and pace.evaluates(start) and not checkpoints.figures(start):
+            # The run was stopped before this evaluation, or in it.
+            if (figures := evaluate(state, notice.heard)) is None:
+                raise Stopped(_stopped(start))
+            reports.write(start, _named(figures))
+            checkpoints.add_figures(start, figures)
+        for done in range(start + 1, pace.total_steps + 1):
             batch = throughput.next_batch(feed, idle)
             if compiled is None:
                 compiled = throughput.compile(_jitted(step, state), state, frozen, batch, key)
@@ -143,22 +150,30 @@ def fit(
             if (in_a_row := int(values["skipped_in_a_row"])) >= pace.max_skipped_steps:
                 # The state is that of the last good step, the position is after the clips read.
                 checkpoints.save(done, state.parts(), position(done))
+                checkpoints.wait()  # here SIGTERM does no harm
                 raise UserError(_gone_wrong(done, in_a_row, bool(recent[-1].get("spike"))))
             figures = evaluate(state, notice.heard) if evaluating else {}
             if figures is None:
                 figures, stopping = {}, True
-            reports.write(done, values | {f"eval/{name}": x for name, x in figures.items()})
+            reports.write(done, values | _named(figures))
             if due:
                 checkpoints.save(done, state.parts(), position(done), figures)
             if stopping:
-                checkpoints.wait()  # inside StopNotice, where a second SIGTERM does no harm
-                raise Stopped(
-                    f"stopped by SIGTERM and saved after step {done}; run the same command again "
-                    "to resume"
-                )
+                checkpoints.wait()
+                raise Stopped(_stopped(done))
             recent = []
             throughput.go()
+        checkpoints.wait()
     return state
+
+
+def _named(figures: Mapping[str, float]) -> dict[str, float]:
+    """Returns the metrics of an evaluation by their names in the reports."""
+    return {f"eval/{name}": value for name, value in figures.items()}
+
+
+def _stopped(done: int) -> str:
+    return f"stopped by SIGTERM and saved after step {done}; run the same command again to resume"
 
 
 def _jitted(step: Step, state: TrainState) -> Callable:

@@ -170,8 +170,9 @@ def get_config(argument: str = "condition=soft,data=full") -> ConfigDict:
     config.eval.pairs = ""  # folder written by `uss-jax make-pairs`; no evaluation if empty
     config.eval.every_steps = 10_000
     # What pairs are asked with besides their sources; each costs a separation. "average" of the
-    # class's training clips, the "mean" of its mined conditions, "class" alone, its name as "text",
-    # another pair's source ("shuffled"), a few training clips ("recordings_1", ...).
+    # class's clips in data.split (of all, whatever data.share), the "mean" of its mined conditions,
+    # "class" alone, its name as "text", another pair's source ("shuffled"), a few clips of the
+    # split ("recordings_1", ...).
     config.eval.queries = ("average", "class")
 
     config.profile = ConfigDict()

@@ -128,6 +128,20 @@ def test_any_checkpoint_of_a_run_stands_for_the_run_at_its_step(tmp_path):
         read_bundle(path / "checkpoints" / "400")
 
 
+def test_metrics_of_an_old_step_are_found_far_from_the_end(tmp_path):
+    """Those of one step, also if its evaluation was made up for later."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [f'{{"step": {step}, "loss": {step}.5, "{"x" * 500}": 0}}' for step in range(1, 1001)]
+    lines.insert(4, '{"step": 4, "eval/sdri": 3}')
+    path.write_text("\n".join(lines))
+    for step in (4, 5, None):
+        found = inspection._last_metrics(path, step)
+        assert found["step"] == (step or 1000)
+        assert found["loss"] == found["step"] + 0.5
+        assert found.get("eval/sdri") == (3 if step == 4 else None)
+    assert inspection._last_metrics(path, 0) is None
+
+
 def test_a_metric_that_no_float_can_hold_is_left_out(tmp_path):
     path = write_separator(tmp_path / "run", "one_hot")
     config = json.loads((path / "config.json").read_text())

@@ -19,6 +19,7 @@ from uss_jax.bundles.nets import build_sed, fields_of, init
 from uss_jax.devices.mesh import (
     check_rules,
     create,
+    idle_rules,
     lay_out,
     make_mesh,
     on_all_devices,
@@ -317,6 +318,12 @@ def test_rules_take_the_largest_axis_that_divides_and_the_first_match():
         "c": (),
         "d": (),
     }
+
+
+def test_rules_without_an_array_are_told():
+    state = {"params": {"dense": {"kernel": np.zeros((8, 8))}}}
+    rules = [("kernal", "fsdp"), ("params/.*/kernel", "fsdp"), ("dense", "replicate")]
+    assert idle_rules(state, rules) == ["kernal"]
 
 
 @pytest.mark.parametrize("rule", [("a", "split"), ("(", "fsdp"), ("a",), 3])

@@ -6,7 +6,7 @@ from uss_jax.audio.files import write_wav
 from uss_jax.bundles.model import Model
 from uss_jax.data.index import load_index
 from uss_jax.data.reader import ClipReader
-from uss_jax.evaluation.averages import class_averages, file_averages
+from uss_jax.evaluation.averages import averaged, class_vectors, file_averages
 
 QUICK_COMPILATION = True
 
@@ -32,8 +32,8 @@ def test_class_averages_are_means_over_the_anchors_of_clips(place):
     model = Model(place / "embedding")
     index = load_index(place / "records", "train")
     reader = ClipReader(place / "records", index)
-    averages = class_averages(model, reader, [SPEECH, DOG, PIANO])
+    averages = averaged(class_vectors(model, reader, [SPEECH, DOG, PIANO]))
     assert set(averages) == {SPEECH, DOG}
     # The quiet clip does not count, and clip "c" is two segments long: its anchor is one of many.
-    alone = class_averages(model, reader, [BARK])[BARK]
+    alone = averaged(class_vectors(model, reader, [BARK]))[BARK]
     np.testing.assert_allclose(averages[DOG], alone, atol=1e-5)

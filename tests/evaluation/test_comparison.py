@@ -76,6 +76,21 @@ def test_figures_of_other_classes_are_not_passed_off_as_comparable(runs, capsys)
     assert f"Not comparable:\n\n    {unlike[0]}\n" in out.read_text()
 
 
+def test_results_of_another_protocol_are_not_passed_off_as_comparable(runs):
+    path = runs / "a" / "results" / "v.json"
+    content = json.loads(path.read_text())
+    said = f"{runs / 'a'}: voicebank_demand computed with --blocks windows, published with --blocks"
+    for blocks, unlike in (("windows", [said + " reference"]), ("reference", [])):
+        path.write_text(json.dumps({**content, "how": {"blocks": blocks}}))
+        assert compare([runs / "a"])[2].get("not comparable", []) == unlike
+    # Averages over training clips, where the paper's are over sources of training pairs.
+    path = runs / "a" / "pairs.json"
+    content = json.loads(path.read_text())
+    for how, lines in (({"train_records": "r", "split": "train"}, 1), ({"train_pairs": "p"}, 0)):
+        path.write_text(json.dumps({**content, "how": how}))
+        assert len(compare([runs / "a"])[2].get("not comparable", [])) == lines
+
+
 def test_results_of_other_classes_have_rows_of_their_own(runs):
     few = {"group": "all", "sdri": 7.0, "classes": {"number": 32}}
     average = {"group": "all", "sdri": 5.0, "classes": {"number": 32}}

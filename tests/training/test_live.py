@@ -285,3 +285,22 @@ def test_a_best_that_a_run_cannot_tell_is_refused(tmp_path, capsys, changed, sai
     changed = {**changed, "eval.pairs": tmp_path / "pairs"}
     assert main(train_words("resunet30.py", place, tmp_path / "run", changed)) == 1
     assert said in capsys.readouterr().err
+
+
+def test_pairs_too_short_for_the_query_net_are_said_before_the_run(tmp_path):
+    write_pairs(tmp_path, [3])
+    for path in (tmp_path / "class_id=3").glob("*.wav"):
+        write_wav(path, tone(300, 0.01)[None], RATE)
+    separator = ResUNet(n_fft=128, hop_samples=64, channels=(4, 4), condition_width=527)
+    with pytest.raises(UserError, match=r"_mixture.wav lasts 0.01 s, too short for the query net;"):
+        make_evaluation(
+            separator,
+            QueryNet(TAGGER, "soft"),
+            {},
+            find_pairs(tmp_path),
+            Asked(),
+            mesh=make_mesh(),
+            sample_rate=RATE,
+            batch_size=8,
+            threads=1,
+        )

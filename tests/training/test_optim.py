@@ -151,9 +151,15 @@ def test_a_schedule_no_longer_than_its_warm_up_is_refused(total):
         (dict(name="constant_warm_up", warm_up_steps=10), 31, ""),
         (dict(name="constant_warm_up", warm_up_steps=0), 1, ""),
         (dict(name="stepped", boundaries=(5,), scales=(0.5, 0.1)), 3, ""),
+        (dict(name="stepped", boundaries=(5, 9), scales=(0.1, 1.0, 0.5)), 6, ""),
+        (
+            dict(name="stepped", boundaries=(5, 9), scales=(0.1, 1.0, 0.5)),
+            5,
+            "it reaches 0.01, not",
+        ),
     ],
 )
 def test_a_run_that_ends_in_its_warm_up_is_said(schedule, steps, said):
     told = unfinished_warm_up({**schedule, "learning_rate": 0.1}, steps)
-    assert ("learning rate still rises" in told) == bool(said)
+    assert bool(told) == bool(said)
     assert said in told

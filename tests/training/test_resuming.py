@@ -5,9 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tests.tiny import noise, write_records
+from tests.tiny import CONFIGS, noise, write_records
+from uss_jax.cli.config import load_config
 from uss_jax.errors import UserError
 from uss_jax.training import resuming
+from uss_jax.training.resuming import config_of_hosts
 from uss_jax.training.settings import SeparatorSettings, TaggerSettings
 
 
@@ -69,3 +71,25 @@ def test_what_does_not_determine_the_data_may_change():
 def test_a_tagger_s_run_keeps_its_mixup():
     with pytest.raises(UserError, match=r"config\.mixup_alpha=1\.0, not None"):
         resuming._require_same_drawing(TaggerSettings, {"mixup_alpha": 1.0}, {"mixup_alpha": None})
+
+
+def test_hosts_are_told_of_any_other_config_but_of_their_own_paths():
+    same = lambda **changed: config_of_hosts(_config(**changed)) == config_of_hosts(_config())  # noqa: E731
+    for changed in (
+        *({"loss": "si_snr"}, {"data.order": "uniform"}, {"mixing.order": "conflict_free"}),
+        *({"precision": "highest"}, {"separator.dtype": "bfloat16"}, {"batch_norm": "device"}),
+        *({"anchors.source": "table"}, {"best_by": "average_sdri"}, {"seed": 3}),
+        *({"schedule.learning_rate": 1.0}, {"eval.pairs": ""}, {"query.table": "there"}),
+    ):
+        assert not same(**changed), changed
+    assert same(
+        **{"data.records": "/mnt/b", "eval.pairs": "/mnt/pairs"},
+        **{"data.threads": 9, "data.verify": "always"},
+    )
+
+
+def _config(**changed):
+    config = load_config(str(CONFIGS / "resunet30.py"), [])
+    for key, value in {"data.records": "/mnt/a", "eval.pairs": "/home/pairs", **changed}.items():
+        config.update_from_flattened_dict({key: value})
+    return config

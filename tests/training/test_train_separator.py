@@ -140,6 +140,11 @@ def _records(path, **metadata):
             "config.anchors.rule=htsat needs an HTS-AT as detector, but the detector is a Cnn14",
         ),
         ({"query.adaptor_width": 9, "query.shortcut": True}, "needs query.adaptor_width=527"),
+        ({"query.shortcut": True}, "config.query.shortcut has no effect without an adaptor; set"),
+        (
+            {"query.kind": "one_hot", "query.finetune": True},
+            "config.query.finetune has no effect with config.query.kind=one_hot",
+        ),
         ({"schedule.name": "step"}, "config.schedule.name is 'step', expected constant_warm_up or"),
         (
             {"schedule.name": "cosine"},

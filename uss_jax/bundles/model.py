@@ -89,7 +89,7 @@ class Model:
         Raises:
           UserError: the path is neither a bundle nor a workdir, or the precision is unknown.
         """
-        self.path = os.fspath(path)
+        self.path, self._given = os.fspath(path), path  # only text can name one of the package
         self.precision = check_precision(precision, "precision")
         self._bundle = read_bundle(path)
         if sample_rate is not None:
@@ -103,7 +103,7 @@ class Model:
         """Returns the model for waveforms at this rate; itself if that is its own or only rate."""
         if sample_rate == self.sample_rate:
             return self
-        other = Model(self.path, self.precision, sample_rate)
+        other = Model(self._given, self.precision, sample_rate)
         return other if other.sample_rate == sample_rate else self
 
     @functools.cached_property

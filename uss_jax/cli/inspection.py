@@ -205,13 +205,16 @@ _METRICS = record({"step": whole(0, 1 << 53)}, others=True)
 
 
 def _last_metrics(path: pathlib.Path, step: int | None) -> dict[str, int | float] | None:
-    """Returns the last valid line of metrics.jsonl, up to a step if given.
+    """Returns the metrics of the last step in metrics.jsonl, up to a step if given.
 
-    Skips a line that was cut off when a run was killed.
+    Skips a line that was cut off when a run was killed. An evaluation that was made up for after a
+    stop has a line of its own.
     """
     with path.open("rb") as file:
-        file.seek(max(file.seek(0, 2) - _TAIL_BYTES, 0))
+        if step is None:
+            file.seek(max(file.seek(0, 2) - _TAIL_BYTES, 0))
         lines = file.read().splitlines()
+    last: dict[str, int | float] = {}
     for line in reversed(lines):
         try:
             found = parse_json(line, _METRICS)
@@ -219,8 +222,10 @@ def _last_metrics(path: pathlib.Path, step: int | None) -> dict[str, int | float
             continue
         if step is not None and found["step"] > step:
             continue
-        return {k: v for k, v in found.items() if _is_number(v)}
-    return None
+        if last and found["step"] != last["step"]:
+            break
+        last = {k: v for k, v in found.items() if _is_number(v)} | last
+    return last or None
 
 
 def _is_number(value: Any) -> bool:

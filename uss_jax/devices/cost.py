@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.extend
-import numpy as np
 
 # Ways to compute products: on bfloat16 arrays, or on float32 arrays at a precision.
 BFLOAT16 = "bfloat16"
@@ -140,20 +139,6 @@ def _inner(params: dict[str, Any]) -> Iterator[Any]:
             item = getattr(item, "jaxpr", item)
             if hasattr(item, "eqns"):
                 yield item
-
-
-def residual_bytes(function: Callable, *arguments: Any) -> int:
-    """Returns the bytes that a function keeps for its backward pass, besides its arguments.
-
-    Args:
-      function: function to differentiate by all arguments; traced, not run.
-      arguments: arrays or their shapes.
-    """
-    kept = lambda *args: jax.tree.leaves(jax.vjp(function, *args)[1])  # noqa: E731
-    jaxpr = jax.make_jaxpr(kept)(*arguments).jaxpr
-    given = {*jaxpr.invars, *jaxpr.constvars}
-    found = {v for v in jaxpr.outvars if isinstance(v, jax.extend.core.Var)} - given
-    return sum(v.aval.size * np.dtype(v.aval.dtype).itemsize for v in found)
 
 
 def device_bytes(compiled: jax.stages.Compiled) -> dict[str, int] | None:

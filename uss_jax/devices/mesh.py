@@ -124,6 +124,13 @@ def state_shardings(state: Any, rules: Sequence[tuple[str, str]], mesh: Mesh) ->
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
+def idle_rules(state: Any, rules: Sequence[tuple[str, str]]) -> list[str]:
+    """Returns the regular expressions of rules that match no array of a state."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
+    return [pattern for pattern, _ in rules if not any(re.search(pattern, name) for name in names)]
+
+
 def shapes(
     make: Callable[..., Any], *arguments: Any, rules: Sequence[tuple[str, str]], mesh: Mesh
 ) -> Any:

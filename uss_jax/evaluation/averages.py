@@ -114,13 +114,6 @@ def _vectors_of(model: Model, waveforms: Iterable[np.ndarray]) -> list[Float[np.
     return [(sums[number] / counts[number]).astype(np.float32) for number in sorted(sums)]
 
 
-def class_averages(
-    model: Model, reader: ClipReader, classes: Sequence[int]
-) -> dict[int, Float[np.ndarray, " d"]]:
-    """Averages the conditions of each class over its clips, see `class_vectors`."""
-    return averaged(class_vectors(model, reader, classes))
-
-
 def class_vectors(
     model: Model, reader: ClipReader, classes: Sequence[int]
 ) -> dict[int, Float[np.ndarray, "m d"]]:

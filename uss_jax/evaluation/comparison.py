@@ -146,17 +146,31 @@ def _classes(suite: Suite, results: dict[str, Any] | None, asked: str) -> int | 
 
 
 def _unlike(suite: Suite, workdir: str, results: dict[str, Any] | None) -> list[str]:
-    """Returns a line for each number of classes that is not the published one, with its rows."""
+    """Returns a line for each number of classes that is not the published one, with its rows.
+
+    And one if the class averages were computed with another option than the published ones.
+    """
     published, rows = suite.published, {}
     for asked in _SHOWN:
         if _row(results, asked).get(published.figure) is not None:
             rows.setdefault(_classes(suite, results, asked), []).append(asked)
-    return [
+    found = [
         f"{workdir}: {suite.name} ({', '.join(asked)}) averaged over "
         f"{counted(count, 'class', 'classes')}, published over {published.classes}"
         for count, asked in rows.items()
         if count != published.classes
     ]
+    option = next((one for one in suite.options if one.flag in published.options.split()), None)
+    # Results of older versions, and of other programs, may not say how they were computed.
+    how = (results or {}).get("how")
+    if rows and option and how and published.figure in _row(results, AVERAGE):
+        used, wanted = how.get(option.name), published.options.split()[1:]
+        if used in (None, False) or (option.choices and [used] != wanted):
+            used = f"{option.flag} {used}" if option.choices else "other options"
+            found.append(
+                f"{workdir}: {suite.name} computed with {used}, published with {published.options}"
+            )
+    return found
 
 
 def _figure(

@@ -171,6 +171,8 @@ def make_schedule(
 
 def unfinished_warm_up(schedule: Mapping[str, Any], total_steps: int) -> str:
     """Returns a sentence that says that a run ends before its full learning rate; else ""."""
+    if schedule.get("name") == stepped.__name__:
+        return _unreached_stage(**schedule, total_steps=total_steps)
     stages = 3 if schedule.get("name") == constant_warm_up.__name__ else 1
     if total_steps > stages * schedule.get("warm_up_steps", 0):
         return ""
@@ -181,4 +183,27 @@ def unfinished_warm_up(schedule: Mapping[str, Any], total_steps: int) -> str:
         f"this run ends while the learning rate still rises: it reaches {reached:.2g}, not "
         f"config.schedule.learning_rate={schedule['learning_rate']:g}; for config.total_steps="
         f"{total_steps}, set config.schedule.warm_up_steps (and its total_steps) lower"
+    )
+
+
+def _unreached_stage(
+    name: str,
+    learning_rate: float,
+    boundaries: Sequence[int],
+    scales: Sequence[float],
+    total_steps: int,
+) -> str:
+    """As `unfinished_warm_up`, of the schedule `stepped`."""
+    del name
+    begins = (0, *boundaries)
+    reached = max(
+        scale for scale, begin in zip(scales, begins, strict=True) if begin < max(total_steps, 1)
+    )
+    if reached >= max(scales):
+        return ""
+    return (
+        f"this run ends before the learning rate is at its largest: it reaches "
+        f"{learning_rate * reached:.2g}, not {learning_rate * max(scales):.2g} (from step "
+        f"{begins[list(scales).index(max(scales))]} on); for config.total_steps={total_steps}, set "
+        "config.schedule.boundaries lower"
     )

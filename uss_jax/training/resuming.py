@@ -1,6 +1,7 @@
 """Resuming a run: from its last checkpoint, if that is intact and of the same nets and data."""
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
 import uss_jax
 from uss_jax.bundles import nets
@@ -37,6 +39,10 @@ _MAY_CHANGE = frozenset(
     }.items()
     for key in keys
 )
+# Keys of a config, at any depth, that hold paths, and those that each host has for itself.
+_PATHS = ("records", "table", "groups", "captions", "text_encoder", "pairs", "init_from")
+_PATHS += ("sed_bundle", "query_bundle")
+_OF_HOST = ("threads", "workers", "verify", "profile")
 # Schema of a checkpoint's data position, see `position_of`.
 _POSITION = record(
     {"seed": whole(0, 2**64), "global_batch": whole(1, 2**31), "index_digest": text()},
@@ -61,25 +67,31 @@ def position_of(records: Records, settings: RunSettings, frozen: Any) -> dict[st
     return position
 
 
-def common_to_hosts(position: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what all hosts of a run must have alike, for `require_same`.
+def config_of_hosts(config: ConfigDict) -> dict[str, Any]:
+    """Returns what the configs of all hosts must have alike, for `require_same`.
 
-    Of the config, its numbers: a text may be a path, which hosts may have each their own.
+    A path may be another on each host; whether there is one must be alike.
     """
+    written = json.loads(config.to_json_best_effort())
+    return {"version": uss_jax.__version__, "config": _without_paths(written)}
+
+
+def _without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for key, value in config.items():
+        if key in _OF_HOST:
+            continue
+        if isinstance(value, Mapping):
+            value = _without_paths(value)
+        found[key] = bool(value) if key in _PATHS else value
+    return found
+
+
+def data_of_hosts(position: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the data and frozen nets of all hosts must have alike, for `require_same`."""
     digests = ("index_digest", "frozen_digest", "anchors_digest", "asked_digest")
-    return {
-        "version": uss_jax.__version__,
-        "config": _numbers(config),
-        "seed": position["seed"],
-        **{name.replace("_digest", ""): position.get(name) for name in digests},
-    }
-
-
-def _numbers(config: Any) -> Any:
-    if not isinstance(config, Mapping):
-        return None if isinstance(config, str) else config
-    of_host = ("threads", "workers", "profile")
-    return {key: _numbers(value) for key, value in config.items() if key not in of_host}
+    of_data = {name.replace("_digest", ""): position.get(name) for name in digests}
+    return {"seed": position["seed"], **of_data}
 
 
 def resume(

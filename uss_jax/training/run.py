@@ -15,12 +15,12 @@ from ml_collections import ConfigDict
 from uss_jax.bundles.bundle import FORMAT_VERSION
 from uss_jax.bundles.checkpoints import Checkpoints
 from uss_jax.devices.hosts import require_same, say
-from uss_jax.devices.mesh import create, on_all_devices, shapes
+from uss_jax.devices.mesh import create, idle_rules, on_all_devices, shapes
 from uss_jax.errors import counted
 from uss_jax.training.loop import Evaluate, Pace, Reports, fit
 from uss_jax.training.optim import unfinished_warm_up
 from uss_jax.training.records import Records, read_batches
-from uss_jax.training.resuming import common_to_hosts, position_of, resume, started_from
+from uss_jax.training.resuming import data_of_hosts, position_of, resume, started_from
 from uss_jax.training.settings import RunSettings
 from uss_jax.training.starting import find_start, started_with
 from uss_jax.training.state import TrainState, parameter_count
@@ -98,7 +98,7 @@ def run(
         "training": json.loads(config.to_json_best_effort()),
     }
     position = position_of(records, settings, trained.frozen)
-    require_same(common_to_hosts(position, about["training"]))
+    require_same(data_of_hosts(position))
     _introduce(trained, records, settings, like)
     with contextlib.ExitStack() as stack:
         folder = workdir / "checkpoints"
@@ -157,6 +157,8 @@ def _introduce(trained: Trained, records: Records, settings: RunSettings, like: 
         f"{counted(len(records.index), 'clip')}, global batch {settings.global_batch} on "
         f"{counted(jax.device_count(), 'device')} ({jax.devices()[0].device_kind})"
     )
+    for pattern in idle_rules(like, settings.sharding):
+        say(f"config.sharding: no array has a name like {pattern!r}, so this rule has no effect")
     # The schedule has settings of its own, which a shorter run may leave as they are.
     if unfinished := unfinished_warm_up(settings.schedule, settings.total_steps):
         say(unfinished)

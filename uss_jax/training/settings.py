@@ -493,6 +493,15 @@ def _check_asking(settings: SeparatorSettings) -> None:
             f"config.query.table has no effect with config.query.kind={settings.query['kind']}, "
             "whose conditions are not computed from anchors; leave it empty"
         )
+    if settings.query.get("finetune") and not kind.recordings:
+        raise UserError(
+            f"config.query.finetune has no effect with config.query.kind={settings.query['kind']}, "
+            "whose conditions no tagging net computes; leave it False"
+        )
+    if settings.query.get("shortcut") and not settings.query.get("adaptor_width"):
+        raise UserError(
+            "config.query.shortcut has no effect without an adaptor; set config.query.adaptor_width"
+        )
     if asking.table and settings.query.get("finetune"):
         raise UserError(
             "config.query.table holds the conditions of a net that config.query.finetune=True "

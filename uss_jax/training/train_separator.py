@@ -16,7 +16,7 @@ from uss_jax.anchors.detect import image_of_rule
 from uss_jax.bundles import nets
 from uss_jax.bundles.bundle import read_bundle
 from uss_jax.bundles.checkpoints import latest_step
-from uss_jax.devices.hosts import say
+from uss_jax.devices.hosts import require_same, say
 from uss_jax.devices.mesh import make_mesh, replicated
 from uss_jax.devices.precision import at_precision
 from uss_jax.errors import UserError, counted
@@ -39,6 +39,7 @@ from uss_jax.training.loop import Evaluate
 from uss_jax.training.losses import LOSSES
 from uss_jax.training.optim import adamw_amsgrad, clipped, make_schedule
 from uss_jax.training.records import open_records
+from uss_jax.training.resuming import config_of_hosts
 from uss_jax.training.run import Trained, run
 from uss_jax.training.separation_step import Anchoring, Nets, Updating, make_separation_step
 from uss_jax.training.settings import SeparatorSettings, separator_settings
@@ -60,6 +61,7 @@ def train_separator(config: ConfigDict, workdir: str | os.PathLike) -> None:
     """
     mesh = make_mesh()
     settings = separator_settings(config)
+    require_same(config_of_hosts(config))  # before hosts wait for each other
     with open_workdir(workdir) as held:
         # What it learns from, and the nets around it.
         schedule = make_schedule(**settings.schedule)
@@ -202,6 +204,7 @@ def _evaluation(
     pairs = find_pairs(settings.eval.pairs)
 
     def evaluation(frozen: Any) -> Evaluate:
+        require_same({"config.eval.pairs": [_about(pair, settings.sample_rate) for pair in pairs]})
         asked = _asked(settings, around, pairs, workdir)
         names = ", ".join(["sources", *asked.names])
         absent = ", ".join(name for name in settings.eval.queries if name not in asked.names)
@@ -227,6 +230,11 @@ def _evaluation(
         )
 
     return {"evaluation": evaluation, "evaluate_every_steps": settings.eval.every_steps}
+
+
+def _about(pair: Pair, sample_rate: int) -> list[Any]:
+    """Returns what identifies a pair on any host."""
+    return [pair.mixture.name, pair.class_index, pair.samples(sample_rate)]
 
 
 def _asked(

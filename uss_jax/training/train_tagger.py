@@ -6,12 +6,14 @@ import jax
 from ml_collections import ConfigDict
 
 from uss_jax.bundles import nets
+from uss_jax.devices.hosts import require_same
 from uss_jax.devices.mesh import make_mesh
 from uss_jax.devices.precision import at_precision
 from uss_jax.errors import UserError
 from uss_jax.models.tagging import TaggingNet, at_momentum
 from uss_jax.training.optim import OPTIMIZERS, clipped, make_schedule
 from uss_jax.training.records import open_records
+from uss_jax.training.resuming import config_of_hosts
 from uss_jax.training.run import Trained, run
 from uss_jax.training.settings import TaggerSettings, tagger_settings
 from uss_jax.training.state import TrainState, create_state
@@ -34,6 +36,7 @@ def train_tagger(config: ConfigDict, workdir: str | os.PathLike) -> None:
     """
     mesh = make_mesh()
     settings = tagger_settings(config)
+    require_same(config_of_hosts(config))
     schedule = make_schedule(**settings.schedule)
     optimizer = OPTIMIZERS[settings.optimizer](schedule, settings.weight_decay)
     optimizer = clipped(optimizer, settings.clip_norm)

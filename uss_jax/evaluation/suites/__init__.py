@@ -166,7 +166,9 @@ _ROWS = (
                 choices=("windows", "reference"),
             ),
         ),
-        published=Published("Voicebank-Demand", "ssnr", "SSNR, dB", 9.00),
+        published=Published(
+            "Voicebank-Demand", "ssnr", "SSNR, dB", 9.00, options="--blocks reference"
+        ),
     ),
 )
 SUITES = {suite.name: suite for suite in _ROWS}

@@ -33,7 +33,6 @@ from uss_jax.separation.queries import Vectors
 from uss_jax.separation.recordings import Separator, Settings
 
 Values = dict[str, float]
-ROWS = (ORACLE, AVERAGE, HALF, MIXTURE)
 
 
 def answers(

@@ -142,6 +142,23 @@ def test_two_hosts_train_as_one_and_one_goes_on_alone(place, start, tmp_path):
 
 
 @pytest.mark.long
+def test_a_host_with_another_config_ends_both_before_they_wait(place, start, tmp_path):
+    """A word among its options, which the other lacks; nothing is written."""
+    python = tmp_path / "python"
+    other = 'if [ "$JAX_PROCESS_ID" = 1 ]; then set -- "$@" --config.mixing.order=reference; fi'
+    lines = python.read_text().replace("    shift 2\n", f"    shift 2\n    {other}\n")
+    assert other in lines
+    python.write_text(lines)
+    workdir = tmp_path / "run"
+    changed = {**LIGHT, "mixing.order": "conflict_free"}
+    err = start(train_words("resunet30.py", place, workdir, changed), hosts=2).communicate(
+        timeout=300
+    )[1]
+    assert "host 1 has other values than host 0 of: config; give all hosts the same" in err
+    assert not workdir.exists()
+
+
+@pytest.mark.long
 def test_sigterm_to_one_host_stops_all_after_the_same_step_saved(place, start, tmp_path):
     """The host that does not write gets it, most likely in an evaluation."""
     write_pairs(tmp_path / "pairs", range(48))
@@ -247,16 +264,15 @@ def test_a_host_with_other_values_is_said(monkeypatch):
     about = {"version": "1", "seed": 3, "config": {"schedule": {"learning_rate": 0.1}}}
     require_same(about)  # of one host
     sent = []
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(jax, "process_index", lambda: len(sent))
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
     monkeypatch.setattr(
-        "uss_jax.devices.hosts.multihost_utils.broadcast_one_to_all",
-        lambda digests: sent[0] if sent else sent.append(digests) or digests,
+        "uss_jax.devices.hosts.multihost_utils.process_allgather",
+        lambda digests: sent.append(digests) or np.stack([sent[0], sent[0], digests]),
     )
     require_same(about)
     require_same(dict(reversed(about.items())))
     other = {**about, "seed": 4, "config": {"schedule": {"learning_rate": 0.2}}}
-    with pytest.raises(UserError, match=r"^host 1 has other values than host 0 of: config, seed;"):
+    with pytest.raises(UserError, match=r"^host 2 has other values than host 0 of: config, seed;"):
         require_same(other)
 
 

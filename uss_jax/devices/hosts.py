@@ -217,7 +217,7 @@ def say(text: str) -> None:
 
 
 def require_same(about: Mapping[str, Any]) -> None:
-    """Raises a UserError on a host where something differs from that of host 0.
+    """Raises a UserError on all hosts if something differs on one from that of host 0.
 
     A run does not notice by itself: each host would train with its own.
 
@@ -231,14 +231,16 @@ def require_same(about: Mapping[str, Any]) -> None:
     digests = np.stack(
         [np.frombuffer(hashlib.sha256(t.encode()).digest(), np.uint8) for t in texts]
     )
-    of_first = np.asarray(multihost_utils.broadcast_one_to_all(digests))
-    differing = [
-        n for n, same in zip(names, (of_first == digests).all(axis=1), strict=True) if not same
-    ]
-    if differing:
+    of_hosts = np.asarray(multihost_utils.process_allgather(digests))
+    differs = (of_hosts != of_hosts[0]).any(axis=-1)  # [hosts, names]
+    if differs.any():
+        host = int(differs.any(axis=1).argmax())
+        differing = ", ".join(
+            name for name, other in zip(names, differs[host], strict=True) if other
+        )
         raise UserError(
-            f"host {jax.process_index()} has other values than host 0 of: {', '.join(differing)}; "
-            "give all hosts the same version, config, records, anchors and conditions"
+            f"host {host} has other values than host 0 of: {differing}; give all hosts the same "
+            "version, config, records, anchors and conditions"
         )
 
 

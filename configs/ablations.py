@@ -1,7 +1,8 @@
 """The paper's ablations and further ones: `ablations.py:NAME`, each a small change to resunet30.py.
 
 configs/README.md lists each with the question it answers. All else is as in the base,
-resunet30.py:condition=soft,data=balanced, so that the runs of two names can be compared:
+resunet30.py:condition=soft,data=balanced (bandsplit.py with the same choices, for the names
+bandsplit:...), so that the runs of two names can be compared:
 
     uss-jax train --config configs/ablations.py:sources=3 --workdir runs/sources3 \
         --config.data.records=/data/audioset/1.0.0 --config.sed_bundle=panns \

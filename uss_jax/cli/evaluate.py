@@ -1,7 +1,8 @@
 """Computes the metrics of a model on a data set; prints a table and writes a JSON file.
 
 A suite of a published data set takes its folder as unpacked from the publisher's archives, checks
-that it is complete, and scores it as published.
+that it is complete, and scores it. Where the published protocol is not the default, an option
+gives it.
 """
 
 import argparse

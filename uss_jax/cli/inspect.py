@@ -1,4 +1,4 @@
-"""Describes a path: bundle, workdir, checkpoint, records directory, anchor table or query bank.
+"""Describes a path: a model, records, an anchor table, mined conditions, captions or a query bank.
 
 For a model: its condition, the parameters of every module, hashes (computed anew), licence, and how
 it was trained.

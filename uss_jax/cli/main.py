@@ -31,10 +31,10 @@ COMMANDS = {
     "compare": "compare results with the published ones",
     "tag": "tell which classes sound when in recordings",
     "separate": "separate recordings",
-    "query": "make and list stored queries",
+    "query": "make and list banks of stored queries",
     "convert": "convert PANNs, HTS-AT and bytedance/uss checkpoints to bundles, and back",
     "export": "export a separator as orbax, safetensors or StableHLO",
-    "inspect": "describe a bundle, checkpoint, records directory or anchor table",
+    "inspect": "describe a model, records, mined anchors or conditions, or a query bank",
 }
 _COMPILING = {"train-tagger", "mine", "train", "make-pairs", "evaluate", "separate", "query"}
 _COMPILING |= {"export", "tag", "captions"}

@@ -4,8 +4,8 @@ AUDIO is a file, a folder (all audio files below it) or a quoted glob pattern. E
 folder below DIR at its own path: sounds/street.wav goes to DIR/sounds/street/. An
 absolute path is shortened to start at the given folder or at the name of a given file. The folder
 holds the sounds, report.json, and report.html to look at and listen to. The same command given
-again resumes where it was stopped and leaves finished recordings as they are; sounds below DIR are
-no recordings to separate.
+again resumes where it was stopped and leaves finished recordings as they are. Sounds that an
+earlier run wrote below DIR are skipped unless named.
 
 Queries:
   --classes NAME ...        classes by name, mid or index; "Speech+Singing" is one sound, and so is

@@ -27,9 +27,13 @@ def run(args: argparse.Namespace) -> None:
         config = load_config(args.config, args.config_overrides)
         train_tagger(config, args.workdir)
         workdir, net = one_line(args.workdir), name_of(TAGGERS, config.tagger.to_dict())
+        options, uses = f"--config.sed_bundle={workdir} --config.sed_net={net}", "detection"
+        # A query net of this kind reads the output that is pooled over time first.
+        if net != "cnn14" or "tagging" in config.outputs:
+            options += f" --config.query_bundle={workdir} --config.query_net={net}"
+            uses += " and for queries"
         say(
-            f"{workdir} holds the tagging net, for detection and for queries. To train a separator "
-            f"with it: `uss-jax train ... --config.sed_bundle={workdir} --config.sed_net={net} "
-            f"--config.query_bundle={workdir} --config.query_net={net}`; to find anchors once: "
-            f"`uss-jax mine ... --sed {workdir}`"
+            f"{workdir} holds the tagging net, for {uses}. To train a separator with it: "
+            f"`uss-jax train ... {options}`; to find anchors once: `uss-jax mine ... --sed "
+            f"{workdir}`"
         )

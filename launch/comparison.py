@@ -144,8 +144,8 @@ def run_all(study: dict[str, Any], out: pathlib.Path, parallel: int) -> list[str
                     print(f"comparison: {error}", file=sys.stderr, flush=True)
                 print(f"comparison: {done} of {len(runs)} runs have ended", flush=True)
         except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # first, so that none takes another run
             end_children()
-            pool.shutdown(wait=False, cancel_futures=True)
             raise
     return failed
 

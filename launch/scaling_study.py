@@ -161,16 +161,19 @@ def call(
     environment: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Runs a command to its end, on these CPU cores or any; a UserError says that `what` failed."""
+    all_cores = os.sched_getaffinity(0)
     try:
+        # Of this thread: a process begins with those of the thread that starts it.
+        os.sched_setaffinity(0, cores or all_cores)
         process = subprocess.Popen(command, env={**os.environ, **environment})
     except OSError as error:
         raise UserError(f"{what}: {command[0]} cannot be started ({error.strerror})") from error
+    finally:
+        os.sched_setaffinity(0, all_cores)
     _children.add(process)
     try:
         if _ending.is_set():
             process.terminate()
-        if cores:
-            os.sched_setaffinity(process.pid, cores)
         status = process.wait()
     except BaseException:
         process.terminate()

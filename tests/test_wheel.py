@@ -41,7 +41,7 @@ def _files(folder):
     return {
         str(file.relative_to(folder))
         for file in folder.rglob("*")
-        if file.is_file() and file.suffix != ".pyc"
+        if file.is_file() and "__pycache__" not in file.parts
     }
 
 

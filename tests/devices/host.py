@@ -19,8 +19,8 @@ from uss_jax.cli.main import command
 from uss_jax.devices import hosts, watch
 from uss_jax.errors import UserError
 
-watch.LOST_SECONDS, watch._SUSPECT_SECONDS = 6.0, 3.0
-watch._BEAT_SECONDS, watch._GRACE_SECONDS = 0.3, 1.0
+watch.LOST_SECONDS, watch._SUSPECT_SECONDS = 12.0, 6.0
+watch._BEAT_SECONDS, watch._GRACE_SECONDS = 0.3, 4.0
 
 
 def _train(config, workdir):
@@ -52,9 +52,9 @@ if __name__ == "__main__":
     os.environ.update(about["environment"])  # nothing of it is read by an import
     WORKDIR, *WHATS = about["words"]
     if "alone" in WHATS:
-        hosts._JOIN_SECONDS = 2.0
+        hosts._JOIN_SECONDS = 8.0
     if "patient" in WHATS:  # what waits for another host then waits too long
-        watch._SUSPECT_SECONDS = watch._GRACE_SECONDS = 60.0
+        watch._SUSPECT_SECONDS = watch._GRACE_SECONDS = 300.0
     # As users start it: without `end_on_interrupt`, a SIGINT just before the main thread waits for
     # a lock would be handled only when the wait is over.
     config = str(CONFIGS / "resunet30.py")

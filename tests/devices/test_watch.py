@@ -83,7 +83,7 @@ def start(start_one, spares):
     return start
 
 
-def _ended(host, timeout=60):
+def _ended(host, timeout=180):
     return host.communicate(timeout=timeout)[1], host.returncode
 
 
@@ -123,7 +123,7 @@ def test_an_error_on_all_hosts_is_each_ones_own_and_ends_them_at_once(start):
     begun = time.monotonic()
     for host in hosts:
         assert _ended(host) == ("uss-jax: /data/shard-3 cannot be read\n", 1)
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 120
 
 
 @pytest.mark.long
@@ -168,7 +168,7 @@ def test_ctrl_c_on_one_host_ends_both(start, interrupted):
 @pytest.mark.parametrize("process", [0, 1])
 def test_a_host_whose_other_never_starts_says_so(start_one, process):
     err, status = _ended(start_one(process, "alone", "alone"))
-    assert err.startswith("uss-jax: the 2 hosts did not all connect within 2 seconds: ")
+    assert err.startswith("uss-jax: the 2 hosts did not all connect within 8 seconds: ")
     assert err.count("\n") == 1
     assert status == 1
 

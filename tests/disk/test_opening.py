@@ -45,7 +45,7 @@ def test_no_reader_waits_for_a_pipe_that_nobody_writes_to(tmp_path, reader):
 
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
-    thread.join(20)
+    thread.join(120)
     assert not thread.is_alive()
     assert len(failed) == 1
 

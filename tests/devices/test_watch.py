@@ -157,6 +157,9 @@ def test_a_host_that_is_busy_for_long_is_not_lost(start, whats):
 @pytest.mark.parametrize("interrupted", [0, 1])
 def test_ctrl_c_on_one_host_ends_both(start, interrupted):
     hosts = start("hang", "hang")
+    # By then it waits: what comes just before a wait is heard by the second thread alone, which
+    # ends the process after its patience, and tells no other host.
+    time.sleep(2)
     hosts[interrupted].send_signal(signal.SIGINT)
     assert _ended(hosts[interrupted]) == ("uss-jax: interrupted\n", 130)
     err, status = _ended(hosts[1 - interrupted])

@@ -113,7 +113,7 @@ def compare(
         for workdir, of in zip(names, of_suite, strict=True):
             if _row(of, AVERAGE).get(published.figure) is None:
                 missing.append(_how(suite, workdir, of is not None))
-            unlike += _unlike(suite, workdir, of)
+            unlike += _unlike(suite, workdir, of) + _other_protocol(suite, workdir, of)
     unread = [line for _, lines in found for line in lines]
     remarks = {"not comparable": unlike, "missing": missing, "not read": unread}
     return header, rows, {what: lines for what, lines in remarks.items() if lines}
@@ -146,31 +146,32 @@ def _classes(suite: Suite, results: dict[str, Any] | None, asked: str) -> int | 
 
 
 def _unlike(suite: Suite, workdir: str, results: dict[str, Any] | None) -> list[str]:
-    """Returns a line for each number of classes that is not the published one, with its rows.
-
-    And one if the class averages were computed with another option than the published ones.
-    """
+    """Returns a line for each number of classes that is not the published one, with its rows."""
     published, rows = suite.published, {}
     for asked in _SHOWN:
         if _row(results, asked).get(published.figure) is not None:
             rows.setdefault(_classes(suite, results, asked), []).append(asked)
-    found = [
+    return [
         f"{workdir}: {suite.name} ({', '.join(asked)}) averaged over "
         f"{counted(count, 'class', 'classes')}, published over {published.classes}"
         for count, asked in rows.items()
         if count != published.classes
     ]
-    option = next((one for one in suite.options if one.flag in published.options.split()), None)
-    # Results of older versions, and of other programs, may not say how they were computed.
+
+
+def _other_protocol(suite: Suite, workdir: str, results: dict[str, Any] | None) -> list[str]:
+    """Returns a line if the class averages were computed without the published option."""
+    flag, *wanted = suite.published.options.split() or [""]
+    option = next((option for option in suite.options if option.flag == flag), None)
+    # Results of older versions do not say how they were computed.
     how = (results or {}).get("how")
-    if rows and option and how and published.figure in _row(results, AVERAGE):
-        used, wanted = how.get(option.name), published.options.split()[1:]
-        if used in (None, False) or (option.choices and [used] != wanted):
-            used = f"{option.flag} {used}" if option.choices else "other options"
-            found.append(
-                f"{workdir}: {suite.name} computed with {used}, published with {published.options}"
-            )
-    return found
+    if not (option and how) or suite.published.figure not in _row(results, AVERAGE):
+        return []
+    used = how.get(option.name)
+    if used == wanted[0] if option.choices else used:
+        return []
+    used = f"with {flag} {used}" if option.choices else f"without {flag}"
+    return [f"{workdir}: {suite.name} computed {used}, published with {suite.published.options}"]
 
 
 def _figure(

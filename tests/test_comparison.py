@@ -315,7 +315,11 @@ def test_pairs_may_have_any_name(comparison, study, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["asked.json", "separators.json", "separators_long.json", "words.json"]
+    "name",
+    [
+        *("asked.json", "words.json"),
+        *("separators.json", "separators_long.json", "separators_hour.json"),
+    ],
 )
 def test_the_studies_that_come_along_are_valid(comparison, name, monkeypatch):
     study = comparison.checked(LAUNCH / name)

@@ -244,63 +244,25 @@ def test_a_silent_source_is_not_asked_with(tmp_path):
     assert silent not in after
 
 
+def _evaluation(query, pairs):
+    separator = ResUNet(n_fft=128, hop_samples=64, channels=(4, 4), condition_width=527)
+    sizes = {"mesh": make_mesh(), "sample_rate": RATE, "batch_size": 8, "threads": 1}
+    return make_evaluation(separator, query, {}, pairs, Asked(), **sizes)
+
+
 def test_pairs_of_another_length_are_said(tmp_path):
     write_pairs(tmp_path, [3, 5])
     write_wav(tmp_path / "class_id=5" / "1_mixture.wav", tone(300, 0.4)[None], RATE)
     write_wav(tmp_path / "class_id=5" / "1_source.wav", tone(300, 0.4)[None], RATE)
-    separator = ResUNet(n_fft=128, hop_samples=64, channels=(4, 4), condition_width=527)
     with pytest.raises(
         UserError, match=r"5/1_mixture.wav lasts 0.4 s, other pairs 0.5 s; all config"
     ):
-        make_evaluation(
-            separator,
-            QueryNet(None, "one_hot"),
-            {},
-            find_pairs(tmp_path),
-            Asked(),
-            mesh=make_mesh(),
-            sample_rate=RATE,
-            batch_size=8,
-            threads=1,
-        )
-
-
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"query.kind": "embedding", "best_by": "class_sdri"}, "needs conditions of probabilities"),
-        (
-            {"best_by": "mean_sdri", "eval.queries": ("mean",)},
-            "needs means of classes, which a run on mined conditions stores",
-        ),
-        (
-            {"query.kind": "one_hot", "best_by": "average_sdri", "anchors.source": "random"},
-            "needs conditions of training clips, which this run has not",
-        ),
-    ],
-)
-def test_a_best_that_a_run_cannot_tell_is_refused(tmp_path, capsys, changed, said):
-    place = write_place(tmp_path / "place")
-    write_pairs(tmp_path / "pairs", [3, 5])
-    changed = {**changed, "eval.pairs": tmp_path / "pairs"}
-    assert main(train_words("resunet30.py", place, tmp_path / "run", changed)) == 1
-    assert said in capsys.readouterr().err
+        _evaluation(QueryNet(None, "one_hot"), find_pairs(tmp_path))
 
 
 def test_pairs_too_short_for_the_query_net_are_said_before_the_run(tmp_path):
     write_pairs(tmp_path, [3])
     for path in (tmp_path / "class_id=3").glob("*.wav"):
         write_wav(path, tone(300, 0.01)[None], RATE)
-    separator = ResUNet(n_fft=128, hop_samples=64, channels=(4, 4), condition_width=527)
     with pytest.raises(UserError, match=r"_mixture.wav lasts 0.01 s, too short for the query net;"):
-        make_evaluation(
-            separator,
-            QueryNet(TAGGER, "soft"),
-            {},
-            find_pairs(tmp_path),
-            Asked(),
-            mesh=make_mesh(),
-            sample_rate=RATE,
-            batch_size=8,
-            threads=1,
-        )
+        _evaluation(QueryNet(TAGGER, "soft"), find_pairs(tmp_path))

@@ -1,5 +1,6 @@
 """Apache Beam makes the shards that threads make (extra `beam`)."""
 
+import os
 import shutil
 
 import numpy as np
@@ -54,17 +55,23 @@ def test_beam_makes_the_same_shards(folder, tmp_path):
     assert theirs.report.read_text() == ours.report.read_text()
 
 
-def test_a_worker_takes_clips_that_were_missing(folder, tmp_path):
+@pytest.mark.parametrize("kind", ["missing", "not its segment"])
+def test_a_worker_takes_clips_that_can_be_used_now(folder, tmp_path, kind):
     """Of blocks that are finished, it makes those again, and keeps the others."""
     (tmp_path / "work").mkdir()
-    items = [LabelledFile(f"{at}.wav", (at,), at + 2) for at in range(8, 10)]
+    segment = None if kind == "missing" else (9.0, 9.5)
+    items = [LabelledFile("8.wav", (8,), 2), LabelledFile("9.wav", (9,), 3, segment)]
+    if segment:  # longer than the segment, too short for the video
+        soundfile.write(folder / "9.wav", np.ones(13_000) / 2, 8000)
     block = Block(tmp_path / "work", 0, items, folder, ClipSettings(sample_rate=8000))
     _make(block)
-    assert [why.kind for why in block.outcome().skipped.values()] == ["missing"]
+    assert [why.kind for why in block.outcome().skipped.values()] == [kind]
     before = block.path.stat().st_mtime_ns
     _make(block)
     assert block.path.stat().st_mtime_ns == before
     shutil.copy(folder / "8.wav", folder / "9.wav")
+    later = block.path.stat().st_mtime + 60
+    os.utime(folder / "9.wav", (later, later))
     _make(block)
     assert not block.outcome().skipped
 

@@ -32,7 +32,7 @@ if [ "$1 $2" = "-m uss_jax.cli.main" ]; then
 from uss_jax.cli.main import command
 from uss_jax.devices import watch
 
-watch._SUSPECT_SECONDS, watch._BEAT_SECONDS, watch._GRACE_SECONDS = 4.0, 0.5, 2.0
+watch._SUSPECT_SECONDS, watch._BEAT_SECONDS, watch._GRACE_SECONDS = 8.0, 0.5, 4.0
 command()
 ' "$@"
 fi
@@ -203,7 +203,7 @@ def test_a_killed_host_ends_the_other_which_tells_of_the_last_checkpoint(
     seen = workdir / "checkpoints" / "1" if saved else workdir / "config.json"
     _wait(started, seen.exists)
     os.kill(_hosts(started)[lost], signal.SIGKILL)
-    err = started.communicate(timeout=90)[1]
+    err = started.communicate(timeout=300)[1]
     told = [line for line in err.splitlines() if line.startswith("uss-jax:")]
     step = latest_step(workdir / "checkpoints")
     assert (step is None) == (not saved)

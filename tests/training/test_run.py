@@ -1,5 +1,6 @@
 """Runs that stop and go on, through `uss-jax train` and `train-tagger`."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -303,11 +305,21 @@ def _wait(process, condition):
         time.sleep(0.002)
 
 
+def _is_held(process):
+    """Returns whether all threads of a process are stopped."""
+    states = []
+    for stat in Path(f"/proc/{process.pid}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            states.append(stat.read_text().rpartition(")")[2].split()[0])
+    return set(states) == {"T"}
+
+
 def _stop_while(process, condition):
     """Holds the process while the condition is true."""
     while process.poll() is None:
         _wait(process, condition)
         process.send_signal(signal.SIGSTOP)
+        _wait(process, lambda: _is_held(process))  # a thread may still end a call
         if condition():
             break
         process.send_signal(signal.SIGCONT)

@@ -25,7 +25,7 @@ from uss_jax.devices.batching import in_batches
 from uss_jax.disk.atomic import replacing_folder
 from uss_jax.disk.checked_json import record, text, whole
 from uss_jax.disk.checked_npz import Column, map_npy
-from uss_jax.disk.folder import HEADER, read_header, sha256_of, stamp_of
+from uss_jax.disk.folder import HEADER, read_header, require_stamp, sha256_of, stamp_of
 from uss_jax.errors import UserError
 
 FORMAT_VERSION = 1
@@ -92,11 +92,7 @@ class CaptionTable:
         try:
             rows = map_npy(self.path / _ROW, "row", Column("i8", "r"), shape)
             vectors = map_npy(self.path / VECTORS, "vectors", Column("f2", "n t"), shape)
-            if stamp_of(self.path) != self.stamp:
-                raise UserError(
-                    f"{self.path} was replaced while it was being read; put back what was there, "
-                    "or start in a new workdir"
-                )
+            require_stamp(self.path, self.stamp, "it was")
             return rows, vectors
         except (OSError, ValueError) as error:
             words = getattr(error, "strerror", None) or error

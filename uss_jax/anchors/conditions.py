@@ -28,7 +28,7 @@ from uss_jax.devices.batching import in_batches
 from uss_jax.disk.atomic import replacing
 from uss_jax.disk.checked_json import list_of, record, text, whole
 from uss_jax.disk.checked_npz import Column, map_npy
-from uss_jax.disk.folder import HEADER, read_header, sha256_of, stamp_of
+from uss_jax.disk.folder import HEADER, read_header, require_stamp, sha256_of, stamp_of
 from uss_jax.errors import UserError
 from uss_jax.models.query import probabilities_of, weights_of
 from uss_jax.models.tagging import TaggingNet
@@ -143,11 +143,7 @@ class ConditionTable:
             return np.zeros(tuple(lengths.values()), np.float16)
         try:
             found = map_npy(path, "vectors", Column("f2", "r k w"), lengths)
-            if stamp_of(self.path) != self.stamp:
-                raise UserError(
-                    f"{self.path} was replaced while its vectors were being read; put back what "
-                    "was there, or start in a new workdir"
-                )
+            require_stamp(self.path, self.stamp, "its vectors were")
             return found
         except FileNotFoundError as error:
             raise UserError(f"{path} is missing; copy the folder again, or {_AGAIN}") from error

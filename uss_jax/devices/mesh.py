@@ -117,8 +117,7 @@ def state_shardings(state: Any, rules: Sequence[tuple[str, str]], mesh: Mesh) ->
     """
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        tactics = [tactic for pattern, tactic in rules if re.search(pattern, name)]
+        tactics = [tactic for pattern, tactic in rules if re.search(pattern, _name(path))]
         return NamedSharding(mesh, TACTICS[(tactics or ["replicate"])[0]](leaf.shape, mesh.size))
 
     return jax.tree_util.tree_map_with_path(sharding, state)
@@ -126,9 +125,12 @@ def state_shardings(state: Any, rules: Sequence[tuple[str, str]], mesh: Mesh) ->
 
 def idle_rules(state: Any, rules: Sequence[tuple[str, str]]) -> list[str]:
     """Returns the regular expressions of rules that match no array of a state."""
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
+    names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     return [pattern for pattern, _ in rules if not any(re.search(pattern, name) for name in names)]
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def shapes(

@@ -60,6 +60,18 @@ def stamp_of(path: pathlib.Path) -> tuple[int, ...]:
     return about.st_ino, about.st_size, about.st_mtime_ns
 
 
+def require_stamp(path: pathlib.Path, stamp: tuple[int, ...], reading: str) -> None:
+    """Raises a UserError if a folder was replaced since its stamp.
+
+    `reading` is what was read meanwhile, with its verb, for the message.
+    """
+    if stamp_of(path) != stamp:
+        raise UserError(
+            f"{path} was replaced while {reading} being read; put back what was there, or start in "
+            "a new workdir"
+        )
+
+
 def sha256_of(path: str | os.PathLike) -> str:
     """Returns the SHA-256 of a file, in hexadecimal digits."""
     with open(path, "rb", opener=at_once) as file:

@@ -74,12 +74,7 @@ def make_evaluation(
     figures = functools.partial(_figures, separator, query, asked.names)
     jitted = jax.jit(at_precision(HIGHEST, figures), out_shardings=replicated(mesh))
     classes = np.array([pair.class_index for pair in pairs])
-    samples = _common_length(pairs, sample_rate)
-    if query.tagger is not None and not takes_length(query.tagger, samples):
-        raise UserError(
-            f"{pairs[0].mixture} lasts {samples / sample_rate:.3g} s, too short for the query net; "
-            "give other config.eval.pairs"
-        )
+    samples = _common_length(pairs, query, sample_rate)
     read = functools.partial(_read, pairs, asked, sample_rate=sample_rate, samples=samples)
     means = None if asked.means is None else on_all_devices(asked.means, mesh)
     mine = jax.process_index(), jax.process_count()
@@ -104,8 +99,12 @@ def make_evaluation(
     return evaluate
 
 
-def _common_length(pairs: Sequence[Pair], sample_rate: int) -> int:
-    """Returns the length of all pairs in samples; raises a UserError if they are not equal."""
+def _common_length(pairs: Sequence[Pair], query: QueryNet, sample_rate: int) -> int:
+    """Returns the length of all pairs, in samples.
+
+    Raises:
+      UserError: pairs are not equally long, or too short for the query net.
+    """
     samples = pairs[0].samples(sample_rate)
     for pair in pairs:
         if (found := pair.samples(sample_rate)) != samples:
@@ -113,6 +112,11 @@ def _common_length(pairs: Sequence[Pair], sample_rate: int) -> int:
                 f"{pair.mixture} lasts {found / sample_rate:.4g} s, other pairs "
                 f"{samples / sample_rate:.4g} s; all config.eval.pairs must be equally long"
             )
+    if query.tagger is not None and not takes_length(query.tagger, samples):
+        raise UserError(
+            f"{pairs[0].mixture} lasts {samples / sample_rate:.3g} s, too short for the query net; "
+            "give other config.eval.pairs"
+        )
     return samples
 
 

@@ -122,11 +122,7 @@ def fit(
     with jax.set_mesh(mesh), StopNotice() as notice, trace, feed, _sparing_collector() as spare:
         start = int(state.step)
         if evaluate and start and pace.evaluates(start) and not checkpoints.figures(start):
-            # The run was stopped before this evaluation, or in it.
-            if (figures := evaluate(state, notice.heard)) is None:
-                raise Stopped(_stopped(start))
-            reports.write(start, _named(figures))
-            checkpoints.add_figures(start, figures)
+            _make_up(evaluate, start, state, notice, checkpoints, reports)
         for done in range(start + 1, pace.total_steps + 1):
             batch = throughput.next_batch(feed, idle)
             if compiled is None:
@@ -165,6 +161,21 @@ def fit(
             throughput.go()
         checkpoints.wait()
     return state
+
+
+def _make_up(
+    evaluate: Evaluate,
+    start: int,
+    state: TrainState,
+    notice: StopNotice,
+    checkpoints: Checkpoints,
+    reports: Reports,
+) -> None:
+    """Makes the evaluation before or in which the run was stopped."""
+    if (figures := evaluate(state, notice.heard)) is None:
+        raise Stopped(_stopped(start))
+    reports.write(start, _named(figures))
+    checkpoints.add_figures(start, figures)
 
 
 def _named(figures: Mapping[str, float]) -> dict[str, float]:
